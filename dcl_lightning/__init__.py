@@ -1,0 +1,47 @@
+"""Distributed continual learning with rehearsal for PyTorch Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Makes ``Trainer(strategy="horovod")`` known; imports no Horovod.
+try:
+    from dcl_lightning.distributed.strategy import HorovodStrategy
+except ImportError: HorovodStrategy=None
+
+if TYPE_CHECKING:
+    from dcl_lightning.agents import ContinualAgent, FineTuning, ICaRL
+    from dcl_lightning.callbacks import TaskClock, TaskReport
+    from dcl_lightning.data import ContinualDataModule
+    from dcl_lightning.metrics import AccuracyMatrix
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccuracyMatrix",
+    "ContinualAgent",
+    "ContinualDataModule",
+    "FineTuning",
+    "HorovodStrategy",
+    "ICaRL",
+    "TaskClock",
+    "TaskReport",
+]
+
+# Imported when first used: data sets and networks bring packages that ``import dcl_lightning`` must not wait for.
+_HOMES = {
+    "AccuracyMatrix": "metrics",
+    "ContinualAgent": "agents",
+    "ContinualDataModule": "data",
+    "FineTuning": "agents",
+    "ICaRL": "agents",
+    "TaskClock": "callbacks",
+    "TaskReport": "callbacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dcl_lightning' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"dcl_lightning.{_HOMES[name]}"), name)

@@ -1,0 +1,301 @@
+"""What every agent shares: backbone and head, optimizer and schedule per task, logging, evaluation."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from dcl_lightning.backbones import Backbone, LinearHead
+from dcl_lightning.callbacks import TaskClock, TaskReport
+from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale
+from dcl_lightning.memory.comm import Comm
+from dcl_lightning.types import Batch, InputSpec, Task
+
+__all__ = ["ContinualAgent"]
+
+
+class ContinualAgent(pl.LightningModule):
+    """A learner of a stream of tasks; subclasses say what one step's loss is.
+
+    Args:
+        backbone: module from inputs ``(B, C, H, W)`` to features ``(B, feature_dim)``.
+        num_classes: classes of the whole stream, K; the head has K outputs from the start.
+        input_spec: shape of one input; needed only if the backbone leaves its own open.
+        epochs_per_task: epochs of every task, or one number per task.
+        lr: learning rate at the start of each task, above 0.
+        momentum: momentum of SGD, in [0, 1).
+        weight_decay: L2 penalty in torch's convention, at least 0.
+        milestones: epochs of a task after which the rate is multiplied with ``gamma``.
+        gamma: that factor, above 0.
+        warmup_epochs: epochs at the start of a task in which the rate rises from lr / workers to lr.
+        scale_lr: how ``lr`` grows with the number of workers N: not at all, with N, with its root, or
+            with min(N, 64).
+        optimizer: builds another optimizer than SGD; ``lr`` then still sets its rate.
+        optimizer_reset: whether each task starts with a fresh optimizer state and schedule.
+        reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
+        logits: train ``all`` outputs, or only those of classes ``seen`` so far.
+    """
+
+    seen: Tensor
+    current: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        input_spec: InputSpec | None = None,
+        epochs_per_task: int | list[int] = 1,
+        lr: float = 0.05,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        milestones: Sequence[int] = (),
+        gamma: float = 0.1,
+        warmup_epochs: float = 0.0,
+        scale_lr: ScaleLR = "none",
+        optimizer: OptimizerCallable | None = None,
+        optimizer_reset: bool = True,
+        reset_state_dict: bool = False,
+        logits: Literal["all", "seen"] = "all",
+    ) -> None:
+        super().__init__()
+        if logits not in ("all", "seen"):
+            raise ConfigurationError(f"logits={logits!r}: give 'all' or 'seen'")
+        if lr <= 0 or not 0 <= momentum < 1 or weight_decay < 0 or gamma <= 0 or warmup_epochs < 0:
+            raise ConfigurationError(
+                f"lr={lr} must be above 0, momentum={momentum} in [0, 1), weight_decay={weight_decay} and "
+                f"warmup_epochs={warmup_epochs} at least 0, gamma={gamma} above 0"
+            )
+        if isinstance(backbone, Backbone) and input_spec is not None:
+            backbone.adapt(InputSpec(*input_spec))
+        feature_dim = getattr(backbone, "feature_dim", None)
+        if not isinstance(feature_dim, int):
+            raise ConfigurationError(
+                f"backbone {type(backbone).__name__} has no feature_dim: set it to the length of its features, "
+                "and pass input_spec if the backbone leaves its input open"
+            )
+        self.backbone = backbone
+        self.head = LinearHead(feature_dim, num_classes)
+        self.num_classes = num_classes
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.milestones, self.gamma, self.warmup_epochs = list(milestones), gamma, warmup_epochs
+        self.scale_lr: ScaleLR = scale_lr
+        self.optimizer_factory = optimizer
+        self.reset_state_dict = reset_state_dict
+        self.logits = logits
+        self.clock = TaskClock(epochs_per_task, optimizer_reset)
+        self.report = TaskReport()
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("current", torch.zeros(num_classes, dtype=torch.bool))
+        self._initial: dict[str, Tensor] | None = None
+        self._val_counts: Tensor | None = None
+
+    # -- what a method defines ---------------------------------------------------------------------
+
+    @abstractmethod
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the worker's loss of one batch and the logits ``(B, K)`` that it came from."""
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Return scores ``(B, K)``, highest for the predicted class; here the head's."""
+        return self.mask_unseen(self(batch.inputs))
+
+    def on_task_start(self, task: Task) -> None:
+        """Note the task's classes; with ``reset_state_dict`` go back to the initial weights."""
+        self.current.zero_()
+        self.current[list(task.classes)] = True
+        self.seen |= self.current
+        if self.reset_state_dict and task.index and self._initial is not None:
+            with torch.no_grad():
+                for name, tensor in self._network_state().items():
+                    tensor.copy_(self._initial[name])
+        for scheduler in self._schedulers():
+            _write_rates(scheduler)
+
+    def on_task_end(self, task: Task) -> None:
+        """Do what is owed at the end of a task; here nothing."""
+
+    # -- parts for methods -------------------------------------------------------------------------
+
+    @property
+    def comm(self) -> Comm:
+        """The cluster as the trainer's strategy knows it."""
+        return comm_of(self.trainer.strategy)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Return ``(B, feature_dim)`` features."""
+        return self.backbone(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits ``(B, K)``."""
+        return self.head(self.backbone(inputs))
+
+    def trained_columns(self) -> Tensor | None:
+        """Return the mask of the outputs that are trained, or None for all."""
+        return self.seen if self.logits == "seen" else None
+
+    def mask_unseen(self, scores: Tensor) -> Tensor:
+        """Return scores with -inf for classes not seen yet; unchanged before the first task."""
+        if not bool(self.seen.any()):
+            return scores
+        return scores.masked_fill(~self.seen, -float("inf"))
+
+    # -- Lightning ---------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return this agent's clock and report, or adopt those that the trainer has already."""
+        wanted: list[pl.Callback] = []
+        for kind, name in ((TaskClock, "clock"), (TaskReport, "report")):
+            present = [c for c in self.trainer.callbacks if type(c) is kind]  # type: ignore[attr-defined]
+            if present:
+                setattr(self, name, present[0])
+            else:
+                wanted.append(getattr(self, name))
+        return wanted
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer and a schedule that is counted from the start of each task."""
+        rate = self.lr * lr_scale(self.scale_lr, self.trainer.world_size)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.optimizer_factory is not None:
+            optimizer = self.optimizer_factory(parameters)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        else:
+            optimizer = torch.optim.SGD(parameters, rate, self.momentum, weight_decay=self.weight_decay)
+        if self.logits == "seen":
+            _KeepUnseenRows(self).attach(optimizer)
+        scheduler = LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _factor(self, step: int) -> float:
+        batches = self.trainer.num_training_batches
+        steps = max(1, -(-batches // self.trainer.accumulate_grad_batches)) if batches != float("inf") else 1
+        # During warm-up a step's rate is that of the progress after it, so that it is never 0.
+        epoch, within = divmod(step, steps)
+        progress = epoch + (within + 1) / steps if step < self.warmup_epochs * steps else step / steps
+        return lr_factor(progress, self.milestones, self.gamma, self.warmup_epochs, self.trainer.world_size)
+
+    def _schedulers(self) -> list[LambdaLR]:
+        return [c.scheduler for c in self.trainer.lr_scheduler_configs if isinstance(c.scheduler, LambdaLR)]
+
+    def on_fit_start(self) -> None:
+        """Keep the initial weights if tasks start from them."""
+        if self.reset_state_dict and self._initial is None:
+            state = self._network_state()
+            self._initial = {k: self.comm.broadcast(v.detach().clone()) for k, v in state.items()}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss; log it with the accuracy on the batch."""
+        loss, logits = self.training_loss(batch)
+        hits = (logits.detach().argmax(1) == batch.targets).float() * batch.weights
+        accuracy = hits.sum() / batch.weights.sum().clamp(min=1)
+        values = {"train/loss": loss.detach(), "train/acc": accuracy}
+        self.log_dict(values, prog_bar=True, batch_size=len(batch.targets))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting anew."""
+        self._val_counts = None
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count hits and losses of one batch of one task."""
+        self._count(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy and loss over all tasks seen and for each, over all workers."""
+        self._log_counts("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting anew."""
+        self._val_counts = None
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count hits and losses of one batch of one task."""
+        self._count(batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log accuracy and loss over all tasks and for each, over all workers."""
+        self._log_counts("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the predicted original labels ``(B,)``, as numbers where they are numbers, else ids."""
+        ids = self.evaluate(batch).argmax(1)
+        labels = getattr(getattr(self.trainer, "datamodule", None), "original_labels", None)
+        if labels is not None and all(isinstance(label, int) for label in labels):
+            return torch.tensor(labels, device=ids.device)[ids]
+        return ids
+
+    def _count(self, batch: Batch, column: int) -> None:
+        scores = self.evaluate(batch)
+        losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
+        hits = (scores.argmax(1) == batch.targets).sum()
+        row = torch.stack([hits.double(), losses.double(), hits.new_tensor(len(batch.targets)).double()])
+        if self._val_counts is None:
+            width = max(column + 1, int(getattr(self.trainer.datamodule, "num_tasks", 1)))  # type: ignore[attr-defined]
+            self._val_counts = torch.zeros(width, 3, dtype=torch.float64, device=hits.device)
+        self._val_counts[column] += row
+
+    def _log_counts(self, prefix: str) -> None:
+        width = int(getattr(self.trainer.datamodule, "num_tasks", 1))  # type: ignore[attr-defined]
+        counts = self._val_counts
+        if counts is None:  # a worker without a single row still takes part in the sum
+            counts = torch.zeros(width, 3, dtype=torch.float64, device=self.device)
+        counts = self.comm.allreduce(counts).cpu()
+        hits, losses, rows = counts.sum(0).tolist()
+        if rows == 0:
+            return
+        values = {f"{prefix}/acc": hits / rows, f"{prefix}/loss": losses / rows}
+        values |= {f"{prefix}/acc_task_{j}": float(c[0] / c[2]) for j, c in enumerate(counts) if c[2] > 0}
+        for name, value in values.items():
+            self.log(name, torch.tensor(value, dtype=torch.float32), prog_bar=name == f"{prefix}/acc")
+
+    # -- checkpoint --------------------------------------------------------------------------------
+
+    def _network_state(self) -> dict[str, Tensor]:
+        state = {f"backbone.{k}": v for k, v in self.backbone.state_dict().items()}
+        return state | {f"head.{k}": v for k, v in self.head.state_dict().items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the initial weights if tasks start from them."""
+        if self._initial is not None:
+            checkpoint["initial_weights"] = self._initial
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the initial weights back."""
+        self._initial = checkpoint.get("initial_weights")
+
+
+def _write_rates(scheduler: LambdaLR) -> None:
+    groups = scheduler.optimizer.param_groups
+    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+
+
+class _KeepUnseenRows:
+    """Undoes what momentum and weight decay do to rows of the head that no loss has touched."""
+
+    def __init__(self, agent: ContinualAgent) -> None:
+        self.agent = agent
+        self.kept: list[Tensor] = []
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_pre_hook(self.keep)
+        optimizer.register_step_post_hook(self.restore)
+
+    def keep(self, *_: Any) -> None:
+        self.kept = [p.detach()[~self.agent.seen] for p in self.agent.head.parameters()]
+
+    def restore(self, *_: Any) -> None:
+        for parameter, rows in zip(self.agent.head.parameters(), self.kept, strict=True):
+            parameter.data[~self.agent.seen] = rows

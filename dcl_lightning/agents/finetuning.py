@@ -1,0 +1,27 @@
+"""Fine-tuning: train on each task as it comes.
+
+The naive lower bound. With ``data.concatenate_tasksets`` it is the transfer baseline, with
+``reset_state_dict`` beside it the scratch baseline.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.functional.losses import weighted_cross_entropy
+from dcl_lightning.types import Batch
+
+__all__ = ["FineTuning"]
+
+
+class FineTuning(ContinualAgent):
+    """Cross entropy on the new samples alone; arguments as in ``ContinualAgent``."""
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the cross entropy, averaged over the step's samples of all workers, and the logits."""
+        logits = self(batch.inputs)
+        columns = self.trained_columns()
+        trained = logits if columns is None else logits[:, columns]
+        targets = batch.targets if columns is None else (columns.cumsum(0) - 1)[batch.targets]
+        return weighted_cross_entropy(trained, targets, batch.weights, batch.normaliser), logits

@@ -1,0 +1,192 @@
+"""iCaRL: Rebuffi, Kolesnikov, Sperl and Lampert, "iCaRL: Incremental Classifier and Representation
+Learning", CVPR 2017, arXiv 1611.07725, algorithms 1 to 5.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
+from dcl_lightning.functional.losses import icarl_loss, icarl_targets
+from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.types import Batch, Task
+
+__all__ = ["ICaRL"]
+
+
+class ICaRL(ContinualAgent):
+    """Exemplars chosen by herding, sigmoid outputs taught by the previous network, nearest-mean prediction.
+
+    The exemplars are part of every later task's training set. They are chosen for the whole job:
+    features are gathered, so that any number of workers chooses the same ones. They are kept as
+    sample ids of the training set, which every worker can read.
+
+    Args:
+        backbone: see ``ContinualAgent``, as are all arguments that are not named here.
+        num_classes: classes of the whole stream, K.
+        rehearsal: size of the memory; 20 exemplars a class of the stream if none is given (2000 for
+            CIFAR-100, the paper's).
+        bce_reduction: ``mean`` divides the loss of a sample by K, whatever is masked; ``sum`` adds it
+            up over the classes.
+        selection: ``herding`` (the paper) or ``nearest`` to the class mean (the original program).
+        nme_flip: whether class means also average over mirrored exemplars.
+        **kwargs: arguments of ``ContinualAgent``.
+    """
+
+    means: Tensor
+    has_mean: Tensor
+    has_teacher: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rehearsal: MemorySize = MemorySize(),
+        bce_reduction: Literal["mean", "sum"] = "mean",
+        selection: Literal["herding", "nearest"] = "herding",
+        nme_flip: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, num_classes, **kwargs)
+        self.rehearsal = rehearsal
+        self.bce_reduction = bce_reduction
+        self.selection = selection
+        self.nme_flip = nme_flip
+        self.teacher = nn.Sequential(copy.deepcopy(self.backbone), copy.deepcopy(self.head))
+        self.teacher.requires_grad_(False).eval()
+        width = self.head.in_features
+        self.register_buffer("means", torch.zeros(num_classes, width))
+        self.register_buffer("has_mean", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("has_teacher", torch.zeros((), dtype=torch.bool))
+        self.exemplars: dict[int, Tensor] = {}
+        self._rehearsed: dict[int, Tensor] = {}
+        self.capacity = 0
+        self._teaching = False  # ``has_teacher`` on the host, so that a step does not wait for the device
+
+    def train(self, mode: bool = True) -> ICaRL:
+        """Set the mode of all but the teacher, which stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    # -- learning ----------------------------------------------------------------------------------
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the binary cross entropy against labels and the teacher's outputs, and the logits."""
+        logits = self(batch.inputs)
+        taught = None
+        if self._teaching:
+            with torch.no_grad():
+                taught = self.teacher(batch.inputs)
+        remembered = self.seen & ~self.current
+        targets = icarl_targets(batch.targets, self.num_classes, self.current, remembered, taught)
+        divisor = float(self.num_classes) if self.bce_reduction == "mean" else 1.0
+        loss = icarl_loss(logits, targets, batch.weights, batch.normaliser, divisor, self.trained_columns())
+        return loss, logits
+
+    def on_fit_start(self) -> None:
+        """Check the memory's size and hand the exemplars to the data module."""
+        super().on_fit_start()
+        data = self._data
+        self._teaching = bool(self.has_teacher)
+        default = 20 * self.num_classes
+        self.capacity = self.rehearsal.total(
+            self.num_classes, self.comm.size, len(data.train_targets), default
+        )
+        if self.capacity < self.num_classes:
+            raise ConfigurationError(
+                f"a memory of {self.capacity} exemplars is smaller than the {self.num_classes} classes of the stream: "
+                f"set model.rehearsal.buffer_size to at least {self.num_classes}"
+            )
+        data.extra_indices = self._rehearsed
+
+    def on_task_end(self, task: Task) -> None:
+        """Choose the exemplars of the task's classes, shorten the others, renew means and teacher."""
+        data = self._data
+        quota = self.capacity // int(self.seen.sum())
+        self.exemplars = {y: ids[:quota] for y, ids in self.exemplars.items()}
+        own = data.train_indices(task.index)
+        ids, features = self._gather_features(torch.cat([own, self.exemplar_ids()]).unique())
+        targets = data.train_targets[ids]
+        choose = herd if self.selection == "herding" else nearest_to_mean
+        for y in task.classes:
+            members = torch.nonzero(targets == y).flatten()
+            if len(members):
+                order = choose(features[members], min(quota, len(members)))
+                self.exemplars[y] = ids[members[order]]
+        self._renew_means()
+        self.teacher[0].load_state_dict(self.backbone.state_dict())
+        self.teacher[1].load_state_dict(self.head.state_dict())
+        self.has_teacher.fill_(True)
+        self._teaching = True
+        # The ended task's own stay: a run resumed from its last step asks for the length of its epoch.
+        self._rehearsed[task.index + 1] = self.exemplar_ids()
+        self._rehearsed.pop(task.index - 1, None)
+
+    def exemplar_ids(self) -> Tensor:
+        """Return the sample ids of all exemplars ``(M,)`` int64, class by class in herding order."""
+        rows = [self.exemplars[y] for y in sorted(self.exemplars)]
+        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+
+    # -- prediction --------------------------------------------------------------------------------
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Return scores ``(B, K)``: negative distances to the class means; before any mean, the head's."""
+        if not bool(self.has_mean.any()):
+            return super().evaluate(batch)
+        return nearest_mean_scores(normalise(self.features(batch.inputs)), self.means, self.has_mean)
+
+    def _renew_means(self) -> None:
+        stored = self.exemplar_ids()
+        ids, features = self._gather_features(stored.unique())
+        mirrored = self._gather_features(stored.unique(), flip=True)[1] if self.nme_flip else None
+        for y, chosen in self.exemplars.items():
+            rows = torch.searchsorted(ids, chosen)
+            mean = normalise(features[rows]).mean(0)
+            if mirrored is not None:
+                mean = (mean + normalise(mirrored[rows]).mean(0)) / 2
+            self.means[y] = F.normalize(mean, dim=0).to(self.means)
+            self.has_mean[y] = True
+
+    @torch.no_grad()
+    def _gather_features(self, ids: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
+        """Return all samples' ids, ascending, and features, float64 on the host, the same on all workers."""
+        was_training = self.training
+        self.eval()
+        found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.head.in_features).double()]
+        for batch in self._data.train_eval_loader(ids):
+            batch = self.trainer.strategy.batch_to_device(batch)
+            batch = self._data.prepare_batch(batch, train=False, epoch=0)
+            inputs = batch.inputs.flip(-1) if flip else batch.inputs
+            rows.append(self.features(inputs).double().cpu())
+            found.append(batch.sample_ids.cpu())
+        self.train(was_training)
+        all_ids = torch.cat(self.comm.allgather(torch.cat(found)))
+        all_rows = torch.cat(self.comm.allgather(torch.cat(rows)))
+        order = all_ids.argsort()
+        return all_ids[order], all_rows[order]
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    # -- checkpoint --------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the exemplars in herding order, and what the present task rehearses."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["exemplars"] = dict(self.exemplars)
+        checkpoint["rehearsed"] = dict(self._rehearsed)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the exemplars back."""
+        super().on_load_checkpoint(checkpoint)
+        self.exemplars = dict(checkpoint.get("exemplars", {}))
+        self._rehearsed = dict(checkpoint.get("rehearsed", {}))

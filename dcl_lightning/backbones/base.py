@@ -1,0 +1,68 @@
+"""What all backbones share: layers that are built once the shape of an input is known."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import nn
+
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.types import InputSpec
+
+__all__ = ["Backbone"]
+
+
+class Backbone(nn.Module):
+    """A network from inputs ``(B, C, H, W)`` to features ``(B, feature_dim)``.
+
+    A subclass keeps its arguments, calls ``self._build_if_known()`` last in its constructor, makes its
+    layers in ``build`` and returns the length of its features from there.
+
+    Args:
+        in_channels: channels of an input; taken from the data if None.
+        input_size: height and width in pixels, one number for squares; taken from the data if None.
+
+    Raises:
+        ConfigurationError: if a given number is below 1.
+
+    Attributes:
+        feature_dim: length of a feature vector; there once the layers are.
+        input_spec: shape of an input; None until the layers are built.
+    """
+
+    feature_dim: int
+
+    def __init__(
+        self, in_channels: int | None = None, input_size: int | tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        if isinstance(input_size, int):
+            input_size = (input_size, input_size)
+        given = (in_channels, *(input_size or ()))
+        if any(number is not None and number < 1 for number in given):
+            raise ConfigurationError(
+                f"in_channels={in_channels} and input_size={input_size} must be at least 1"
+            )
+        self.in_channels = in_channels
+        self.input_size = None if input_size is None else (input_size[0], input_size[1])
+        self.input_spec: InputSpec | None = None
+
+    def adapt(self, spec: InputSpec) -> None:
+        """Build the layers, taking from ``spec`` what the constructor left open; later calls do nothing.
+
+        Args:
+            spec: shape of the data's inputs.
+        """
+        if self.input_spec is not None:
+            return
+        height, width = self.input_size or (spec.height, spec.width)
+        self.input_spec = InputSpec(self.in_channels or spec.channels, height, width)
+        self.feature_dim = self.build(self.input_spec)
+
+    @abstractmethod
+    def build(self, spec: InputSpec) -> int:
+        """Make the layers for inputs of this shape and return ``feature_dim``; called once."""
+
+    def _build_if_known(self) -> None:
+        if self.in_channels is not None and self.input_size is not None:
+            self.adapt(InputSpec(self.in_channels, *self.input_size))

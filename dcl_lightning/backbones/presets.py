@@ -1,0 +1,21 @@
+"""Short names of the backbones, as they stand on the command line and in configuration files."""
+
+from __future__ import annotations
+
+from dcl_lightning.backbones.mlp import MLP
+from dcl_lightning.backbones.mnistnet import MNISTNet
+from dcl_lightning.backbones.resnet import ResNet
+
+__all__ = ["mlp", "mnistnet", "resnet"]
+
+
+class mlp(MLP):
+    """Short name of ``MLP`` on the command line."""
+
+
+class mnistnet(MNISTNet):
+    """Short name of ``MNISTNet`` on the command line."""
+
+
+class resnet(ResNet):
+    """Short name of ``ResNet`` on the command line."""

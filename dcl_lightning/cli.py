@@ -1,0 +1,102 @@
+"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` over any agent and data set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import dcl_lightning.agents.presets
+import dcl_lightning.backbones.presets  # noqa: F401  (both make the short names known)
+from dcl_lightning.agents import ContinualAgent
+from dcl_lightning.data import ContinualDataModule
+from dcl_lightning.errors import ConfigurationError, DataError, HorovodNotFoundError
+
+__all__ = ["ContinualCLI", "main"]
+
+_USER_ERRORS = (ConfigurationError, DataError, HorovodNotFoundError, MisconfigurationException)
+_LOGGER = {
+    "class_path": "lightning.pytorch.loggers.CSVLogger",
+    "init_args": {"save_dir": "runs", "name": "dcl"},
+}
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors take two lines: what is wrong, and where help is."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the first, telling part of the message and exit with code 2."""
+        # A backend of plain union types lists every member's complaint, a line each: one line is kept for all.
+        text = " ".join(str(message).split())
+        if len(text) > 1500:
+            text = text[:1500] + " ..."
+        print(f"error: {text}\nsee `{os.path.basename(sys.argv[0])} fit --help`", file=sys.stderr)
+        sys.exit(2)
+
+
+class ContinualCLI(LightningCLI):
+    """LightningCLI with a default data module, linked sizes and short names."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser with short errors."""
+        kwargs.setdefault("dump_header", [f"dcl_lightning {dcl_lightning.__version__}"])
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="YAML file; what stands later wins.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set our defaults and give the agent the sizes that the data module knows."""
+        parser.set_defaults(
+            {
+                "model": {"class_path": "dcl_lightning.agents.presets.base", "init_args": {"backbone": "mlp"}},
+                "data": {"class_path": "dcl_lightning.data.datamodule.ContinualDataModule"},
+                "trainer.max_epochs": -1,
+                "trainer.logger": _LOGGER,
+                "trainer.num_sanity_val_steps": 0,
+            }
+        )
+        for name in ("num_classes", "input_spec"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""
+        trainer_config = self._get(self.config_init, "trainer")
+        callbacks = trainer_config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        wanted = trainer_config.get("enable_checkpointing") is not False
+        if wanted and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            self.trainer_defaults.setdefault("callbacks", [ModelCheckpoint(save_last=True)])
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: arguments after the program's name; those of the process if None.
+
+    Returns:
+        Exit code: 0 done, 2 wrong usage, configuration or data, 130 after Ctrl-C. Anything else raises.
+    """
+    try:
+        ContinualCLI(
+            ContinualAgent,
+            ContinualDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+    except _USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

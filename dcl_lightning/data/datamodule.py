@@ -1,0 +1,244 @@
+"""A data set as a stream of tasks, for one ``fit``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcl_lightning.data import scenarios, sources, transforms
+from dcl_lightning.data.class_orders import named_class_order
+from dcl_lightning.data.loader import TaskLoader
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.types import Batch, Clock, InputSpec, Task
+
+__all__ = ["ContinualDataModule"]
+
+
+class ContinualDataModule(pl.LightningDataModule):
+    """Steps through the tasks of a data set; images travel as uint8 and become float on the device.
+
+    Args:
+        dataset: ``digits``, ``digits_dev``, ``mnist``, ``cifar10``, ``cifar100``, ``synthetic``, the class path
+            of a continuum data set of arrays, or in Python ``(x_train, y_train, x_test, y_test)``.
+        root: folder of the data sets; symbolic links are followed.
+        download: whether a missing data set may be fetched.
+        scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (all classes in every
+            task), ``none`` (one task).
+        initial_increment: classes of the first task of a class scenario; ``increment`` if None.
+        increment: classes of each further task, or a list with one number for each task.
+        num_tasks: tasks of a domain scenario.
+        class_order: original labels in the order of their appearance, or a published order of CIFAR-100,
+            ``icarl_1993`` or ``icarl_list``; ascending if None.
+        concatenate_tasksets: whether task t trains on the data of tasks 0..t.
+        val_ratio: share of each class of each task that is held out of training for validation, in [0, 1).
+        select_on_test: allow callbacks to select on test data where nothing is held out.
+        batch_size: training samples a step and worker.
+        eval_batch_size: evaluation samples a step and worker; ``batch_size``, but at least 256, if None.
+        augment: crop and mirror training images; what suits the data set if None.
+        seed: seed of order, augmentation and hold-outs, the same on all workers.
+        source_options: ``num_classes``, ``size``, ``per_class``, ``seed`` of ``synthetic``.
+
+    Attributes:
+        extra_indices: for a task, sample ids that are trained on beside its own (iCaRL's exemplars).
+    """
+
+    def __init__(
+        self,
+        dataset: str | tuple[Any, Any, Any, Any] = "digits",
+        root: str = "datasets",
+        download: bool = False,
+        scenario: Literal["class", "domain", "instance", "none"] = "class",
+        initial_increment: int | None = None,
+        increment: int | list[int] = 2,
+        num_tasks: int = 5,
+        class_order: list[int] | list[str] | str | None = None,
+        concatenate_tasksets: bool = False,
+        val_ratio: float = 0.0,
+        select_on_test: bool = False,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        augment: bool | None = None,
+        seed: int = 0,
+        source_options: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("num_tasks", num_tasks)):
+            if value is not None and value < 1:
+                raise ConfigurationError(f"data.{name}={value}: give at least 1")
+        if not 0 <= val_ratio < 1:
+            raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
+        self.root, self.download, self.scenario = root, download, scenario
+        self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
+        self.val_ratio, self.seed, self.batch_size = val_ratio, seed, batch_size
+        self.eval_batch_size = eval_batch_size or max(batch_size, 256)
+        self.source_options = source_options
+        self.dataset_name = dataset if isinstance(dataset, str) else "arrays"
+        self._source = sources.SOURCES.get(self.dataset_name)
+        self._splits = sources.from_arrays(dataset) if not isinstance(dataset, str) else None
+        if self._source is None and self._splits is None:
+            # The class of a continuum data set says nothing of its size: it has to be read.
+            self._splits = sources.load(self.dataset_name, root, download)
+        self._class_order = named_class_order(class_order) if isinstance(class_order, str) else class_order
+        self._increment, self._initial_increment, self._num_parts = increment, initial_increment, num_tasks
+        self.augment = augment if augment is not None else bool(self._source and self._source.augment)
+        self.num_classes = self._count_classes()
+        self._task_classes = self._make_task_classes()
+        self.num_tasks = len(self._task_classes)
+        self.task_id = 0
+        self.extra_indices: dict[int, Tensor] = {}
+        self.original_labels: list[scenarios.Label] = []
+        self._clock: Clock | None = None
+        self._train_loader: TaskLoader | None = None
+        self._ready = False
+
+    # -- known before any file is read -------------------------------------------------------------
+
+    def _count_classes(self) -> int:
+        if self._splits is not None:
+            return len(np.unique(self._splits.train_labels))
+        options = self.source_options or {}
+        if self.dataset_name == "synthetic" and "num_classes" in options:
+            return options["num_classes"]
+        assert self._source is not None
+        return self._source.num_classes
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Shape of one input."""
+        if self._splits is not None:
+            return InputSpec(*self._splits.train_inputs.shape[1:])
+        assert self._source is not None
+        size = (self.source_options or {}).get("size")
+        return self._source.input_spec if size is None else InputSpec(self._source.input_spec.channels, size, size)
+
+    def _make_task_classes(self) -> list[list[int]]:
+        everything = list(range(self.num_classes))
+        if self.scenario == "class":
+            return scenarios.class_tasks(self.num_classes, self._increment, self._initial_increment)
+        return [everything] * (1 if self.scenario == "none" else self._num_parts)
+
+    # -- set-up ------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Fetch the data set if asked to; Lightning calls this in one process of each host."""
+        if self.download and self._splits is None:
+            sources.load(self.dataset_name, self.root, True, self.source_options)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data and cut them into tasks, once."""
+        if self._ready:
+            return
+        splits = self._splits or sources.load(self.dataset_name, self.root, False, self.source_options)
+        classes = scenarios.order_classes(splits.train_labels, self._class_order)
+        self.original_labels = classes
+        train = scenarios.encode(splits.train_labels, classes)
+        test = scenarios.encode(splits.test_labels, classes)
+        train_parts, test_parts = self._parts(train), self._parts(test)
+        held = scenarios.hold_out(train, train_parts, self.val_ratio, self.seed)
+        self.train_inputs, self.test_inputs = splits.train_inputs, splits.test_inputs
+        self.train_targets, self.test_targets = torch.from_numpy(train), torch.from_numpy(test)
+        self._train_parts, self._test_parts = torch.from_numpy(train_parts), torch.from_numpy(test_parts)
+        self._held = torch.from_numpy(held)
+        self._splits, self._ready = None, True
+        for task in range(self.num_tasks):
+            if not len(self.train_indices(task)):
+                raise ConfigurationError(f"task {task} has no training samples: give fewer tasks than {self.num_tasks}")
+
+    def _parts(self, targets: np.ndarray) -> np.ndarray:
+        if self.scenario == "class":
+            task_of_class = np.repeat(np.arange(self.num_tasks), [len(c) for c in self._task_classes])
+            return task_of_class[targets]
+        return scenarios.part_of_samples(targets, self.num_tasks)
+
+    def attach_clock(self, clock: Clock) -> None:
+        """Let the clock say which task an epoch belongs to."""
+        self._clock = clock
+
+    def tasks(self, epochs: list[int]) -> list[Task]:
+        """Return the stream, given each task's number of epochs."""
+        self.setup()
+        return [
+            Task(
+                index=t,
+                num_tasks=self.num_tasks,
+                classes=tuple(classes),
+                labels=tuple(self.original_labels[y] for y in classes),
+                num_samples=len(self.train_indices(t)),
+                epochs=epochs[t],
+            )
+            for t, classes in enumerate(self._task_classes)
+        ]
+
+    def train_indices(self, task: int) -> Tensor:
+        """Return the sample ids of a task's own training samples, hold-outs left out."""
+        return torch.nonzero((self._train_parts == task) & ~self._held).flatten()
+
+    # -- loaders -----------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> TaskLoader:
+        """Return the one training loader, set to the present epoch's task."""
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        self.task_id = self._clock.task_at(epoch) if self._clock is not None else self.task_id
+        first = 0 if self.concatenate_tasksets else self.task_id
+        own = torch.cat([self.train_indices(t) for t in range(first, self.task_id + 1)])
+        indices = torch.cat([own, self.extra_indices.get(self.task_id, own[:0])])
+        if self._train_loader is None:
+            rank, size = self._place()
+            self._train_loader = TaskLoader(
+                self.train_inputs, self.train_targets, self._train_parts, self.batch_size, indices, rank, size,
+                train=True, seed=self.seed,
+            )  # fmt: skip
+        self._train_loader.visit(indices, epoch)
+        return self._train_loader
+
+    def val_dataloader(self) -> list[TaskLoader]:
+        """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out."""
+        if self.val_ratio == 0:
+            return self.test_loaders(self.task_id)
+        parts = range(self.task_id + 1)
+        return [self.train_eval_loader(torch.nonzero((self._train_parts == t) & self._held).flatten()) for t in parts]
+
+    def test_dataloader(self) -> list[TaskLoader]:
+        """Return a loader for each task's test set."""
+        return self.test_loaders(self.num_tasks - 1)
+
+    def predict_dataloader(self) -> list[TaskLoader]:
+        """Return a loader for each task's test set."""
+        return self.test_dataloader()
+
+    def test_loaders(self, last_task: int) -> list[TaskLoader]:
+        """Return the test sets of tasks 0..last_task, each sample on exactly one worker."""
+        parts = [torch.nonzero(self._test_parts == t).flatten() for t in range(last_task + 1)]
+        return [self._eval_loader(self.test_inputs, self.test_targets, self._test_parts, p) for p in parts]
+
+    def train_eval_loader(self, indices: Tensor) -> TaskLoader:
+        """Return training samples as evaluation sees them, each on exactly one worker."""
+        return self._eval_loader(self.train_inputs, self.train_targets, self._train_parts, indices)
+
+    def _eval_loader(self, inputs: Tensor, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
+        rank, size = self._place()
+        return TaskLoader(inputs, targets, parts, self.eval_batch_size, indices, rank, size)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    # -- on the device -----------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Turn a batch into float and normalise it; augment it in training."""
+        assert self.trainer is not None
+        return self.prepare_batch(batch, train=bool(self.trainer.training), epoch=self.trainer.current_epoch)
+
+    def prepare_batch(self, batch: Batch, train: bool, epoch: int) -> Batch:
+        """Return the batch as the network takes it, on the device that it is on."""
+        inputs = batch.inputs
+        if train and self.augment:
+            inputs = transforms.augment(inputs, batch.sample_ids, self.seed, epoch)
+        inputs = transforms.to_float(inputs)
+        if self._source is not None:
+            inputs = transforms.normalise(inputs, self._source.mean, self._source.std)
+        return batch._replace(inputs=inputs)

@@ -1,0 +1,101 @@
+"""A loader over tensors: one indexing call a batch, equal steps on all workers, a place that resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcl_lightning.types import Batch
+
+__all__ = ["TaskLoader"]
+
+
+class TaskLoader:
+    """Yields the batches of one worker over some rows of a data set.
+
+    For training, the order is one permutation from (seed, epoch); worker k takes every N-th from k, and
+    the shorter shards are padded with rows of weight 0. So step i of N workers of batch b holds the same
+    samples as step i of one worker of batch N b. For evaluation nothing is shuffled or padded.
+
+    Args:
+        inputs: ``(n, ...)``.
+        targets: ``(n,)`` int64.
+        task_ids: ``(n,)`` int64.
+        batch_size: rows a step and worker.
+        indices: rows to visit, ``(m,)`` int64.
+        rank: this worker.
+        size: number of workers.
+        train: whether to shuffle and pad.
+        seed: seed of the order.
+        epoch: epoch of the whole stream.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        task_ids: Tensor,
+        batch_size: int,
+        indices: Tensor,
+        rank: int = 0,
+        size: int = 1,
+        train: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+    ) -> None:
+        self.inputs, self.targets, self.task_ids = inputs, targets, task_ids
+        self.batch_size, self.rank, self.size, self.train, self.seed = batch_size, rank, size, train, seed
+        self.indices, self.epoch = indices, epoch
+        self._position = 0
+        self._start = 0
+
+    def visit(self, indices: Tensor, epoch: int) -> None:
+        """Choose the rows and the epoch of the next iteration."""
+        if epoch != self.epoch:
+            self._start = 0
+        self.indices, self.epoch = indices, epoch
+
+    def _rows(self) -> int:
+        total = len(self.indices)
+        return -(-total // self.size) if self.train else len(range(self.rank, total, self.size))
+
+    def __len__(self) -> int:
+        return -(-self._rows() // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self._start = self._start, 0
+        total, count = len(self.indices), self._rows()
+        order = self.indices
+        if self.train:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = order[torch.randperm(total, generator=generator)]
+        mine = order[self.rank :: self.size]
+        real = len(mine)
+        if real < count:
+            mine = torch.cat([mine, order[:1]])
+        for step in range(start, len(self)):
+            self._position = step + 1
+            low = step * self.batch_size
+            rows = mine[low : low + self.batch_size]
+            weights = torch.ones(len(rows))
+            weights[max(real - low, 0) :] = 0
+            in_step = min(total - low * self.size, self.batch_size * self.size) / self.size
+            yield Batch(
+                inputs=self.inputs[rows],
+                targets=self.targets[rows],
+                task_ids=self.task_ids[rows],
+                sample_ids=rows,
+                weights=weights,
+                normaliser=torch.tensor(in_step if self.train else float(len(rows))),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place within the epoch."""
+        return {"position": self._position, "epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a place of the present epoch; a place of an earlier one means its beginning."""
+        self._start = state_dict["position"] if state_dict["epoch"] == self.epoch else 0

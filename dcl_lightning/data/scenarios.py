@@ -1,0 +1,150 @@
+"""From labels to tasks: pure functions over NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dcl_lightning.errors import ConfigurationError, DataError
+
+__all__ = ["Label", "check_labels", "class_tasks", "encode", "hold_out", "order_classes", "part_of_samples"]
+
+Label = int | str
+
+
+def check_labels(labels: Any) -> np.ndarray:
+    """Return labels as ``(n,)`` int64 or str.
+
+    Raises:
+        DataError: labels that are negative, fractional, one-hot or of another type.
+    """
+    array = np.asarray(labels)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise DataError(f"labels of shape {array.shape}: give one label a sample, shape (n,), not one-hot rows")
+    if array.dtype.kind in "OUS":
+        return array.astype(str)
+    if array.dtype.kind == "f":
+        wrong = array[~np.isfinite(array) | (array != np.floor(array))]
+        if len(wrong):
+            raise DataError(f"labels must be whole numbers or names: found {wrong[0]}")
+    elif array.dtype.kind not in "iub":
+        raise DataError(f"labels of type {array.dtype}: give whole numbers or names")
+    array = array.astype(np.int64)
+    if len(array) and array.min() < 0:
+        raise DataError(f"labels must be at least 0: found {array.min()}")
+    return array
+
+
+def order_classes(labels: np.ndarray, order: Sequence[Label] | None) -> list[Label]:
+    """Return original labels in the order of their first task.
+
+    Raises:
+        ConfigurationError: ``order`` lacks labels, names unknown ones or repeats some.
+    """
+    present = [label.item() for label in np.unique(labels)]
+    if order is None:
+        return present
+    try:
+        wanted: list[Label] = [type(present[0])(label) for label in order]
+    except ValueError:
+        raise ConfigurationError(f"data.class_order={list(order)}: the labels are whole numbers") from None
+    missing, unknown = sorted(set(present) - set(wanted)), sorted(set(wanted) - set(present))
+    double = sorted({label for label in wanted if wanted.count(label) > 1})
+    if missing or unknown or double:
+        faults = {"missing": missing, "unknown": unknown, "given twice": double}
+        text = ", ".join(f"{name} {value}" for name, value in faults.items() if value)
+        raise ConfigurationError(f"data.class_order does not fit the {len(present)} classes of the data: {text}")
+    return wanted
+
+
+def encode(labels: np.ndarray, classes: Sequence[Label]) -> np.ndarray:
+    """Return ``(n,)`` int64 model ids: the place of each label in ``classes``.
+
+    Raises:
+        DataError: a label that is not among the classes.
+    """
+    ids = {label: i for i, label in enumerate(classes)}
+    unknown = sorted({label.item() for label in np.unique(labels)} - set(ids))
+    if unknown:
+        raise DataError(f"the test split has labels that training lacks: {unknown}")
+    return np.array([ids[label.item()] for label in labels], dtype=np.int64)
+
+
+def class_tasks(num_classes: int, increment: Any, initial_increment: Any = None) -> list[list[int]]:
+    """Return the model ids of each task's classes.
+
+    Args:
+        num_classes: classes of the stream.
+        increment: classes a task, the last task taking what is left; or a list, one number a task, that
+            must add up to ``num_classes``.
+        initial_increment: classes of the first task, if not ``increment``.
+
+    Raises:
+        ConfigurationError: a number that is not positive, too large or a list that does not add up.
+    """
+    if isinstance(increment, (list, tuple, np.ndarray)):
+        sizes = [_positive("increment", n, num_classes, increment) for n in increment]
+        if sum(sizes) != num_classes:
+            raise ConfigurationError(
+                f"data.increment={[int(n) for n in sizes]} adds up to {sum(sizes)}, but there are {num_classes} classes"
+            )
+        if initial_increment is not None:
+            raise ConfigurationError("data.initial_increment goes with a single increment: put it into the list")
+    else:
+        step = _positive("increment", increment, num_classes, increment)
+        first = step if not initial_increment else _positive("initial_increment", initial_increment, num_classes)
+        sizes = [min(first, num_classes)]
+        while sum(sizes) < num_classes:
+            sizes.append(min(step, num_classes - sum(sizes)))
+    starts = np.cumsum([0, *sizes])
+    return [list(range(a, b)) for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
+
+
+def _positive(name: str, value: Any, num_classes: int, given: Any = None) -> int:
+    shown = value if given is None else given
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value <= num_classes:
+        raise ConfigurationError(
+            f"data.{name}={shown}: give whole numbers from 1 to {num_classes}, the number of classes"
+        )
+    return int(value)
+
+
+def part_of_samples(targets: np.ndarray, num_tasks: int) -> np.ndarray:
+    """Return ``(n,)`` int64 task of each sample when all classes are in all tasks.
+
+    The samples of each class, in their order, are cut into contiguous parts; what does not divide goes
+    round the tasks from class to class, so that task sizes differ by at most one.
+    """
+    parts = np.zeros(len(targets), dtype=np.int64)
+    offset = 0
+    for y in np.unique(targets):
+        members = np.flatnonzero(targets == y)
+        base, extra = divmod(len(members), num_tasks)
+        sizes = np.full(num_tasks, base)
+        sizes[(offset + np.arange(extra)) % num_tasks] += 1
+        offset = (offset + extra) % num_tasks
+        parts[members] = np.repeat(np.arange(num_tasks), sizes)
+    return parts
+
+
+def hold_out(targets: np.ndarray, parts: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    """Return ``(n,)`` bool, samples held out: of each class of each task a share, at least one of two.
+
+    Args:
+        targets: ``(n,)`` model ids.
+        parts: ``(n,)`` task of each sample.
+        ratio: share in [0, 1).
+        seed: seed of the choice.
+    """
+    held = np.zeros(len(targets), dtype=bool)
+    generator = np.random.default_rng(seed)
+    for task in np.unique(parts):
+        for y in np.unique(targets[parts == task]):
+            members = np.flatnonzero((parts == task) & (targets == y))
+            count = min(max(round(ratio * len(members)), 1), len(members) - 1) if ratio > 0 else 0
+            held[generator.permutation(members)[:count]] = True
+    return held

@@ -1,0 +1,61 @@
+"""Batched transforms on the device; each sample has its own draw, whatever batch or worker it is in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["augment", "draws", "normalise", "to_float"]
+
+_MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's constants as int64
+
+
+def to_float(inputs: Tensor) -> Tensor:
+    """Return float32; uint8 0..255 becomes 0..1."""
+    return inputs.to(torch.float32).div_(255) if inputs.dtype == torch.uint8 else inputs.to(torch.float32)
+
+
+def normalise(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Return ``(inputs - mean) / std`` for each channel of ``(B, C, H, W)``."""
+    shape = (1, -1, 1, 1)
+    return (inputs - inputs.new_tensor(mean).view(shape)) / inputs.new_tensor(std).view(shape)
+
+
+def draws(sample_ids: Tensor, seed: int, epoch: int, stream: int, high: int) -> Tensor:
+    """Return one number in [0, high) for each sample, a hash of seed, epoch, stream and sample id.
+
+    Args:
+        sample_ids: ``(B,)`` int64.
+        seed: seed of the run.
+        epoch: epoch of the whole stream of tasks.
+        stream: tells the draws of one sample apart.
+        high: exclusive upper end, far below 2**31.
+    """
+    key = (seed * 1_000_003 + epoch) * 1_000_003 + stream
+    state = sample_ids * 1_000_003 + (key & 0x7FFF_FFFF_FFFF)
+    for constant in _MIX:
+        # Arithmetic shifts copy the sign bit; the mask makes them logical.
+        state = (state ^ ((state >> 30) & 0x3_FFFF_FFFF)) * constant
+    return ((state >> 32) & 0x7FFF_FFFF) % high
+
+
+def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int = 4) -> Tensor:
+    """Return a random crop of the zero-padded images, mirrored with probability 1/2.
+
+    Args:
+        inputs: ``(B, C, H, W)``, any dtype.
+        sample_ids: ``(B,)`` int64.
+        seed: seed of the run.
+        epoch: epoch of the whole stream of tasks.
+        pad: pixels added on each side before the crop.
+    """
+    count, _, height, width = inputs.shape
+    device = inputs.device
+    tops, lefts = (draws(sample_ids, seed, epoch, s, 2 * pad + 1) for s in (0, 1))
+    flips = draws(sample_ids, seed, epoch, 2, 2).bool()
+    padded = torch.nn.functional.pad(inputs, (pad, pad, pad, pad))
+    columns = torch.arange(width, device=device).expand(count, width)
+    columns = torch.where(flips[:, None], columns.flip(1), columns) + lefts[:, None]
+    rows = torch.arange(height, device=device)[None] + tops[:, None]
+    batch = torch.arange(count, device=device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

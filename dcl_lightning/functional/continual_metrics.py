@@ -1,0 +1,138 @@
+"""Figures of continual learning as pure functions of an accuracy matrix.
+
+``matrix`` is ``(T, T)`` float64: entry ``R[i, j]`` is the accuracy on the test samples of task j after
+task i, a fraction in [0, 1], NaN where it was not evaluated. All functions return a 0-dim float64. A
+term that needs an entry which was not evaluated is left out of the mean; a figure without any term,
+and every figure but the average accuracy for T = 1, is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "backward_transfer",
+    "forgetting",
+    "forward_transfer",
+    "learning_accuracy",
+]
+
+
+def average_accuracy(matrix: Tensor) -> Tensor:
+    r"""Return the mean accuracy over the tasks after the last one (Lopez-Paz and Ranzato 2017, ACC).
+
+    .. math:: A = \frac{1}{T} \sum_{j=0}^{T-1} R_{T-1, j}
+
+    Args:
+        matrix: ``(T, T)`` accuracies.
+
+    Raises:
+        ValueError: if ``matrix`` is not square.
+    """
+    return _checked(matrix)[-1].nanmean()
+
+
+def average_incremental_accuracy(pooled: Tensor, skip_first: bool = False) -> Tensor:
+    r"""Return the mean over tasks of the accuracy on all classes seen so far (Rebuffi et al. 2017).
+
+    .. math:: \frac{1}{T} \sum_{i=0}^{T-1} a_i
+
+    Args:
+        pooled: ``(T,)`` a_i, accuracy after task i over the test samples of all classes seen by then.
+        skip_first: whether to leave out a_0, which knows no earlier task.
+    """
+    pooled = pooled.double()
+    if len(pooled) < 2:
+        return pooled.new_tensor(float("nan"))
+    return pooled[int(skip_first) :].nanmean()
+
+
+def forgetting(
+    matrix: Tensor, mode: Literal["max_last", "max_with_last", "first_last"] = "max_last"
+) -> Tensor:
+    r"""Return how much of the best accuracy was lost, on average (Chaudhry et al. 2018); can be negative.
+
+    .. math:: F = \frac{1}{T-1} \sum_{j<T-1} \Bigl(\max_{j \le l < T-1} R_{l, j} - R_{T-1, j}\Bigr)
+
+    Args:
+        matrix: ``(T, T)`` accuracies.
+        mode: ``max_last`` is the formula; in ``max_with_last`` the maximum includes the last row, so
+            that F is at least 0; in ``first_last`` R[j, j] stands for it, so that F = -BWT.
+
+    Raises:
+        ValueError: if ``matrix`` is not square or ``mode`` is unknown.
+    """
+    matrix = _checked(matrix)
+    last = len(matrix) - 1
+    if mode == "first_last":
+        return -backward_transfer(matrix)
+    if mode not in ("max_last", "max_with_last"):
+        raise ValueError(f"mode={mode!r}: give 'max_last', 'max_with_last' or 'first_last'")
+    rows = matrix if mode == "max_with_last" else matrix[:last]
+    if not last:
+        return matrix.new_tensor(float("nan"))
+    # Entries above the diagonal are of tasks not learnt yet: what they show cannot be forgotten.
+    hidden = rows.isnan() | torch.ones_like(rows, dtype=torch.bool).triu(1)
+    learnt = rows.masked_fill(hidden, -float("inf"))
+    best = learnt.amax(0)[:last]
+    best = best.masked_fill(best.isinf(), float("nan"))
+    return (best - matrix[last, :last]).nanmean()
+
+
+def backward_transfer(matrix: Tensor) -> Tensor:
+    r"""Return how much later tasks changed the accuracy on earlier ones (Lopez-Paz and Ranzato 2017).
+
+    .. math:: \mathrm{BWT} = \frac{1}{T-1} \sum_{j<T-1} (R_{T-1, j} - R_{j, j})
+
+    Args:
+        matrix: ``(T, T)`` accuracies.
+
+    Raises:
+        ValueError: if ``matrix`` is not square.
+    """
+    matrix = _checked(matrix)
+    return (matrix[-1] - matrix.diagonal())[:-1].nanmean()
+
+
+def forward_transfer(matrix: Tensor, baseline: Tensor) -> Tensor:
+    r"""Return how much earlier tasks help on a task before it is learnt (Lopez-Paz and Ranzato 2017).
+
+    It means nothing in a class scenario, where a class cannot be predicted before it was seen.
+
+    .. math:: \mathrm{FWT} = \frac{1}{T-1} \sum_{j>0} (R_{j-1, j} - b_j)
+
+    Args:
+        matrix: ``(T, T)`` accuracies, evaluated at least one task ahead.
+        baseline: ``(T,)`` b_j, the untrained network's accuracy on task j.
+
+    Raises:
+        ValueError: if ``matrix`` is not square.
+    """
+    matrix = _checked(matrix)
+    return (matrix.diagonal(1) - baseline.to(matrix)[1:]).nanmean()
+
+
+def learning_accuracy(matrix: Tensor) -> Tensor:
+    r"""Return the mean accuracy on each task just after it was learnt (Riemer et al. 2019).
+
+    .. math:: \frac{1}{T} \sum_{j=0}^{T-1} R_{j, j}
+
+    Args:
+        matrix: ``(T, T)`` accuracies.
+
+    Raises:
+        ValueError: if ``matrix`` is not square.
+    """
+    matrix = _checked(matrix)
+    return matrix.diagonal().nanmean() if len(matrix) > 1 else matrix.new_tensor(float("nan"))
+
+
+def _checked(matrix: Tensor) -> Tensor:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        raise ValueError(f"an accuracy matrix is square, got shape {tuple(matrix.shape)}")
+    return matrix.double()

@@ -1,0 +1,82 @@
+"""Losses over a worker's share of a batch.
+
+``weights`` is 0 for rows that only pad a shard; ``normaliser`` is the step's weights summed over all
+workers, divided by their number. So the mean of the workers' losses, and of their gradients, is the
+loss of one process on the concatenated batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["icarl_loss", "icarl_targets", "weighted_cross_entropy"]
+
+
+def weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, normaliser: Tensor | float
+) -> Tensor:
+    r"""Return the weighted cross entropy, 0-dim.
+
+    .. math:: \frac{1}{n} \sum_i w_i \, \mathrm{CE}(z_i, y_i)
+
+    Args:
+        logits: ``(B, K)`` z, floating.
+        targets: ``(B,)`` y, int64.
+        weights: ``(B,)`` w, float32.
+        normaliser: n, 0-dim float32.
+    """
+    return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / normaliser
+
+
+def icarl_targets(
+    targets: Tensor, num_classes: int, current: Tensor, remembered: Tensor, teacher_logits: Tensor | None
+) -> Tensor:
+    """Return what each sigmoid output is trained towards (Rebuffi et al. 2017, algorithm 3).
+
+    A class of the current taskset takes the label, 0 or 1, also where it was seen before: else nothing
+    could be learnt where every class is old. A class that is only remembered takes the teacher's
+    sigmoid, any other class 0; without a teacher remembered classes take 0 as well.
+
+    Args:
+        targets: ``(B,)`` int64 labels.
+        num_classes: K.
+        current: ``(K,)`` bool, classes of the current taskset.
+        remembered: ``(K,)`` bool, classes in memory.
+        teacher_logits: ``(B, K)`` outputs of the network as it was after the previous task, or None.
+
+    Returns:
+        ``(B, K)`` in [0, 1]; float32, or the teacher's dtype.
+    """
+    labels = F.one_hot(targets, num_classes)
+    if teacher_logits is None:
+        return (labels * current).to(torch.float32)
+    taught = teacher_logits.detach().sigmoid()
+    return torch.where(current, labels.to(taught), taught * (remembered & ~current))
+
+
+def icarl_loss(
+    logits: Tensor,
+    soft_targets: Tensor,
+    weights: Tensor,
+    normaliser: Tensor | float,
+    divisor: float,
+    columns: Tensor | None = None,
+) -> Tensor:
+    r"""Return iCaRL's loss, 0-dim: binary cross entropy of all outputs (Rebuffi et al. 2017, algorithm 3).
+
+    .. math:: \frac{1}{n D} \sum_i w_i \sum_{k \in C} \mathrm{BCE}(\sigma(z_{ik}), q_{ik})
+
+    Args:
+        logits: ``(B, K)`` z, floating.
+        soft_targets: ``(B, K)`` q, in [0, 1].
+        weights: ``(B,)`` w, float32.
+        normaliser: n, 0-dim float32.
+        divisor: D; K for the mean over classes, whatever is masked, or 1 for their sum.
+        columns: ``(K,)`` bool, the classes C that are trained; all if None.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, soft_targets.to(logits.dtype), reduction="none")
+    if columns is not None:
+        losses = losses.masked_fill(~columns, 0.0)
+    return (weights * losses.sum(1)).sum() / (normaliser * divisor)

@@ -1,0 +1,1 @@
+"""The rehearsal memory: torch only, no Lightning, no Horovod."""

@@ -1,0 +1,52 @@
+"""How large the memory is: three ways to say it, of which one is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcl_lightning.errors import ConfigurationError
+
+__all__ = ["MemorySize"]
+
+
+@dataclass(frozen=True)
+class MemorySize:
+    """Capacity of the rehearsal memory; at most one of the three is given.
+
+    Args:
+        num_representatives: stored samples per class and worker.
+        buffer_size: stored samples in all, over all workers and classes.
+        rehearsal_ratio: share of the training set that is stored, in (0, 1].
+    """
+
+    num_representatives: int | None = None
+    buffer_size: int | None = None
+    rehearsal_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in vars(self).items() if v is not None}
+        if len(given) > 1:
+            raise ConfigurationError(
+                f"rehearsal: {given} given together; give one of num_representatives, buffer_size, rehearsal_ratio"
+            )
+        for name, value in given.items():
+            if value <= 0 or (name == "rehearsal_ratio" and value > 1):
+                allowed = "a share in (0, 1]" if name == "rehearsal_ratio" else "a whole number of at least 1"
+                raise ConfigurationError(f"rehearsal.{name}={value}: give {allowed}")
+
+    def total(self, num_classes: int, num_workers: int, num_samples: int, default: int) -> int:
+        """Return the capacity in samples over the whole job.
+
+        Args:
+            num_classes: classes of the whole stream.
+            num_workers: workers of the job.
+            num_samples: training samples of the whole stream.
+            default: capacity if none of the three is given.
+        """
+        if self.buffer_size is not None:
+            return self.buffer_size
+        if self.num_representatives is not None:
+            return self.num_representatives * num_classes * num_workers
+        if self.rehearsal_ratio is not None:
+            return max(int(self.rehearsal_ratio * num_samples), 1)
+        return default

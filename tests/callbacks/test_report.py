@@ -1,0 +1,196 @@
+import csv
+import json
+import sys
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from dcl_lightning.callbacks.report import TaskReport
+from dcl_lightning.callbacks.tables import table_text
+from dcl_lightning.metrics import AccuracyMatrix
+from dcl_lightning.types import Task
+
+KEYS = [
+    "matrix",
+    "task_classes",
+    "task_samples",
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "pooled_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "top5",
+    "agent",
+    "dataset",
+    "seed",
+    "world_size",
+    "num_parameters",
+    "buffer_bytes",
+    "selection",
+    "optimizer_steps",
+    "samples_seen",
+    "buffer_rows",
+    "peak_host_bytes",
+    "peak_device_bytes",
+    "wall_time_s",
+    "config_hash",
+    "versions",
+]
+
+
+class Clock(pl.Callback):
+    """As much of a task clock as the report looks at."""
+
+    def __init__(self, num_tasks=3, rows=3):
+        self.matrix = AccuracyMatrix(num_tasks)
+        self.evaluated_rows = rows
+        self.tasks = [
+            Task(t, num_tasks, (2 * t, 2 * t + 1), (f"a{t}", f"b|{t}"), 50, 2) for t in range(num_tasks)
+        ]
+        self.wall_time = {"train": 1.5, "select": 0.0, "eval": 0.25}
+        self.samples_seen = {"new": 100, "rehearsed": 0}
+        for i in range(rows):
+            for j in range(i + 1):
+                self.matrix.add_counts(20 - 4 * (i - j), 20, i, j)
+
+
+class FakeAgent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+        self.teacher = nn.Linear(3, 2).requires_grad_(False)
+
+
+def make_trainer(folder, *callbacks, **kwargs):
+    data = SimpleNamespace(dataset_name="toys", seed=7, val_ratio=0.0)
+    defaults = {
+        "callbacks": list(callbacks),
+        "datamodule": data,
+        "log_dir": str(folder),
+        "default_root_dir": str(folder),
+        "is_global_zero": True,
+        "world_size": 2,
+        "global_step": 42,
+        "fast_dev_run": 0,
+        "lr_scheduler_configs": [],
+    }
+    return SimpleNamespace(**{**defaults, **kwargs})
+
+
+def read(folder):
+    def refuse(text):
+        raise AssertionError(text)
+
+    return json.loads((folder / "report/accuracy_matrix.json").read_text(), parse_constant=refuse)
+
+
+def test_files_and_facts(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    report, trainer, agent = TaskReport(), make_trainer(tmp_path, Clock()), FakeAgent()
+    report.on_train_end(trainer, agent)
+    assert f"Report: {tmp_path / 'report'}" in capsys.readouterr().out
+    facts = read(tmp_path)
+    assert set(KEYS) <= set(facts)
+    assert facts["matrix"] == [[1.0, None, None], [0.8, 1.0, None], [0.6, 0.8, 1.0]]
+    assert facts["average_accuracy"] == pytest.approx(0.8)
+    assert facts["forgetting"] == pytest.approx(0.3)
+    assert facts["backward_transfer"] == pytest.approx(-0.3)
+    assert facts["forward_transfer"] is None
+    assert facts["task_classes"][1] == ["a1", "b|1"]
+    assert (facts["agent"], facts["dataset"], facts["seed"]) == ("FakeAgent", "toys", 7)
+    assert (facts["world_size"], facts["optimizer_steps"], facts["num_parameters"]) == (2, 42, 8)
+    assert len(facts["config_hash"]) == 64
+    assert facts["versions"]["torch"]
+    assert facts["versions"]["dcl_lightning"]
+    with (tmp_path / "report/accuracy_matrix.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["after_task", "task_0", "task_1", "task_2"]
+    assert rows[2] == ["1", "0.8", "1.0", ""]
+    summary = (tmp_path / "report/summary.md").read_text()
+    assert "| task 2 | 60.0 | 80.0 | 100.0 |" in summary
+    assert r"b\|1" in summary
+    assert (tmp_path / "report/accuracy_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert not [p for p in (tmp_path / "report").iterdir() if p.name.startswith(".")]
+
+
+def test_written_once_a_fit(tmp_path, capsys):
+    report, trainer, agent = TaskReport(), make_trainer(tmp_path, Clock()), FakeAgent()
+    report.on_train_end(trainer, agent)
+    report.on_fit_end(trainer, agent)
+    assert capsys.readouterr().out.count("Report:") == 1
+    report.setup(trainer, agent, "fit")
+    report.on_fit_end(trainer, agent)
+    assert capsys.readouterr().out.count("Report:") == 1
+
+
+def test_only_worker_zero_writes_and_prints(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, clock := Clock(), is_global_zero=False)
+    TaskReport().on_task_evaluated(trainer, FakeAgent(), clock.tasks[2])
+    TaskReport().on_train_end(trainer, FakeAgent())
+    assert not (tmp_path / "report").exists()
+    assert not capsys.readouterr().out
+
+
+def test_fast_dev_run_leaves_nothing(tmp_path):
+    TaskReport().on_train_end(make_trainer(tmp_path, Clock(), fast_dev_run=1), FakeAgent())
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_task_has_nulls(tmp_path):
+    TaskReport().on_train_end(make_trainer(tmp_path, Clock(1, 1)), FakeAgent())
+    facts = read(tmp_path)
+    assert facts["average_accuracy"] == 1.0
+    assert facts["forgetting"] is facts["backward_transfer"] is facts["average_incremental_accuracy"] is None
+
+
+def test_unwritable_folder_only_warns(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        TaskReport().on_train_end(make_trainer(file, Clock()), FakeAgent())
+
+
+@pytest.mark.parametrize("callbacks", [[], [Clock(2, 0)]])
+def test_without_a_matrix_only_warns(tmp_path, callbacks):
+    with pytest.warns(UserWarning, match="no task was evaluated"):
+        TaskReport().on_train_end(make_trainer(tmp_path, *callbacks), FakeAgent())
+    assert not (tmp_path / "report").exists()
+
+
+def test_without_matplotlib_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    TaskReport().on_train_end(make_trainer(tmp_path, Clock()), FakeAgent())
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        "accuracy_matrix.json", "accuracy_matrix.csv", "summary.md",
+    }  # fmt: skip
+    assert "png" not in (tmp_path / "report/summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("monitor", "ratio", "selection"),
+    [("train/loss", 0.1, "none"), ("val/acc", 0.1, "validation"), ("val/acc", 0.0, "test")],
+)
+def test_selection_is_told(tmp_path, monitor, ratio, selection):
+    trainer = make_trainer(tmp_path, Clock(), SimpleNamespace(monitor=monitor))
+    trainer.datamodule.val_ratio = ratio
+    TaskReport().on_train_end(trainer, FakeAgent())
+    assert read(tmp_path)["selection"] == selection
+
+
+def test_table_after_a_task(tmp_path, capsys):
+    clock = Clock(3, 2)
+    TaskReport().on_task_evaluated(make_trainer(tmp_path, clock), FakeAgent(), clock.tasks[1])
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert "task 2 of 3" in lines[0]
+    assert lines[-1].split() == ["1", "|", "80.0", "100.0", "|", "90.0"]
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_a_long_stream_stays_narrow():
+    lines = table_text(torch.ones(60, 60, dtype=torch.float64).tril(), 100).splitlines()
+    assert len(lines) == 18
+    assert max(map(len, lines)) < 150

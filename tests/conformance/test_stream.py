@@ -1,0 +1,211 @@
+"""One fit over a stream: hooks, resume, early stopping, fast_dev_run, repetition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from dcl_lightning import ContinualDataModule, FineTuning, ICaRL
+from dcl_lightning.backbones import MLP
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory.size import MemorySize
+
+
+def arrays(num_classes: int = 6, per_class: int = 7):
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(num_classes).repeat(per_class)
+    centres = torch.randn(num_classes, 1, 4, 4, generator=g) * 2
+    x = centres[y] + torch.randn(len(y), 1, 4, 4, generator=g)
+    return x, y, x.clone(), y.clone()
+
+
+def make_data(**kwargs):
+    kwargs = {"increment": 2, "batch_size": 5} | kwargs
+    return ContinualDataModule(arrays(), **kwargs)
+
+
+def make_agent(kind: str, data, seed: int = 0, **kwargs):
+    pl.seed_everything(seed)
+    common = {"epochs_per_task": 2, "lr": 0.05, "momentum": 0.9, "input_spec": data.input_spec} | kwargs
+    if kind == "icarl":
+        return ICaRL(MLP([8]), data.num_classes, rehearsal=MemorySize(buffer_size=12), bce_reduction="sum", **common)
+    return FineTuning(MLP([8]), data.num_classes, **common)
+
+
+def make_trainer(folder: Path, callbacks=(), **kwargs):
+    return pl.Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **({"enable_checkpointing": bool(callbacks)} | kwargs),
+    )
+
+
+def weights(agent) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in agent.parameters()])
+
+
+def matrix(agent) -> torch.Tensor:
+    return agent.clock.matrix.compute()
+
+
+@pytest.mark.parametrize("kind", ["base", "icarl"])
+def test_every_step_resumes_to_the_same_end(tmp_path: Path, kind: str) -> None:
+    saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    data = make_data()
+    agent = make_agent(kind, data, milestones=[1])
+    trainer = make_trainer(tmp_path, [saver])
+    trainer.fit(agent, datamodule=data)
+    assert agent.clock.evaluated_rows == 3
+    assert torch.isfinite(matrix(agent).diagonal()).all()
+    last = trainer.global_step
+    for step in range(1, last):
+        data2 = make_data()
+        again = make_agent(kind, data2, seed=5, milestones=[1])
+        trainer2 = make_trainer(tmp_path / "again")
+        trainer2.fit(again, datamodule=data2, ckpt_path=tmp_path / "steps" / f"step={step}.ckpt")
+        assert trainer2.global_step == last
+        assert torch.equal(weights(again), weights(agent)), f"weights differ after resume from step {step}"
+        assert torch.equal(matrix(again).nan_to_num(-1), matrix(agent).nan_to_num(-1)), step
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_ends_tasks_not_the_stream(tmp_path: Path, first: bool) -> None:
+    stop = EarlyStopping("constant", patience=1)
+    saver = ModelCheckpoint(tmp_path)
+    data = make_data()
+    agent = make_agent("base", data, epochs_per_task=10)
+    epochs: list[int] = []
+
+    class Spy(pl.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            module.log("constant", torch.tensor(1.0))
+
+        def on_train_epoch_start(self, trainer, module):
+            epochs.append(agent.clock.task_at(trainer.current_epoch))
+
+    callbacks = [stop, saver, Spy()] if first else [Spy(), saver, stop]
+    make_trainer(tmp_path, callbacks).fit(agent, datamodule=data)
+    assert epochs == [0, 0, 1, 1, 2, 2]
+    assert agent.clock.evaluated_rows == 3
+
+
+def test_fast_dev_run_crosses_a_boundary(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("icarl", data)
+    trainer = make_trainer(tmp_path, fast_dev_run=1)
+    trainer.fit(agent, datamodule=data)
+    assert trainer.global_step == 2
+    assert agent.clock.evaluated_rows == 2
+
+
+@pytest.mark.parametrize("kind", ["base", "icarl"])
+def test_same_seed_same_result(tmp_path: Path, kind: str) -> None:
+    ends = []
+    for seed in (0, 0, 1):
+        data = make_data(seed=seed)
+        agent = make_agent(kind, data, seed=seed)
+        make_trainer(tmp_path).fit(agent, datamodule=data)
+        ends.append(weights(agent))
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_old_classes_are_trained_on_with_icarl_only(tmp_path: Path) -> None:
+    for kind in ("base", "icarl"):
+        data = make_data()
+        agent = make_agent(kind, data)
+        seen: dict[int, set[int]] = {}
+        inner = agent.training_loss
+
+        def spy(batch, inner=inner, seen=seen, agent=agent):
+            task = agent.clock.task_at(agent.trainer.current_epoch)
+            seen.setdefault(task, set()).update(batch.targets.tolist())
+            return inner(batch)
+
+        agent.training_loss = spy
+        make_trainer(tmp_path).fit(agent, datamodule=data)
+        assert seen[0] == {0, 1}
+        assert seen[2] == (set(range(6)) if kind == "icarl" else {4, 5})
+
+
+def test_icarl_memory_is_within_budget_and_balanced(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("icarl", data)
+    make_trainer(tmp_path).fit(agent, datamodule=data)
+    assert {y: len(ids) for y, ids in agent.exemplars.items()} == dict.fromkeys(range(6), 2)
+
+
+def test_icarl_predicts_only_classes_seen(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("icarl", data)
+
+    class Stop(pl.Callback):
+        def on_task_evaluated(self, trainer, agent, task):
+            trainer.should_stop = True
+
+    trainer = make_trainer(tmp_path, [Stop()])
+    trainer.fit(agent, datamodule=data)
+    predicted = torch.cat([batch for task in trainer.predict(agent, datamodule=data) for batch in task])
+    assert len(predicted) == 42
+    assert set(predicted.tolist()) <= {0, 1}
+
+
+def test_momentum_and_rate_start_anew_with_each_task(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("base", data, milestones=[1])
+    rates: list[float] = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 0:
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    make_trainer(tmp_path, [Spy()]).fit(agent, datamodule=data)
+    assert rates == pytest.approx([0.05, 0.005] * 3)
+
+
+def test_scratch_starts_each_task_from_the_same_weights(tmp_path: Path) -> None:
+    data = make_data(concatenate_tasksets=True)
+    agent = make_agent("base", data, reset_state_dict=True)
+    starts: list[torch.Tensor] = []
+    inner = agent.training_loss
+
+    def spy(batch):
+        if agent.trainer.global_step % 1 == 0 and agent.trainer.fit_loop.batch_idx == 0:
+            starts.append(weights(agent).clone())
+        return inner(batch)
+
+    agent.training_loss = spy
+    make_trainer(tmp_path).fit(agent, datamodule=data)
+    assert torch.equal(starts[0], starts[2])
+    assert torch.equal(starts[0], starts[4])
+
+
+def test_max_epochs_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    data = make_data()
+    with pytest.raises(ConfigurationError, match="epochs_per_task"):
+        make_trainer(tmp_path, max_epochs=7).fit(make_agent("base", data), datamodule=data)
+
+
+def test_selection_on_test_data_is_refused(tmp_path: Path) -> None:
+    data = make_data()
+    stop = EarlyStopping("val/acc", mode="max")
+    with pytest.raises(ConfigurationError, match="val_ratio"):
+        make_trainer(tmp_path, [stop]).fit(make_agent("base", data), datamodule=data)
+
+
+def test_memory_smaller_than_the_classes_is_refused(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("icarl", data)
+    agent.rehearsal = MemorySize(buffer_size=5)
+    with pytest.raises(ConfigurationError, match="6 classes"):
+        make_trainer(tmp_path).fit(agent, datamodule=data)

@@ -1,0 +1,19 @@
+"""Shared by all tests: quiet Lightning, and in CI no test may be skipped."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if os.environ.get("CI") and skipped and exitstatus == 0:
+        print(f"\n{len(skipped)} tests skipped in CI: all must run there")
+        session.exitstatus = 1

@@ -1,0 +1,66 @@
+"""Agents on real Horovod workers through the real command line, against one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def fit(folder: Path, *args: str, timeout: float = 240) -> tuple[dict, dict]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "fit", *args], cwd=folder, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = next((folder / "runs").glob("*/version_0"))
+    report = json.loads((run / "report" / "accuracy_matrix.json").read_text())
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return report, checkpoint
+
+
+@pytest.mark.parametrize("agent", ["base", "icarl"])
+def test_two_workers_equal_one_with_the_double_batch(agent: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    common = ["--config", str(ROOT / f"configs/{agent}_digits.yaml"), "--model.epochs_per_task", "2"]
+    report1, ckpt1 = fit(one, *common, "--data.init_args.batch_size", "16")
+    report2, ckpt2 = fit(
+        two, *common, "--data.init_args.batch_size", "8", "--trainer.strategy", "horovod", "--trainer.devices", "2"
+    )
+    assert report2["world_size"] == 2
+    for name, value in ckpt1["state_dict"].items():
+        torch.testing.assert_close(ckpt2["state_dict"][name], value, atol=1e-5, rtol=1e-5, msg=name)
+    assert report1["matrix"] == report2["matrix"]
+    if agent == "icarl":
+        for y, ids in ckpt1["exemplars"].items():
+            assert torch.equal(ids, ckpt2["exemplars"][y])
+
+
+def test_ten_images_on_three_workers_count_as_ten(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        """
+import lightning.pytorch as pl, torch
+from dcl_lightning import ContinualDataModule, FineTuning
+from dcl_lightning.backbones import MLP
+
+x = torch.randn(22, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+y = torch.arange(22) % 2
+data = ContinualDataModule((x, y, x[:10], y[:10]), increment=2, batch_size=4)
+agent = FineTuning(MLP([4]), data.num_classes, input_spec=data.input_spec)
+pl.Trainer(strategy="horovod", devices=3, accelerator="cpu", logger=False, enable_checkpointing=False,
+           enable_progress_bar=False, num_sanity_val_steps=0).fit(agent, datamodule=data)
+print("TOTAL", int(agent.clock.matrix.total[0, 0]), flush=True)
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    totals = [line.split()[-1] for line in done.stdout.splitlines() if "TOTAL" in line]
+    assert totals == ["10"] * 3

@@ -1,0 +1,130 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def run(args: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_print_config_round_trips(config: Path, tmp_path: Path) -> None:
+    first = run(["fit", "--config", str(config), "--print_config"], tmp_path)
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "printed.yaml").write_text(first.stdout)
+    second = run(["fit", "--config", "printed.yaml", "--print_config"], tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert yaml.safe_load(first.stdout) == yaml.safe_load(second.stdout)
+
+
+def test_fit_writes_the_report(tmp_path: Path) -> None:
+    done = run(["fit", "--config", str(ROOT / "configs/icarl_digits.yaml"), "--model.epochs_per_task", "1"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "icarl_digits" / "version_0"
+    report = json.loads((folder / "report" / "accuracy_matrix.json").read_text())
+    assert len(report["matrix"]) == 5
+    assert report["matrix"][0][1] is None
+    assert (folder / "report" / "accuracy_matrix.png").stat().st_size > 1000
+    assert (folder / "report" / "accuracy_matrix.csv").exists()
+    assert (folder / "report" / "summary.md").exists()
+    assert (folder / "config.yaml").exists()
+    assert list((folder / "checkpoints").glob("last*.ckpt"))
+
+
+def test_short_names_with_flags_only(tmp_path: Path) -> None:
+    done = run(
+        "fit --model base --model.epochs_per_task 1 --data.dataset digits --data.increment 5".split()
+        + "--trainer.limit_train_batches 2 --trainer.accelerator cpu".split(),
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["fit", "--model.learning_rat", "1"], "learning_rat"),
+        (["fit", "--data.datasett", "digits"], "datasett"),
+        (["fit", "--data.increment", "5,5"], "increment"),
+        (["fit", "--data.increment", "0"], "increment"),
+        (["fit", "--data.initial_increment", "15", "--data.increment", "2"], "initial_increment"),
+        (["fit", "--trainer.max_epochs", "7"], "epochs_per_task"),
+        (["fit", "--model", "nosuchagent"], "nosuchagent"),
+        ([], "subcommand"),
+    ],
+)
+def test_wrong_usage_is_one_message_and_code_2(args: list[str], word: str, tmp_path: Path) -> None:
+    done = run(args, tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_cifar100_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = run(["fit", "--config", str(ROOT / "configs/icarl_cifar100.yaml")], tmp_path)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "CIFAR100" in errors[0]
+    assert "data.download" in errors[0]
+    assert not (tmp_path / "datasets").exists()
+    assert not (tmp_path / "runs").exists()
+    assert time.monotonic() - start < 60
+
+
+def write_cifar100(folder: Path) -> None:
+    target = folder / "cifar-100-python"
+    target.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, per_class in (("train", 4), ("test", 2)):
+        fine = np.repeat(np.arange(100), per_class)
+        content = {
+            b"data": rng.integers(0, 256, (len(fine), 3072), dtype=np.uint8),
+            b"fine_labels": fine.tolist(),
+            b"coarse_labels": (fine // 5).tolist(),
+            b"filenames": [f"{i}.png".encode() for i in range(len(fine))],
+            b"batch_label": b"one",
+        }
+        (target / split).write_bytes(pickle.dumps(content))
+    names = {b"fine_label_names": [f"c{i}".encode() for i in range(100)], b"coarse_label_names": [b"s"] * 20}
+    (target / "meta").write_bytes(pickle.dumps(names))
+
+
+def test_icarl_cifar100_on_files_in_its_own_format(tmp_path: Path) -> None:
+    write_cifar100(tmp_path / "datasets" / "CIFAR100")
+    done = run(
+        ["fit", "--config", str(ROOT / "configs/icarl_cifar100.yaml"), "--trainer.limit_train_batches", "3"]
+        + "--model.epochs_per_task 1 --model.init_args.rehearsal.buffer_size 200 --data.batch_size 8".split()
+        + ["--data.init_args.increment", "50", "--trainer.accelerator", "cpu"],
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "runs/icarl_cifar100/version_0/report/accuracy_matrix.json").read_text())
+    assert len(report["matrix"]) == 2
+
+
+def test_second_run_gets_a_new_folder_and_resume_works(tmp_path: Path) -> None:
+    args = ["fit", "--config", str(ROOT / "configs/base_digits.yaml"), "--model.epochs_per_task", "1"]
+    assert run(args, tmp_path).returncode == 0
+    assert run(args, tmp_path).returncode == 0
+    folder = tmp_path / "runs" / "base_digits"
+    assert (folder / "version_1" / "report" / "summary.md").exists()
+    done = run([*args, "--ckpt_path", str(folder / "version_0" / "checkpoints" / "last.ckpt")], tmp_path)
+    assert done.returncode == 0, done.stderr
