@@ -6,9 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Makes ``Trainer(strategy="horovod")`` known; imports no Horovod.
-try:
-    from dcl_lightning.distributed.strategy import HorovodStrategy
-except ImportError: HorovodStrategy=None
+from dcl_lightning.distributed.strategy import HorovodStrategy
 
 if TYPE_CHECKING:
     from dcl_lightning.agents import ContinualAgent, FineTuning, ICaRL

@@ -37,13 +37,17 @@ def _from_bytes(data: Tensor, like: Tensor) -> Tensor:
 
 
 class HorovodComm:
-    """Collectives through Horovod; operations are named in order of their calls."""
+    """Collectives through Horovod, which matches operations by name.
 
-    def __init__(self) -> None:
+    Args:
+        stream: prefix of the names; two streams may be in use by two threads at once.
+    """
+
+    def __init__(self, stream: str = "comm") -> None:
         import horovod.torch as hvd
 
         self._hvd = hvd
-        self._calls = 0
+        self._stream = stream
 
     @property
     def rank(self) -> int:
@@ -56,8 +60,8 @@ class HorovodComm:
         return int(self._hvd.size())
 
     def _name(self, what: str) -> str:
-        self._calls += 1
-        return f"comm.{what}.{self._calls}"
+        # Every operation here is waited for, so a name is free again when it is used again.
+        return f"{self._stream}.{what}"
 
     def allreduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
         """Return a new tensor, reduced over workers; integer means are float64, bfloat16 goes through float32."""

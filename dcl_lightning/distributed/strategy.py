@@ -1,0 +1,272 @@
+"""``strategy="horovod"``: what ddp does, through Horovod."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from dcl_lightning.distributed.comm import HorovodComm
+from dcl_lightning.distributed.environment import (
+    HorovodEnvironment,
+    launched_by_horovod,
+    set_rank_from_environment,
+)
+from dcl_lightning.distributed.gradients import GradientAverager
+from dcl_lightning.distributed.launcher import HorovodLauncher
+from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
+from dcl_lightning.memory.comm import Comm, SingleProcessComm
+
+__all__ = ["HorovodStrategy"]
+
+
+class HorovodStrategy(ParallelStrategy):
+    """Data-parallel training over Horovod's workers.
+
+    Under ``horovodrun`` and ``mpirun`` it takes the place that it is given; under plain ``python`` with
+    ``devices`` above 1 it starts the other workers itself. Gradients are averaged when ``backward()``
+    returns, as with ddp.
+
+    Args:
+        accelerator: set by the trainer.
+        parallel_devices: set by the trainer.
+        checkpoint_io: set by the trainer.
+        precision_plugin: set by the trainer.
+        cluster_environment: ours, unless given.
+        op: how gradients are combined.
+        compression: type in which gradients travel.
+        gradient_predivide_factor: averages divide by it before the sum and by workers / factor after.
+        find_unused_parameters: allow parameters that take no part in some worker's step.
+        start_timeout: seconds that workers wait for each other at the start.
+
+    Raises:
+        HorovodNotFoundError: Horovod is not installed.
+    """
+
+    strategy_name = "horovod"
+    is_distributed = True  # read by the trainer: without it ``sync_dist`` is ignored
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        op: Literal["average", "sum", "adasum"] = "average",
+        compression: Literal["none", "fp16", "bf16"] = "none",
+        gradient_predivide_factor: float = 1.0,
+        find_unused_parameters: bool = False,
+        start_timeout: int = 120,
+    ) -> None:
+        if importlib.util.find_spec("horovod") is None:
+            raise HorovodNotFoundError
+        if gradient_predivide_factor <= 0 or start_timeout < 1:
+            raise ConfigurationError(
+                f"gradient_predivide_factor={gradient_predivide_factor} must be above 0 and "
+                f"start_timeout={start_timeout} at least 1 second"
+            )
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment or HorovodEnvironment(),
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self.start_timeout = start_timeout
+        self._averager = GradientAverager(op, compression, gradient_predivide_factor, find_unused_parameters)
+        self._comm: Comm = SingleProcessComm()
+        self._failed = False
+        set_rank_from_environment()
+
+    # -- who and where -----------------------------------------------------------------------------
+
+    @property
+    def comm(self) -> Comm:
+        """The cluster for memory, data and metrics."""
+        return self._comm
+
+    @property
+    def environment(self) -> HorovodEnvironment:
+        """The cluster environment, ours."""
+        assert isinstance(self.cluster_environment, HorovodEnvironment)
+        return self.cluster_environment
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of hosts."""
+        return self.environment.num_nodes()
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        if num_nodes not in (1, self.num_nodes):
+            raise ConfigurationError(
+                f"trainer.num_nodes={num_nodes}, but the launcher started {self.num_nodes} hosts: leave num_nodes out"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Number of workers; before the local launch, the number of devices asked for."""
+        if launched_by_horovod():
+            return self.environment.world_size()
+        return len(self.parallel_devices or [None])
+
+    @property
+    def root_device(self) -> torch.device:
+        """This worker's device."""
+        devices = self.parallel_devices or [torch.device("cpu")]
+        if devices[0].type == "cpu":
+            return devices[0]
+        # One device for this worker alone: the launcher masked the others, or ``devices=1`` under it.
+        if len(devices) == 1:
+            masked = torch.cuda.device_count() == 1
+            return devices[0] if masked else torch.device("cuda", self.local_rank)
+        return devices[self.local_rank]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Arguments of a ``DistributedSampler``."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def set_world_ranks(self) -> None:
+        """Tell Lightning's rank-zero helpers this worker's rank."""
+        set_rank_from_environment()
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        devices = len(self.parallel_devices or [None])
+        if not launched_by_horovod():
+            if devices > 1:
+                self._launcher = HorovodLauncher(devices)
+        elif devices not in (1, self.environment.local_size()):
+            raise ConfigurationError(
+                f"trainer.devices={devices}, but the launcher started {self.environment.local_size()} workers on this "
+                "host: leave devices out"
+            )
+
+    def setup_environment(self) -> None:
+        """Join the other workers; the first thing that needs Horovod itself."""
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(self.start_timeout))
+        import horovod.torch as hvd
+
+        hvd.init()
+        self._failed = False
+        self._comm = HorovodComm() if hvd.size() > 1 else SingleProcessComm()
+        super().setup_environment()
+        reset_seed()
+
+    def model_to_device(self) -> None:
+        """Move the module to this worker's device."""
+        assert self.model is not None
+        if self.root_device.type == "cuda":
+            torch.cuda.set_device(self.root_device)
+        self.model.to(self.root_device)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Start from worker 0's weights; with several workers, average every gradient from now on."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        assert self.lightning_module is not None
+        if self._layer_sync is not None and self._comm.size > 1:
+            raise ConfigurationError("trainer.sync_batchnorm=true is not available with strategy=horovod yet")
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
+        self.model_to_device()
+        if self._comm.size > 1:
+            from dcl_lightning.distributed.metrics import attach_metrics
+
+            self._broadcast_state(self.lightning_module)
+            attach_metrics(self.lightning_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING and self._comm.size > 1:
+            self._averager.attach(self.lightning_module)
+
+    @torch.no_grad()
+    def _broadcast_state(self, module: nn.Module) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.copy_(self._comm.broadcast(tensor.detach()))
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave the job, which ends the others' waiting with an error."""
+        import horovod.torch as hvd
+
+        self._failed = True
+        self._averager.detach()
+        if hvd.is_initialized() and hvd.size() > 1:
+            hvd.shutdown()
+
+    def teardown(self) -> None:
+        """Remove the hooks; Horovod runs on for the next ``fit``."""
+        self._averager.detach()
+        super().teardown()
+
+    # -- gradients ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Leave gradients local, for all but the last step of an accumulation."""
+        with self._averager.paused():
+            yield
+
+    # -- collectives -------------------------------------------------------------------------------
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all workers; nothing after a failure."""
+        if not self._failed:
+            self._comm.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return worker ``src``'s object."""
+        if self._comm.size == 1:
+            return obj
+        import horovod.torch as hvd
+
+        return hvd.broadcast_object(obj, root_rank=src, name="strategy.broadcast")
+
+    def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return a tensor reduced over workers; other things as they are. Integer means are float64."""
+        if not isinstance(tensor, Tensor) or self._comm.size == 1:
+            return tensor
+        name = str(getattr(reduce_op, "name", reduce_op) or "mean").lower().removeprefix("redopttype.")
+        name = {"avg": "mean"}.get(name, name)
+        if name not in ("sum", "mean", "min", "max"):
+            raise ValueError(f"reduce_op={reduce_op!r}: give sum, mean, min or max")
+        return self._comm.allreduce(tensor, name)  # type: ignore[arg-type]
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return ``(workers, *shape)``; with ``sync_grads`` gradients are summed over workers, as with ddp."""
+        if self._comm.size == 1:
+            return tensor
+        if sync_grads:
+            return _GatherWithGradient.apply(tensor, self._comm)
+        return torch.stack(self._comm.allgather(tensor[None])).squeeze(1)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return torch.stack(comm.allgather(tensor[None])).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.comm.allreduce(grads[0])[ctx.comm.rank], None
+
+
+if HorovodStrategy.strategy_name not in StrategyRegistry:
+    StrategyRegistry.register(HorovodStrategy.strategy_name, HorovodStrategy, "Data-parallel training over Horovod")
