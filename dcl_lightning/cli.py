@@ -6,12 +6,12 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import dcl_lightning.agents.presets
-import dcl_lightning.backbones.presets  # noqa: F401  (both make the short names known)
+import dcl_lightning.backbones.presets
 from dcl_lightning.agents import ContinualAgent
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError, DataError, HorovodNotFoundError
@@ -52,7 +52,10 @@ class ContinualCLI(LightningCLI):
         """Set our defaults and give the agent the sizes that the data module knows."""
         parser.set_defaults(
             {
-                "model": {"class_path": "dcl_lightning.agents.presets.base", "init_args": {"backbone": "mlp"}},
+                "model": {
+                    "class_path": "dcl_lightning.agents.presets.base",
+                    "init_args": {"backbone": "mlp"},
+                },
                 "data": {"class_path": "dcl_lightning.data.datamodule.ContinualDataModule"},
                 "trainer.max_epochs": -1,
                 "trainer.logger": _LOGGER,

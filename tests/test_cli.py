@@ -49,8 +49,18 @@ def test_fit_writes_the_report(tmp_path: Path) -> None:
 
 def test_short_names_with_flags_only(tmp_path: Path) -> None:
     done = run(
-        "fit --model base --model.epochs_per_task 1 --data.dataset digits --data.increment 5".split()
-        + "--trainer.limit_train_batches 2 --trainer.accelerator cpu".split(),
+        [
+            "fit",
+            "--model",
+            "base",
+            "--model.epochs_per_task",
+            "1",
+            "--data.dataset",
+            "digits",
+            "--data.increment",
+            "5",
+        ]
+        + ["--trainer.limit_train_batches", "2", "--trainer.accelerator", "cpu"],
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -111,7 +121,14 @@ def test_icarl_cifar100_on_files_in_its_own_format(tmp_path: Path) -> None:
     write_cifar100(tmp_path / "datasets" / "CIFAR100")
     done = run(
         ["fit", "--config", str(ROOT / "configs/icarl_cifar100.yaml"), "--trainer.limit_train_batches", "3"]
-        + "--model.epochs_per_task 1 --model.init_args.rehearsal.buffer_size 200 --data.batch_size 8".split()
+        + [
+            "--model.epochs_per_task",
+            "1",
+            "--model.init_args.rehearsal.buffer_size",
+            "200",
+            "--data.batch_size",
+            "8",
+        ]
         + ["--data.init_args.increment", "50", "--trainer.accelerator", "cpu"],
         tmp_path,
     )

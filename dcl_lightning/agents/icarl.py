@@ -1,5 +1,7 @@
-"""iCaRL: Rebuffi, Kolesnikov, Sperl and Lampert, "iCaRL: Incremental Classifier and Representation
-Learning", CVPR 2017, arXiv 1611.07725, algorithms 1 to 5.
+"""iCaRL: exemplars by herding, distillation, nearest-mean prediction.
+
+Rebuffi, Kolesnikov, Sperl and Lampert, "iCaRL: Incremental Classifier and Representation Learning",
+CVPR 2017, arXiv 1611.07725, algorithms 1 to 5.
 """
 
 from __future__ import annotations
@@ -48,14 +50,14 @@ class ICaRL(ContinualAgent):
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: MemorySize = MemorySize(),
+        rehearsal: MemorySize | None = None,
         bce_reduction: Literal["mean", "sum"] = "mean",
         selection: Literal["herding", "nearest"] = "herding",
         nme_flip: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
-        self.rehearsal = rehearsal
+        self.rehearsal = rehearsal or MemorySize()
         self.bce_reduction = bce_reduction
         self.selection = selection
         self.nme_flip = nme_flip
@@ -97,9 +99,7 @@ class ICaRL(ContinualAgent):
         data = self._data
         self._teaching = bool(self.has_teacher)
         default = 20 * self.num_classes
-        self.capacity = self.rehearsal.total(
-            self.num_classes, self.comm.size, len(data.train_targets), default
-        )
+        self.capacity = self.rehearsal.total(self.num_classes, self.comm.size, len(data.train_targets), default)
         if self.capacity < self.num_classes:
             raise ConfigurationError(
                 f"a memory of {self.capacity} exemplars is smaller than the {self.num_classes} classes of the stream: "

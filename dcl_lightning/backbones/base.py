@@ -32,17 +32,13 @@ class Backbone(nn.Module):
 
     feature_dim: int
 
-    def __init__(
-        self, in_channels: int | None = None, input_size: int | tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, in_channels: int | None = None, input_size: int | tuple[int, int] | None = None) -> None:
         super().__init__()
         if isinstance(input_size, int):
             input_size = (input_size, input_size)
         given = (in_channels, *(input_size or ()))
         if any(number is not None and number < 1 for number in given):
-            raise ConfigurationError(
-                f"in_channels={in_channels} and input_size={input_size} must be at least 1"
-            )
+            raise ConfigurationError(f"in_channels={in_channels} and input_size={input_size} must be at least 1")
         self.in_channels = in_channels
         self.input_size = None if input_size is None else (input_size[0], input_size[1])
         self.input_spec: InputSpec | None = None

@@ -24,7 +24,5 @@ class LinearHead(nn.Linear):
 
     def __init__(self, feature_dim: int, num_classes: int) -> None:
         if feature_dim < 1 or num_classes < 1:
-            raise ConfigurationError(
-                f"feature_dim={feature_dim} and num_classes={num_classes} must be at least 1"
-            )
+            raise ConfigurationError(f"feature_dim={feature_dim} and num_classes={num_classes} must be at least 1")
         super().__init__(feature_dim, num_classes)

@@ -26,9 +26,7 @@ class MNISTNet(Backbone):
         ConfigurationError: if the input is smaller than 10 pixels, there or in ``adapt``.
     """
 
-    def __init__(
-        self, in_channels: int | None = None, input_size: int | tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, in_channels: int | None = None, input_size: int | tuple[int, int] | None = None) -> None:
         super().__init__(in_channels, input_size)
         self._build_if_known()
 
@@ -37,8 +35,7 @@ class MNISTNet(Backbone):
         height, width = (((side - 2) // 2 - 2) // 2 for side in (spec.height, spec.width))
         if height < 1 or width < 1:
             raise ConfigurationError(
-                f"mnistnet needs inputs of at least 10 x 10 pixels, got {spec.height} x {spec.width}: "
-                "use mlp or resnet"
+                f"mnistnet needs inputs of at least 10 x 10 pixels, got {spec.height} x {spec.width}: use mlp or resnet"
             )
         self.layers = nn.Sequential(
             nn.Conv2d(spec.channels, 32, 3),

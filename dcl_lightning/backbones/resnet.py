@@ -75,9 +75,7 @@ class ResNet(Backbone):
         if self.depth in _CIFAR_DEPTHS:
             features = self._build_cifar(spec.channels, self.width or 16)
         else:
-            small = self.stem == "cifar" or (
-                self.stem == "auto" and max(spec.height, spec.width) <= _CIFAR_STEM_UP_TO
-            )
+            small = self.stem == "cifar" or (self.stem == "auto" and max(spec.height, spec.width) <= _CIFAR_STEM_UP_TO)
             features = self._build_imagenet(spec.channels, self.width or 64, small)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -115,9 +113,7 @@ class ResNet(Backbone):
                 stride = 2 if stage and not index else 1
                 shortcut = None
                 if stride != 1 or before != after:
-                    shortcut = nn.Sequential(
-                        nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
-                    )
+                    shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
                 blocks.append(block(before, planes, stride, shortcut))
                 before = after
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))

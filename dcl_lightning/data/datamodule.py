@@ -66,7 +66,11 @@ class ContinualDataModule(pl.LightningDataModule):
         source_options: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("num_tasks", num_tasks)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("num_tasks", num_tasks),
+        ):
             if value is not None and value < 1:
                 raise ConfigurationError(f"data.{name}={value}: give at least 1")
         if not 0 <= val_ratio < 1:

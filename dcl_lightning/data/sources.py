@@ -192,9 +192,7 @@ _CIFAR_STATS = {
     100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 _MNIST_FILES = tuple(
-    f"MNIST/raw/{part}-{kind}"
-    for part in ("train", "t10k")
-    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    f"MNIST/raw/{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
 )
 
 SOURCES: dict[str, Source] = {
@@ -202,7 +200,13 @@ SOURCES: dict[str, Source] = {
     "digits_dev": Source(10, InputSpec(1, 8, 8), _digits_dev),
     "synthetic": Source(10, InputSpec(3, 32, 32), _synthetic, (0.5,) * 3, (0.25,) * 3, augment=True),
     "mnist": Source(
-        10, InputSpec(1, 28, 28), _continuum("MNIST", ""), (0.1307,), (0.3081,), files=_MNIST_FILES, downloadable=True
+        10,
+        InputSpec(1, 28, 28),
+        _continuum("MNIST", ""),
+        (0.1307,),
+        (0.3081,),
+        files=_MNIST_FILES,
+        downloadable=True,
     ),
     "cifar10": Source(
         10,

@@ -30,7 +30,7 @@ def set_rank_from_environment() -> None:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning_utilities.core.rank_zero import rank_zero_only as shared_rank_zero_only
 
-    rank_zero_only.rank = shared_rank_zero_only.rank = _read("rank")
+    rank_zero_only.rank = shared_rank_zero_only.rank = _read("rank")  # type: ignore[attr-defined]
 
 
 def _read(what: str) -> int:

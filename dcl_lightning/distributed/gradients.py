@@ -71,7 +71,7 @@ class GradientAverager:
         if not self._queued:
             self._queued = True
             # The engine runs it when this backward pass is over; ddp's reducer is built on the same call.
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         if not self.find_unused:
             self._start(parameter)
 
@@ -86,7 +86,11 @@ class GradientAverager:
         elif dtype != sent.dtype:
             sent = sent.to(dtype)
         handle = self._hvd.allreduce_async_(
-            sent, name=self._names[parameter], op=self._ops[self.op], prescale_factor=before, postscale_factor=after
+            sent,
+            name=self._names[parameter],
+            op=self._ops[self.op],
+            prescale_factor=before,
+            postscale_factor=after,
         )
         self._pending.append((parameter, handle))
 

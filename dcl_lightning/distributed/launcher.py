@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
-__all__ = ["HorovodLauncher"]
+__all__ = ["HorovodLauncher", "worker_variables"]
 
 _GRACE_S = 3.0
 _LAST_LINES = 40
@@ -69,7 +69,7 @@ class HorovodLauncher(_Launcher):
         atexit.register(self._end)
         command = _own_command()
         for slot in slots:
-            variables = _variables(slot, port, threads)
+            variables = worker_variables(slot, port, threads)
             if slot.rank == 0:
                 os.environ.update(variables)
                 continue
@@ -126,7 +126,14 @@ def _own_command() -> list[str]:
     return [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:]]
 
 
-def _variables(slot: Any, port: int, threads: int) -> dict[str, str]:
+def worker_variables(slot: Any, port: int, threads: int) -> dict[str, str]:
+    """Return the environment of one local worker.
+
+    Args:
+        slot: the worker's place, from Horovod's host assignments.
+        port: port of the rendezvous on the loopback interface.
+        threads: threads of the worker, unless OMP_NUM_THREADS says otherwise.
+    """
     values = {
         "HOROVOD_HOSTNAME": "localhost",
         "HOROVOD_RANK": slot.rank,

@@ -183,7 +183,7 @@ class HorovodStrategy(ParallelStrategy):
         if self._layer_sync is not None and self._comm.size > 1:
             raise ConfigurationError("trainer.sync_batchnorm=true is not available with strategy=horovod yet")
         self.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
+        self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if self._comm.size > 1:
             from dcl_lightning.distributed.metrics import attach_metrics

@@ -52,9 +52,7 @@ def average_incremental_accuracy(pooled: Tensor, skip_first: bool = False) -> Te
     return pooled[int(skip_first) :].nanmean()
 
 
-def forgetting(
-    matrix: Tensor, mode: Literal["max_last", "max_with_last", "first_last"] = "max_last"
-) -> Tensor:
+def forgetting(matrix: Tensor, mode: Literal["max_last", "max_with_last", "first_last"] = "max_last") -> Tensor:
     r"""Return how much of the best accuracy was lost, on average (Chaudhry et al. 2018); can be negative.
 
     .. math:: F = \frac{1}{T-1} \sum_{j<T-1} \Bigl(\max_{j \le l < T-1} R_{l, j} - R_{T-1, j}\Bigr)

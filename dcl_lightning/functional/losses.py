@@ -14,9 +14,7 @@ from torch.nn import functional as F
 __all__ = ["icarl_loss", "icarl_targets", "weighted_cross_entropy"]
 
 
-def weighted_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, normaliser: Tensor | float
-) -> Tensor:
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, normaliser: Tensor | float) -> Tensor:
     r"""Return the weighted cross entropy, 0-dim.
 
     .. math:: \frac{1}{n} \sum_i w_i \, \mathrm{CE}(z_i, y_i)

@@ -48,9 +48,7 @@ class Clock(pl.Callback):
     def __init__(self, num_tasks=3, rows=3):
         self.matrix = AccuracyMatrix(num_tasks)
         self.evaluated_rows = rows
-        self.tasks = [
-            Task(t, num_tasks, (2 * t, 2 * t + 1), (f"a{t}", f"b|{t}"), 50, 2) for t in range(num_tasks)
-        ]
+        self.tasks = [Task(t, num_tasks, (2 * t, 2 * t + 1), (f"a{t}", f"b|{t}"), 50, 2) for t in range(num_tasks)]
         self.wall_time = {"train": 1.5, "select": 0.0, "eval": 0.25}
         self.samples_seen = {"new": 100, "rehearsed": 0}
         for i in range(rows):

@@ -15,7 +15,11 @@ ROOT = Path(__file__).parent.parent.parent
 
 def fit(folder: Path, *args: str, timeout: float = 240) -> tuple[dict, dict]:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), "fit", *args], cwd=folder, capture_output=True, text=True, timeout=timeout
+        [sys.executable, str(ROOT / "cli.py"), "fit", *args],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = next((folder / "runs").glob("*/version_0"))
@@ -32,7 +36,14 @@ def test_two_workers_equal_one_with_the_double_batch(agent: str, tmp_path: Path)
     common = ["--config", str(ROOT / f"configs/{agent}_digits.yaml"), "--model.epochs_per_task", "2"]
     report1, ckpt1 = fit(one, *common, "--data.init_args.batch_size", "16")
     report2, ckpt2 = fit(
-        two, *common, "--data.init_args.batch_size", "8", "--trainer.strategy", "horovod", "--trainer.devices", "2"
+        two,
+        *common,
+        "--data.init_args.batch_size",
+        "8",
+        "--trainer.strategy",
+        "horovod",
+        "--trainer.devices",
+        "2",
     )
     assert report2["world_size"] == 2
     for name, value in ckpt1["state_dict"].items():
