@@ -166,7 +166,7 @@ def _from_class_path(name: str, root: str, download: bool) -> Splits:
     module, _, attribute = name.rpartition(".")
     if not module:
         raise ConfigurationError(
-            f"data.dataset={name!r}: give one of {', '.join(sorted(SOURCES))}, or the class path of a continuum data set"
+            f"data.dataset={name!r}: give one of {', '.join(sorted(SOURCES))}, or a continuum data set's class path"
         )
     try:
         cls = getattr(importlib.import_module(module), attribute)

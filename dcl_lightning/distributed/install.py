@@ -66,7 +66,8 @@ class Build:
     def key(self) -> str:
         """Name of the build in the cache."""
         text = json.dumps(asdict(self), sort_keys=True)
-        return f"{self.horovod}-{self.python}-torch{self.torch}-{self.gpu}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        return f"{self.horovod}-{self.python}-torch{self.torch}-{self.gpu}-{digest}"
 
 
 def missing_tools(gpu: str, path: str | None = None) -> list[str]:

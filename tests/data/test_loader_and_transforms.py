@@ -1,0 +1,68 @@
+"""Batches: the same on any number of workers, resumable, each sample with its own augmentation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.transforms import functional as tv
+
+from dcl_lightning.data import transforms
+from dcl_lightning.data.loader import TaskLoader
+
+
+def loader(indices, size=1, rank=0, batch_size=6, train=True):
+    x, y = torch.arange(50.0)[:, None], torch.arange(50)
+    return TaskLoader(x, y, y * 0, batch_size, torch.as_tensor(indices), rank, size, train=train, seed=3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 12, 25])
+@pytest.mark.parametrize("size", [2, 3])
+def test_workers_together_see_what_one_sees_step_by_step(count: int, size: int) -> None:
+    one = list(loader(range(count), batch_size=6 * size))
+    many = [list(loader(range(count), size, rank)) for rank in range(size)]
+    assert {len(m) for m in many} == {len(one)}
+    for step, whole in enumerate(one):
+        parts = [m[step] for m in many]
+        real = torch.cat([p.sample_ids[p.weights > 0] for p in parts])
+        assert sorted(real.tolist()) == sorted(whole.sample_ids.tolist())
+        assert all(float(p.normaliser) == pytest.approx(len(whole.sample_ids) / size) for p in parts)
+
+
+def test_evaluation_shards_are_exact() -> None:
+    seen = [b.sample_ids for rank in range(3) for b in loader(range(10), 3, rank, train=False)]
+    assert sorted(torch.cat(seen).tolist()) == list(range(10))
+
+
+def test_place_within_an_epoch_resumes() -> None:
+    first = loader(range(20))
+    batches = []
+    for batch in first:
+        batches.append(batch.sample_ids.tolist())
+        if len(batches) == 2:
+            state = first.state_dict()
+    again = loader(range(20))
+    again.load_state_dict(state)
+    assert [b.sample_ids.tolist() for b in again] == batches[2:]
+    again.visit(again.indices, 1)
+    again.load_state_dict(state)
+    assert len(list(again)) == len(batches)
+
+
+def test_augmentation_is_torchvisions_crop_and_flip() -> None:
+    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    ids = torch.arange(64)
+    out = transforms.augment(images, ids, seed=1, epoch=2)
+    tops, lefts, flips = (transforms.draws(ids, 1, 2, s, high) for s, high in ((0, 9), (1, 9), (2, 2)))
+    for i in range(64):
+        expected = tv.crop(tv.pad(images[i], 4), int(tops[i]), int(lefts[i]), 8, 8)
+        expected = tv.hflip(expected) if flips[i] else expected
+        assert torch.equal(out[i], expected)
+
+
+def test_draws_are_uniform_and_do_not_depend_on_the_batch() -> None:
+    ids = torch.arange(90_000)
+    offsets = transforms.draws(ids, 0, 0, 0, 9)
+    counts = torch.bincount(offsets, minlength=9).double()
+    assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 26.1  # chi-square, 8 degrees of freedom, p = 0.001
+    assert torch.equal(transforms.draws(ids[500:510], 0, 0, 0, 9), offsets[500:510])
+    assert not torch.equal(transforms.draws(ids, 0, 1, 0, 9), offsets)
