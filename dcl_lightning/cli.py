@@ -97,9 +97,19 @@ def main(args: list[str] | None = None) -> int:
             save_config_kwargs={"overwrite": True},
             args=args,
         )
-    except _USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        told = _user_error(error)
+        if told is None:
+            raise
+        print(f"error: {' '.join(str(told).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _user_error(error: BaseException | None) -> BaseException | None:
+    """Return the error of ours that this one is or came from; jsonargparse wraps those of constructors."""
+    while error is not None and not isinstance(error, _USER_ERRORS):
+        error = error.__cause__ or error.__context__
+    return error

@@ -128,8 +128,14 @@ class ContinualDataModule(pl.LightningDataModule):
     # -- set-up ------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Fetch the data set if asked to; Lightning calls this in one process of each host."""
-        if self.download and self._splits is None:
+        """Refuse a missing data set before anything is created, or fetch it if asked to.
+
+        Lightning calls this in one process of each host.
+        """
+        if self._splits is not None or self._ready:
+            return
+        sources.check_files(self.dataset_name, self.root, self.download)
+        if self.download:
             sources.load(self.dataset_name, self.root, True, self.source_options)
 
     def setup(self, stage: str | None = None) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcl_lightning.data.cifar import FILES as CIFAR_FILES
+from dcl_lightning.data.cifar import read_cifar
 from dcl_lightning.data.scenarios import check_labels
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
 
-__all__ = ["SOURCES", "Source", "Splits", "from_arrays", "load"]
+__all__ = ["SOURCES", "Source", "Splits", "check_files", "from_arrays", "load"]
 
 
 class Splits(NamedTuple):
@@ -162,6 +164,19 @@ def _continuum(class_name: str, folder: str) -> Callable[[str, bool, Mapping[str
     return read
 
 
+def _cifar(num_classes: int, folder: str) -> Callable[[str, bool, Mapping[str, int]], Splits]:
+    def read(root: str, download: bool, options: Mapping[str, int]) -> Splits:
+        path = os.path.join(root, folder)
+        if download:
+            import torchvision.datasets
+
+            # Checks what is there and fetches what is not, with checksums.
+            getattr(torchvision.datasets, f"CIFAR{num_classes}")(path, download=True)
+        return from_arrays(read_cifar(path, num_classes))
+
+    return read
+
+
 def _from_class_path(name: str, root: str, download: bool) -> Splits:
     module, _, attribute = name.rpartition(".")
     if not module:
@@ -211,21 +226,21 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(
         10,
         InputSpec(3, 32, 32),
-        _continuum("CIFAR10", "CIFAR10"),
+        _cifar(10, "CIFAR10"),
         *_CIFAR_STATS[10],
         augment=True,
         folder="CIFAR10",
-        files=("cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch"),
+        files=(*CIFAR_FILES[10][0], *CIFAR_FILES[10][1]),
         downloadable=True,
     ),
     "cifar100": Source(
         100,
         InputSpec(3, 32, 32),
-        _continuum("CIFAR100", "CIFAR100"),
+        _cifar(100, "CIFAR100"),
         *_CIFAR_STATS[100],
         augment=True,
         folder="CIFAR100",
-        files=("cifar-100-python/train", "cifar-100-python/test", "cifar-100-python/meta"),
+        files=(*CIFAR_FILES[100][0], *CIFAR_FILES[100][1]),
         downloadable=True,
     ),
 }

@@ -1,0 +1,63 @@
+"""CIFAR-10 and CIFAR-100 from their Python pickles, of which nothing but arrays and lists is ever loaded."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dcl_lightning.errors import DataError
+
+__all__ = ["FILES", "read_cifar"]
+
+FILES = {
+    10: (tuple(f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)), ("cifar-10-batches-py/test_batch",)),
+    100: (("cifar-100-python/train",), ("cifar-100-python/test",)),
+}
+_ALLOWED = {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+        return super().find_class(module, name)
+
+
+def read_cifar(folder: str, num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return ``(x_train, y_train, x_test, y_test)``, images ``(n, 3, 32, 32)`` uint8 and labels ``(n,)`` int64.
+
+    Args:
+        folder: where the unpacked archive lies.
+        num_classes: 10, or 100 for the fine labels of CIFAR-100.
+
+    Raises:
+        DataError: a file that cannot be read, by its name.
+    """
+    label = "labels" if num_classes == 10 else "fine_labels"
+    splits: list[np.ndarray] = []
+    for files in FILES[num_classes]:
+        parts = [_read(os.path.join(folder, file), label) for file in files]
+        splits += [np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])]
+    return splits[0], splits[1], splits[2], splits[3]
+
+
+def _read(path: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with open(path, "rb") as file:
+            raw: Mapping[Any, Any] = _ArraysOnly(file, encoding="latin1").load()
+        content = {key.decode() if isinstance(key, bytes) else key: value for key, value in raw.items()}
+        images = np.asarray(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.asarray(content[label], dtype=np.int64)
+    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError, TypeError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a CIFAR file ({error}): fetch the data set anew") from error
+    if len(images) != len(labels):
+        raise DataError(f"{path} has {len(images)} images and {len(labels)} labels: fetch the data set anew")
+    return images, labels
