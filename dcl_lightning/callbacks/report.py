@@ -197,7 +197,7 @@ def _picture(matrix: Any) -> bytes | None:
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     matrix.plot(figure.subplots())
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
+    figure.savefig(out, format="png", dpi=150, bbox_inches="tight")
     return out.getvalue()
 
 
