@@ -1,0 +1,59 @@
+"""Which part of the package may import which, and that the package imports nothing heavy of its own accord."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dcl_lightning"
+# A part may import those of lower or equal rank; agents and callbacks build on everything beneath.
+RANK = {
+    "types": 0, "errors": 0, "functional": 1, "memory": 2, "metrics": 2, "backbones": 2,
+    "data": 3, "distributed": 3, "callbacks": 4, "agents": 5, "cli": 6, "__main__": 7, "__init__": 7,
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_downwards(file: Path) -> None:
+    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imported(file):
+        words = name.split(".")
+        if words[0] == "dcl_lightning" and len(words) > 1 and words[1] in RANK:
+            assert RANK[words[1]] <= RANK[part], f"{file.name} imports {name}"
+    if part == "memory":
+        assert not any(n.split(".")[0] in ("lightning", "horovod") for n in imported(file))
+
+
+@pytest.mark.parametrize("method", ["finetuning", "icarl"])
+def test_no_method_imports_another(method: str) -> None:
+    others = {"finetuning", "icarl"} - {method}
+    names = imported(PACKAGE / "agents" / f"{method}.py")
+    assert not any(f"agents.{other}" in name for name in names for other in others)
+
+
+def test_importing_the_package_brings_nothing_heavy() -> None:
+    code = "import sys, dcl_lightning; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    # matplotlib is not in the list: torchmetrics, and so Lightning, imports it where it is installed.
+    assert not {"horovod", "continuum", "sklearn"} & set(loaded)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_files_stay_under_400_lines(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 400
