@@ -23,7 +23,8 @@ class ContinualDataModule(pl.LightningDataModule):
 
     Args:
         dataset: ``digits``, ``digits_dev``, ``mnist``, ``cifar10``, ``cifar100``, ``synthetic``, the class path
-            of a continuum data set of arrays, or in Python ``(x_train, y_train, x_test, y_test)``.
+            of a continuum data set of arrays, or in Python ``(x_train, y_train, x_test, y_test)`` or two continuum
+            data sets, of training and of test.
         root: folder of the data sets; symbolic links are followed.
         download: whether a missing data set may be fetched.
         scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (all classes in every
@@ -48,7 +49,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str | tuple[Any, Any, Any, Any] = "digits",
+        dataset: str | tuple[Any, ...] = "digits",
         root: str = "datasets",
         download: bool = False,
         scenario: Literal["class", "domain", "instance", "none"] = "class",
@@ -81,6 +82,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
         self.source_options = source_options
         self.dataset_name = dataset if isinstance(dataset, str) else "arrays"
+        sources.check_options(self.dataset_name, source_options or {})
         self._source = sources.SOURCES.get(self.dataset_name)
         self._splits = sources.from_arrays(dataset) if not isinstance(dataset, str) else None
         if self._source is None and self._splits is None:
@@ -195,13 +197,17 @@ class ContinualDataModule(pl.LightningDataModule):
         self.task_id = self._clock.task_at(epoch) if self._clock is not None else self.task_id
         first = 0 if self.concatenate_tasksets else self.task_id
         own = torch.cat([self.train_indices(t) for t in range(first, self.task_id + 1)])
-        indices = torch.cat([own, self.extra_indices.get(self.task_id, own[:0])])
+        extra = self.extra_indices.get(self.task_id, own[:0])
+        indices = torch.cat([own, extra[~torch.isin(extra, own)]])
+        rank, size = self._place()
         if self._train_loader is None:
-            rank, size = self._place()
             self._train_loader = TaskLoader(
                 self.train_inputs, self.train_targets, self._train_parts, self.batch_size, indices, rank, size,
                 train=True, seed=self.seed,
             )  # fmt: skip
+        # Another trainer, or Lightning's search for a batch size, may have changed these since the last call.
+        self._train_loader.rank, self._train_loader.size = rank, size
+        self._train_loader.batch_size = self.batch_size
         self._train_loader.visit(indices, epoch)
         return self._train_loader
 

@@ -14,8 +14,12 @@ __all__ = ["Label", "check_labels", "class_tasks", "encode", "hold_out", "order_
 Label = int | str
 
 
-def check_labels(labels: Any) -> np.ndarray:
+def check_labels(labels: Any, field: str = "labels") -> np.ndarray:
     """Return labels as ``(n,)`` int64 or str.
+
+    Args:
+        labels: list, array or tensor of one label a sample.
+        field: name of the labels in messages.
 
     Raises:
         DataError: labels that are negative, fractional, one-hot or of another type.
@@ -24,19 +28,27 @@ def check_labels(labels: Any) -> np.ndarray:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
-        raise DataError(f"labels of shape {array.shape}: give one label a sample, shape (n,), not one-hot rows")
+        raise DataError(f"{field} of shape {array.shape}: give one label a sample, shape (n,), not one-hot rows")
+    if array.dtype.kind == "O" and not any(isinstance(label, str) for label in array):
+        # Numbers in an object array, as from a table's column, must not be sorted as text.
+        array = np.array(array.tolist())
     if array.dtype.kind in "OUS":
         return array.astype(str)
     if array.dtype.kind == "f":
         wrong = array[~np.isfinite(array) | (array != np.floor(array))]
         if len(wrong):
-            raise DataError(f"labels must be whole numbers or names: found {wrong[0]}")
+            raise DataError(f"{field} must be whole numbers or names: found {_some(wrong)}")
     elif array.dtype.kind not in "iub":
-        raise DataError(f"labels of type {array.dtype}: give whole numbers or names")
+        raise DataError(f"{field} of type {array.dtype}: give whole numbers or names")
     array = array.astype(np.int64)
     if len(array) and array.min() < 0:
-        raise DataError(f"labels must be at least 0: found {array.min()}")
+        raise DataError(f"{field} must be at least 0: found {_some(array[array < 0])}")
     return array
+
+
+def _some(values: np.ndarray) -> str:
+    distinct = np.unique(values)
+    return ", ".join(str(v) for v in distinct[:5].tolist()) + (", ..." if len(distinct) > 5 else "")
 
 
 def order_classes(labels: np.ndarray, order: Sequence[Label] | None) -> list[Label]:
@@ -50,7 +62,9 @@ def order_classes(labels: np.ndarray, order: Sequence[Label] | None) -> list[Lab
         return present
     try:
         wanted: list[Label] = [type(present[0])(label) for label in order]
-    except ValueError:
+        if any(isinstance(label, (bool, float)) and label != kept for label, kept in zip(order, wanted, strict=True)):
+            raise ValueError
+    except (TypeError, ValueError):
         raise ConfigurationError(f"data.class_order={list(order)}: the labels are whole numbers") from None
     missing, unknown = sorted(set(present) - set(wanted)), sorted(set(wanted) - set(present))
     double = sorted({label for label in wanted if wanted.count(label) > 1})

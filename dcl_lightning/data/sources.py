@@ -18,7 +18,7 @@ from dcl_lightning.data.scenarios import check_labels
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
 
-__all__ = ["SOURCES", "Source", "Splits", "check_files", "from_arrays", "load"]
+__all__ = ["SOURCES", "Source", "Splits", "check_files", "check_options", "from_arrays", "load"]
 
 
 class Splits(NamedTuple):
@@ -57,6 +57,25 @@ class Source:
     downloadable: bool = False
 
 
+_SYNTHETIC = {"num_classes": 10, "size": 32, "per_class": 40, "seed": 0}
+
+
+def check_options(name: str, options: Mapping[str, int]) -> None:
+    """Refuse options that a data set does not take.
+
+    Raises:
+        ConfigurationError: an unknown option, or a value below 1 (0 for ``seed``).
+    """
+    known = sorted(_SYNTHETIC) if name == "synthetic" else []
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigurationError(f"data.source_options: unknown {unknown}; '{name}' takes {known or 'none'}")
+    for key, value in options.items():
+        least = 0 if key == "seed" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"data.source_options: {key}={value!r}; give a whole number of at least {least}")
+
+
 def load(name: str, root: str, download: bool, options: Mapping[str, int] | None = None) -> Splits:
     """Read both splits of a named data set or of a continuum class.
 
@@ -85,22 +104,32 @@ def check_files(name: str, root: str, download: bool) -> None:
         raise DatasetNotFoundError(name, os.path.abspath(folder), ", ".join(source.files), source.downloadable)
 
 
-def from_arrays(splits: tuple[Any, Any, Any, Any]) -> Splits:
-    """Return splits from ``(x_train, y_train, x_test, y_test)`` arrays or tensors.
+def from_arrays(splits: tuple[Any, ...]) -> Splits:
+    """Return splits from ``(x_train, y_train, x_test, y_test)`` or a pair of continuum data sets.
 
     Images are ``(n, H, W)``, ``(n, H, W, C)`` or ``(n, C, H, W)`` with 1 or 3 channels, vectors ``(n, D)``;
     uint8 stays uint8, anything else becomes float32.
+
+    Raises:
+        DataError: arrays that do not fit each other, or labels or shapes that cannot be used.
     """
+    if len(splits) == 2 and all(hasattr(split, "get_data") for split in splits):
+        splits = tuple(array for split in splits for array in _read_continuum(split, type(split).__name__))
     if len(splits) != 4:
-        raise DataError(f"data.dataset: give (x_train, y_train, x_test, y_test), not {len(splits)} arrays")
+        raise DataError(
+            f"data.dataset: give (x_train, y_train, x_test, y_test) or two continuum data sets, not {len(splits)}"
+        )
     x_train, y_train, x_test, y_test = splits
-    labels = check_labels(y_train), check_labels(y_test)
+    labels = check_labels(y_train, "training labels"), check_labels(y_test, "test labels")
     inputs = _to_channels_first(x_train), _to_channels_first(x_test)
     for part, x, y in zip(("training", "test"), inputs, labels, strict=True):
         if len(x) != len(y):
             raise DataError(f"the {part} split has {len(x)} inputs and {len(y)} labels")
     if not len(labels[0]):
         raise DataError("the training split is empty")
+    if len(labels[1]) and inputs[0].shape[1:] != inputs[1].shape[1:]:
+        shapes = " and ".join(str(tuple(x.shape[1:])) for x in inputs)
+        raise DataError(f"training and test inputs differ in shape (channels, height, width): {shapes}")
     return Splits(inputs[0], labels[0], inputs[1], labels[1])
 
 
@@ -114,6 +143,8 @@ def _to_channels_first(values: Any) -> Tensor:
         return tensor[:, None]
     if tensor.ndim != 4:
         raise DataError(f"inputs of shape {tuple(tensor.shape)}: give (n, D), (n, H, W), (n, H, W, C) or (n, C, H, W)")
+    if tensor.shape[3] == 4 != tensor.shape[2]:
+        raise DataError(f"images of shape {tuple(tensor.shape)} have 4 channels: drop the alpha channel, give 1 or 3")
     if tensor.shape[1] not in (1, 3) and tensor.shape[3] in (1, 3):
         tensor = tensor.permute(0, 3, 1, 2)
     return tensor.contiguous()
@@ -139,11 +170,7 @@ def _digits_dev(root: str, download: bool, options: Mapping[str, int]) -> Splits
 
 
 def _synthetic(root: str, download: bool, options: Mapping[str, int]) -> Splits:
-    known = {"num_classes": 10, "size": 32, "per_class": 40, "seed": 0}
-    unknown = set(options) - set(known)
-    if unknown:
-        raise ConfigurationError(f"data.source_options: unknown {sorted(unknown)}; synthetic takes {sorted(known)}")
-    o = known | dict(options)
+    o = _SYNTHETIC | dict(options)
     rng = np.random.default_rng(o["seed"])
     centres = rng.uniform(64, 192, (o["num_classes"], 3, o["size"], o["size"]))
 
@@ -193,13 +220,25 @@ def _from_class_path(name: str, root: str, download: bool) -> Splits:
     arrays: list[Any] = []
     for train in (True, False):
         try:
-            x, y, _ = cls(root, train=train, download=download).get_data()
-        except (RuntimeError, FileNotFoundError, EOFError, ValueError) as error:
+            split = cls(root, train=train, download=download)
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
             raise DataError(f"data set '{name}' in {os.path.abspath(root)} cannot be read: {error}") from error
-        if x.dtype.kind in "OUS":
-            raise ConfigurationError(f"data.dataset={name!r} lists image files, which are not read yet: give arrays")
-        arrays += [x, y]
-    return from_arrays((arrays[0], arrays[1], arrays[2], arrays[3]))
+        except TypeError as error:
+            raise ConfigurationError(
+                f"data.dataset={name!r} is no class that takes (path, train, download), as continuum's do: {error}"
+            ) from error
+        arrays += _read_continuum(split, name)
+    return from_arrays(tuple(arrays))
+
+
+def _read_continuum(split: Any, name: str) -> tuple[Any, Any]:
+    try:
+        x, y, _ = split.get_data()
+    except (AttributeError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"data set '{name}' cannot be read: {error}") from error
+    if isinstance(x, np.ndarray) and x.dtype.kind in "OUS":
+        raise ConfigurationError(f"data.dataset={name!r} lists image files, which are not read yet: give arrays")
+    return x, y
 
 
 _CIFAR_STATS = {

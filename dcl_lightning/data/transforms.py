@@ -7,7 +7,8 @@ from torch import Tensor
 
 __all__ = ["augment", "draws", "normalise", "to_float"]
 
-_MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's constants as int64
+# splitmix64's increment and multipliers, the 64-bit words as int64.
+_INCREMENT, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
 def to_float(inputs: Tensor) -> Tensor:
@@ -31,12 +32,19 @@ def draws(sample_ids: Tensor, seed: int, epoch: int, stream: int, high: int) -> 
         stream: tells the draws of one sample apart.
         high: exclusive upper end, far below 2**31.
     """
-    key = (seed * 1_000_003 + epoch) * 1_000_003 + stream
-    state = sample_ids * 1_000_003 + (key & 0x7FFF_FFFF_FFFF)
-    for constant in _MIX:
+    # Each word is mixed before the next is added: a plain sum gave sample i + 1 the next epoch's draw of sample i.
+    state = torch.zeros((), dtype=torch.int64)
+    for word in (seed, epoch, stream):
+        state = _mix(state + word)
+    return ((_mix(sample_ids + state.item()) >> 33) & 0x7FFF_FFFF) % high
+
+
+def _mix(words: Tensor) -> Tensor:
+    state = words * _INCREMENT
+    for shift, multiplier in ((30, _FIRST), (27, _SECOND)):
         # Arithmetic shifts copy the sign bit; the mask makes them logical.
-        state = (state ^ ((state >> 30) & 0x3_FFFF_FFFF)) * constant
-    return ((state >> 32) & 0x7FFF_FFFF) % high
+        state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
+    return state ^ ((state >> 31) & 0x1_FFFF_FFFF)
 
 
 def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int = 4) -> Tensor:

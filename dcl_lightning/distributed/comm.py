@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -11,32 +13,147 @@ from dcl_lightning.memory.comm import Comm, ReduceOp, SingleProcessComm
 
 __all__ = ["HorovodComm", "TorchDistributedComm", "comm_of"]
 
+_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64, torch.complex64, torch.complex128,
+)  # fmt: skip
+# What both backends reduce as it is; the rest travels in a wider type and comes back in its own.
+_REDUCIBLE = (torch.int32, torch.int64, torch.float32, torch.float64)
+_MAX_DIMS = 8
+
 
 def comm_of(strategy: Any) -> Comm:
-    """Return the cluster as a Lightning strategy knows it: its ``comm``, torch.distributed, or one process."""
+    """Return the cluster as a Lightning strategy knows it.
+
+    Args:
+        strategy: the trainer's strategy; its attribute ``comm`` is taken if it has one, else
+            torch.distributed if that runs with several workers, else one process.
+    """
     comm: Comm | None = getattr(strategy, "comm", None)
     if comm is not None:
         return comm
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return TorchDistributedComm()
     return SingleProcessComm()
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """Return rows of bytes ``(n, row bytes)``: every dtype travels, bool and bfloat16 too."""
-    rows = tensor.detach().contiguous()
-    if rows.numel() == 0:
-        return torch.empty(rows.shape[0], 0, dtype=torch.uint8, device=rows.device)
-    return rows.view(rows.shape[0], -1).view(torch.uint8)
+class _RowComm(ABC):
+    """Moves rows of bytes, after all workers have told each other what they hold.
+
+    Args:
+        rank: 0-based number of this worker.
+        size: number of workers.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    @property
+    def rank(self) -> int:
+        """0-based number of this worker."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return self._size
+
+    def allreduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
+        """Return a new tensor, reduced over workers; integer means are float64.
+
+        Args:
+            tensor: same shape and dtype on all workers.
+            op: ``sum``, ``mean``, ``min`` or ``max``.
+        """
+        if op not in ("sum", "mean", "min", "max"):
+            raise ValueError(f"op={op!r}: give sum, mean, min or max")
+        value = tensor.detach()
+        if op == "mean" and not (value.is_floating_point() or value.is_complex()):
+            value = value.double()
+        dtype = value.dtype
+        if dtype not in _REDUCIBLE:
+            value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
+        if value.numel():
+            flat = value.contiguous().reshape(-1)
+            value = self._reduce(flat, "sum" if op == "mean" else op).reshape(value.shape)
+        if op == "mean":
+            value = value / self.size
+        value = value.to(dtype)
+        return value.clone() if value.data_ptr() == tensor.data_ptr() else value
+
+    def allgather(self, tensor: Tensor) -> list[Tensor]:
+        """Return every worker's tensor.
+
+        Args:
+            tensor: first dimensions may differ; the others and the dtype must agree where there are
+                rows. An empty tensor takes them from a worker that has rows.
+        """
+        if tensor.ndim == 0:
+            return [rows[0] for rows in self.allgather(tensor.reshape(1))]
+        table = self._table(tensor, [])
+        value = _adopt(table, tensor.detach())
+        counts = [row[0] for row in table]
+        if not _row_bytes(value) or not sum(counts):
+            return [value.new_empty((count, *value.shape[1:])) for count in counts]
+        return [_from_bytes(part, value) for part in self._gather(_as_bytes(value), counts).split(counts)]
+
+    def alltoall(self, tensor: Tensor, splits: list[int]) -> tuple[Tensor, list[int]]:
+        """Send ``splits[k]`` rows to worker k; return the rows received and how many came from each.
+
+        Args:
+            tensor: rows for all workers, those for worker 0 first; may be empty, as for ``allgather``.
+            splits: one count per worker, together all rows.
+        """
+        if len(splits) != self.size or sum(splits) != tensor.shape[0] or min(splits) < 0:
+            raise ValueError(f"splits {splits}: give {self.size} counts that add up to the {tensor.shape[0]} rows")
+        table = self._table(tensor, splits)
+        value = _adopt(table, tensor.detach())
+        received = [row[3 + _MAX_DIMS + self.rank] for row in table]
+        if not _row_bytes(value) or not any(row[0] for row in table):
+            return value.new_empty((sum(received), *value.shape[1:])), received
+        return _from_bytes(self._exchange(_as_bytes(value), splits, received), value), received
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
+        """Return worker ``src``'s tensor.
+
+        Args:
+            tensor: same shape and dtype on all workers.
+            src: the worker whose values count.
+        """
+        value = tensor.detach()
+        if not value.numel():
+            return value.clone()
+        return _from_bytes(self._send(_as_bytes(value.reshape(1, *value.shape)), src), value[None])[0]
+
+    def _table(self, tensor: Tensor, splits: list[int]) -> list[list[int]]:
+        """Return every worker's number of rows, dtype, shape of a row and splits."""
+        shape = tensor.shape[1:]
+        if len(shape) > _MAX_DIMS or tensor.dtype not in _DTYPES:
+            raise ValueError(f"cannot send {tensor.dtype} with {tensor.ndim} dimensions")
+        padding = [0] * (_MAX_DIMS - len(shape))
+        mine = [tensor.shape[0], _DTYPES.index(tensor.dtype), len(shape), *shape, *padding, *splits]
+        packed = torch.tensor(mine, dtype=torch.int64).view(torch.uint8)[None]
+        return self._gather(packed, [1] * self.size).cpu().view(torch.int64).tolist()
+
+    @abstractmethod
+    def _reduce(self, flat: Tensor, op: str) -> Tensor: ...
+
+    @abstractmethod
+    def _gather(self, data: Tensor, counts: list[int]) -> Tensor: ...
+
+    @abstractmethod
+    def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor: ...
+
+    @abstractmethod
+    def _send(self, data: Tensor, src: int) -> Tensor: ...
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return once every worker has called it."""
 
 
-def _from_bytes(data: Tensor, like: Tensor) -> Tensor:
-    if data.numel() == 0:
-        return like.new_empty((data.shape[0], *like.shape[1:]))
-    return data.contiguous().view(like.dtype).view(-1, *like.shape[1:])
-
-
-class HorovodComm:
+class HorovodComm(_RowComm):
     """Collectives through Horovod, which matches operations by name.
 
     Args:
@@ -46,136 +163,99 @@ class HorovodComm:
     def __init__(self, stream: str = "comm") -> None:
         import horovod.torch as hvd
 
+        super().__init__(int(hvd.rank()), int(hvd.size()))
         self._hvd = hvd
         self._stream = stream
 
-    @property
-    def rank(self) -> int:
-        """0-based number of this worker."""
-        return int(self._hvd.rank())
+    # Every operation is waited for, so its name is free again when it is used again, and Horovod's
+    # cache of known operations stays small.
 
-    @property
-    def size(self) -> int:
-        """Number of workers."""
-        return int(self._hvd.size())
+    def _reduce(self, flat: Tensor, op: str) -> Tensor:
+        kind = {"sum": self._hvd.Sum, "min": self._hvd.Min, "max": self._hvd.Max}[op]
+        return self._hvd.allreduce(flat, op=kind, name=f"{self._stream}.allreduce")
 
-    def _name(self, what: str) -> str:
-        # Every operation here is waited for, so a name is free again when it is used again.
-        return f"{self._stream}.{what}"
+    def _gather(self, data: Tensor, counts: list[int]) -> Tensor:
+        return self._hvd.allgather(data, name=f"{self._stream}.allgather")
 
-    def allreduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
-        """Return a new tensor, reduced over workers; integer means are float64, bfloat16 goes through float32."""
-        value = tensor.detach().contiguous()
-        if op == "mean" and not value.is_floating_point():
-            value = value.double()
-        dtype = value.dtype
-        if dtype in (torch.bfloat16, torch.bool, torch.uint8):
-            value = value.to(torch.float32 if dtype == torch.bfloat16 else torch.int64)
-        shape = value.shape
-        kind = {"sum": self._hvd.Sum, "mean": self._hvd.Sum, "min": self._hvd.Min, "max": self._hvd.Max}[op]
-        result = self._hvd.allreduce(value.reshape(-1), op=kind, name=self._name("allreduce")).reshape(shape)
-        return (result / self.size if op == "mean" else result).to(dtype)
-
-    def allgather(self, tensor: Tensor) -> list[Tensor]:
-        """Return every worker's tensor; all but the first dimension must agree."""
-        value = tensor.detach()
-        if value.ndim == 0:
-            return [t[0] for t in self.allgather(value.reshape(1))]
-        counts = self._hvd.allgather(torch.tensor([value.shape[0]], dtype=torch.int64), name=self._name("counts"))
-        width = _row_bytes(value)
-        data = _as_bytes(value) if value.numel() else value.new_empty((value.shape[0], width), dtype=torch.uint8)
-        gathered = self._hvd.allgather(data, name=self._name("allgather"))
-        return [_from_bytes(part, value) for part in gathered.split(counts.tolist())]
-
-    def alltoall(self, tensor: Tensor, splits: list[int]) -> tuple[Tensor, list[int]]:
-        """Send ``splits[k]`` rows to worker k; return the rows received and how many came from each."""
-        _check_splits(splits, tensor, self.size)
-        data = _as_bytes(tensor) if tensor.numel() else tensor.new_empty((0, _row_bytes(tensor)), dtype=torch.uint8)
+    def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor:
         wanted = torch.tensor(splits, dtype=torch.int32)
-        out, received = self._hvd.alltoall(data, splits=wanted, name=self._name("alltoall"))
-        return _from_bytes(out, tensor), received.tolist()
+        return self._hvd.alltoall(data, splits=wanted, name=f"{self._stream}.alltoall")[0]
 
-    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
-        """Return worker ``src``'s tensor."""
-        value = tensor.detach().reshape(1, *tensor.shape)
-        if not value.numel():
-            return tensor.detach().clone()
-        data = self._hvd.broadcast(_as_bytes(value), root_rank=src, name=self._name("broadcast"))
-        return _from_bytes(data, value)[0]
+    def _send(self, data: Tensor, src: int) -> Tensor:
+        return self._hvd.broadcast(data, root_rank=src, name=f"{self._stream}.broadcast")
 
     def barrier(self) -> None:
         """Return once every worker has called it."""
         self._hvd.barrier()
 
 
-class TorchDistributedComm:
+class TorchDistributedComm(_RowComm):
     """Collectives through torch.distributed's default group."""
 
-    @property
-    def rank(self) -> int:
-        """0-based number of this worker."""
-        return torch.distributed.get_rank()
+    def __init__(self) -> None:
+        super().__init__(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        self._backend = torch.distributed.get_backend()
 
-    @property
-    def size(self) -> int:
-        """Number of workers."""
-        return torch.distributed.get_world_size()
+    def _wire(self, tensor: Tensor) -> Tensor:
+        """Return the tensor where the backend can reach it: NCCL knows CUDA memory alone."""
+        if self._backend == "nccl":
+            return tensor.cuda()
+        return tensor.cpu() if self._backend == "gloo" else tensor
 
-    def allreduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
-        """Return a new tensor, reduced over workers; integer means are float64."""
-        value = tensor.detach().clone()
-        if op == "mean" and not value.is_floating_point():
-            value = value.double()
+    def _reduce(self, flat: Tensor, op: str) -> Tensor:
         ops = torch.distributed.ReduceOp
-        kind = {"sum": ops.SUM, "mean": ops.SUM, "min": ops.MIN, "max": ops.MAX}[op]
-        torch.distributed.all_reduce(value, op=kind)
-        return value / self.size if op == "mean" else value
+        value = self._wire(flat).clone()
+        torch.distributed.all_reduce(value, op={"sum": ops.SUM, "min": ops.MIN, "max": ops.MAX}[op])
+        return value.to(flat.device)
 
-    def allgather(self, tensor: Tensor) -> list[Tensor]:
-        """Return every worker's tensor; all but the first dimension must agree."""
-        value = tensor.detach()
-        if value.ndim == 0:
-            return [t[0] for t in self.allgather(value.reshape(1))]
-        counts = self._counts(value.shape[0], value.device)
-        padded = value.new_zeros((max(counts), *value.shape[1:]))
-        padded[: len(value)] = value
+    def _gather(self, data: Tensor, counts: list[int]) -> Tensor:
+        sent = self._wire(data)
+        padded = sent.new_zeros((max(counts), *sent.shape[1:]))
+        padded[: len(sent)] = sent
         parts = [torch.empty_like(padded) for _ in counts]
         torch.distributed.all_gather(parts, padded)
-        return [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(data.device)
 
-    def _counts(self, count: int, device: torch.device) -> list[int]:
-        mine = torch.tensor([count], device=device)
-        counts = [torch.empty_like(mine) for _ in range(self.size)]
-        torch.distributed.all_gather(counts, mine)
-        return [int(c) for c in counts]
+    def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor:
+        sent = self._wire(data)
+        out = sent.new_empty((sum(received), *sent.shape[1:]))
+        torch.distributed.all_to_all_single(out, sent, received, splits)
+        return out.to(data.device)
 
-    def alltoall(self, tensor: Tensor, splits: list[int]) -> tuple[Tensor, list[int]]:
-        """Send ``splits[k]`` rows to worker k; return the rows received and how many came from each."""
-        _check_splits(splits, tensor, self.size)
-        table = torch.stack(self.allgather(torch.tensor([splits], device=tensor.device)))[:, 0]
-        received = table[:, self.rank].tolist()
-        out = tensor.new_empty((sum(received), *tensor.shape[1:]))
-        torch.distributed.all_to_all_single(out, tensor.detach().contiguous(), received, splits)
-        return out, received
-
-    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
-        """Return worker ``src``'s tensor."""
-        value = tensor.detach().clone().contiguous()
+    def _send(self, data: Tensor, src: int) -> Tensor:
+        value = self._wire(data).clone()
         torch.distributed.broadcast(value, src)
-        return value
+        return value.to(data.device)
 
     def barrier(self) -> None:
         """Return once every worker has called it."""
         torch.distributed.barrier()
 
 
+def _adopt(table: list[list[int]], tensor: Tensor) -> Tensor:
+    """Return the tensor; an empty one in the dtype and row shape of a worker that has rows."""
+    kinds = [(row[1], tuple(row[3 : 3 + row[2]])) for row in table]
+    filled = {kind for kind, row in zip(kinds, table, strict=True) if row[0]}
+    if len(filled) > 1:
+        words = sorted(f"{_DTYPES[dtype]} {list(shape)}" for dtype, shape in filled)
+        raise ValueError(f"the workers' rows differ in dtype or shape: {', '.join(words)}")
+    # Nobody has rows: the first of those with the most dimensions, so that all workers agree.
+    dtype, shape = filled.pop() if filled else max(kinds, key=lambda kind: len(kind[1]))
+    return tensor if len(tensor) else tensor.new_empty((0, *shape), dtype=_DTYPES[dtype])
+
+
 def _row_bytes(tensor: Tensor) -> int:
-    count = 1
-    for length in tensor.shape[1:]:
-        count *= length
-    return count * tensor.element_size()
+    return math.prod(tensor.shape[1:]) * tensor.element_size()
 
 
-def _check_splits(splits: list[int], tensor: Tensor, size: int) -> None:
-    if len(splits) != size or sum(splits) != tensor.shape[0] or min(splits) < 0:
-        raise ValueError(f"splits {splits}: give {size} counts that add up to the {tensor.shape[0]} rows")
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return rows of bytes ``(n, row bytes)``: every dtype travels, bool and bfloat16 too."""
+    if not tensor.numel():
+        return tensor.new_empty((tensor.shape[0], _row_bytes(tensor)), dtype=torch.uint8)
+    return tensor.contiguous().view(tensor.shape[0], -1).view(torch.uint8)
+
+
+def _from_bytes(data: Tensor, like: Tensor) -> Tensor:
+    if not data.numel():
+        return like.new_empty((data.shape[0], *like.shape[1:]))
+    return data.contiguous().view(like.dtype).view(-1, *like.shape[1:])

@@ -1,46 +1,16 @@
-"""Who this worker is: from Horovod once it runs, before that from what the launcher set."""
+"""Horovod's cluster in the form that Lightning asks for."""
 
 from __future__ import annotations
 
-import os
-
 from lightning.fabric.plugins import ClusterEnvironment
+
+from dcl_lightning.distributed.place import launched_by_horovod, place, set_rank_from_environment
 
 __all__ = ["HorovodEnvironment", "launched_by_horovod", "set_rank_from_environment"]
 
-_NAMES = {
-    "rank": ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"),
-    "size": ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE"),
-    "local_rank": ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "local_size": ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    "cross_rank": ("HOROVOD_CROSS_RANK", "OMPI_COMM_WORLD_NODE_RANK"),
-    "cross_size": ("HOROVOD_CROSS_SIZE",),
-}
-
-
-def launched_by_horovod() -> bool:
-    """Return whether ``horovodrun``, ``mpirun`` or our own launcher started this process."""
-    return any(name in os.environ for name in _NAMES["rank"])
-
-
-def set_rank_from_environment() -> None:
-    """Let Lightning's rank-zero helpers know this worker's rank before Horovod runs."""
-    if not launched_by_horovod():
-        return
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-    from lightning_utilities.core.rank_zero import rank_zero_only as shared_rank_zero_only
-
-    rank_zero_only.rank = shared_rank_zero_only.rank = _read("rank")  # type: ignore[attr-defined]
-
-
-def _read(what: str) -> int:
-    default = 1 if what.endswith("size") else 0
-    values = (os.environ.get(name) for name in _NAMES[what])
-    return next((int(value) for value in values if value is not None), default)
-
 
 class HorovodEnvironment(ClusterEnvironment):
-    """The cluster as Horovod's launchers describe it; Lightning does not know their variables."""
+    """The cluster as Horovod, or before it runs its launchers, describe it."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -64,30 +34,30 @@ class HorovodEnvironment(ClusterEnvironment):
 
     def world_size(self) -> int:
         """Return the number of workers."""
-        return _read("size")
+        return place("size")
 
     def set_world_size(self, size: int) -> None:
         """Ignore: the launcher decides."""
 
     def global_rank(self) -> int:
         """Return the 0-based number of this worker."""
-        return _read("rank")
+        return place("rank")
 
     def set_global_rank(self, rank: int) -> None:
         """Ignore: the launcher decides."""
 
     def local_rank(self) -> int:
         """Return the 0-based number of this worker on its host."""
-        return _read("local_rank")
+        return place("local_rank")
 
     def local_size(self) -> int:
         """Return the number of workers on this host."""
-        return _read("local_size")
+        return place("local_size")
 
     def node_rank(self) -> int:
         """Return the 0-based number of this host."""
-        return _read("cross_rank")
+        return place("cross_rank")
 
     def num_nodes(self) -> int:
         """Return the number of hosts."""
-        return _read("cross_size")
+        return place("cross_size")

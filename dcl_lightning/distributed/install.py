@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ _BUILD_PACKAGES = {
     "yaml": "pyyaml",
 }
 _STAMP = "horovod_build.json"
+_OLDEST_CMAKE = (3, 13)
+_CHECK_S = 180.0
 
 
 class InstallError(RuntimeError):
@@ -82,12 +86,51 @@ def missing_tools(gpu: str, path: str | None = None) -> list[str]:
         "cmake": "CMake: `apt-get install cmake`, or `pip install cmake`",
         "make": "make: `apt-get install make`",
     }
-    if gpu == "cuda":
+    if gpu == "cuda" and toolkit(path) is None:
         wanted["nvcc"] = "NVIDIA's CUDA toolkit (nvcc) of PyTorch's CUDA version; or build with --gpu cpu"
+    path = _search_path() if path is None else path
     missing = [text for program, text in wanted.items() if shutil.which(program, path=path) is None]
+    cmake = shutil.which("cmake", path=path)
+    if cmake is not None and _cmake_version(cmake) < _OLDEST_CMAKE:
+        missing.append(f"CMake 3.13 or newer ({cmake} is older): `pip install cmake`")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         missing.append("Python's headers: `apt-get install python3-dev`")
     return missing
+
+
+def toolkit(path: str | None = None) -> Path | None:
+    """Return the folder of the CUDA toolkit, None if there is none.
+
+    An ``nvcc`` on the PATH may be a script that calls the real one from elsewhere, so a folder counts only if
+    it has CUDA's headers too.
+
+    Args:
+        path: where to look for ``nvcc``; the PATH and ``/usr/local/cuda`` if None.
+    """
+    homes = []
+    if path is None:
+        homes += [Path(os.environ[name]) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME") if os.environ.get(name)]
+    nvcc = shutil.which("nvcc", path=path)
+    if nvcc is not None:
+        homes.append(Path(nvcc).resolve().parent.parent)
+    if path is None:
+        homes.append(Path("/usr/local/cuda"))
+    for home in homes:
+        headers = (home / "include", *home.glob("targets/*/include"))
+        if (home / "bin" / "nvcc").exists() and any((folder / "cuda_runtime.h").exists() for folder in headers):
+            return home.resolve()
+    return None
+
+
+def _search_path() -> str:
+    """The PATH with this environment's programs first: a ``cmake`` from pip lies there."""
+    return os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
+
+
+def _cmake_version(cmake: str) -> tuple[int, int]:
+    text = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def modernise(source: Path, gpu: str) -> None:
@@ -118,19 +161,20 @@ def build_variables(build: Build, nccl: Path | None) -> dict[str, str]:
         # CMake 4 refuses what third-party parts ask for.
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
         "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",
+        "PATH": _search_path(),
     }
     if build.gpu == "cuda":
-        nvcc = shutil.which("nvcc")
-        assert nvcc is not None
-        home = os.environ.get("CUDA_HOME") or str(Path(nvcc).resolve().parent.parent)
+        home = toolkit()
+        assert home is not None, "missing_tools() was to say so"
         variables |= {
-            "CUDA_HOME": home,
-            "HOROVOD_CUDA_HOME": home,
+            "CUDA_HOME": str(home),
+            "HOROVOD_CUDA_HOME": str(home),
+            "PATH": os.pathsep.join((str(home / "bin"), variables["PATH"])),
             "HOROVOD_GPU_OPERATIONS": "NCCL",
             "HOROVOD_BUILD_CUDA_CC_LIST": os.environ.get("HOROVOD_BUILD_CUDA_CC_LIST", "80,90"),
             "HOROVOD_NCCL_LINK": "SHARED",
         }
-        if nccl is not None:
+        if nccl is not None and not os.environ.get("HOROVOD_NCCL_HOME"):
             variables["HOROVOD_NCCL_HOME"] = str(nccl)
     return variables
 
@@ -146,9 +190,10 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--check-only", action="store_true", help="only run the check on two workers")
     options = parser.parse_args(args)
     try:
-        if not options.check_only:
-            _install(_plan(options.gpu, options.mpi), options.force)
-        _check()
+        if options.check_only:
+            _check()
+        else:
+            _install_and_check(_plan(options.gpu, options.mpi), options.force)
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -164,7 +209,7 @@ def _plan(gpu: str, mpi: str) -> Build:
     import torch
 
     if gpu == "auto":
-        gpu = "cuda" if torch.version.cuda and torch.cuda.is_available() and shutil.which("nvcc") else "cpu"
+        gpu = "cuda" if torch.version.cuda and torch.cuda.is_available() and toolkit() else "cpu"
     if mpi == "on" and shutil.which("mpicxx") is None:
         raise InstallError("--mpi on needs an MPI with its compiler: `apt-get install libopenmpi-dev openmpi-bin`")
     with_mpi = mpi == "on" or (mpi == "auto" and shutil.which("mpicxx") is not None)
@@ -172,17 +217,49 @@ def _plan(gpu: str, mpi: str) -> Build:
     return Build(torch.__version__, python, platform.machine(), gpu, with_mpi)
 
 
-def _install(build: Build, force: bool) -> None:
+def _install_and_check(build: Build, force: bool) -> None:
     stamp = Path(sysconfig.get_paths()["purelib"]) / "horovod" / _STAMP
-    if not force and stamp.exists() and json.loads(stamp.read_text()) == asdict(build):
+    if not force and _is_installed(build, stamp):
+        try:
+            _check()
+        except InstallError as error:
+            stamp.unlink()
+            raise InstallError(
+                f"{error}\nIt was left in place; the next run of this command installs it anew"
+            ) from None
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dcl_lightning" / "horovod" / build.key
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = base / "dcl_lightning" / "horovod" / build.key
     wheels = list(cache.glob("horovod-*.whl"))
-    if force or not wheels:
-        wheels = [_build_wheel(build, cache)]
-    _pip("install", "--no-deps", "--force-reinstall", str(wheels[0]))
+    wheel = wheels[0] if wheels and not force else _build_wheel(build, cache)
+    # pip does not know of a stamp without an entry in RECORD: one left behind would speak for a Horovod that is gone.
+    stamp.unlink(missing_ok=True)
+    _pip("install", "--no-deps", "--force-reinstall", str(wheel))
     _pip("install", "cloudpickle", "psutil", "pyyaml", "packaging", "cffi")
+    importlib.invalidate_caches()
+    try:
+        _check()
+    except InstallError as error:
+        _pip("uninstall", "-y", "horovod")
+        raise InstallError(f"{error}\nHorovod was removed again; --force builds it anew") from None
+    _write_stamp(build, stamp)
+
+
+def _is_installed(build: Build, stamp: Path) -> bool:
+    try:
+        if importlib.metadata.version("horovod") != build.horovod or json.loads(stamp.read_text()) != asdict(build):
+            return False
+    except (importlib.metadata.PackageNotFoundError, OSError, ValueError):
+        return False
+    return any(stamp.parent.glob("torch/mpi_lib_v2*.so"))
+
+
+def _write_stamp(build: Build, stamp: Path) -> None:
+    """Write what was built into Horovod's folder, and into its RECORD so that pip takes it away with the rest."""
     stamp.write_text(json.dumps(asdict(build)))
+    record = stamp.parent.parent / f"horovod-{build.horovod}.dist-info" / "RECORD"
+    with record.open("a") as lines:
+        lines.write(f"horovod/{_STAMP},,\n")
 
 
 def _build_wheel(build: Build, cache: Path) -> Path:
@@ -230,7 +307,7 @@ def _build_wheel(build: Build, cache: Path) -> Path:
 
 def _nccl_folder(work: Path) -> Path | None:
     """PyTorch brings NCCL as ``libnccl.so.2``, the linker looks for ``libnccl.so``: links serve."""
-    spec = importlib.util.find_spec("nvidia.nccl")
+    spec = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nccl")
     if spec is None or not spec.submodule_search_locations:
         return None
     home = Path(next(iter(spec.submodule_search_locations)))
@@ -260,11 +337,14 @@ sys.exit(0 if total.item() == 3.0 and rows.tolist() == right else 3)
 
 
 def _check() -> None:
-    """Run an allreduce and an alltoall on two workers; take a Horovod that fails away."""
-    if importlib.util.find_spec("horovod") is None:
-        raise InstallError("Horovod is not installed: run `python -m dcl_lightning.distributed.install`")
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
+    """Run an allreduce and an alltoall on two workers."""
+    try:
+        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+        from horovod.runner.http.http_server import RendezvousServer
+    except ImportError as error:
+        raise InstallError(
+            f"Horovod is not installed ({error}): run `python -m dcl_lightning.distributed.install`"
+        ) from None
 
     from dcl_lightning.distributed.launcher import worker_variables
 
@@ -272,27 +352,34 @@ def _check() -> None:
     port = server.start()
     slots = get_host_assignments(parse_hosts("localhost:2"), 2)
     server.init(slots)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SELF_CHECK],
-            env=_with_timeout({**os.environ, **worker_variables(slot, port, 1)}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for slot in slots
-    ]
-    try:
-        output = "".join(worker.communicate(timeout=180)[0] for worker in workers)
-    except subprocess.TimeoutExpired:
-        output = "no answer within 180 s"
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    server.stop()
+    with tempfile.TemporaryFile("w+") as output:
+        # A file, not a pipe: what was written stays readable after a kill.
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", _SELF_CHECK],
+                env=_with_timeout({**os.environ, **worker_variables(slot, port, 1)}),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for slot in slots
+        ]
+        end = time.monotonic() + _CHECK_S
+        late = ""
+        try:
+            for worker in workers:
+                worker.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late = f": no answer within {_CHECK_S:.0f} s"
+        finally:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+                    worker.wait()
+            server.stop()
+        output.seek(0)
+        text = output.read()[-2000:]
     if any(worker.returncode for worker in workers):
-        _pip("uninstall", "-y", "horovod")
-        raise InstallError(f"the check on two workers failed, Horovod was removed again:\n{output[-2000:]}")
+        raise InstallError(f"the check on two workers failed{late}\n{text}".rstrip())
 
 
 def _with_timeout(variables: Mapping[str, str]) -> dict[str, str]:

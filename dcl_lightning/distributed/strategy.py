@@ -6,11 +6,13 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
@@ -19,13 +21,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from dcl_lightning.distributed.comm import HorovodComm
-from dcl_lightning.distributed.environment import (
-    HorovodEnvironment,
-    launched_by_horovod,
-    set_rank_from_environment,
-)
+from dcl_lightning.distributed.environment import HorovodEnvironment
 from dcl_lightning.distributed.gradients import GradientAverager
 from dcl_lightning.distributed.launcher import HorovodLauncher
+from dcl_lightning.distributed.place import launched_by_horovod, set_rank_from_environment, worker_threads
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 
@@ -44,7 +43,7 @@ class HorovodStrategy(ParallelStrategy):
         parallel_devices: set by the trainer.
         checkpoint_io: set by the trainer.
         precision_plugin: set by the trainer.
-        cluster_environment: ours, unless given.
+        cluster_environment: a ``HorovodEnvironment``; made if left out.
         op: how gradients are combined.
         compression: type in which gradients travel.
         gradient_predivide_factor: averages divide by it before the sum and by workers / factor after.
@@ -52,7 +51,8 @@ class HorovodStrategy(ParallelStrategy):
         start_timeout: seconds that workers wait for each other at the start.
 
     Raises:
-        HorovodNotFoundError: Horovod is not installed.
+        HorovodNotFoundError: Horovod is not installed, or without PyTorch support.
+        ConfigurationError: a value or a combination of values cannot work.
     """
 
     strategy_name = "horovod"
@@ -71,12 +71,16 @@ class HorovodStrategy(ParallelStrategy):
         find_unused_parameters: bool = False,
         start_timeout: int = 120,
     ) -> None:
-        if importlib.util.find_spec("horovod") is None:
+        if not _horovod_is_installed():
             raise HorovodNotFoundError
         if gradient_predivide_factor <= 0 or start_timeout < 1:
             raise ConfigurationError(
                 f"gradient_predivide_factor={gradient_predivide_factor} must be above 0 and "
                 f"start_timeout={start_timeout} at least 1 second"
+            )
+        if cluster_environment is not None and not isinstance(cluster_environment, HorovodEnvironment):
+            raise ConfigurationError(
+                f"strategy=horovod cannot work with {type(cluster_environment).__name__}: leave cluster_environment out"
             )
         super().__init__(
             accelerator=accelerator,
@@ -151,20 +155,39 @@ class HorovodStrategy(ParallelStrategy):
         if not launched_by_horovod():
             if devices > 1:
                 self._launcher = HorovodLauncher(devices)
-        elif devices not in (1, self.environment.local_size()):
+        elif devices not in (1, self.environment.local_size()) and not self._has_spare_gpus():
             raise ConfigurationError(
                 f"trainer.devices={devices}, but the launcher started {self.environment.local_size()} workers on this "
                 "host: leave devices out"
             )
 
+    def _has_spare_gpus(self) -> bool:
+        """Return whether the devices are all GPUs of the host, as ``auto`` chooses, and enough for its workers."""
+        devices = self.parallel_devices or []
+        all_gpus = bool(devices) and devices[0].type == "cuda" and len(devices) == torch.cuda.device_count()
+        return all_gpus and len(devices) >= self.environment.local_size()
+
     def setup_environment(self) -> None:
         """Join the other workers; the first thing that needs Horovod itself."""
-        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(self.start_timeout))
+        # horovodrun always sets 30 s, too short where imports are slow.
+        timeout = max(self.start_timeout, int(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", 0)))
+        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(timeout)
         import horovod.torch as hvd
 
+        first = not hvd.is_initialized()
         hvd.init()
         self._failed = False
         self._comm = HorovodComm() if hvd.size() > 1 else SingleProcessComm()
+        set_rank_from_environment()
+        if first and hvd.size() > 1:
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(worker_threads(hvd.local_size()))
+            if hvd.rank() == 0:
+                print(
+                    f"horovod: {hvd.size()} workers on {_counted(hvd.cross_size(), 'host')}, "
+                    f"{_counted(torch.get_num_threads(), 'thread')} each",
+                    flush=True,
+                )
         super().setup_environment()
         reset_seed()
 
@@ -193,8 +216,10 @@ class HorovodStrategy(ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if trainer.state.fn == TrainerFn.FITTING and self._comm.size > 1:
-            self._averager.attach(self.lightning_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            if self._comm.size > 1:
+                self._averager.attach(self.lightning_module)
 
     @torch.no_grad()
     def _broadcast_state(self, module: nn.Module) -> None:
@@ -203,12 +228,15 @@ class HorovodStrategy(ParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Leave the job, which ends the others' waiting with an error."""
-        import horovod.torch as hvd
-
         self._failed = True
         self._averager.detach()
-        if hvd.is_initialized() and hvd.size() > 1:
-            hvd.shutdown()
+        if isinstance(self._launcher, HorovodLauncher):
+            self._launcher.note_failure(exception)
+        if self._comm.size > 1:
+            import horovod.torch as hvd
+
+            if hvd.is_initialized():
+                hvd.shutdown()
 
     def teardown(self) -> None:
         """Remove the hooks; Horovod runs on for the next ``fit``."""
@@ -242,10 +270,14 @@ class HorovodStrategy(ParallelStrategy):
         """Return a tensor reduced over workers; other things as they are. Integer means are float64."""
         if not isinstance(tensor, Tensor) or self._comm.size == 1:
             return tensor
-        name = str(getattr(reduce_op, "name", reduce_op) or "mean").lower().removeprefix("redopttype.")
-        name = {"avg": "mean"}.get(name, name)
+        # A string, None, or torch's ReduceOp in one of its two forms.
+        op = getattr(reduce_op, "op", reduce_op)
+        name = str(getattr(op, "name", op) or "mean").lower()
+        name = "mean" if name == "avg" else name
+        if name in ("product", "prod"):
+            return torch.stack(self._comm.allgather(tensor)).prod(dim=0).to(tensor.dtype)
         if name not in ("sum", "mean", "min", "max"):
-            raise ValueError(f"reduce_op={reduce_op!r}: give sum, mean, min or max")
+            raise ValueError(f"reduce_op={reduce_op!r}: give sum, mean, min, max or product")
         return self._comm.allreduce(tensor, name)  # type: ignore[arg-type]
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
@@ -254,19 +286,32 @@ class HorovodStrategy(ParallelStrategy):
             return tensor
         if sync_grads:
             return _GatherWithGradient.apply(tensor, self._comm)
-        return torch.stack(self._comm.allgather(tensor[None])).squeeze(1)
+        return torch.cat(self._comm.allgather(tensor[None]))
 
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, comm: Comm) -> Tensor:
         ctx.comm = comm
-        return torch.stack(comm.allgather(tensor[None])).squeeze(1)
+        return torch.cat(comm.allgather(tensor[None]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.comm.allreduce(grads[0])[ctx.comm.rank], None
 
 
+def _horovod_is_installed() -> bool:
+    """Return whether Horovod is there with its part for PyTorch; imports nothing."""
+    spec = importlib.util.find_spec("horovod")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any(next(Path(folder, "torch").glob("mpi_lib*"), None) for folder in folders or ())
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+# Before Horovod runs, so that what Lightning prints first is printed once.
+set_rank_from_environment()
 if HorovodStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(HorovodStrategy.strategy_name, HorovodStrategy, "Data-parallel training over Horovod")

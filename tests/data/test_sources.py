@@ -1,0 +1,277 @@
+"""Data sets: known before they are read, read as they are published, missing ones refused and nothing created."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dcl_lightning.data import ContinualDataModule, sources
+from dcl_lightning.data.cifar import FILES
+from dcl_lightning.data.scenarios import check_labels, order_classes
+from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
+from dcl_lightning.types import InputSpec
+
+T10 = np.repeat(np.arange(10), 4)
+
+
+def write_cifar(root: Path, num_classes: int, per_file: int = 20) -> dict[str, np.ndarray]:
+    """Write the published layout: rows of 3072 values, channel by channel, keys as bytes."""
+    rng = np.random.default_rng(0)
+    label = b"labels" if num_classes == 10 else b"fine_labels"
+    written = {}
+    for file in FILES[num_classes][0] + FILES[num_classes][1]:
+        path = root / f"CIFAR{num_classes}" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (per_file, 3072), dtype=np.uint8)
+        labels = (np.arange(per_file) % num_classes).tolist()
+        content = {b"data": pixels, label: labels, b"filenames": [b"x.png"] * per_file, b"batch_label": b"one"}
+        if num_classes == 100:
+            content[b"coarse_labels"] = [0] * per_file
+        path.write_bytes(pickle.dumps(content, protocol=2))
+        written[file] = pixels
+    return written
+
+
+def test_table_is_true_of_what_is_read() -> None:
+    for name in ("digits", "digits_dev", "synthetic"):
+        data = ContinualDataModule(name)
+        early = data.num_classes, data.input_spec, data.num_tasks
+        data.setup()
+        assert early == (len(data.train_targets.unique()), InputSpec(*data.train_inputs.shape[1:]), 5)
+
+
+def test_digits_are_the_reference_protocols() -> None:
+    full, dev = (sources.load(name, "", False) for name in ("digits", "digits_dev"))
+    assert (len(full.train_inputs), len(full.test_inputs)) == (1437, 360)
+    assert (len(dev.train_inputs), len(dev.test_inputs)) == (1149, 288)
+    assert full.train_inputs.dtype == torch.float32
+    assert (float(full.train_inputs.min()), float(full.train_inputs.max())) == (0.0, 1.0)
+    share = np.bincount(full.test_labels) / np.bincount(full.train_labels)
+    assert np.abs(share - 0.25).max() < 0.02
+    known = {row.numpy().tobytes() for row in full.train_inputs}
+    assert all(row.numpy().tobytes() in known for row in dev.test_inputs)
+
+
+def test_synthetic_is_seeded_sized_and_learnable() -> None:
+    options = {"num_classes": 4, "size": 8, "per_class": 12, "seed": 3}
+    one, two = (sources.load("synthetic", "", False, options) for _ in range(2))
+    other = sources.load("synthetic", "", False, options | {"seed": 4})
+    assert torch.equal(one.train_inputs, two.train_inputs)
+    assert not torch.equal(one.train_inputs, other.train_inputs)
+    assert one.train_inputs.shape == (48, 3, 8, 8)
+    assert one.train_inputs.dtype == torch.uint8
+    centres = torch.stack([one.train_inputs[one.train_labels == y].double().mean(0).flatten() for y in range(4)])
+    guess = torch.cdist(one.test_inputs.double().flatten(1), centres).argmin(1)
+    assert (guess.numpy() == one.test_labels).all()
+    data = ContinualDataModule("synthetic", source_options=options)
+    assert (data.num_classes, data.input_spec, data.num_tasks) == (4, InputSpec(3, 8, 8), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "word"),
+    [
+        ("synthetic", {"classes": 3}, "classes"),
+        ("synthetic", {"size": 0}, "size=0"),
+        ("synthetic", {"num_classes": 2.5}, "num_classes=2.5"),
+        ("digits", {"size": 8}, "digits"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(name, options, word) -> None:
+    with pytest.raises(ConfigurationError, match=word):
+        ContinualDataModule(name, source_options=options)
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_cifar_in_its_published_form(tmp_path: Path, num_classes: int) -> None:
+    per_file = num_classes
+    written = write_cifar(tmp_path, num_classes, per_file)
+    splits = sources.load(f"cifar{num_classes}", str(tmp_path), False)
+    train_files, test_files = FILES[num_classes]
+    pixels = np.concatenate([written[file] for file in train_files])
+    assert splits.train_inputs.dtype == torch.uint8
+    assert np.array_equal(splits.train_inputs.numpy(), pixels.reshape(-1, 3, 32, 32))
+    assert np.array_equal(splits.test_inputs.numpy().reshape(per_file, -1), written[test_files[0]])
+    assert np.array_equal(splits.train_labels, np.tile(np.arange(per_file), len(train_files)))
+    data = ContinualDataModule(f"cifar{num_classes}", root=str(tmp_path), increment=num_classes // 5)
+    data.prepare_data()
+    data.setup()
+    assert data.num_tasks == 5
+
+
+def test_mnist_in_its_published_form(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    written = []
+    for part, count in (("train", 20), ("t10k", 10)):
+        pixels, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8)
+        head = [
+            np.array([magic, count, *size], dtype=">i4").tobytes() for magic, size in ((2051, (28, 28)), (2049, ()))
+        ]
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head[0] + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head[1] + labels.tobytes())
+        written.append(pixels)
+    data = ContinualDataModule("mnist", root=str(tmp_path))
+    data.prepare_data()
+    data.setup()
+    assert np.array_equal(data.train_inputs[:, 0].numpy(), written[0])
+    assert np.array_equal(data.test_inputs[:, 0].numpy(), written[1])
+    assert data.train_targets.tolist() == list(range(10)) * 2
+
+
+def test_root_may_be_a_symbolic_link(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "real", 100)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert len(sources.load("cifar100", str(tmp_path / "link"), False).train_inputs) == 20
+
+
+@pytest.mark.parametrize("harm", ["code", "cut", "key", "count"])
+def test_damaged_cifar_names_its_file_and_runs_nothing(tmp_path: Path, harm: str) -> None:
+    write_cifar(tmp_path, 100)
+    file = tmp_path / "CIFAR100" / "cifar-100-python" / "train"
+    trap = tmp_path / "trap"
+    content = pickle.loads(file.read_bytes())
+    if harm == "code":
+        # A pickle that would create a file.
+        file.write_bytes(f"cos\nsystem\n(S'touch {trap}'\ntR.".encode())
+    elif harm == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif harm == "key":
+        file.write_bytes(pickle.dumps({b"data": content[b"data"]}))
+    else:
+        file.write_bytes(pickle.dumps(content | {b"fine_labels": [0]}))
+    with pytest.raises(DataError, match="cifar-100-python/train"):
+        sources.load("cifar100", str(tmp_path), False)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "continuum.datasets.CIFAR10"])
+def test_missing_data_set_says_where_and_creates_nothing(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "nowhere"
+    with pytest.raises(DatasetNotFoundError) as error:
+        ContinualDataModule(name, root=str(root)).prepare_data()
+    assert str(root) in str(error.value)
+    assert "data.download=true" in str(error.value)
+    with pytest.raises(DatasetNotFoundError):
+        sources.load(name, str(root), False)
+    assert not root.exists()
+
+
+def test_incomplete_cifar_is_missing(tmp_path: Path) -> None:
+    write_cifar(tmp_path, 10)
+    (tmp_path / "CIFAR10" / "cifar-10-batches-py" / "data_batch_3").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DatasetNotFoundError, match="data_batch_3"):
+        ContinualDataModule("cifar10", root=str(tmp_path)).setup()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["mnits", "no.such.module", "continuum.datasets.NoSuch", "datetime.date"])
+def test_unknown_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        ContinualDataModule(name, root=str(tmp_path))
+
+
+class FromPath:
+    """A data set of continuum's kind, constructed from its class path."""
+
+    def __init__(self, path: str, train: bool, download: bool) -> None:
+        self.train = train
+
+    def get_data(self) -> tuple[np.ndarray, np.ndarray, None]:
+        keep = slice(None) if self.train else slice(0, None, 4)
+        x = np.arange(40 * 64, dtype=np.float32).reshape(40, 8, 8)[keep]
+        return x, T10[keep], None
+
+
+class Paths(FromPath):
+    """Lists files."""
+
+    def get_data(self) -> tuple[np.ndarray, np.ndarray, None]:
+        return np.array(["a.png"] * 40), T10, None
+
+
+def test_class_path_and_pair_of_objects_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "some_sets", sys.modules[__name__])
+    by_path = ContinualDataModule("some_sets.FromPath", root=str(tmp_path))
+    by_pair = ContinualDataModule((FromPath("", True, False), FromPath("", False, False)))
+    for data in (by_path, by_pair):
+        assert (data.num_classes, data.input_spec) == (10, InputSpec(1, 8, 8))
+        data.setup()
+        assert len(data.test_targets) == 10
+    assert torch.equal(by_path.train_inputs, by_pair.train_inputs)
+    with pytest.raises(ConfigurationError, match="image files"):
+        ContinualDataModule("some_sets.Paths", root=str(tmp_path))
+
+
+def test_continuums_own_class_of_arrays() -> None:
+    from continuum.datasets import InMemoryDataset
+
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    data = ContinualDataModule((InMemoryDataset(x, T10, train=True), InMemoryDataset(x, T10, train=False)))
+    data.setup()
+    assert np.array_equal(data.train_inputs.permute(0, 2, 3, 1).numpy(), x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((8, 6), (1, 8, 6)), ((8, 6, 1), (1, 8, 6)), ((8, 6, 3), (3, 8, 6)), ((3, 8, 6), (3, 8, 6)), ((7,), (1, 1, 7))],
+)
+def test_layouts_of_arrays(shape, spec) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, *shape), dtype=np.uint8)
+    data = ContinualDataModule((x, T10, torch.from_numpy(x), torch.from_numpy(T10)))
+    assert data.input_spec == spec
+    data.setup()
+    assert data.train_inputs.dtype == torch.uint8
+    expected = x.transpose(0, 3, 1, 2) if shape[-1] == 3 else x.reshape(40, *spec)
+    assert np.array_equal(data.train_inputs.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "x_test", "word"),
+    [
+        (np.zeros((40, 8, 8, 4)), T10, None, "alpha"),
+        (np.zeros((40, 8, 8)), T10[:30], None, "40 inputs and 30 labels"),
+        (np.zeros((40, 8, 8)), T10, np.zeros((40, 8, 7)), "differ in shape"),
+        (np.zeros(40), T10, None, "shape"),
+        (np.zeros((0, 8, 8)), T10[:0], None, "empty"),
+    ],
+)
+def test_arrays_that_do_not_fit(x, y, x_test, word) -> None:
+    with pytest.raises(DataError, match=word):
+        ContinualDataModule((x, y, x if x_test is None else x_test, y))
+    with pytest.raises(DataError, match="not 3"):
+        ContinualDataModule((x, y, x))
+
+
+def test_labels_in_object_arrays_keep_their_kind() -> None:
+    assert order_classes(check_labels(np.array([10, 9, 2], dtype=object)), None) == [2, 9, 10]
+    assert order_classes(check_labels(np.array(["b", "a"], dtype=object)), None) == ["a", "b"]
+
+
+def test_refused_labels_are_named_with_their_field() -> None:
+    x = np.zeros((40, 4), dtype=np.float32)
+    with pytest.raises(DataError, match=r"test labels .*-3, -2"):
+        ContinualDataModule((x, T10, x, np.where(T10 == 4, -3, T10 - 2)))
+
+
+@pytest.mark.parametrize("order", [[0.5, *range(1, 10)], [None, *range(1, 10)], ["zero", *range(1, 10)]])
+def test_class_orders_of_another_type(order) -> None:
+    with pytest.raises(ConfigurationError, match="class_order"):
+        order_classes(T10, order)
+
+
+def test_words_for_numbers_in_a_class_order_are_cast_exactly() -> None:
+    order = [str(label) for label in range(11, -1, -1)]
+    assert order_classes(np.arange(12), order) == list(range(11, -1, -1))
+
+
+def test_import_brings_no_data_library() -> None:
+    code = "import sys, dcl_lightning.data; print(sorted({'continuum', 'sklearn'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,93 @@
+"""What every ``Comm`` must do; each worker calls it, and every worker checks its own results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dcl_lightning.memory.comm import Comm
+
+DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64,
+)  # fmt: skip
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.dtype == wanted.dtype
+    assert found.shape == wanted.shape
+    assert torch.equal(found, wanted), (found, wanted)
+
+
+def rows(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    return ((torch.arange(count * 6).reshape(count, 2, 3) + 7 * rank) % 5).to(dtype)
+
+
+def check_contract(comm: Comm) -> None:
+    r, n = comm.rank, comm.size
+    total = n * (n + 1) // 2
+
+    # allreduce
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32):
+        value = torch.full((2, 2), r + 1).to(dtype)
+        same(comm.allreduce(value), torch.full((2, 2), total).to(dtype))
+        same(comm.allreduce(value, "max"), torch.full((2, 2), n).to(dtype))
+        same(comm.allreduce(value, "min"), torch.ones(2, 2, dtype=dtype))
+        same(value, torch.full((2, 2), r + 1).to(dtype))
+    same(comm.allreduce(torch.tensor(r + 3), "mean"), torch.tensor(sum(range(3, n + 3)) / n, dtype=torch.float64))
+    same(comm.allreduce(torch.tensor(r == 0), "max"), torch.tensor(True))
+    same(comm.allreduce(torch.tensor(r == 0), "min"), torch.tensor(n == 1))
+    same(comm.allreduce(torch.zeros(0, 3)), torch.zeros(0, 3))
+    channels_last = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert comm.allreduce(channels_last).shape == channels_last.shape
+    own = torch.ones(3)
+    comm.allreduce(own).zero_()
+    assert own.sum() == 3, "the result is a new tensor"
+
+    # allgather: uneven, some empty, any dtype, 0-dim
+    for dtype in DTYPES:
+        for k, part in enumerate(comm.allgather(rows(r, r + 1, dtype))):
+            same(part, rows(k, k + 1, dtype))
+        for k, part in enumerate(comm.allgather(rows(r, r, dtype))):
+            same(part, rows(k, k, dtype))
+    for k, part in enumerate(comm.allgather(torch.tensor(r, dtype=torch.bfloat16))):
+        same(part, torch.tensor(k, dtype=torch.bfloat16))
+    assert [tuple(p.shape) for p in comm.allgather(torch.zeros(0, 4))] == [(0, 4)] * n
+    assert [tuple(p.shape) for p in comm.allgather(torch.zeros(r + 1, 0))] == [(k + 1, 0) for k in range(n)]
+    if n > 1:
+        # An empty tensor does not know the shape and dtype of the others' rows.
+        mine = rows(r, 2, torch.bool) if r == n - 1 else torch.zeros(0)
+        for k, part in enumerate(comm.allgather(mine)):
+            same(part, rows(k, 2 if k == n - 1 else 0, torch.bool))
+        # All workers see that rows do not fit together; the next operation works.
+        with pytest.raises(ValueError, match="differ in dtype or shape"):
+            comm.allgather(torch.zeros(1, 2 + r))
+
+    # alltoall: worker r sends (r + k) % 3 rows to worker k
+    for dtype in DTYPES:
+        splits = [(r + k) % 3 for k in range(n)]
+        sent = rows(r, sum(splits), dtype)
+        got, counts = comm.alltoall(sent, splits)
+        assert counts == [(k + r) % 3 for k in range(n)]
+        wanted = []
+        for k in range(n):
+            theirs = [(k + j) % 3 for j in range(n)]
+            wanted.append(rows(k, sum(theirs), dtype).split(theirs)[r])
+        same(got, torch.cat(wanted))
+    got, counts = comm.alltoall(torch.zeros(0, 5), [0] * n)
+    assert got.shape == (0, 5)
+    assert counts == [0] * n
+    if n > 1:
+        first = rows(0, n, torch.bfloat16) if r == 0 else torch.zeros(0)
+        got, counts = comm.alltoall(first, [1] * n if r == 0 else [0] * n)
+        same(got, rows(0, n, torch.bfloat16)[r : r + 1])
+        assert counts == [1] + [0] * (n - 1)
+    with pytest.raises(ValueError, match="splits"):
+        comm.alltoall(torch.zeros(2, 2), [5] * n)
+
+    # broadcast, barrier
+    for dtype in DTYPES:
+        same(comm.broadcast(rows(r, 2, dtype), n - 1), rows(n - 1, 2, dtype))
+    same(comm.broadcast(torch.tensor(float(r))), torch.tensor(0.0))
+    same(comm.broadcast(torch.zeros(0, 2)), torch.zeros(0, 2))
+    comm.barrier()

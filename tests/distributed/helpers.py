@@ -1,0 +1,86 @@
+"""Runs Python source on real Horovod workers of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcl_lightning.distributed.launcher import worker_variables
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+@dataclass
+class Ended:
+    code: int | None  # None: it ran past the deadline and was killed
+    output: str
+
+
+def environment() -> dict[str, str]:
+    """This process's, without a place among workers, and with the package and these helpers on the path."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_"))}
+    return {**clean, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "HOROVOD_GLOO_TIMEOUT_SECONDS": "120"}
+
+
+def run_workers(source: str, count: int, deadline: float = 150) -> list[Ended]:
+    """Run ``source`` on ``count`` workers; a worker that ends does not end the others."""
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.http.http_server import RendezvousServer
+
+    server = RendezvousServer(verbose=0)
+    port = server.start()
+    slots = get_host_assignments(parse_hosts(f"localhost:{count}"), count)
+    server.init(slots)
+    processes, files = [], []
+    try:
+        for slot in slots:
+            files.append(tempfile.TemporaryFile("w+"))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", source],
+                    env={**environment(), **worker_variables(slot, port, 1)},
+                    stdout=files[-1],
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        end = time.monotonic() + deadline
+        while time.monotonic() < end and any(p.poll() is None for p in processes):
+            time.sleep(0.05)
+        codes = [p.poll() for p in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        server.stop()
+    ended = []
+    for code, file in zip(codes, files, strict=True):
+        file.seek(0)
+        ended.append(Ended(code, file.read()))
+        file.close()
+    return ended
+
+
+def assert_ended_well(workers: list[Ended]) -> None:
+    text = "\n".join(f"--- worker {k}, code {w.code}\n{w.output}" for k, w in enumerate(workers))
+    assert all(w.code == 0 for w in workers), text
+
+
+def run_script(script: Path, *args: str, deadline: float = 150) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run a script the way a user does, with plain ``python``; return how it ended and after how long."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(script), *args],
+        cwd=script.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=deadline,
+    )
+    return done, time.monotonic() - started
