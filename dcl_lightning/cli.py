@@ -65,6 +65,17 @@ class ContinualCLI(LightningCLI):
         for name in ("num_classes", "input_spec"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take the agent from the checkpoint only if none is given: Lightning's own lets the checkpoint's win."""
+        args = self._args if self._args is not None else sys.argv[1:]
+        if not any(arg.startswith(("--model", "--config", "-c")) for arg in args):
+            super()._parse_ckpt_path()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and remember what was given."""
+        self._args: list[str] | None = args
+        super().parse_arguments(parser, args)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""
         trainer_config = self._get(self.config_init, "trainer")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -69,6 +71,7 @@ class ContinualAgent(pl.LightningModule):
         logits: Literal["all", "seen"] = "all",
     ) -> None:
         super().__init__()
+        self._keep_hyperparameters()
         if logits not in ("all", "seen"):
             raise ConfigurationError(f"logits={logits!r}: give 'all' or 'seen'")
         if lr <= 0 or not 0 <= momentum < 1 or weight_decay < 0 or gamma <= 0 or warmup_epochs < 0:
@@ -111,7 +114,12 @@ class ContinualAgent(pl.LightningModule):
         return self.mask_unseen(self(batch.inputs))
 
     def on_task_start(self, task: Task) -> None:
-        """Note the task's classes; with ``reset_state_dict`` go back to the initial weights."""
+        """Note the task's classes; with ``reset_state_dict`` go back to the initial weights.
+
+        Task 0 begins a new stream: what was learnt stays in the weights alone.
+        """
+        if task.index == 0:
+            self.seen.zero_()
         self.current.zero_()
         self.current[list(task.classes)] = True
         self.seen |= self.current
@@ -262,6 +270,18 @@ class ContinualAgent(pl.LightningModule):
 
     # -- checkpoint --------------------------------------------------------------------------------
 
+    def _keep_hyperparameters(self) -> None:
+        """Keep the arguments as numbers, strings, lists and dicts: a checkpoint holds nothing to execute.
+
+        A backbone that was given as a module is left out: ``load_from_checkpoint(path, backbone=...)``.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the module, which is left out
+            self.save_hyperparameters(logger=False)
+        kept = {name: value for name, value in self.hparams.items() if not callable(value)}
+        self.hparams.clear()
+        self.save_hyperparameters({name: _plain(value) for name, value in kept.items()})
+
     def _network_state(self) -> dict[str, Tensor]:
         state = {f"backbone.{k}": v for k, v in self.backbone.state_dict().items()}
         return state | {f"head.{k}": v for k, v in self.head.state_dict().items()}
@@ -274,6 +294,14 @@ class ContinualAgent(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the initial weights back."""
         self._initial = checkpoint.get("initial_weights")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _write_rates(scheduler: LambdaLR) -> None:

@@ -50,14 +50,14 @@ class ICaRL(ContinualAgent):
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: MemorySize | None = None,
+        rehearsal: MemorySize | dict[str, Any] | None = None,
         bce_reduction: Literal["mean", "sum"] = "mean",
         selection: Literal["herding", "nearest"] = "herding",
         nme_flip: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
-        self.rehearsal = rehearsal or MemorySize()
+        self.rehearsal = MemorySize(**rehearsal) if isinstance(rehearsal, dict) else rehearsal or MemorySize()
         self.bce_reduction = bce_reduction
         self.selection = selection
         self.nme_flip = nme_flip
@@ -106,6 +106,16 @@ class ICaRL(ContinualAgent):
                 f"set model.rehearsal.buffer_size to at least {self.num_classes}"
             )
         data.extra_indices = self._rehearsed
+
+    def on_task_start(self, task: Task) -> None:
+        """Note the task's classes; at the start of a stream forget the exemplars of an earlier one."""
+        super().on_task_start(task)
+        if task.index == 0:
+            self.exemplars.clear()
+            self._rehearsed.clear()
+            self.has_mean.zero_()
+            self.has_teacher.zero_()
+            self._teaching = False
 
     def on_task_end(self, task: Task) -> None:
         """Choose the exemplars of the task's classes, shorten the others, renew means and teacher."""

@@ -155,6 +155,8 @@ class TaskClock(Checkpoint):
         if self._started_tasks > task.index:
             return
         self._started_tasks = task.index + 1
+        if task.index:
+            _forget_best_checkpoints(trainer)
         if task.index and self.optimizer_reset and self._snapshot is not None:
             _reset_optimizers(trainer, self._snapshot)
         _call_task_hook("on_task_start", trainer, pl_module, task)
@@ -311,6 +313,15 @@ def _forget_best(stoppers: Sequence[EarlyStopping]) -> None:
         stopper.wait_count = stopper.stopped_epoch = 0
         worst = float("inf") if stopper.monitor_op == torch.lt else -float("inf")
         stopper.best_score = torch.tensor(worst)
+
+
+def _forget_best_checkpoints(trainer: pl.Trainer) -> None:
+    """What was best in one task must not keep the next one's from being saved; the files stay."""
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, ModelCheckpoint) and saver.monitor is not None:
+            saver.best_k_models = {}
+            saver.best_model_score = None
+            saver.kth_best_model_path = ""
 
 
 def _hyperparameters(trainer: pl.Trainer) -> dict[str, Any]:

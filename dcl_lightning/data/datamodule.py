@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dcl_lightning.data import scenarios, sources, transforms
@@ -40,7 +42,8 @@ class ContinualDataModule(pl.LightningDataModule):
         batch_size: training samples a step and worker.
         eval_batch_size: evaluation samples a step and worker; ``batch_size``, but at least 256, if None.
         augment: crop and mirror training images; what suits the data set if None.
-        seed: seed of order, augmentation and hold-outs, the same on all workers.
+        seed: seed of order, augmentation and hold-outs, the same on all workers; the one given to
+            ``seed_everything`` if None, 0 without any.
         source_options: ``num_classes``, ``size``, ``per_class``, ``seed`` of ``synthetic``.
 
     Attributes:
@@ -63,7 +66,7 @@ class ContinualDataModule(pl.LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         augment: bool | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         source_options: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
@@ -78,7 +81,9 @@ class ContinualDataModule(pl.LightningDataModule):
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
         self.root, self.download, self.scenario = root, download, scenario
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
-        self.val_ratio, self.seed, self.batch_size = val_ratio, seed, batch_size
+        self.val_ratio, self.batch_size = val_ratio, batch_size
+        # Where Lightning's ``seed_everything`` leaves it for other processes.
+        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
         self.source_options = source_options
         self.dataset_name = dataset if isinstance(dataset, str) else "arrays"
@@ -150,15 +155,18 @@ class ContinualDataModule(pl.LightningDataModule):
         train = scenarios.encode(splits.train_labels, classes)
         test = scenarios.encode(splits.test_labels, classes)
         train_parts, test_parts = self._parts(train), self._parts(test)
-        held = scenarios.hold_out(train, train_parts, self.val_ratio, self.seed)
         self.train_inputs, self.test_inputs = splits.train_inputs, splits.test_inputs
         self.train_targets, self.test_targets = torch.from_numpy(train), torch.from_numpy(test)
         self._train_parts, self._test_parts = torch.from_numpy(train_parts), torch.from_numpy(test_parts)
-        self._held = torch.from_numpy(held)
+        self._hold_out()
         self._splits, self._ready = None, True
         for task in range(self.num_tasks):
             if not len(self.train_indices(task)):
                 raise ConfigurationError(f"task {task} has no training samples: give fewer tasks than {self.num_tasks}")
+
+    def _hold_out(self) -> None:
+        targets, parts = self.train_targets.numpy(), self._train_parts.numpy()
+        self._held = torch.from_numpy(scenarios.hold_out(targets, parts, self.val_ratio, self.seed))
 
     def _parts(self, targets: np.ndarray) -> np.ndarray:
         if self.scenario == "class":
@@ -241,6 +249,40 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    # -- checkpoint --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seed and what must be the same when a run is resumed."""
+        return {"seed": self.seed, "stream": self._stream()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the run's seed back, and refuse another stream than the one that the run was started with.
+
+        Raises:
+            ConfigurationError: data set, scenario, class order, tasks or hold-outs differ; both values are named.
+        """
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        present = self._stream()
+        for name, saved in state_dict["stream"].items():
+            if saved != present[name]:
+                raise ConfigurationError(
+                    f"the checkpoint's run had {name} {saved}, this one has {present[name]}: resume with the "
+                    "data options that the run was started with"
+                )
+        self.seed = state_dict["seed"]
+        self._hold_out()
+        self._train_loader = None
+
+    def _stream(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset_name,
+            "scenario": self.scenario,
+            "class_order": list(self.original_labels),
+            "classes of the tasks": [list(classes) for classes in self._task_classes],
+            "val_ratio": self.val_ratio,
+        }
 
     # -- on the device -----------------------------------------------------------------------------
 

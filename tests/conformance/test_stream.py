@@ -8,53 +8,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from streams import make_agent, make_data, make_trainer, matrix, weights
 
-from dcl_lightning import ContinualDataModule, FineTuning, ICaRL
-from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.size import MemorySize
-
-
-def arrays(num_classes: int = 6, per_class: int = 7):
-    g = torch.Generator().manual_seed(0)
-    y = torch.arange(num_classes).repeat(per_class)
-    centres = torch.randn(num_classes, 1, 4, 4, generator=g) * 2
-    x = centres[y] + torch.randn(len(y), 1, 4, 4, generator=g)
-    return x, y, x.clone(), y.clone()
-
-
-def make_data(**kwargs):
-    kwargs = {"increment": 2, "batch_size": 5} | kwargs
-    return ContinualDataModule(arrays(), **kwargs)
-
-
-def make_agent(kind: str, data, seed: int = 0, **kwargs):
-    pl.seed_everything(seed)
-    common = {"epochs_per_task": 2, "lr": 0.05, "momentum": 0.9, "input_spec": data.input_spec} | kwargs
-    if kind == "icarl":
-        return ICaRL(MLP([8]), data.num_classes, rehearsal=MemorySize(buffer_size=12), bce_reduction="sum", **common)
-    return FineTuning(MLP([8]), data.num_classes, **common)
-
-
-def make_trainer(folder: Path, callbacks=(), **kwargs):
-    return pl.Trainer(
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **({"enable_checkpointing": bool(callbacks)} | kwargs),
-    )
-
-
-def weights(agent) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in agent.parameters()])
-
-
-def matrix(agent) -> torch.Tensor:
-    return agent.clock.matrix.compute()
 
 
 @pytest.mark.parametrize("kind", ["base", "icarl"])
