@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -16,9 +17,23 @@ from dcl_lightning.agents import ContinualAgent
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError, DataError, HorovodNotFoundError
 
-__all__ = ["ContinualCLI", "main"]
+__all__ = ["ContinualCLI", "main", "without_other_agent"]
 
 _USER_ERRORS = (ConfigurationError, DataError, HorovodNotFoundError, MisconfigurationException)
+# What says how a network is built and optimised, whichever agent trains it.
+_SHARED_KEYS = {
+    "backbone",
+    "epochs_per_task",
+    "gamma",
+    "lr",
+    "milestones",
+    "momentum",
+    "optimizer",
+    "optimizer_reset",
+    "scale_lr",
+    "warmup_epochs",
+    "weight_decay",
+}
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.CSVLogger",
     "init_args": {"save_dir": "runs", "name": "dcl"},
@@ -72,9 +87,10 @@ class ContinualCLI(LightningCLI):
             super()._parse_ckpt_path()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and remember what was given."""
+        """Parse; where ``--model NAME`` follows a configuration of another agent, drop that agent's own values."""
         self._args: list[str] | None = args
-        super().parse_arguments(parser, args)
+        given = list(sys.argv[1:] if args is None else args)
+        super().parse_arguments(parser, without_other_agent(given))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""
@@ -85,6 +101,52 @@ class ContinualCLI(LightningCLI):
         if wanted and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             self.trainer_defaults.setdefault("callbacks", [ModelCheckpoint(save_last=True)])
         return super().instantiate_trainer(**kwargs)
+
+
+def without_other_agent(args: list[str]) -> list[str]:
+    """Return the arguments with what belonged to another agent taken out of configuration files.
+
+    After ``--config icarl.yaml --model base`` the parser would keep every old value that the new class
+    accepts. Only the backbone and how it is optimised are kept; what is dropped is said.
+
+    Args:
+        args: arguments of the command line.
+    """
+    result = list(args)
+    named = [i for i, arg in enumerate(args) if arg == "--model" or arg.startswith("--model=")]
+    if not named:
+        return result
+    at = named[-1]
+    name = args[at].partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
+    for i, arg in enumerate(args[:at]):
+        flag, _, value = arg.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        place = i if value else i + 1
+        text = _kept_config(value or args[place], name)
+        if text is not None:
+            result[place] = f"{flag}={text}" if value else text
+    return result
+
+
+def _kept_config(path: str, name: str) -> str | None:
+    """Return the file's content less what belonged to another agent than ``name``; None if nothing did."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        config = yaml.safe_load(file)
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict) or str(model.get("class_path")).split(".")[-1] == name.split(".")[-1]:
+        return None
+    values = model.get("init_args") or {}
+    dropped = sorted(set(values) - _SHARED_KEYS)
+    if dropped:
+        print(
+            f"{path}: model.{', model.'.join(dropped)} belonged to {model['class_path']} and are dropped",
+            file=sys.stderr,
+        )
+    config["model"] = {"class_path": name, "init_args": {k: v for k, v in values.items() if k in _SHARED_KEYS}}
+    return yaml.safe_dump(config, sort_keys=False)
 
 
 def main(args: list[str] | None = None) -> int:

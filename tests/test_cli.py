@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -145,3 +146,38 @@ def test_second_run_gets_a_new_folder_and_resume_works(tmp_path: Path) -> None:
     assert (folder / "version_1" / "report" / "summary.md").exists()
     done = run([*args, "--ckpt_path", str(folder / "version_0" / "checkpoints" / "last.ckpt")], tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_fresh_processes_with_one_seed_agree_bit_for_bit(tmp_path: Path) -> None:
+    args = ["fit", "--config", str(ROOT / "configs/icarl_digits.yaml"), "--model.epochs_per_task", "1"]
+    weights, matrices = [], []
+    for run_number, seed in enumerate((0, 0, 1)):
+        assert run([*args, "--seed_everything", str(seed)], tmp_path).returncode == 0
+        folder = tmp_path / "runs" / "icarl_digits" / f"version_{run_number}"
+        weights.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        matrices.append(json.loads((folder / "report" / "accuracy_matrix.json").read_text())["matrix"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert matrices[0] == matrices[1]
+    assert not torch.equal(weights[0]["head.weight"], weights[2]["head.weight"])
+
+
+def test_another_agent_after_a_config_keeps_only_what_is_shared(tmp_path: Path) -> None:
+    config = str(ROOT / "configs/icarl_digits.yaml")
+    done = run(["fit", "--config", config, "--model", "base", "--print_config"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = yaml.safe_load(done.stdout)["model"]
+    assert model["class_path"].endswith("presets.base")
+    assert (model["init_args"]["momentum"], model["init_args"]["logits"]) == (0.9, "all")
+    assert "model.logits" in done.stderr
+
+
+def test_bare_name_quoted_lists_and_numbers_in_yaml(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "model: icarl\ndata:\n  class_path: ContinualDataModule\n  init_args:\n    class_order: '[1,0,2,3,4,5,6,7,8,9]'\n"
+    )
+    done = run(["fit", "--config", "a.yaml", "--model.lr", "1e-2", "--print_config"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert config["model"]["class_path"].endswith("presets.icarl")
+    assert config["model"]["init_args"]["lr"] == 0.01
+    assert config["data"]["init_args"]["class_order"][:2] == [1, 0]

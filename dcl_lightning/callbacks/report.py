@@ -46,8 +46,14 @@ class TaskReport(pl.Callback):
             self._written = False
 
     def on_task_evaluated(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
-        """Print the rows so far; the clock calls this after it has written the task's row."""
+        """Print and log the rows so far; the clock calls this after it has written the task's row."""
         clock = _clock_of(trainer)
+        if clock is not None:
+            names = ("average_accuracy", "forgetting", "backward_transfer")
+            figures = {f"cl/{name}": float(getattr(clock.matrix, name)) for name in names}
+            figures = {name: value for name, value in figures.items() if not math.isnan(value)}
+            for logger in trainer.loggers:
+                logger.log_metrics({**figures, "task": float(task.index)}, step=trainer.global_step)
         if self.show_table and clock is not None and trainer.is_global_zero:
             print("\n" + table_text(clock.matrix.evaluated, task.num_tasks), flush=True)
 

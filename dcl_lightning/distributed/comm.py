@@ -170,19 +170,25 @@ class HorovodComm(_RowComm):
     # Every operation is waited for, so its name is free again when it is used again, and Horovod's
     # cache of known operations stays small.
 
+    def _call(self, what: str, data: Tensor, **options: Any) -> Any:
+        # Lightning evaluates in inference mode, and Horovod's own thread, which is not in it, may not
+        # resize a result that was made there.
+        with torch.inference_mode(False), torch.no_grad():
+            sent = data.clone() if data.is_inference() else data
+            return getattr(self._hvd, what)(sent, name=f"{self._stream}.{what}", **options)
+
     def _reduce(self, flat: Tensor, op: str) -> Tensor:
-        kind = {"sum": self._hvd.Sum, "min": self._hvd.Min, "max": self._hvd.Max}[op]
-        return self._hvd.allreduce(flat, op=kind, name=f"{self._stream}.allreduce")
+        kinds = {"sum": self._hvd.Sum, "min": self._hvd.Min, "max": self._hvd.Max}
+        return self._call("allreduce", flat, op=kinds[op])
 
     def _gather(self, data: Tensor, counts: list[int]) -> Tensor:
-        return self._hvd.allgather(data, name=f"{self._stream}.allgather")
+        return self._call("allgather", data)
 
     def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor:
-        wanted = torch.tensor(splits, dtype=torch.int32)
-        return self._hvd.alltoall(data, splits=wanted, name=f"{self._stream}.alltoall")[0]
+        return self._call("alltoall", data, splits=splits)[0]
 
     def _send(self, data: Tensor, src: int) -> Tensor:
-        return self._hvd.broadcast(data, root_rank=src, name=f"{self._stream}.broadcast")
+        return self._call("broadcast", data, root_rank=src)
 
     def barrier(self) -> None:
         """Return once every worker has called it."""

@@ -86,13 +86,14 @@ def missing_tools(gpu: str, path: str | None = None) -> list[str]:
         "cmake": "CMake: `apt-get install cmake`, or `pip install cmake`",
         "make": "make: `apt-get install make`",
     }
-    if gpu == "cuda" and toolkit(path) is None:
-        wanted["nvcc"] = "NVIDIA's CUDA toolkit (nvcc) of PyTorch's CUDA version; or build with --gpu cpu"
-    path = _search_path() if path is None else path
+    given = path is not None
+    path = path if given else _search_path()
     missing = [text for program, text in wanted.items() if shutil.which(program, path=path) is None]
     cmake = shutil.which("cmake", path=path)
     if cmake is not None and _cmake_version(cmake) < _OLDEST_CMAKE:
         missing.append(f"CMake 3.13 or newer ({cmake} is older): `pip install cmake`")
+    if gpu == "cuda" and toolkit(path if given else None) is None:
+        missing.append("NVIDIA's CUDA toolkit of PyTorch's CUDA version (or set CUDA_HOME); or build with --gpu cpu")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         missing.append("Python's headers: `apt-get install python3-dev`")
     return missing
@@ -296,7 +297,10 @@ def _build_wheel(build: Build, cache: Path) -> Path:
         with log.open("w") as output:
             code = subprocess.run(command, env=variables, stdout=output, stderr=subprocess.STDOUT).returncode
         if code:
-            print("".join(log.read_text().splitlines(keepends=True)[-20:]), file=sys.stderr)
+            lines = log.read_text().splitlines()
+            # The end is setuptools' traceback; the cause stands further up.
+            causes = [line for line in lines if re.search(r"\berror: |CMake Error", line)][:5]
+            print(*causes, "...", *lines[-20:], sep="\n", file=sys.stderr)
             raise InstallError(f"Horovod could not be built; nothing was installed; the whole log is {log}")
         wheel = next(work.glob("horovod-*.whl"))
         # Whole or not at all: another process may look for it.

@@ -26,7 +26,7 @@ __all__ = ["HorovodLauncher", "worker_variables"]
 _GRACE_S = 3.0  # for the others to notice a failure by themselves
 _LAST_RESORT_S = 10.0  # for worker 0 to end once its operations fail
 _PATIENCE_S = 30.0  # for the others to end after worker 0 has ended well
-_LAST_LINES = 40
+_LAST_LINES = 150  # holds a traceback through all of Lightning
 
 
 @dataclass
@@ -63,7 +63,8 @@ class HorovodLauncher(_Launcher):
         self._workers: list[_Worker] = []
         self._ending = threading.Event()
         self._reported = threading.Lock()
-        self._in_trainer = self._interrupted = self._own_failure = self._failing = False
+        self._in_trainer = self._own_failure = self._failing = False
+        self._signal = 0  # that ended the job
 
     @property
     def is_interactive_compatible(self) -> bool:
@@ -94,7 +95,7 @@ class HorovodLauncher(_Launcher):
             signum: the signal.
         """
         # Whoever is told to end does not fail by ending.
-        self._interrupted = True
+        self._signal = self._signal or int(signum)
         for worker in self._workers:
             if worker.running:
                 try:
@@ -193,7 +194,7 @@ class HorovodLauncher(_Launcher):
         """At exit: let the others end by themselves, end those that do not, and tell of failures."""
         self._ending.set()
         started = time.monotonic()
-        self._failing |= self._interrupted or getattr(sys, "last_value", None) is not None
+        self._failing |= self._signal != 0 or getattr(sys, "last_value", None) is not None
         while any(worker.running for worker in self._workers):
             if not self._failing and any(worker.failed for worker in self._workers):
                 self._failing, started = True, time.monotonic()
@@ -202,13 +203,14 @@ class HorovodLauncher(_Launcher):
             time.sleep(0.05)
         failed = any(worker.failed for worker in self._workers)
         late = [worker.rank for worker in self._workers if worker.running]
-        told_to_end = self._interrupted
+        told_to_end = self._signal
         self._kill_rest()
         for worker in self._workers:
             for reader in worker.readers:
                 reader.join(timeout=1)
         if told_to_end:
-            return
+            # Lightning ends with 0 after SIGTERM; whoever sent it should see that the job was cut short.
+            _exit_now(128 + told_to_end)
         if failed:
             self._report()
         elif late and not self._failing:
@@ -226,7 +228,7 @@ class HorovodLauncher(_Launcher):
 
     def _report(self) -> None:
         """Show, once, the last lines of the worker that failed first; none if worker 0 is the cause."""
-        if self._interrupted or self._own_failure or not self._reported.acquire(blocking=False):
+        if self._signal or self._own_failure or not self._reported.acquire(blocking=False):
             return
         failed = [worker for worker in self._workers if worker.failed]
         causes = [worker for worker in failed if not any("HorovodInternalError" in line for line in worker.tail)]
@@ -242,10 +244,10 @@ def _leave_horovod() -> None:
         hvd.shutdown()
 
 
-def _exit_now() -> None:
+def _exit_now(code: int = 1) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _own_command() -> list[str]:

@@ -264,7 +264,9 @@ class HorovodStrategy(ParallelStrategy):
             return obj
         import horovod.torch as hvd
 
-        return hvd.broadcast_object(obj, root_rank=src, name="strategy.broadcast")
+        # As in ``HorovodComm``: Horovod's thread cannot work on tensors made in inference mode.
+        with torch.inference_mode(False):
+            return hvd.broadcast_object(obj, root_rank=src, name="strategy.broadcast")
 
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return a tensor reduced over workers; other things as they are. Integer means are float64."""

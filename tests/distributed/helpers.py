@@ -40,7 +40,7 @@ def run_workers(source: str, count: int, deadline: float = 150) -> list[Ended]:
     processes, files = [], []
     try:
         for slot in slots:
-            files.append(tempfile.TemporaryFile("w+"))
+            files.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-c", source],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from types import SimpleNamespace
 
+import torch
 from comm_contract import check_contract
 from helpers import assert_ended_well, run_workers
 from torchmetrics.classification import MulticlassAccuracy
@@ -15,6 +16,8 @@ from dcl_lightning.memory.comm import SingleProcessComm
 
 def test_one_process_keeps_the_contract() -> None:
     check_contract(SingleProcessComm())
+    with torch.inference_mode():
+        check_contract(SingleProcessComm())
 
 
 def test_comm_of_takes_the_strategys_own_and_else_one_process() -> None:
@@ -46,6 +49,8 @@ from dcl_lightning.distributed import attach_metrics
 from dcl_lightning.distributed.comm import HorovodComm
 hvd.init()
 check_contract(HorovodComm())
+with torch.inference_mode():  # Lightning evaluates in it
+    check_contract(HorovodComm())
 
 # Shards of 0, 9 and 4 samples: worker 0 has no state at all.
 g = torch.Generator().manual_seed(0)

@@ -1,0 +1,283 @@
+"""``strategy=horovod`` on real workers: numbers, launch and failures."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+from helpers import assert_ended_well, environment, run_script, run_workers
+
+from dcl_lightning.distributed import HorovodStrategy
+from dcl_lightning.distributed.environment import HorovodEnvironment
+from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
+
+
+def test_without_horovod_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "horovod" else find(name, *a))
+    with pytest.raises(HorovodNotFoundError, match=r"python -m dcl_lightning\.distributed\.install"):
+        HorovodStrategy()
+
+
+def test_a_horovod_without_pytorch_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = ModuleSpec("horovod", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: spec)
+    with pytest.raises(HorovodNotFoundError):
+        HorovodStrategy()
+
+
+def test_the_constructor_does_not_import_horovod_and_one_device_needs_no_launcher() -> None:
+    code = (
+        "import sys, lightning.pytorch as pl, dcl_lightning\n"
+        "t = pl.Trainer(strategy='horovod', accelerator='cpu', devices=2, logger=False)\n"
+        "assert 'horovod' not in sys.modules and t.world_size == 2 and t.strategy.launcher is not None\n"
+        "t = pl.Trainer(strategy='horovod', accelerator='cpu', devices=1, logger=False)\n"
+        "assert t.strategy.launcher is None and t.world_size == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), timeout=120)
+
+
+def test_open_mpi_variables_give_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 5, "SIZE": 6, "LOCAL_RANK": 1, "LOCAL_SIZE": 2, "NODE_RANK": 1}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    place = HorovodEnvironment()
+    assert (place.global_rank(), place.world_size(), place.local_rank()) == (5, 6, 1)
+    assert (place.node_rank(), place.num_nodes()) == (2, 3)
+
+
+def test_devices_other_than_the_launchers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_RANK", "0")
+    monkeypatch.setenv("HOROVOD_LOCAL_SIZE", "2")
+    for devices in ("auto", 1, 2):
+        assert (
+            pl.Trainer(strategy="horovod", accelerator="cpu", devices=devices, logger=False).strategy.launcher is None
+        )
+    with pytest.raises(ConfigurationError, match="started 2 workers"):
+        pl.Trainer(strategy="horovod", accelerator="cpu", devices=3, logger=False)
+
+
+def test_options_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="gradient_predivide_factor"):
+        HorovodStrategy(op="sum", gradient_predivide_factor=2.0)
+    with pytest.raises(ConfigurationError, match="start_timeout"):
+        HorovodStrategy(start_timeout=0)
+
+
+def test_numbers_of_two_workers() -> None:
+    assert_ended_well(run_workers(NUMBERS, 2))
+
+
+def test_a_plain_script_starts_its_workers_once(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(PLAIN)
+    done, _ = run_script(script, "--word", "two words")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if "workers on" in line] == [
+        f"horovod: 2 workers on 1 host, {threads()} each",
+    ]
+    for fit in (1, 2):
+        assert lines.count(f"FIT {fit} of 2 two words") == 1
+        assert lines.count(f"[rank 1] FIT {fit} of 2 two words") == 1
+    assert "[rank 1] on stderr" in done.stderr.splitlines()
+
+
+def threads() -> str:
+    count = int(os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // 2)))
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+@pytest.mark.parametrize("how", ["raise 1", "raise 0", "vanish 1"])
+def test_a_failing_worker_ends_the_job_and_shows_why(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(FAILING)
+    done, _ = run_script(script, *how.split())
+    text = done.stdout + done.stderr
+    assert done.returncode not in (0, None), text
+    failed_at = float(next(line.split()[-1] for line in text.splitlines() if "FAILING AT" in line))
+    assert time.time() - failed_at < 20, text
+    if how == "raise 1":
+        cause = done.stderr[done.stderr.index("horovod: worker 1 ended with code 1") :]
+        assert "ValueError: no such luck" in cause
+        assert "Traceback" in cause
+    elif how == "raise 0":
+        assert "ValueError: no such luck" in text
+        assert "horovod: worker 1 ended" not in text, "worker 0 is the cause"
+    else:
+        assert "horovod: worker 1 ended with code 3" in text
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_script_ends_all_workers(signum: signal.Signals, tmp_path: Path) -> None:
+    script, output = tmp_path / "train.py", tmp_path / "output"
+    script.write_text(ENDLESS)
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(script)], env=environment(), stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        end = time.monotonic() + 120
+        while output.read_text().count("PID") < 2 and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.1)
+        pids = [int(line.split()[-1]) for line in output.read_text().splitlines() if "PID" in line]
+        assert len(pids) == 2, output.read_text()
+        process.send_signal(signum)
+        assert process.wait(timeout=30) == 128 + signum, output.read_text()
+        assert "ended with code" not in output.read_text()
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+NUMBERS = """
+import os, torch, lightning.pytorch as pl
+from torch import nn
+from torch.distributed import ReduceOp
+from toy import Toy, shard, trainer, weights
+from dcl_lightning import HorovodStrategy
+
+rank = int(os.environ["HOROVOD_RANK"])
+one = Toy()
+trainer("auto").fit(one, shard(0, 1, 16))
+accumulated = Toy()
+trainer("auto", accumulate_grad_batches=3, gradient_clip_val=0.5).fit(accumulated, shard(0, 1, 16))
+
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]) + 1),
+                  WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
+ddp = Toy(seed=rank)
+trainer("ddp", devices=2).fit(ddp, shard(rank, 2, 8))
+torch.distributed.destroy_process_group()
+for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"):
+    os.environ.pop(name, None)
+
+# Two workers with half the batch do what one does with the whole, and what ddp does.
+two = Toy(seed=rank)
+t = trainer("horovod", devices=2)
+assert (t.world_size, t.global_rank, t.is_global_zero) == (2, rank, rank == 0)
+t.fit(two, shard(rank, 2, 8))
+assert two.flags.all(), "buffers come from worker 0"
+torch.testing.assert_close(weights(two), weights(one), atol=1e-6, rtol=1e-6)
+torch.testing.assert_close(weights(two), weights(ddp), atol=1e-7, rtol=1e-6)
+assert not torch.distributed.is_initialized()
+gathered = t.strategy.all_gather(two.seen)
+assert torch.equal(gathered[0], gathered[1]), "gradients are averaged when backward returns"
+
+# Accumulation with a short last window, clipping, and a module that was fitted before.
+again = Toy(seed=rank)
+trainer("horovod", accumulate_grad_batches=3, gradient_clip_val=0.5).fit(again, shard(rank, 2, 8))
+torch.testing.assert_close(weights(again), weights(accumulated), atol=1e-6, rtol=1e-6)
+trainer("horovod").fit(again, shard(rank, 2, 8))
+trainer("auto").fit(accumulated, shard(0, 1, 16))
+torch.testing.assert_close(weights(again), weights(accumulated), atol=2e-6, rtol=2e-6)
+
+# Options.
+for options, tolerance in (({"gradient_predivide_factor": 2.0}, 1e-6), ({"compression": "fp16"}, 5e-3),
+                           ({"compression": "bf16"}, 5e-2)):
+    other = Toy(seed=rank)
+    trainer(HorovodStrategy(**options)).fit(other, shard(rank, 2, 8))
+    torch.testing.assert_close(weights(other), weights(one), atol=tolerance, rtol=tolerance)
+
+# A head that one worker uses stays equal on both; one that nobody uses does not move, nor decay.
+heads = Toy(unused=True)
+before = heads.extra[1].weight.detach().clone()
+t = trainer(HorovodStrategy(find_unused_parameters=True))
+t.fit(heads, shard(rank, 2, 8))
+assert torch.equal(heads.extra[1].weight, before) and heads.extra[1].weight.grad is None
+mine = t.strategy.all_gather(weights(heads))
+assert torch.equal(mine[0], mine[1])
+
+# Collectives of the strategy.
+s = t.strategy
+found = s.reduce(torch.tensor(3 + rank))
+assert found.dtype == torch.float64 and found == 3.5
+assert s.reduce("text") == "text"
+x = torch.tensor([2.0 + rank])
+for op, wanted in (("mean", 2.5), ("AVG", 2.5), (None, 2.5), ("sum", 5), ("max", 3), ("min", 2), ("product", 6),
+                   (ReduceOp.SUM, 5), (ReduceOp.MAX, 3), (ReduceOp(ReduceOp.SUM), 5), (ReduceOp(ReduceOp.MIN), 2)):
+    assert s.reduce(x, reduce_op=op).item() == wanted, op
+assert s.broadcast("name" if rank == 0 else None) == "name"
+assert s.broadcast(["name"] if rank == 1 else 3, src=1) == ["name"]
+assert s.reduce_boolean_decision(rank == 0, all=False) and not s.reduce_boolean_decision(rank == 0)
+assert s.distributed_sampler_kwargs == {"num_replicas": 2, "rank": rank}
+y = torch.tensor([1.0, 2.0], requires_grad=True)
+out = s.all_gather(y, sync_grads=True)
+assert out.shape == (2, 2)
+(out * torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank + 1)).sum().backward()
+assert y.grad.tolist() == [[3.0, 6.0], [9.0, 12.0]][rank], "summed over workers, as ddp does"
+assert not s.all_gather(y).requires_grad
+s.barrier()
+
+# Logged metrics and values over uneven shards: 40 samples on worker 0, 24 on worker 1.
+from torch.utils.data import DataLoader, Subset
+from torchmetrics import MeanSquaredError
+from toy import samples
+class Measured(Toy):
+    def __init__(self):
+        super().__init__()
+        self.error = MeanSquaredError()
+    def validation_step(self, batch, index):
+        out = self.net(batch[0])
+        self.error(out, batch[1])
+        self.log("error", self.error)
+        self.log("loss", nn.functional.mse_loss(out, batch[1]), sync_dist=True, batch_size=len(out))
+def loader(a, b):
+    return DataLoader(Subset(samples(), range(a, b)), batch_size=8)
+wanted = trainer("auto").validate(Measured(), loader(0, 64), verbose=False)[0]
+found = trainer("horovod").validate(Measured(), loader(*[(0, 40), (40, 64)][rank]), verbose=False)[0]
+assert abs(found["error"] - wanted["error"]) < 1e-6, (found, wanted)
+assert abs(found["loss"] - wanted["loss"]) < 1e-6, (found, wanted)
+"""
+
+PLAIN = """
+import sys
+import dcl_lightning
+from toy import Toy, shard, trainer
+model = Toy()
+for fit in (1, 2):
+    t = trainer("horovod", devices=2)
+    t.fit(model, shard(t.global_rank, t.world_size, 8))
+    print(f"FIT {fit} of {t.world_size} {sys.argv[2]}", flush=True)
+if t.global_rank == 1:
+    print("on stderr", file=sys.stderr)
+"""
+
+FAILING = """
+import os, sys, time
+import dcl_lightning
+from toy import Toy, shard, trainer
+class Failing(Toy):
+    def training_step(self, batch, index):
+        if index == 2 and self.global_rank == int(sys.argv[2]):
+            print("FAILING AT", time.time(), flush=True)
+            if sys.argv[1] == "vanish":
+                os._exit(3)
+            raise ValueError("no such luck")
+        return super().training_step(batch, index)
+t = trainer("horovod", devices=2)
+t.fit(Failing(), shard(t.global_rank, t.world_size, 8))
+"""
+
+ENDLESS = """
+import os, time
+import dcl_lightning
+from toy import Toy, shard, trainer
+class Slow(Toy):
+    def on_train_start(self):
+        print("PID", os.getpid(), flush=True)
+    def training_step(self, batch, index):
+        time.sleep(0.05)
+        return super().training_step(batch, index)
+t = trainer("horovod", devices=2, max_epochs=-1)
+t.fit(Slow(), shard(t.global_rank, t.world_size, 8))
+"""
