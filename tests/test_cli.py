@@ -173,7 +173,7 @@ def test_another_agent_after_a_config_keeps_only_what_is_shared(tmp_path: Path) 
 
 def test_bare_name_quoted_lists_and_numbers_in_yaml(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
-        "model: icarl\ndata:\n  class_path: ContinualDataModule\n  init_args:\n    class_order: '[1,0,2,3,4,5,6,7,8,9]'\n"
+        "model: icarl\ndata: {class_path: ContinualDataModule, init_args: {class_order: '[1,0,2,3,4,5,6,7,8,9]'}}\n"
     )
     done = run(["fit", "--config", "a.yaml", "--model.lr", "1e-2", "--print_config"], tmp_path)
     assert done.returncode == 0, done.stderr
