@@ -56,6 +56,9 @@ class Batch(NamedTuple):
         weights: ``(B,)`` float32; 0 for rows that only pad a shard, else 1.
         normaliser: 0-dim float32, the step's weights summed over all workers, divided by their
             number: a worker's loss is ``(weights * losses).sum() / normaliser``.
+        draw_ids: ``(B,)`` int64, what augmentation draws are keyed by: the sample id of a new sample, another
+            number at each step for a rehearsed one.
+        num_new: new samples, which come first; the rest are rehearsed.
     """
 
     inputs: Tensor
@@ -64,6 +67,8 @@ class Batch(NamedTuple):
     sample_ids: Tensor
     weights: Tensor
     normaliser: Tensor
+    draw_ids: Tensor
+    num_new: int
 
 
 @runtime_checkable

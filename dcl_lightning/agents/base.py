@@ -152,6 +152,13 @@ class ContinualAgent(pl.LightningModule):
         """Return the mask of the outputs that are trained, or None for all."""
         return self.seen if self.logits == "seen" else None
 
+    def trained(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the columns of the logits that are trained, and the targets as places among them."""
+        columns = self.trained_columns()
+        if columns is None:
+            return logits, targets
+        return logits[:, columns], (columns.cumsum(0) - 1)[targets]
+
     def mask_unseen(self, scores: Tensor) -> Tensor:
         """Return scores with -inf for classes not seen yet; unchanged before the first task."""
         if not bool(self.seen.any()):
@@ -162,14 +169,14 @@ class ContinualAgent(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return this agent's clock and report, or adopt those that the trainer has already."""
-        wanted: list[pl.Callback] = []
-        for kind, name in ((TaskClock, "clock"), (TaskReport, "report")):
-            present = [c for c in self.trainer.callbacks if type(c) is kind]  # type: ignore[attr-defined]
-            if present:
-                setattr(self, name, present[0])
-            else:
-                wanted.append(getattr(self, name))
-        return wanted
+        return [*self.adopt(TaskClock, "clock"), *self.adopt(TaskReport, "report")]
+
+    def adopt(self, kind: type[pl.Callback], name: str) -> list[pl.Callback]:
+        """Return this agent's own callback of a kind; nothing, but the trainer's as ``self.name``, if it has one."""
+        present = [c for c in self.trainer.callbacks if type(c) is kind]  # type: ignore[attr-defined]
+        if present:
+            setattr(self, name, present[0])
+        return [] if present else [getattr(self, name)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and a schedule that is counted from the start of each task."""

@@ -21,7 +21,4 @@ class FineTuning(ContinualAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy, averaged over the step's samples of all workers, and the logits."""
         logits = self(batch.inputs)
-        columns = self.trained_columns()
-        trained = logits if columns is None else logits[:, columns]
-        targets = batch.targets if columns is None else (columns.cumsum(0) - 1)[batch.targets]
-        return weighted_cross_entropy(trained, targets, batch.weights, batch.normaliser), logits
+        return weighted_cross_entropy(*self.trained(logits, batch.targets), batch.weights, batch.normaliser), logits

@@ -10,6 +10,7 @@ import copy
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -172,7 +173,7 @@ class ICaRL(ContinualAgent):
         self.eval()
         found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.head.in_features).double()]
         for batch in self._data.train_eval_loader(ids):
-            batch = self.trainer.strategy.batch_to_device(batch)
+            batch = move_data_to_device(batch, self.device)
             batch = self._data.prepare_batch(batch, train=False, epoch=0)
             inputs = batch.inputs.flip(-1) if flip else batch.inputs
             rows.append(self.features(inputs).double().cpu())

@@ -12,11 +12,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import move_data_to_device
 
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
-from dcl_lightning.types import Task
+from dcl_lightning.types import Batch, Task
 
 __all__ = ["TaskClock"]
 
@@ -165,9 +166,9 @@ class TaskClock(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the last batch of a task: end it, before validation and before any checkpoint."""
-        weights = getattr(batch, "weights", None)
-        if weights is not None:
-            self.samples_seen["new"] += len(weights)
+        if isinstance(batch, Batch):
+            self.samples_seen["new"] += batch.num_new
+            self.samples_seen["rehearsed"] += len(batch.targets) - batch.num_new
         last_epoch = trainer.current_epoch + 1 in self.boundaries
         if last_epoch and batch_idx + 1 >= trainer.num_training_batches:
             self._end_task(trainer, pl_module)
@@ -228,7 +229,8 @@ class TaskClock(Checkpoint):
             for i, batch in enumerate(loader):
                 if limit is not None and i >= limit:
                     break
-                batch = trainer.strategy.batch_to_device(batch)
+                # Not the strategy's: that one runs the training batch's hooks.
+                batch = move_data_to_device(batch, trainer.strategy.root_device)
                 batch = data.prepare_batch(batch, train=False, epoch=0)
                 hits = agent.evaluate(batch).argmax(1) == batch.targets
                 counts[0, column] += int(hits.sum())

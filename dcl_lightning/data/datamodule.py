@@ -295,7 +295,7 @@ class ContinualDataModule(pl.LightningDataModule):
         """Return the batch as the network takes it, on the device that it is on."""
         inputs = batch.inputs
         if train and self.augment:
-            inputs = transforms.augment(inputs, batch.sample_ids, self.seed, epoch)
+            inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch)
         inputs = transforms.to_float(inputs)
         if self._source is not None:
             inputs = transforms.normalise(inputs, self._source.mean, self._source.std)

@@ -90,6 +90,8 @@ class TaskLoader:
                 sample_ids=rows,
                 weights=weights,
                 normaliser=torch.tensor(in_step if self.train else float(len(rows))),
+                draw_ids=rows,
+                num_new=len(rows),
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcl_lightning.memory.comm import Comm, ReduceOp, SingleProcessComm
+from dcl_lightning.memory.comm import Comm, Pending, ReduceOp, SingleProcessComm, check_async_rows
 
 __all__ = ["HorovodComm", "TorchDistributedComm", "comm_of"]
 
@@ -38,6 +39,29 @@ def comm_of(strategy: Any) -> Comm:
     return SingleProcessComm()
 
 
+class _Started:
+    """An operation on its way; keeps what it sends alive, and its name taken, until it is waited for.
+
+    Args:
+        finish: waits and returns the result.
+        release: gives the name free.
+    """
+
+    def __init__(self, finish: Callable[[], Tensor], release: Callable[[], None]) -> None:
+        self._finish: Callable[[], Tensor] | None = finish
+        self._release = release
+
+    def wait(self) -> Tensor:
+        """Return the rows received, or raise what went wrong."""
+        finish, self._finish = self._finish, None
+        if finish is None:
+            raise RuntimeError("this operation was waited for before")
+        try:
+            return finish()
+        finally:
+            self._release()
+
+
 class _RowComm(ABC):
     """Moves rows of bytes, after all workers have told each other what they hold.
 
@@ -48,6 +72,7 @@ class _RowComm(ABC):
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
+        self._taken: set[str] = set()
 
     @property
     def rank(self) -> int:
@@ -114,6 +139,24 @@ class _RowComm(ABC):
             return value.new_empty((sum(received), *value.shape[1:])), received
         return _from_bytes(self._exchange(_as_bytes(value), splits, received), value), received
 
+    def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
+        """Start to send ``splits[k]`` rows to worker k and to receive ``received[k]`` from it.
+
+        Args:
+            tensor: contiguous uint8 ``(n, row bytes)``, the rows for worker 0 first; it must stay as
+                it is until it is waited for.
+            splits: one count per worker, together all rows.
+            received: one count per worker, equal to what that worker sends here.
+            name: the same at every step and on every worker; it may be pending once. Under
+                torch.distributed several names must be started in the same order on every worker.
+        """
+        check_async_rows(self.rank, self.size, tensor, splits, received)
+        if name in self._taken:
+            raise RuntimeError(f"{name} is pending: wait for it before it is started again")
+        finish = self._start(tensor.detach(), splits, received, name)
+        self._taken.add(name)
+        return _Started(finish, lambda: self._taken.discard(name))
+
     def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Return worker ``src``'s tensor.
 
@@ -144,6 +187,9 @@ class _RowComm(ABC):
 
     @abstractmethod
     def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor: ...
+
+    @abstractmethod
+    def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]: ...
 
     @abstractmethod
     def _send(self, data: Tensor, src: int) -> Tensor: ...
@@ -187,6 +233,21 @@ class HorovodComm(_RowComm):
     def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor:
         return self._call("alltoall", data, splits=splits)[0]
 
+    def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
+        counts = torch.tensor(splits, dtype=torch.int32)
+        with torch.inference_mode(False), torch.no_grad():
+            sent = data.clone() if data.is_inference() else data
+            handle = self._hvd.alltoall_async(sent, splits=counts, name=f"{self._stream}.{name}")
+
+        def finish(sent: Tensor = sent) -> Tensor:
+            with torch.inference_mode(False), torch.no_grad():
+                rows, found = self._hvd.synchronize(handle)
+            if found.tolist() != received:
+                raise RuntimeError(f"{name}: received {found.tolist()} rows from the workers, expected {received}")
+            return rows.view(-1, sent.shape[1])
+
+        return finish
+
     def _send(self, data: Tensor, src: int) -> Tensor:
         return self._call("broadcast", data, root_rank=src)
 
@@ -196,11 +257,17 @@ class HorovodComm(_RowComm):
 
 
 class TorchDistributedComm(_RowComm):
-    """Collectives through torch.distributed's default group."""
+    """Collectives through torch.distributed's default group; asynchronous ones through a group of their own.
+
+    torch.distributed matches the operations of a group by their order, so what a second thread starts
+    needs another group than what the first one runs. It is made, by all workers together, when the
+    first asynchronous operation starts.
+    """
 
     def __init__(self) -> None:
         super().__init__(torch.distributed.get_rank(), torch.distributed.get_world_size())
         self._backend = torch.distributed.get_backend()
+        self._own_group: Any = None
 
     def _wire(self, tensor: Tensor) -> Tensor:
         """Return the tensor where the backend can reach it: NCCL knows CUDA memory alone."""
@@ -227,6 +294,20 @@ class TorchDistributedComm(_RowComm):
         out = sent.new_empty((sum(received), *sent.shape[1:]))
         torch.distributed.all_to_all_single(out, sent, received, splits)
         return out.to(data.device)
+
+    def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
+        if self._own_group is None:
+            self._own_group = torch.distributed.new_group(backend=self._backend)
+        sent = self._wire(data)
+        out = sent.new_empty((sum(received), sent.shape[1]))
+        work = torch.distributed.all_to_all_single(out, sent, received, splits, group=self._own_group, async_op=True)
+        assert work is not None
+
+        def finish(sent: Tensor = sent) -> Tensor:
+            work.wait()
+            return out.to(data.device)
+
+        return finish
 
     def _send(self, data: Tensor, src: int) -> Tensor:
         value = self._wire(data).clone()

@@ -24,7 +24,8 @@ class MemorySize:
     rehearsal_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        given = {k: v for k, v in vars(self).items() if v is not None}
+        names = ("num_representatives", "buffer_size", "rehearsal_ratio")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(given) > 1:
             raise ConfigurationError(
                 f"rehearsal: {given} given together; give one of num_representatives, buffer_size, rehearsal_ratio"

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from streams import make_agent, make_data, make_trainer, matrix, weights
 
+from dcl_lightning import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError
 
 
@@ -163,3 +164,18 @@ def test_resume_under_another_seed_goes_on_with_the_runs_own(tmp_path: Path) -> 
     again = make_agent("base", other, seed=9)
     make_trainer(tmp_path).fit(again, datamodule=other, ckpt_path=tmp_path / "step=8.ckpt")
     assert torch.equal(weights(again), weights(agent))
+
+
+def test_the_clock_evaluates_as_trainer_test_does(tmp_path: Path) -> None:
+    """Normalised once and never augmented, though it happens within training."""
+    options = {"num_classes": 4, "size": 8, "per_class": 20}
+    data = ContinualDataModule("synthetic", increment=2, batch_size=8, augment=True, seed=0, source_options=options)
+    agent = make_agent("icarl", data)
+    seen: list[torch.Tensor] = []
+    inner = agent.evaluate
+    agent.evaluate = lambda batch: (seen.append(batch.inputs), inner(batch))[1]
+    make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
+    during = seen[-1]
+    result = make_trainer(tmp_path).test(agent, datamodule=data, verbose=False)
+    assert torch.equal(during, seen[-1])
+    assert result[0]["test/acc"] == pytest.approx(float(agent.clock.matrix.pooled[-1]))

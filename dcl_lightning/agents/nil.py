@@ -1,0 +1,53 @@
+"""NIL, naive incremental learning with rehearsal.
+
+Muñoz, Narváez, Cobos, Mendoza and Herrera, "Incremental learning model inspired in Rehearsal for deep
+convolutional networks", Knowledge-Based Systems 208:106460, 2020; distributed and managed in the
+background as in Bouvier et al., "Efficient Data-Parallel Continual Learning with Asynchronous
+Distributed Rehearsal Buffers", CCGrid 2024, arXiv 2406.03285.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.callbacks.rehearsal import Rehearsal
+from dcl_lightning.functional.losses import weighted_cross_entropy
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.types import Batch
+
+__all__ = ["NIL"]
+
+
+class NIL(ContinualAgent):
+    """Cross entropy on new samples and representatives, those weighted by how seldom their class is stored.
+
+    Args:
+        backbone: see ``ContinualAgent``, as are all arguments that are not named here.
+        num_classes: classes of the whole stream, K.
+        rehearsal: the memory, its draws and who does the work.
+        **kwargs: arguments of ``ContinualAgent``.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rehearsal: RehearsalConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, num_classes, **kwargs)
+        config = RehearsalConfig(**rehearsal) if isinstance(rehearsal, dict) else rehearsal or RehearsalConfig()
+        self.rehearsal = Rehearsal(config)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return clock, report and rehearsal, or adopt those that the trainer has already."""
+        return [*super().configure_callbacks(), *self.adopt(Rehearsal, "rehearsal")]
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the weighted cross entropy over the step's samples of all workers, and the logits."""
+        logits = self(batch.inputs)
+        return weighted_cross_entropy(*self.trained(logits, batch.targets), batch.weights, batch.normaliser), logits

@@ -1,0 +1,330 @@
+"""Rehearsal for any module: representatives join each training batch, managed beside the step."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
+
+from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.engine import MemoryEngine
+from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
+from dcl_lightning.memory.nests import concat, map_tensors, num_rows
+from dcl_lightning.memory.storage import RowStore
+from dcl_lightning.types import Batch, Task
+
+__all__ = ["Rehearsal"]
+
+_PRESET_ROWS = 60  # per class and worker, where no size is given: the original program's
+
+
+class Rehearsal(pl.Callback):
+    """Adds representatives of earlier batches to every training batch.
+
+    With an agent and a ``ContinualDataModule`` rows are stored as the loader gives them and augmented
+    anew each time. With any other module, batches may be any nest of tensors with a common first
+    dimension; what the loader gave is stored, and joined to the batch once that is on the device.
+
+    Args:
+        config: size, policy, scope and execution of the memory.
+        label: with another module, where a batch has its labels: a key or a place; None where the policy
+            needs none.
+        num_classes: with ``label``, the number of classes.
+    """
+
+    def __init__(
+        self, config: RehearsalConfig | None = None, label: int | str | None = None, num_classes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config or RehearsalConfig()
+        self.label, self.num_classes = label, num_classes
+        self.manager: MemoryManager | None = None
+        self._engine: MemoryEngine[Representatives | None] | None = None
+        self._in_flight: Representatives | None = None
+        self._offer: Offer | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._state: list[Tensor] | None = None
+        self._offered = 0
+        self._wait_s = 0.0
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the memory between the loader and the module."""
+        self._in_flight = self._offer = None
+        if self._state is None:
+            self.manager = None
+        self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
+        self._wrap(trainer, pl_module, "on_before_batch_transfer", self._before(trainer, pl_module))
+        self._wrap(trainer, pl_module, "on_after_batch_transfer", self._after(trainer, pl_module))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish pending work and take the memory out again."""
+        if self._engine is not None:
+            self._engine.flush()
+        self._leave()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take the memory out without waiting for the result of pending work."""
+        self._leave()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave no thread and no wrapped hook behind."""
+        self._leave()
+
+    def _leave(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _wrap(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, add: Callable[[Any], Any]) -> None:
+        """Let a hook's batch pass through ``add`` first, on the object whose hook Lightning calls."""
+        data = getattr(trainer, "datamodule", None)
+        overridden = data is not None and getattr(type(data), name) is not getattr(pl.LightningDataModule, name)
+        owner: Any = data if overridden else module
+        original = getattr(owner, name)
+
+        def hook(batch: Any, dataloader_idx: int) -> Any:
+            return original(add(batch) if trainer.training else batch, dataloader_idx)
+
+        owner.__dict__[name] = hook
+        self._undo.append(lambda: owner.__dict__.pop(name, None))
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def _before(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
+        def add(batch: Any) -> Any:
+            if self.manager is None:
+                self._build(trainer, module, batch)
+            self._offer = self._offer_of(batch)
+            return batch
+
+        return add
+
+    def _after(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
+        def add(batch: Any) -> Any:
+            drawn = self._take(module)
+            if self.config.execution != "inline":
+                self._submit(module, draw=not trainer.is_last_batch)
+            if drawn is None or not len(drawn.labels):
+                return batch
+            rows, labels, weights, _ = drawn
+            rows, labels, weights = move_data_to_device((rows, labels, weights), module.device)
+            if isinstance(batch, Batch):
+                return _join(batch, rows, weights, drawn.weight_share, self.config.loss, trainer.global_step)
+            return concat(batch, rows)
+
+        return add
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Inline, do the memory's work now; at the end of an epoch leave nothing pending."""
+        assert self._engine is not None
+        if self.config.execution == "inline":
+            self._submit(pl_module, draw=not trainer.is_last_batch)
+        if trainer.is_last_batch:
+            self._engine.flush()
+            self._in_flight = None
+        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if trainer.loggers and (trainer.global_step + 1) % every == 0:
+            self._log(trainer, every)
+
+    def _take(self, module: pl.LightningModule) -> Representatives | None:
+        """Return the representatives of this step; at the start of an epoch they are drawn now."""
+        assert self._engine is not None
+        if self._in_flight is not None:
+            drawn, self._in_flight = self._in_flight, None
+            return drawn
+        if self.config.execution == "nonblocking":
+            return self._engine.latest()
+        if not self._engine.pending:
+            assert self.manager is not None
+            self._engine.submit(lambda: self._advance(None, True, self._skipped(module)))
+        return self._engine.collect()
+
+    def _submit(self, module: pl.LightningModule, draw: bool) -> None:
+        assert self._engine is not None
+        offer = self._offer if self.config.update == "step" else None
+        skipped = self._skipped(module)
+        self._engine.submit(lambda: self._advance(offer, draw, skipped))
+
+    def _advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None) -> Representatives | None:
+        assert self.manager is not None
+        drawn = self.manager.advance(offer, draw, skipped)
+        device = self.manager.device
+        if drawn is None or device.type == "cpu" or self.config.stage == "sample":
+            return drawn
+        return drawn._replace(rows=move_data_to_device(drawn.rows, device))
+
+    def _skipped(self, module: Any) -> Tensor | None:
+        return module.current.cpu() if self.config.rehearse == "past" else None
+
+    def on_task_end(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
+        """With ``update: task_end`` offer the whole taskset, in random order."""
+        if self.config.update != "task_end" or self.manager is None:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for batch in data.train_eval_loader(_shuffled(data.train_indices(task.index), self.config.seed + task.index)):
+            offer = self._offer_of(batch)
+            self.manager.buffer.add(offer.rows, offer.labels, offer.ids)
+
+    # -- rows --------------------------------------------------------------------------------------
+
+    def _offer_of(self, batch: Any) -> Offer:
+        if isinstance(batch, Batch):
+            real = batch.weights > 0
+            if not bool(real.all()):
+                columns = {name: column[real] for name, column in _columns(batch).items()}
+                return Offer(columns, columns["targets"], columns["sample_ids"])
+            return Offer(_columns(batch), batch.targets, batch.sample_ids)
+        count = num_rows(batch)
+        ids = torch.arange(self._offered, self._offered + count)
+        self._offered += count
+        labels = torch.zeros(count, dtype=torch.int64) if self.label is None else batch[self.label].long().cpu()
+        return Offer(batch, labels, ids)
+
+    def _build(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        own = isinstance(batch, Batch)
+        config, comm = self.config, comm_of(trainer.strategy)
+        if not own and config.weighting == "nil":
+            raise ConfigurationError(
+                "rehearsal.weighting=nil needs an agent of ours, whose loss knows weights: give weighting='none'"
+            )
+        if not own and config.policy in ("nil", "class_balanced") and (self.label is None or self.num_classes is None):
+            raise ConfigurationError(
+                f"rehearsal.policy={config.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
+                "policy='reservoir'"
+            )
+        classes = module.num_classes if own else (self.num_classes or 1)
+        samples = len(trainer.datamodule.train_targets) if own else 0  # type: ignore[attr-defined]
+        total = config.total(classes, comm.size, samples, _PRESET_ROWS * classes * comm.size)
+        if total < comm.size or (own and config.policy != "reservoir" and total < classes):
+            raise ConfigurationError(
+                f"a memory of {total} rows is smaller than the {classes} classes: enlarge rehearsal.buffer_size"
+            )
+        example = _columns(batch) if own else batch
+        capacity = split_total(total, comm.size, comm.rank)
+        buffer = RehearsalBuffer(
+            num_classes=classes,
+            capacity=capacity,
+            policy=config.policy,
+            quota=config.quota,
+            # At a task's end every sample is a candidate.
+            num_candidates=config.candidates if config.update == "step" else trainer.datamodule.eval_batch_size,  # type: ignore[attr-defined]
+            store=RowStore(example, capacity, config.storage),
+            seed=config.seed * 1_000_003 + comm.rank,
+        )
+        size = trainer.datamodule.batch_size if own else num_rows(batch)  # type: ignore[attr-defined]
+        labels = torch.zeros(0, dtype=torch.int64)
+        layout = (_no_rows(example), labels)
+        self.manager = MemoryManager(config, buffer, comm, size, layout, module.device)
+        if self._state is not None:
+            self._restore(comm.rank, comm.size)
+
+    # -- reports -----------------------------------------------------------------------------------
+
+    def _log(self, trainer: pl.Trainer, steps: int) -> None:
+        assert self.manager is not None
+        assert self._engine is not None
+        buffer = self.manager.buffer
+        waited, self._wait_s = self._engine.wait_s - self._wait_s, self._engine.wait_s
+        figures = {
+            "buffer/fill": len(buffer) / buffer.store.capacity,
+            "buffer/bytes": float(buffer.num_bytes),
+            "buffer/wait_ms": 1e3 * waited / steps,
+            "buffer/staleness": float(self._engine.staleness),
+        }
+        if self.manager.exchange is not None:
+            cost = self.manager.exchange.last
+            figures["buffer/exchanged_bytes"] = float(cost.header_bytes + cost.row_bytes)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+
+    # -- checkpoint --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memories of all workers, and what each has drawn for its next step.
+
+        Every worker calls it, as Lightning does when a checkpoint is saved.
+        """
+        if self.manager is None:
+            return {}
+        if self._engine is not None and self._engine.pending:
+            self._in_flight = self._engine.flush()
+        drawn = self._in_flight
+        state = {
+            "manager": self.manager.state_dict(),
+            "in_flight": None if drawn is None else (drawn.rows, drawn.labels, drawn.weights, drawn.weight_share),
+            "offered": self._offered,
+        }
+        file = io.BytesIO()
+        torch.save(state, file)
+        mine = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+        return {"workers": self.manager.comm.allgather(mine)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state back once the first batch has come."""
+        self._state = state_dict.get("workers")
+        self.manager = None
+
+    def _restore(self, rank: int, size: int) -> None:
+        workers, self._state = self._state, None
+        assert workers is not None
+        assert self.manager is not None
+        if len(workers) != size:
+            raise ConfigurationError(
+                f"the checkpoint has the memories of {len(workers)} workers and this job has {size}: resume on as many"
+            )
+        state = torch.load(io.BytesIO(workers[rank].numpy().tobytes()), weights_only=True)
+        self.manager.load_state_dict(state["manager"])
+        self._offered = state["offered"]
+        if state["in_flight"] is not None:
+            self._in_flight = Representatives(*state["in_flight"])
+
+
+def _columns(batch: Batch) -> dict[str, Tensor]:
+    return {
+        "inputs": batch.inputs,
+        "targets": batch.targets,
+        "task_ids": batch.task_ids,
+        "sample_ids": batch.sample_ids,
+    }
+
+
+def _no_rows(nest: Any) -> Any:
+    return map_tensors(lambda column: column[:0], nest)
+
+
+def _shuffled(ids: Tensor, seed: int) -> Tensor:
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+
+
+def _join(batch: Batch, rows: dict[str, Tensor], weights: Tensor, share: float, loss: str, step: int) -> Batch:
+    """Return new and rehearsed samples as one batch, before augmentation."""
+    normaliser = batch.normaliser + share
+    if loss == "sum":
+        # mean over the new + mean over the rehearsed = (sum new + sum rehearsed * new / rehearsed) / new
+        weights, normaliser = weights * (batch.normaliser / share), batch.normaliser
+    ids = rows["sample_ids"]
+    return Batch(
+        inputs=torch.cat([batch.inputs, rows["inputs"]]),
+        targets=torch.cat([batch.targets, rows["targets"]]),
+        task_ids=torch.cat([batch.task_ids, rows["task_ids"]]),
+        sample_ids=torch.cat([batch.sample_ids, ids]),
+        weights=torch.cat([batch.weights, weights]),
+        normaliser=normaliser,
+        # Another draw at each step: a representative comes again and again within one epoch.
+        draw_ids=torch.cat([batch.draw_ids, ids + ((step + 1) << 32)]),
+        num_new=batch.num_new,
+    )

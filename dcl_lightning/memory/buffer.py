@@ -1,0 +1,227 @@
+"""The rehearsal memory of one worker: rows, who enters, and what is drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from dcl_lightning.errors import ConfigurationError, DataError
+from dcl_lightning.memory.nests import Nest, map_tensors, num_rows
+from dcl_lightning.memory.policies import Fifo, Reservoir, make_policy
+from dcl_lightning.memory.slots import Assignment, SlotState, rooms
+from dcl_lightning.memory.storage import RowStore
+
+__all__ = ["RehearsalBuffer", "distinct", "split_total"]
+
+
+def split_total(total: int, num_workers: int, rank: int) -> int:
+    """Return a worker's part of the rows of the whole job; what is left over goes to the first workers.
+
+    Args:
+        total: rows over all workers.
+        num_workers: number of workers.
+        rank: 0-based number of this one.
+    """
+    return total // num_workers + int(rank < total % num_workers)
+
+
+def distinct(bound: int, number: int, generator: Generator) -> Tensor:
+    """Draw distinct whole numbers from ``[0, bound)``, every ordered choice as likely as any other.
+
+    The cost is that of the numbers drawn, not of the bound.
+
+    Args:
+        bound: one more than the largest number that can be drawn.
+        number: how many; all if there are fewer.
+        generator: for the draw.
+
+    Returns:
+        ``(min(number, bound),)`` int64.
+    """
+    if 4 * number >= bound or bound <= 256:
+        return torch.randperm(bound, generator=generator)[:number]
+    # The distinct ones of independent draws are, given how many they are, a uniform choice; so is a part of them.
+    drawn = torch.empty(0, dtype=torch.int64)
+    while drawn.numel() < number:
+        more = torch.randint(bound, (number + number // 4 + 8,), generator=generator)
+        drawn = torch.unique(torch.cat((drawn, more)))
+    return drawn[torch.randperm(drawn.numel(), generator=generator)[:number]]
+
+
+class RehearsalBuffer:
+    """A store, the policy by which rows enter it, and uniform draws from it, all from one generator on the CPU.
+
+    Args:
+        num_classes: K, classes of the whole stream; 1 for data without labels.
+        capacity: number of rows, that of the store.
+        policy: ``nil``, ``class_balanced``, ``reservoir`` or ``fifo``.
+        quota: ``fixed`` (capacity / K for each class) or ``adaptive`` (capacity / classes seen); ``reservoir`` has no
+            room for each class and takes either.
+        num_candidates: c; None for ``reservoir``.
+        store: where the rows lie.
+        seed: of the generator.
+        num_samples: sample ids are below this number; if not given the map of ids grows as they come.
+
+    Raises:
+        ConfigurationError: a value is unknown or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        capacity: int,
+        policy: str,
+        quota: str,
+        num_candidates: int | None,
+        store: RowStore,
+        seed: int = 0,
+        num_samples: int | None = None,
+    ) -> None:
+        if quota not in ("fixed", "adaptive"):
+            raise ConfigurationError(f"quota '{quota}': give fixed or adaptive")
+        if store.capacity != capacity:
+            raise ConfigurationError(f"memory of {capacity} rows in a store of {store.capacity}: make them equal")
+        if num_classes < 1:
+            raise ConfigurationError(f"memory for {num_classes} classes: give at least 1")
+        self.policy_name, self.quota = policy, quota
+        self.policy = make_policy(policy, num_candidates)
+        self.store = store
+        self.generator = torch.Generator().manual_seed(seed)
+        self._by_class = not isinstance(self.policy, Reservoir)
+        classes = torch.full((num_classes,), self._by_class and quota == "fixed")
+        ids_kept = (num_samples or 0) if self.policy.refreshes else 0
+        self.state = SlotState(num_classes, capacity, rooms(capacity, classes), ids_kept)
+
+    def __len__(self) -> int:
+        """Return the number of rows stored."""
+        return self.state.size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows and of the bookkeeping."""
+        return self.store.num_bytes + self.state.num_bytes
+
+    @property
+    def class_counts(self) -> Tensor:
+        """``(K,)`` int64, rows stored of each class; a copy."""
+        return self.state.class_counts.clone()
+
+    def add(self, rows: Nest, labels: Tensor | None = None, ids: Tensor | None = None) -> Assignment:
+        """Offer a batch of b samples; the policy decides which enter.
+
+        Args:
+            rows: a nest like that of the store, b rows, on any device.
+            labels: ``(b,)`` int64 in ``[0, K)``; None counts all as class 0.
+            ids: ``(b,)`` int64, place of each sample in the data set, -1 for one without; None for no ids, with which
+                a sample may be stored twice.
+
+        Returns:
+            What was decided, after it was done.
+
+        Raises:
+            DataError: a label lies outside ``[0, K)`` or lengths differ.
+        """
+        count = num_rows(rows)
+        labels = torch.zeros(count, dtype=torch.int64) if labels is None else labels.detach().cpu()
+        ids = ids.detach().cpu() if ids is not None and self.policy.refreshes else None
+        if labels.shape != (count,) or (ids is not None and ids.shape != (count,)):
+            raise DataError(f"{count} rows come with labels of shape {tuple(labels.shape)}: give one for each row")
+        if count:
+            low, high = (int(value) for value in labels.aminmax())
+            if low < 0 or high >= self.state.num_classes:
+                raise DataError(f"labels from {low} to {high}: the memory is for 0 to {self.state.num_classes - 1}")
+            if self._by_class and self.quota == "adaptive":
+                self.state.admit(labels, self.generator, oldest_leave=isinstance(self.policy, Fifo))
+        assignment = self.policy.assign(self.state, labels, ids, self.generator)
+        chosen = assignment.rows
+        if chosen.numel():
+            self.store.insert(assignment.slots, map_tensors(lambda t: t.index_select(0, chosen.to(t.device)), rows))
+        self.state.apply(assignment, labels, ids)
+        return assignment
+
+    def draw(self, number: int, exclude_classes: Tensor | None = None) -> Tensor:
+        """Draw rows, uniformly and without replacement.
+
+        Args:
+            number: r; all are drawn, in random order, if fewer are stored.
+            exclude_classes: ``(K,)`` bool, classes that are left out.
+
+        Returns:
+            ``(min(r, rows there are),)`` int64, distinct slots.
+        """
+        if exclude_classes is None:
+            return self.slots_at(distinct(self.state.size, number, self.generator))
+        counts = self.state.class_counts.masked_fill(exclude_classes, 0)
+        ends = counts.cumsum(0)
+        allowed = int(ends[-1])
+        if not self._by_class:
+            return self._draw_checked(min(number, allowed), allowed, exclude_classes)
+        places = distinct(allowed, number, self.generator)
+        classes = torch.searchsorted(ends, places, right=True)
+        offset = places - (ends - counts)[classes]
+        return self.state.table[self.state.start[classes] + offset]
+
+    def _draw_checked(self, number: int, allowed: int, exclude_classes: Tensor) -> Tensor:
+        """Draw where classes own no slots: more than are wanted, of which the allowed are kept."""
+        size, labels = self.state.size, self.state.labels
+        tries = 2 * number * size // max(allowed, 1) + 16
+        if 4 * tries < size:
+            slots = self.slots_at(distinct(size, tries, self.generator))
+            slots = slots[~exclude_classes[labels[slots]]]
+            if slots.numel() >= number:
+                return slots[:number]
+        filled = self.state.filled[:size]
+        filled = filled[~exclude_classes[labels[filled]]]
+        return filled[distinct(allowed, number, self.generator)]
+
+    def slots_at(self, places: Tensor) -> Tensor:
+        """Return the slots of rows counted in the order in which their slots were first filled.
+
+        A place below a former length still means the same slot, unless the adaptive quota took rows away meanwhile.
+
+        Args:
+            places: ``(n,)`` int64 in ``[0, len)``.
+        """
+        return self.state.filled[places]
+
+    def weights(self, labels: Tensor, batch_size: int) -> Tensor:
+        """Return the weight that NIL gives to each representative: ``max(ln(n_y b / (c |S|)), 1)``.
+
+        Under ``reservoir``, which offers every sample, c is b.
+
+        Args:
+            labels: ``(n,)`` int64, of rows drawn.
+            batch_size: b, samples of a batch before rows are added.
+
+        Returns:
+            ``(n,)`` float32.
+        """
+        candidates = self.policy.candidates
+        share = 1.0 if candidates is None else batch_size / candidates
+        offered = self.state.offered[labels.cpu()].double()
+        return (offered * (share / max(self.state.size, 1))).log().clamp_min(1.0).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return rows, bookkeeping and generator as plain tensors, numbers and strings."""
+        return {
+            "policy": self.policy_name,
+            "quota": self.quota,
+            "slots": self.state.state_dict(),
+            "rows": self.store.state_dict(self.state.filled[: self.state.size]),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; what is drawn afterwards is what would have been drawn.
+
+        Raises:
+            ConfigurationError: it is of another policy, quota, number of classes, capacity or columns.
+        """
+        for name, ours in (("policy", self.policy_name), ("quota", self.quota)):
+            if state[name] != ours:
+                raise ConfigurationError(f"saved memory has {name} {state[name]}, this one {ours}: give the same")
+        self.state.load_state_dict(state["slots"])
+        self.store.load_state_dict(state["rows"])
+        self.generator.set_state(state["generator"])

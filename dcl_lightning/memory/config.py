@@ -1,0 +1,78 @@
+"""Everything that a rehearsal memory can be told, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory.size import MemorySize
+
+__all__ = ["RehearsalConfig"]
+
+
+@dataclass(frozen=True)
+class RehearsalConfig(MemorySize):
+    """What is stored, how it is drawn, and who does the work.
+
+    Args:
+        num_representatives: stored samples per class and worker, R; 60 if no size is given.
+        buffer_size: stored samples in all, over all workers and classes.
+        rehearsal_ratio: share of the training set that is stored, in (0, 1].
+        num_candidates: c, samples of each batch offered to the memory; 20 if None, but None for ``reservoir``.
+        num_samples: r, representatives added to each batch of a worker.
+        policy: which samples enter and which leave.
+        quota: room of a class: ``fixed`` (all classes of the stream share from the start) or ``adaptive``
+            (the classes seen so far share).
+        update: samples enter at every training ``step``, or once at the ``task_end``.
+        rehearse: draw from everything stored (``seen``), or only from classes before the present task (``past``).
+        loss: one ``mean`` over new and rehearsed samples, or the ``sum`` of the means of both.
+        weighting: weight of a representative: ``nil`` or ``none`` (1).
+        scope: draw from this worker's memory (``local``) or from those of all workers (``global``).
+        execution: ``inline`` (on the training thread, after the step), ``blocking`` (one step ahead in the
+            background) or ``nonblocking`` (the step never waits and may meet the last representatives again).
+        stage: what the background prepares: representatives (``sample``), representatives on the device behind
+            room for the new batch (``assemble``), or the next batch of the loader as well (``load``).
+        storage: where rows lie: ``cpu``, ``cuda`` or a folder for a memory-mapped file.
+        seed: seed of choice and draws; each worker adds its rank.
+    """
+
+    num_candidates: int | None = None
+    num_samples: int = 20
+    policy: Literal["nil", "class_balanced", "reservoir", "fifo"] = "nil"
+    quota: Literal["fixed", "adaptive"] = "fixed"
+    update: Literal["step", "task_end"] = "step"
+    rehearse: Literal["seen", "past"] = "seen"
+    loss: Literal["mean", "sum"] = "mean"
+    weighting: Literal["nil", "none"] = "nil"
+    scope: Literal["local", "global"] = "local"
+    execution: Literal["inline", "blocking", "nonblocking"] = "inline"
+    stage: Literal["sample", "assemble", "load"] = "sample"
+    storage: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise ConfigurationError(f"rehearsal.num_samples={self.num_samples}: give at least 1")
+        if self.num_candidates is not None and self.num_candidates < 1:
+            raise ConfigurationError(f"rehearsal.num_candidates={self.num_candidates}: give at least 1")
+        if self.policy == "reservoir" and self.num_candidates is not None:
+            raise ConfigurationError(
+                f"rehearsal.num_candidates={self.num_candidates} with policy=reservoir: leave it out, all are offered"
+            )
+        if self.policy == "reservoir" and self.weighting == "nil":
+            raise ConfigurationError(
+                "rehearsal.weighting=nil needs candidates: with policy=reservoir give weighting=none"
+            )
+        if self.scope == "global" and self.rehearse == "past":
+            raise ConfigurationError("rehearsal.rehearse=past goes with scope=local: a global draw knows sizes alone")
+        if self.scope == "global" and self.quota == "adaptive":
+            raise ConfigurationError("rehearsal.quota=adaptive goes with scope=local: a global draw's rows stay")
+        if self.stage != "sample" and self.execution == "inline":
+            raise ConfigurationError(f"rehearsal.stage={self.stage} is background work: give execution=blocking")
+
+    @property
+    def candidates(self) -> int | None:
+        """c, with its default."""
+        return self.num_candidates if self.num_candidates is not None or self.policy == "reservoir" else 20

@@ -1,0 +1,309 @@
+"""The global draw: every worker's rehearsed rows, uniform over all workers' memories, by one all-to-all a step.
+
+Which rows every worker draws follows from the seed, the step and the number of rows that each worker
+has, which all workers know. So each computes what it has to send to whom, and no request travels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from dcl_lightning.memory.comm import Comm, Pending
+
+__all__ = ["HEADER_BYTES", "Drawn", "Exchanged", "GlobalExchange", "Plan", "RowLayout", "plan_draws", "plan_of"]
+
+# To every worker: the sender's number of rows and its step, both int64.
+HEADER_BYTES = 16
+_FAILED = -1
+_WORD = (1 << 64) - 1
+
+
+def plan_draws(sizes: Sequence[int], r: int, seed: int, step: int) -> npt.NDArray[np.int64]:
+    """Return which rows each worker draws: ``(number of workers, min(r, all rows))``.
+
+    Row i of worker k counts as ``sum(sizes[:k]) + i``. The draws of one worker are distinct, each
+    selection is equally likely, and workers draw independently of each other.
+
+    Args:
+        sizes: number of rows of each worker, the same list on all workers.
+        r: rows that each worker draws.
+        seed: the same on all workers.
+        step: the same on all workers; another step gives other draws.
+    """
+    workers, total = len(sizes), sum(sizes)
+    count = min(r, total)
+    if count == 0:
+        return np.zeros((workers, 0), dtype=np.int64)
+    # Raw words of Philox are the same in every version of numpy, those of a Generator need not be.
+    key = np.array([seed & _WORD, step & _WORD], dtype=np.uint64)
+    if total < 4 * r:
+        # The rows in the order of random keys; each key has its row's number in the last bits.
+        bits = np.uint64((1 << (total - 1).bit_length()) - 1)
+        words = np.random.Philox(key=key).random_raw(workers * total).reshape(workers, total)
+        keys = (words & ~bits) | np.arange(total, dtype=np.uint64)
+        return (np.sort(keys, axis=1)[:, :count] & bits).astype(np.int64)
+    # The first distinct ones of more draws than needed. How many of them are distinct says nothing of
+    # which they are, so to start again with more draws, should they be too few, favours no row.
+    shift = (count + count // 2 + 7).bit_length()
+    while True:
+        many = 1 << shift
+        words = np.random.Philox(key=key).random_raw(workers * many).reshape(workers, many)
+        rows = (words % np.uint64(total)).astype(np.int64)
+        ordered = np.sort((rows << shift) | np.arange(many), axis=1)
+        repeats = (ordered[:, 1:] >> shift) == (ordered[:, :-1] >> shift)
+        first = np.ones((workers, many), dtype=np.bool_)
+        worker, place = np.nonzero(repeats)
+        first[worker, ordered[worker, place + 1] & (many - 1)] = False
+        number = np.cumsum(first, axis=1)
+        if number[:, -1].min() >= count:
+            return rows[first & (number <= count)].reshape(workers, count)
+        shift += 1
+
+
+class Plan(NamedTuple):
+    """One worker's part in an exchange.
+
+    Args:
+        positions: int64, rows of its own memory that it sends, those for worker 0 first.
+        send: how many of them each worker gets.
+        receive: how many rows each worker sends here.
+    """
+
+    positions: Tensor
+    send: list[int]
+    receive: list[int]
+
+
+def plan_of(rank: int, sizes: Sequence[int], draws: npt.NDArray[np.int64]) -> Plan:
+    """Return what one worker sends and receives.
+
+    Args:
+        rank: 0-based number of the worker.
+        sizes: number of rows of each worker.
+        draws: what ``plan_draws`` returned for them.
+    """
+    ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+    start = int(ends[rank]) - sizes[rank]
+    mine = (draws >= start) & (draws < ends[rank])
+    owners = np.searchsorted(ends, draws[rank], side="right")
+    return Plan(
+        torch.from_numpy(draws[mine] - start),
+        mine.sum(axis=1).tolist(),
+        np.bincount(owners, minlength=len(sizes)).tolist(),
+    )
+
+
+class RowLayout:
+    """Turns a nest of columns into rows of bytes and back.
+
+    Args:
+        columns: a nest (tuples, lists, dicts) of tensors with a common first dimension, as the memory
+            returns them; only structure, dtypes and shapes are kept, so that it may have no rows.
+    """
+
+    def __init__(self, columns: Any) -> None:
+        leaves, self._nest = _flatten(columns)
+        self._dtypes = [leaf.dtype for leaf in leaves]
+        self._shapes = [leaf.shape[1:] for leaf in leaves]
+        self._widths = [shape.numel() * dtype.itemsize for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
+        self.row_bytes = sum(self._widths)
+
+    def pack(self, columns: Any) -> Tensor:
+        """Return the rows as contiguous uint8 ``(n, row_bytes)``, on the device of the columns.
+
+        Args:
+            columns: a nest like the one given at the start, with any number of rows.
+        """
+        leaves, nest = _flatten(columns)
+        if nest != self._nest:
+            raise ValueError(f"rows have the structure {nest}, the memory has {self._nest}")
+        parts = []
+        for leaf, dtype, shape in zip(leaves, self._dtypes, self._shapes, strict=True):
+            if leaf.dtype != dtype or leaf.shape[1:] != shape or len(leaf) != len(leaves[0]):
+                found = f"{len(leaf)} rows of {leaf.dtype} {list(leaf.shape[1:])}"
+                raise ValueError(f"a column has {found}, not {len(leaves[0])} of {dtype} {list(shape)}")
+            if shape.numel():
+                parts.append(_bytes(leaf.detach().reshape(len(leaf), shape.numel())))
+        return torch.cat(parts, dim=1).contiguous() if parts else _bytes(leaves[0].new_empty((len(leaves[0]), 0)))
+
+    def unpack(self, rows: Tensor) -> Any:
+        """Return the nest of columns that ``pack`` was given.
+
+        Args:
+            rows: what ``pack`` returned.
+        """
+        leaves = []
+        for part, dtype, shape in zip(rows.split(self._widths, dim=1), self._dtypes, self._shapes, strict=True):
+            if part.numel():
+                # A copy: a column inside the rows need not start where its dtype may.
+                leaves.append(part.clone(memory_format=torch.contiguous_format).view(dtype).view(-1, *shape))
+            else:
+                leaves.append(torch.empty((len(rows), *shape), dtype=dtype, device=rows.device))
+        return tree_unflatten(leaves, self._nest)
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What the last exchange cost this worker.
+
+    Args:
+        header_bytes: headers sent, its own to itself included.
+        row_bytes: rows sent, its own to itself included.
+        rows_sent: their number.
+        wait_seconds: how long ``collect`` waited.
+    """
+
+    header_bytes: int
+    row_bytes: int
+    rows_sent: int
+    wait_seconds: float
+
+
+class Drawn(NamedTuple):
+    """What one exchange brought.
+
+    Args:
+        rows: nest of columns, ``min(r, sum(sizes))`` rows, grouped by the worker they came from.
+        sizes: every worker's number of rows when it started this exchange, for the next one.
+    """
+
+    rows: Any
+    sizes: list[int]
+
+
+class GlobalExchange:
+    """Draws r rows a step from the union of all workers' memories.
+
+    All workers call ``start`` and ``collect`` in turn, equally often. The sizes for a step are those
+    that the step before brought, so the draw is one step behind; the first step's sizes are zeros, and
+    nothing but headers travels. A row that was overwritten in between comes as it is now. A memory that
+    loses rows, as at the end of a task, has to start again with zeros.
+
+    Args:
+        comm: the cluster.
+        gather: returns copies of the rows at some positions of this worker's memory.
+        layout: how the rows are packed.
+        r: rows that each worker draws a step.
+        seed: the same on all workers.
+        name: of the all-to-all; two exchanges of one ``comm`` need two.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        gather: Callable[[Tensor], Any],
+        layout: RowLayout,
+        r: int,
+        seed: int,
+        name: str = "rehearsal",
+    ) -> None:
+        if r * layout.row_bytes + HEADER_BYTES >= 1 << 31:
+            raise ValueError(f"r={r} rows of {layout.row_bytes} bytes: one exchange holds less than 2 GiB a worker")
+        self._comm, self._gather, self._layout = comm, gather, layout
+        self._r, self._seed, self._name = r, seed, name
+        self._step = 0
+        self._plan: Plan | None = None
+        self._pending: Pending | None = None
+        self._error: Exception | None = None
+        self.last = Exchanged(0, 0, 0, 0.0)
+
+    @property
+    def pending(self) -> bool:
+        """Whether an exchange was started and not collected."""
+        return self._plan is not None
+
+    def start(self, step: int, sizes: Sequence[int], size: int) -> None:
+        """Send the rows that the workers drew from this memory, without waiting.
+
+        What goes wrong with this memory raises in ``collect``, here and on all other workers.
+
+        Args:
+            step: number of the step, the same on all workers.
+            sizes: number of rows of each worker, the same on all workers; zeros at first.
+            size: number of rows of this memory now, for the draw after this one.
+        """
+        if self._plan is not None:
+            raise RuntimeError("an exchange is pending: collect it before the next one starts")
+        if len(sizes) != self._comm.size:
+            raise ValueError(f"sizes {list(sizes)}: give one for each of {self._comm.size} workers")
+        draws = plan_draws(sizes, self._r, self._seed, step)
+        self._plan, self._step, self._error = plan_of(self._comm.rank, sizes, draws), step, None
+        try:
+            if sizes[self._comm.rank] > size:
+                raise RuntimeError(f"the memory has {size} rows, fewer than the {sizes[self._comm.rank]} drawn from")
+            rows = self._layout.pack(self._gather(self._plan.positions))
+            if len(rows) != len(self._plan.positions):
+                raise RuntimeError(f"gather returned {len(rows)} rows for {len(self._plan.positions)} positions")
+        except Exception as error:
+            # The others wait for rows: they get rubbish, and the word that it is.
+            self._error, size = error, _FAILED
+            rows = torch.zeros((len(self._plan.positions), self._layout.row_bytes), dtype=torch.uint8)
+        try:
+            self._pending = self._send(rows, size, self._plan)
+        except Exception as error:
+            self._error = self._error or error
+
+    def _send(self, rows: Tensor, size: int, plan: Plan) -> Pending:
+        header = torch.tensor([size, self._step], dtype=torch.int64).view(torch.uint8).to(rows.device)
+        width = self._layout.row_bytes
+        parts: list[Tensor] = []
+        for part in rows.view(-1).split([n * width for n in plan.send]):
+            parts += (header, part)
+        message = torch.cat(parts)[:, None]
+        sent, received = ([HEADER_BYTES + n * width for n in counts] for counts in (plan.send, plan.receive))
+        return self._comm.alltoall_async(message, sent, received, self._name)
+
+    def collect(self) -> Drawn:
+        """Wait for the exchange; return this worker's rows and the sizes for the next one."""
+        plan, pending, error = self._plan, self._pending, self._error
+        if plan is None:
+            raise RuntimeError("no exchange is pending: start one first")
+        self._plan = self._pending = self._error = None
+        message: Tensor | None = None
+        started = time.perf_counter()
+        try:
+            message = pending.wait() if pending is not None else None
+        except Exception as failure:
+            error = error or failure
+        waited = time.perf_counter() - started
+        if error is not None:
+            raise error
+        assert message is not None
+        width = self._layout.row_bytes
+        self.last = Exchanged(HEADER_BYTES * len(plan.send), width * sum(plan.send), sum(plan.send), waited)
+        parts = message.view(-1).split([m for n in plan.receive for m in (HEADER_BYTES, n * width)])
+        headers = torch.cat(parts[0::2]).view(torch.int64).view(-1, 2).tolist()
+        for worker, (size, step) in enumerate(headers):
+            if step != self._step:
+                raise RuntimeError(f"worker {worker} is at step {step} of the exchange, this one at {self._step}")
+            if size == _FAILED:
+                raise RuntimeError(f"worker {worker} could not read its memory; its own traceback says why")
+        rows = torch.cat(parts[1::2]).view(sum(plan.receive), width)
+        return Drawn(self._layout.unpack(rows), [size for size, _ in headers])
+
+    def flush(self) -> list[int] | None:
+        """Wait for an exchange that is pending and drop its rows; return the sizes it brought, if any."""
+        return self.collect().sizes if self._plan is not None else None
+
+
+def _flatten(columns: Any) -> tuple[list[Tensor], TreeSpec]:
+    leaves, nest = tree_flatten(columns)
+    if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves):
+        raise ValueError("rows are a nest of tensors with a first dimension, at least one")
+    return leaves, nest
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """Return ``(n, bytes)`` of ``(n, values)``."""
+    if not rows.numel():
+        return rows.new_empty((len(rows), rows.shape[1] * rows.element_size()), dtype=torch.uint8)
+    return rows.contiguous().view(torch.uint8)

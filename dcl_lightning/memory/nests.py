@@ -1,0 +1,122 @@
+"""Nests of tensors: a tuple, list, NamedTuple or dict, also nested, whose tensors share their first dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from copy import copy
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Nest", "concat", "flatten", "map_tensors", "num_rows", "rebuild"]
+
+Nest: TypeAlias = Any
+
+
+def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
+    """Return the named parts of a container, or None for a leaf."""
+    if isinstance(nest, MutableMapping):
+        return [(str(key), value) for key, value in nest.items()]
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return list(zip(nest._fields, nest, strict=True))
+    if isinstance(nest, tuple | list):
+        return [(str(index), value) for index, value in enumerate(nest)]
+    return None
+
+
+def flatten(nest: Nest, name: str = "") -> list[tuple[str, Tensor]]:
+    """Return the tensors of a nest with their dotted names, in the order of the nest.
+
+    Args:
+        nest: the nest; a tensor alone is a nest of one, with ``name`` as its name.
+        name: name of the nest itself, put before the names of its parts.
+
+    Raises:
+        TypeError: a leaf is no tensor; the message names it.
+    """
+    if isinstance(nest, Tensor):
+        return [(name, nest)]
+    children = _children(nest)
+    if children is None:
+        raise TypeError(
+            f"rows: leaf '{name}' is a {type(nest).__name__}; only tensors with one row a sample can be stored: "
+            "leave it out or make it a tensor"
+        )
+    prefix = f"{name}." if name else ""
+    return [leaf for key, child in children for leaf in flatten(child, prefix + key)]
+
+
+def rebuild(example: Nest, tensors: list[Tensor]) -> Nest:
+    """Return a nest like the example with other tensors.
+
+    Args:
+        example: gives the structure and the container types.
+        tensors: as many as the example has, in the order of :func:`flatten`.
+
+    Raises:
+        ValueError: their number differs.
+    """
+    wanted = len(flatten(example))
+    if wanted != len(tensors):
+        raise ValueError(f"{len(tensors)} tensors given for a nest of {wanted}")
+    return _fill(example, iter(tensors).__next__)
+
+
+def _fill(example: Nest, following: Callable[[], Tensor]) -> Nest:
+    if isinstance(example, Tensor):
+        return following()
+    if isinstance(example, MutableMapping):
+        mapping = copy(example)
+        for key in example:
+            mapping[key] = _fill(example[key], following)
+        return mapping
+    values = [_fill(child, following) for child in example]
+    if hasattr(example, "_fields"):
+        return type(example)(*values)
+    return type(example)(values)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
+    """Return the nest with the function applied to each tensor.
+
+    Raises:
+        TypeError: a leaf is no tensor.
+    """
+    return rebuild(nest, [function(tensor) for _, tensor in flatten(nest)])
+
+
+def num_rows(nest: Nest) -> int:
+    """Return the first dimension that all tensors share.
+
+    Raises:
+        TypeError: a leaf is no tensor.
+        ValueError: there is no tensor, one has no dimension, or first dimensions differ.
+    """
+    leaves = flatten(nest)
+    if not leaves:
+        raise ValueError("rows: the nest holds no tensor")
+    scalars = [name for name, tensor in leaves if tensor.ndim == 0]
+    if scalars:
+        raise ValueError(f"rows: leaf '{scalars[0]}' has no dimension; each tensor needs one row a sample")
+    if len({tensor.shape[0] for _, tensor in leaves}) > 1:
+        sizes = {name: tensor.shape[0] for name, tensor in leaves}
+        raise ValueError(f"rows: first dimensions differ: {sizes}")
+    return leaves[0][1].shape[0]
+
+
+def concat(first: Nest, second: Nest) -> Nest:
+    """Return the rows of the first nest followed by those of the second.
+
+    Args:
+        first: gives the structure.
+        second: same names, dtypes, devices and shapes, but for the number of rows.
+
+    Raises:
+        TypeError: a leaf is no tensor.
+        ValueError: their names differ.
+    """
+    ours, theirs = flatten(first), flatten(second)
+    if [name for name, _ in ours] != [name for name, _ in theirs]:
+        raise ValueError(f"nests differ: {[name for name, _ in ours]} and {[name for name, _ in theirs]}")
+    return rebuild(first, [torch.cat((a, b)) for (_, a), (_, b) in zip(ours, theirs, strict=True)])

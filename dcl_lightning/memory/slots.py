@@ -1,0 +1,217 @@
+"""Which slots are filled, with what, and whose they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from dcl_lightning.errors import ConfigurationError, DataError
+
+__all__ = ["Assignment", "SlotState", "rooms"]
+
+_MAX_ID = 2**31
+
+
+class Assignment(NamedTuple):
+    """What a policy decided for a batch of b samples.
+
+    Args:
+        rows: ``(m,)`` int64, places in the batch of the samples to write.
+        slots: ``(m,)`` int64, distinct, where to write them.
+        offered: ``(K,)`` int64, samples of each class that were offered.
+        entered: ``(K,)`` int64, samples of each class that took a slot, also if a later one took it from them;
+            refreshed ones are not among them.
+        seen: number of samples that the policy was shown, b.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    offered: Tensor
+    entered: Tensor
+    seen: int
+
+
+def rooms(capacity: int, classes: Tensor) -> Tensor:
+    """Share the capacity among classes, what is left over going to the first ones.
+
+    Args:
+        capacity: number of slots.
+        classes: ``(K,)`` bool, the classes that get some: all for the fixed quota, those seen for the adaptive one.
+
+    Returns:
+        ``(K,)`` int64, slots of each class, in all the capacity (0 if no class gets any).
+    """
+    share, rest = divmod(capacity, max(int(classes.sum()), 1))
+    place = classes.cumsum(0) - 1
+    return torch.where(classes, share + (place < rest).long(), 0)
+
+
+class SlotState:
+    """What is stored where; it changes in :meth:`apply` and :meth:`admit` alone.
+
+    The slots of a class y are ``table[start[y] : start[y] + room[y]]``, the first ``class_counts[y]`` of them filled.
+    (Under ``reservoir`` classes own no slots, and these three mean nothing.)
+
+    Args:
+        num_classes: K.
+        capacity: number of slots.
+        room: ``(K,)`` int64, slots that each class owns.
+        num_samples: ids are below this number; without it the map from id to slot grows as larger ones come.
+    """
+
+    def __init__(self, num_classes: int, capacity: int, room: Tensor, num_samples: int = 0) -> None:
+        self.num_classes = num_classes
+        self.capacity = capacity
+        self.labels = torch.full((capacity,), -1)
+        self.ids = torch.full((capacity,), -1)
+        self.table = torch.arange(capacity)
+        self.room = room.clone()
+        self.start = room.cumsum(0) - room
+        self.class_counts = torch.zeros(num_classes, dtype=torch.int64)
+        self.offered = torch.zeros(num_classes, dtype=torch.int64)
+        self.cursor = torch.zeros(num_classes, dtype=torch.int64)
+        self.admitted = torch.zeros(num_classes, dtype=torch.bool)
+        self.filled = torch.zeros(capacity, dtype=torch.int64)
+        self.size = 0
+        self.seen = 0
+        # The last entry stands for "no id", -1, and is never a slot.
+        self.slot_of = torch.full((num_samples + 1,), -1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors of the state."""
+        return sum(v.numel() * v.element_size() for v in vars(self).values() if isinstance(v, Tensor))
+
+    def find(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Return ``(n,)`` int64, the slot in which each sample is stored with this label, else -1.
+
+        Args:
+            ids: ``(n,)`` int64, -1 for a sample without one.
+            labels: ``(n,)`` int64.
+
+        Raises:
+            DataError: an id cannot be the place of a sample in a data set.
+        """
+        smallest, largest = (int(value) for value in ids.aminmax()) if ids.numel() else (-1, -1)
+        if smallest < -1 or largest >= _MAX_ID:
+            raise DataError(f"sample ids from {smallest} to {largest}: ids are places in the data set, or -1 for none")
+        known = self.slot_of.numel() - 1
+        if largest >= known:
+            grown = torch.full((max(2 * known, largest + 1) + 1,), -1)
+            grown[:known] = self.slot_of[:-1]
+            self.slot_of = grown
+        slots = self.slot_of[ids]
+        return torch.where(self.labels[slots] == labels, slots, -1)
+
+    def apply(self, assignment: Assignment, labels: Tensor, ids: Tensor | None) -> None:
+        """Note what a policy decided.
+
+        Args:
+            assignment: its decision on the batch.
+            labels: ``(b,)`` int64 of the batch.
+            ids: ``(b,)`` int64 of the batch, -1 for a sample without one; None if stored samples are not looked for.
+        """
+        rows, slots = assignment.rows, assignment.slots
+        self.seen += assignment.seen
+        self.offered += assignment.offered
+        self.cursor += assignment.entered
+        if not slots.numel():
+            return
+        old, new = self.labels[slots], labels[rows]
+        appended = slots[old < 0]
+        self.filled[self.size : self.size + appended.numel()] = appended
+        self.size += appended.numel()
+        self.class_counts += torch.bincount(new, minlength=self.num_classes)
+        self.class_counts -= torch.bincount(old + 1, minlength=self.num_classes + 1)[1:]
+        self.labels[slots] = new
+        if ids is not None:
+            self._forget(slots)
+            entering = ids[rows]
+            self.ids[slots] = entering
+            self.slot_of[entering] = slots
+            self.slot_of[-1] = -1
+
+    def _forget(self, slots: Tensor) -> None:
+        leaving = self.ids[slots]
+        self.slot_of[leaving[self.slot_of[leaving] == slots]] = -1
+
+    def admit(self, labels: Tensor, generator: Generator, oldest_leave: bool) -> None:
+        """Adaptive quota: share the capacity among the classes seen so far and those of a batch.
+
+        Rows stay in their slots. A class with more rows than room loses some, drawn at random.
+
+        Args:
+            labels: ``(b,)`` int64.
+            generator: for the draw.
+            oldest_leave: the oldest rows leave instead.
+        """
+        classes = torch.bincount(labels, minlength=self.num_classes) > 0
+        if not bool((classes & ~self.admitted).any()):
+            return
+        self.admitted |= classes
+        room = rooms(self.capacity, self.admitted)
+        start = room.cumsum(0) - room
+        slots, owner = self._members(generator, oldest_leave)
+        # `rank`: place among the rows of its class, those that leave first.
+        rank = torch.arange(slots.numel()) - (self.class_counts.cumsum(0) - self.class_counts)[owner]
+        surplus = (self.class_counts - room).clamp_min(0)
+        place = rank - surplus[owner]
+        stays = place >= 0
+
+        gone = slots[~stays]
+        self._forget(gone)
+        self.labels[gone] = -1
+        self.ids[gone] = -1
+        self.class_counts -= surplus
+        self.cursor = self.class_counts.clone()
+        order = self.filled[: self.size]
+        order = order[self.labels[order] >= 0]
+        self.size = order.numel()
+        self.filled[: self.size] = order
+
+        table = torch.full_like(self.table, -1)
+        table[(start[owner] + place)[stays]] = slots[stays]
+        table[table < 0] = (self.labels < 0).nonzero().flatten()
+        self.table, self.room, self.start = table, room, start
+
+    def _members(self, generator: Generator, by_age: bool) -> tuple[Tensor, Tensor]:
+        """Return the filled slots and their classes, class by class, within a class by age or at random."""
+        if by_age:
+            owner = torch.repeat_interleave(self.room)
+            offset = torch.arange(owner.numel()) - self.start[owner]
+            filled = offset < self.class_counts[owner]
+            slots = self.table[: owner.numel()][filled]
+            age = ((offset - self.cursor[owner]) % self.room[owner])[filled]
+            slots = slots[age.argsort()]
+        else:
+            slots = self.filled[: self.size][torch.randperm(self.size, generator=generator)]
+        owner, order = self.labels[slots].sort(stable=True)
+        return slots[order], owner
+
+    _SAVED = ("labels", "ids", "table", "room", "start", "class_counts", "offered", "cursor", "admitted", "filled")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the tensors and the two counts."""
+        tensors = {name: getattr(self, name).clone() for name in self._SAVED}
+        return {**tensors, "size": self.size, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state.
+
+        Raises:
+            ConfigurationError: it is of another number of classes or another capacity.
+        """
+        for name in self._SAVED:
+            if state[name].shape != getattr(self, name).shape:
+                raise ConfigurationError(
+                    f"saved memory has {state['class_counts'].numel()} classes and {state['labels'].numel()} slots, "
+                    f"this one {self.num_classes} and {self.capacity}: give the values it had"
+                )
+        for name in self._SAVED:
+            setattr(self, name, state[name].clone())
+        self.size, self.seen = int(state["size"]), int(state["seen"])
+        self.slot_of = torch.full((max(self.slot_of.numel(), int(self.ids.max()) + 2),), -1)
+        self.slot_of[self.ids] = torch.arange(self.capacity)
+        self.slot_of[-1] = -1
