@@ -12,13 +12,15 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from dcl_lightning import ContinualAgent, ContinualDataModule, FineTuning, ICaRL
+from dcl_lightning import NIL, ContinualAgent, ContinualDataModule, FineTuning, ICaRL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import TaskReport
+from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.size import MemorySize
 
 
@@ -31,6 +33,17 @@ def icarl(size: int) -> Callable[[ContinualDataModule], ContinualAgent]:
         bce_reduction="sum",
         logits="seen",
         momentum=0.9,
+        epochs_per_task=10,
+        input_spec=data.input_spec,
+    )
+
+
+def nil(size: int, **options: Any) -> Callable[[ContinualDataModule], ContinualAgent]:
+    """Return what builds NIL with so many stored samples, c = r = 16, fixed quota."""
+    return lambda data: NIL(
+        MLP(),
+        data.num_classes,
+        rehearsal=RehearsalConfig(buffer_size=size, num_candidates=16, num_samples=16, **options),
         epochs_per_task=10,
         input_spec=data.input_spec,
     )
@@ -49,6 +62,10 @@ CASES: dict[str, tuple[Callable[[ContinualDataModule], ContinualAgent], bool]] =
     "scratch": (finetuning(reset=True), True),
     "icarl, 50 exemplars": (icarl(50), False),
     "icarl, 200 exemplars": (icarl(200), False),
+    "nil, 50 stored": (nil(50), False),
+    "nil, 200 stored": (nil(200), False),
+    "nil, 50 stored, weighting none": (nil(50, weighting="none"), False),
+    "nil, 200 stored, weighting none": (nil(200, weighting="none"), False),
 }
 
 
@@ -77,13 +94,14 @@ def main() -> None:
     """Print the table; with --json also write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--only", help="cases whose name starts so")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # a network this small only loses by more
     rows = []
     folder = tempfile.mkdtemp()
-    for case in CASES:
+    for case in (name for name in CASES if name.startswith(options.only or "")):
         values = [final_accuracy(case, seed, folder) for seed in range(options.seeds)]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"| {case} | {statistics.mean(values):.1f} | {spread:.1f} | {len(values)} |", flush=True)

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 from dcl_lightning.distributed.strategy import HorovodStrategy
 
 if TYPE_CHECKING:
-    from dcl_lightning.agents import ContinualAgent, FineTuning, ICaRL
-    from dcl_lightning.callbacks import TaskClock, TaskReport
+    from dcl_lightning.agents import NIL, ContinualAgent, FineTuning, ICaRL
+    from dcl_lightning.callbacks import Rehearsal, TaskClock, TaskReport
     from dcl_lightning.data import ContinualDataModule
+    from dcl_lightning.memory.config import RehearsalConfig
     from dcl_lightning.metrics import AccuracyMatrix
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NIL",
     "AccuracyMatrix",
     "ContinualAgent",
     "ContinualDataModule",
     "FineTuning",
     "HorovodStrategy",
     "ICaRL",
+    "Rehearsal",
+    "RehearsalConfig",
     "TaskClock",
     "TaskReport",
 ]
@@ -34,6 +38,9 @@ _HOMES = {
     "ContinualDataModule": "data",
     "FineTuning": "agents",
     "ICaRL": "agents",
+    "NIL": "agents",
+    "Rehearsal": "callbacks",
+    "RehearsalConfig": "memory.config",
     "TaskClock": "callbacks",
     "TaskReport": "callbacks",
 }

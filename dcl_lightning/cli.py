@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import yaml
@@ -90,7 +91,9 @@ class ContinualCLI(LightningCLI):
         """Parse; where ``--model NAME`` follows a configuration of another agent, drop that agent's own values."""
         self._args: list[str] | None = args
         given = list(sys.argv[1:] if args is None else args)
-        super().parse_arguments(parser, without_other_agent(given))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            super().parse_arguments(parser, without_other_agent(given))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""

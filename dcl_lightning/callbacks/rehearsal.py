@@ -224,6 +224,7 @@ class Rehearsal(pl.Callback):
             num_candidates=config.candidates if config.update == "step" else trainer.datamodule.eval_batch_size,  # type: ignore[attr-defined]
             store=RowStore(example, capacity, config.storage),
             seed=config.seed * 1_000_003 + comm.rank,
+            num_samples=samples or None,
         )
         size = trainer.datamodule.batch_size if own else num_rows(batch)  # type: ignore[attr-defined]
         labels = torch.zeros(0, dtype=torch.int64)

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
+from dcl_lightning.functional.nil import nil_weights
 from dcl_lightning.memory.nests import Nest, map_tensors, num_rows
 from dcl_lightning.memory.policies import Fifo, Reservoir, make_policy
 from dcl_lightning.memory.slots import Assignment, SlotState, rooms
@@ -43,10 +44,9 @@ def distinct(bound: int, number: int, generator: Generator) -> Tensor:
     if 4 * number >= bound or bound <= 256:
         return torch.randperm(bound, generator=generator)[:number]
     # The distinct ones of independent draws are, given how many they are, a uniform choice; so is a part of them.
-    drawn = torch.empty(0, dtype=torch.int64)
+    drawn = torch.randint(bound, (number + number // 4 + 8,), generator=generator).unique()
     while drawn.numel() < number:
-        more = torch.randint(bound, (number + number // 4 + 8,), generator=generator)
-        drawn = torch.unique(torch.cat((drawn, more)))
+        drawn = torch.cat((drawn, torch.randint(bound, (number,), generator=generator))).unique()
     return drawn[torch.randperm(drawn.numel(), generator=generator)[:number]]
 
 
@@ -184,24 +184,27 @@ class RehearsalBuffer:
         Args:
             places: ``(n,)`` int64 in ``[0, len)``.
         """
-        return self.state.filled[places]
+        return self.state.filled.index_select(0, places)
 
-    def weights(self, labels: Tensor, batch_size: int) -> Tensor:
-        """Return the weight that NIL gives to each representative: ``max(ln(n_y b / (c |S|)), 1)``.
+    def weights(
+        self, labels: Tensor, batch_size: int, offered: Tensor | None = None, stored: int | None = None
+    ) -> Tensor:
+        """Return the weight that NIL gives to each representative, see ``nil_weights``.
 
-        Under ``reservoir``, which offers every sample, c is b.
+        Policies that offer every sample have c = b here: ``n_y b / c`` is the number of samples of the class so far.
 
         Args:
             labels: ``(n,)`` int64, of rows drawn.
             batch_size: b, samples of a batch before rows are added.
+            offered: ``(K,)`` int64, candidates of each class so far; this memory's if None.
+            stored: rows stored; this memory's if None.
 
         Returns:
             ``(n,)`` float32.
         """
-        candidates = self.policy.candidates
-        share = 1.0 if candidates is None else batch_size / candidates
-        offered = self.state.offered[labels.cpu()].double()
-        return (offered * (share / max(self.state.size, 1))).log().clamp_min(1.0).float()
+        candidates = batch_size if self.policy.candidates is None else min(self.policy.candidates, batch_size)
+        offered = self.state.offered if offered is None else offered
+        return nil_weights(offered, labels.cpu(), self.state.size if stored is None else stored, batch_size, candidates)
 
     def state_dict(self) -> dict[str, Any]:
         """Return rows, bookkeeping and generator as plain tensors, numbers and strings."""

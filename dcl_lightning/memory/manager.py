@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcl_lightning.functional.nil import nil_weights
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.comm import Comm
 from dcl_lightning.memory.config import RehearsalConfig
@@ -107,7 +106,7 @@ class MemoryManager:
         labels = self.buffer.state.labels[slots]
         weights = torch.ones(len(slots))
         if self.config.weighting == "nil":
-            weights = self._nil(self.buffer.state.offered, labels, len(self.buffer))
+            weights = self.buffer.weights(labels, self.batch_size)
         return self._share(self.buffer.store.gather(slots), labels, weights)
 
     def _draw_global(self, exchange: GlobalExchange, offer: Offer | None) -> Representatives:
@@ -122,12 +121,8 @@ class MemoryManager:
         rows, labels = drawn.rows
         weights = torch.ones(len(labels))
         if counts is not None:
-            weights = self._nil(counts().sum(0), labels, sum(sizes))
+            weights = self.buffer.weights(labels, self.batch_size, counts().sum(0), sum(sizes))
         return self._share(rows, labels, weights)
-
-    def _nil(self, offered: Tensor, labels: Tensor, stored: int) -> Tensor:
-        assert self.config.candidates is not None
-        return nil_weights(offered, labels, stored, self.batch_size, self.config.candidates)
 
     def _share(self, rows: Any, labels: Tensor, weights: Tensor) -> Representatives:
         total = weights.double().sum()

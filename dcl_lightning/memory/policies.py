@@ -50,16 +50,16 @@ def _last(keys: Tensor) -> tuple[Tensor, Tensor]:
     ordered, order = keys.sort(stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)
     torch.ne(ordered[1:], ordered[:-1], out=last[:-1])
+    if bool(last.all()):
+        return ordered, order
     return ordered[last], order[last]
 
 
-def _ranks(classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return for each sample how many of its class precede it, and the number of each class."""
-    counts = torch.bincount(classes, minlength=num_classes)
-    ordered, order = classes.sort(stable=True)
-    rank = torch.empty_like(classes)
-    rank[order] = torch.arange(classes.numel()) - (counts.cumsum(0) - counts)[ordered]
-    return rank, counts
+def _by_class(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Order rows by class, else as they were; return them, their classes, and how many of the class precede each."""
+    classes, order = labels.index_select(0, rows).sort(stable=True)
+    rank = torch.arange(rows.numel()) - torch.searchsorted(classes, classes)
+    return rows.index_select(0, order), classes, rank
 
 
 def _below(bounds: Tensor, generator: Generator) -> Tensor:
@@ -74,33 +74,35 @@ def _split(state: SlotState, rows: Tensor, labels: Tensor, ids: Tensor | None) -
     """
     if ids is None:
         return rows, rows[:0], rows[:0]
-    asked = ids[rows]
+    asked = ids.index_select(0, rows)
     ordered, order = asked.sort(stable=True)
-    last = ordered < 0
-    last[-1:] = True
-    last[:-1] |= ordered[1:] != ordered[:-1]
-    if not bool(last.all()):
+    again = ordered[1:] == ordered[:-1]
+    if bool(again.any()):
+        last = ordered < 0
+        last[-1:] = True
+        last[:-1] |= ~again
         rows = rows[order[last].sort().values]
         asked = ids[rows]
-    found = state.find(asked, labels[rows])
+    found = state.find(asked, labels.index_select(0, rows))
     stored = found >= 0
+    if not bool(stored.any()):
+        return rows, rows[:0], rows[:0]
     return rows[~stored], rows[stored], found[stored]
 
 
-def _settle(
-    state: SlotState, labels: Tensor, new: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], offered: Tensor
-) -> Assignment:
-    """Let stored rows be refreshed first, then the new ones take their slots in order; both are (rows, slots)."""
-    entered = torch.bincount(labels[new[0]], minlength=state.num_classes)
-    rows = torch.cat((stored[0], new[0]))
-    slots, last = _last(torch.cat((stored[1], new[1])))
-    return Assignment(rows[last], slots, offered, entered, labels.numel())
+def _settle(rows: Tensor, slots: Tensor, stored: Tensor, stored_slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Let stored rows be refreshed first, then new ones take their slots in order; return rows and distinct slots."""
+    if stored.numel():
+        rows, slots = torch.cat((stored, rows)), torch.cat((stored_slots, slots))
+    slots, last = _last(slots)
+    return rows.index_select(0, last), slots
 
 
 def _in_class(state: SlotState, rows: Tensor, classes: Tensor, place: Tensor, enters: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows that enter and their slots, given by their places among those of their class."""
-    classes, place = classes[enters], place[enters]
-    return rows[enters], state.table[state.start[classes] + place]
+    kept = enters.nonzero().flatten()
+    start = state.start.index_select(0, classes.index_select(0, kept))
+    return rows.index_select(0, kept), state.table.index_select(0, start + place.index_select(0, kept))
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,14 @@ class Nil:
 
     def assign(self, state: SlotState, labels: Tensor, ids: Tensor | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
-        rows = torch.randperm(labels.numel(), generator=generator)[: self.candidates]
-        classes = labels[rows]
-        rank, offered = _ranks(classes, state.num_classes)
-        before, room = state.class_counts[classes] + rank, state.room[classes]
+        drawn = torch.randperm(labels.numel(), generator=generator)[: self.candidates]
+        rows, classes, rank = _by_class(drawn, labels)
+        before, room = state.class_counts.index_select(0, classes) + rank, state.room.index_select(0, classes)
         place = torch.where(before < room, before, _below(before + 1, generator))
-        new = _in_class(state, rows, classes, place, place < room)
-        return _settle(state, labels, new, (rows[:0], rows[:0]), offered)
+        rows, slots = _in_class(state, rows, classes, place, place < room)
+        offered = torch.bincount(classes, minlength=state.num_classes)
+        rows, slots = _settle(rows, slots, rows[:0], slots[:0])
+        return Assignment(rows, slots, offered, None, labels.numel())
 
 
 @dataclass(frozen=True)
@@ -148,16 +151,17 @@ class ClassBalanced:
     def assign(self, state: SlotState, labels: Tensor, ids: Tensor | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
         rows, stored, slots = _split(state, torch.arange(labels.numel()), labels, ids)
-        classes = labels[rows]
-        rank, _ = _ranks(classes, state.num_classes)
-        before, room = state.class_counts[classes] + rank, state.room[classes]
+        rows, classes, rank = _by_class(rows, labels)
+        before, room = state.class_counts.index_select(0, classes) + rank, state.room.index_select(0, classes)
         appends = before < room
         place = torch.where(appends, before, _below(room, generator))
         chance = torch.rand(labels.shape, dtype=torch.float64, generator=generator) * labels.numel()
         chosen = chance < self.candidates
-        enters = appends | (chosen[rows] & (room > 0))
+        enters = appends | (chosen.index_select(0, rows) & (room > 0))
         offered = torch.bincount(labels[chosen], minlength=state.num_classes)
-        return _settle(state, labels, _in_class(state, rows, classes, place, enters), (stored, slots), offered)
+        rows, taken = _in_class(state, rows, classes, place, enters)
+        rows, slots = _settle(rows, taken, stored, slots)
+        return Assignment(rows, slots, offered, None, labels.numel())
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,9 @@ class Reservoir:
         place = torch.where(following < state.capacity, following, _below(state.seen + rows + 1, generator))
         enters = place < state.capacity
         offered = torch.bincount(labels, minlength=state.num_classes)
-        return _settle(state, labels, (rows[enters], place[enters]), (stored, slots), offered)
+        kept = enters.nonzero().flatten()
+        rows, slots = _settle(rows.index_select(0, kept), place.index_select(0, kept), stored, slots)
+        return Assignment(rows, slots, offered, None, labels.numel())
 
 
 @dataclass(frozen=True)
@@ -197,12 +203,14 @@ class Fifo:
         """See :meth:`Policy.assign`."""
         drawn = torch.randperm(labels.numel(), generator=generator)[: self.candidates]
         rows, stored, slots = _split(state, drawn, labels, ids)
-        classes = labels[rows]
-        rank, _ = _ranks(classes, state.num_classes)
-        room = state.room[classes]
-        place = (state.cursor[classes] + rank) % room.clamp_min(1)
+        rows, classes, rank = _by_class(rows, labels)
+        room = state.room.index_select(0, classes)
+        place = (state.cursor.index_select(0, classes) + rank) % room.clamp_min(1)
         offered = torch.bincount(labels[drawn], minlength=state.num_classes)
-        return _settle(state, labels, _in_class(state, rows, classes, place, room > 0), (stored, slots), offered)
+        entered = torch.bincount(classes, minlength=state.num_classes)
+        rows, taken = _in_class(state, rows, classes, place, room > 0)
+        rows, slots = _settle(rows, taken, stored, slots)
+        return Assignment(rows, slots, offered, entered, labels.numel())
 
 
 def make_policy(name: str, num_candidates: int | None) -> Policy:

@@ -21,15 +21,15 @@ class Assignment(NamedTuple):
         rows: ``(m,)`` int64, places in the batch of the samples to write.
         slots: ``(m,)`` int64, distinct, where to write them.
         offered: ``(K,)`` int64, samples of each class that were offered.
-        entered: ``(K,)`` int64, samples of each class that took a slot, also if a later one took it from them;
-            refreshed ones are not among them.
+        entered: ``(K,)`` int64, new samples of each class that took a slot, also if a later one took it from them;
+            None where age does not count.
         seen: number of samples that the policy was shown, b.
     """
 
     rows: Tensor
     slots: Tensor
     offered: Tensor
-    entered: Tensor
+    entered: Tensor | None
     seen: int
 
 
@@ -103,6 +103,8 @@ class SlotState:
             grown[:known] = self.slot_of[:-1]
             self.slot_of = grown
         slots = self.slot_of[ids]
+        if bool((slots < 0).all()):
+            return slots
         return torch.where(self.labels[slots] == labels, slots, -1)
 
     def apply(self, assignment: Assignment, labels: Tensor, ids: Tensor | None) -> None:
@@ -116,25 +118,31 @@ class SlotState:
         rows, slots = assignment.rows, assignment.slots
         self.seen += assignment.seen
         self.offered += assignment.offered
-        self.cursor += assignment.entered
+        if assignment.entered is not None:
+            self.cursor += assignment.entered
         if not slots.numel():
             return
-        old, new = self.labels[slots], labels[rows]
+        old, new = self.labels.index_select(0, slots), labels.index_select(0, rows)
+        changed = (old != new).nonzero().flatten()
+        if changed.numel():
+            self._recount(slots[changed], old[changed], new[changed])
+        if ids is not None:
+            self._forget(slots)
+            entering = ids.index_select(0, rows)
+            self.ids.index_copy_(0, slots, entering)
+            self.slot_of[entering] = slots
+            self.slot_of[-1] = -1
+
+    def _recount(self, slots: Tensor, old: Tensor, new: Tensor) -> None:
         appended = slots[old < 0]
         self.filled[self.size : self.size + appended.numel()] = appended
         self.size += appended.numel()
         self.class_counts += torch.bincount(new, minlength=self.num_classes)
         self.class_counts -= torch.bincount(old + 1, minlength=self.num_classes + 1)[1:]
-        self.labels[slots] = new
-        if ids is not None:
-            self._forget(slots)
-            entering = ids[rows]
-            self.ids[slots] = entering
-            self.slot_of[entering] = slots
-            self.slot_of[-1] = -1
+        self.labels.index_copy_(0, slots, new)
 
     def _forget(self, slots: Tensor) -> None:
-        leaving = self.ids[slots]
+        leaving = self.ids.index_select(0, slots)
         self.slot_of[leaving[self.slot_of[leaving] == slots]] = -1
 
     def admit(self, labels: Tensor, generator: Generator, oldest_leave: bool) -> None:

@@ -75,7 +75,7 @@ refused(lambda: comm.alltoall_async(empty, [0] * (n + 1), [0] * n, "a"), ValueEr
 held = {2: [0, 11], 3: [0, 11, 4]}[n]
 more = held[:]
 more[0] = 5
-r, half = 4, 400
+r, half = 4, 250
 
 def gather(slots):
     noise = (torch.arange(30)[None] * (slots[:, None] + 1) + me) % 256

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory import policies
+from dcl_lightning.memory.policies import ClassBalanced, Fifo, Nil, Reservoir, make_policy
+from dcl_lightning.memory.slots import SlotState, rooms
+
+ALL = lambda k: torch.ones(k, dtype=torch.bool)  # noqa: E731
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Memory:
+    """The ids stored, driven by a policy."""
+
+    def __init__(self, policy, num_classes, capacity, seed=0):
+        room = rooms(capacity, ALL(num_classes) & (not isinstance(policy, Reservoir)))
+        self.policy, self.state, self.generator = policy, SlotState(num_classes, capacity, room), generator(seed)
+        self.content = torch.full((capacity,), -1)
+
+    def add(self, ids, labels=None):
+        ids = torch.as_tensor(ids)
+        labels = torch.zeros_like(ids) if labels is None else torch.as_tensor(labels)
+        given = ids if self.policy.refreshes else None
+        assignment = self.policy.assign(self.state, labels, given, self.generator)
+        self.content[assignment.slots] = ids[assignment.rows]
+        self.state.apply(assignment, labels, given)
+        return assignment
+
+    def stored(self):
+        return tuple(sorted(self.content[self.content >= 0].tolist()))
+
+
+def enumerated(monkeypatch, build, steps):
+    """Exact distribution of the stored ids: every outcome of every bounded draw, the order of a batch as given."""
+    found: Counter = Counter()
+    paths = [()]
+    while paths:
+        path = paths.pop()
+        given, weight, short = iter(path), 1.0, []
+
+        def below(bounds, _generator, given=given, short=short):
+            nonlocal weight
+            drawn = []
+            for bound in bounds.tolist():
+                choice = next(given, None)
+                if choice is None:
+                    short.append(bound)
+                    return torch.zeros_like(bounds)
+                weight /= bound
+                drawn.append(choice)
+            return torch.tensor(drawn, dtype=torch.int64)
+
+        monkeypatch.setattr(policies, "_below", below)
+        memory = build()
+        for step in steps:
+            memory.add(step)
+            if short:
+                break
+        if short:
+            paths += [(*path, choice) for choice in range(short[0])]
+        else:
+            found[memory.stored()] += weight
+    return found
+
+
+@pytest.mark.parametrize(
+    ("capacity", "steps"),
+    list(product([1, 2, 3], [[[0, 1]], [[0], [1]], [[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1, 2], [3]]])),
+)
+def test_reservoir_is_uniform_over_subsets(monkeypatch, capacity, steps):
+    found = enumerated(monkeypatch, lambda: Memory(Reservoir(), 1, capacity), steps)
+    count = sum(map(len, steps))
+    size = min(capacity, count)
+    assert all(len(stored) == size for stored in found)
+    subsets = torch.combinations(torch.arange(count), size).shape[0]
+    assert len(found) == subsets
+    assert all(chance == pytest.approx(1 / subsets) for chance in found.values())
+
+
+@pytest.mark.parametrize(
+    ("room", "first", "second"), [(1, 1, 1), (2, 2, 2), (2, 2, 1), (3, 2, 3), (3, 3, 2), (2, 1, 3)]
+)
+def test_nil_keeps_a_shuffled_choice(monkeypatch, room, first, second):
+    # All ids of the first batch are stored (it has at most `room`), then each of the S + C stays with R / (S + C).
+    steps = [list(range(first)), list(range(first, first + second))]
+    found = enumerated(monkeypatch, lambda: Memory(Nil(8), 1, room), steps)
+    subsets = torch.combinations(torch.arange(first + second), room).shape[0]
+    assert len(found) == subsets
+    assert all(chance == pytest.approx(1 / subsets) for chance in found.values())
+
+
+def test_nil_takes_c_of_the_batch():
+    for seed in range(50):
+        memory = Memory(Nil(4), 2, 20, seed)
+        assignment = memory.add(range(9), [0, 1, 0, 1, 0, 1, 0, 1, 0])
+        assert assignment.rows.numel() == 4
+        assert memory.state.offered.sum() == 4
+
+
+def test_nil_stores_a_sample_again():
+    memory = Memory(Nil(2), 1, 10)
+    memory.add([5, 5])
+    memory.add([5, 5])
+    assert memory.stored() == (5, 5, 5, 5)
+
+
+def test_class_balanced_appends_all_then_overwrites_c():
+    memory = Memory(ClassBalanced(3), 2, 2000)
+    assert memory.add(range(30), [0, 1] * 15).rows.numel() == 30
+    memory.add(range(100, 4100), [0, 1] * 2000)
+    assert memory.state.class_counts.tolist() == [1000, 1000]
+    written, offered, steps, b = 0, 0, 3000, 12
+    for step in range(steps):
+        assignment = memory.add(torch.arange(b) + 10_000 + b * step, [0, 1, 1] * 4)
+        written += assignment.rows.numel()
+        offered += int(assignment.offered.sum())
+    # Binomial: mean c a batch; two of a batch on one of 1000 slots cost less than 0.2 %.
+    sigma = (steps * b * (3 / b) * (1 - 3 / b)) ** 0.5
+    assert abs(offered - 3 * steps) < 4 * sigma
+    assert abs(written - 3 * steps) < 4 * sigma + 0.002 * 3 * steps
+
+
+def test_class_balanced_overwrites_any_slot_alike():
+    hits = torch.zeros(5)
+    for seed in range(2000):
+        memory = Memory(ClassBalanced(1), 1, 5, seed)
+        memory.add(range(5))
+        hits[memory.add([9]).slots] += 1
+    assert hits.sum() == 2000
+    assert ((hits - 400) ** 2 / 400).sum() < 18.5  # chi-square, 4 degrees, p = 0.001
+
+
+def test_class_balanced_with_c_of_b_or_more_takes_all():
+    memory = Memory(ClassBalanced(64), 1, 100)
+    memory.add(range(100))
+    assert memory.add(range(100, 110)).offered.sum() == 10
+
+
+def test_fifo_lets_the_oldest_leave():
+    memory = Memory(Fifo(8), 2, 6)
+    for k in range(5):
+        memory.add([k], [0])
+    memory.add([50], [1])
+    assert memory.stored() == (2, 3, 4, 50)
+    memory.add([3], [0])  # stored: keeps its age
+    memory.add([7, 8], [0, 0])
+    assert set(memory.stored()) == {4, 7, 8, 50}
+    memory.add(range(20, 28), [0] * 8)  # more than there is room for
+    assert len(memory.stored()) == 4
+    assert sum(20 <= k < 28 for k in memory.stored()) == 3
+
+
+def test_reservoir_by_simulation_keeps_one_of_two_half_the_time():
+    first = 0
+    for seed in range(1000):
+        memory = Memory(Reservoir(), 1, 1, seed)
+        memory.add([0])
+        memory.add([1])
+        first += memory.stored() == (0,)
+    assert abs(first - 500) < 4 * 250**0.5
+
+
+@pytest.mark.parametrize("policy", [ClassBalanced(4), Reservoir(), Fifo(4)])
+def test_a_stored_sample_is_refreshed(policy):
+    memory = Memory(policy, 2, 8)
+    memory.add([3, 3, 3], [1, 1, 1])
+    assert memory.stored() == (3,)
+    slot = int((memory.content == 3).nonzero())
+    assignment = memory.add([4, 3], [1, 1])
+    assert memory.stored() == (3, 4)
+    assert memory.content[slot] == 3
+    assert slot in assignment.slots.tolist()
+    memory.add([-1, -1], [0, 0])
+    assert memory.state.size == 4
+
+
+def test_rooms_share_with_what_is_left_in_a_fixed_order():
+    assert rooms(25, ALL(10)).tolist() == [3] * 5 + [2] * 5
+    assert rooms(2, ALL(3)).tolist() == [1, 1, 0]
+    assert rooms(5, torch.tensor([False, True, True])).tolist() == [0, 3, 2]
+    assert rooms(5, ~ALL(3)).tolist() == [0, 0, 0]
+
+
+def test_classes_without_room_store_nothing():
+    for policy in (Nil(6), ClassBalanced(4), Fifo(6)):
+        memory = Memory(policy, 3, 2)
+        memory.add(range(6), [0, 1, 2] * 2)
+        assert memory.state.class_counts.tolist() == [1, 1, 0]
+
+
+def test_make_policy():
+    assert make_policy("nil", 3) == Nil(3)
+    assert make_policy("reservoir", None) == Reservoir()
+    with pytest.raises(ConfigurationError, match="num_candidates=4 must go"):
+        make_policy("reservoir", 4)
+    for name, c in (("nil", None), ("fifo", 0), ("class_balanced", -1), ("ring", 1)):
+        with pytest.raises(ConfigurationError, match=r"give"):
+            make_policy(name, c)

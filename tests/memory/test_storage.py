@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory import storage
+from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows, rebuild
+from dcl_lightning.memory.storage import RowStore
+
+
+class Pair(NamedTuple):
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+def rows(n: int, shift: int = 0) -> dict:
+    return {"image": (torch.arange(n * 12).view(n, 3, 2, 2) + shift).to(torch.uint8), "y": torch.arange(n) + shift}
+
+
+def test_nest_keeps_structure_and_names():
+    nest = {"a": torch.zeros(2, 3), "b": [torch.ones(2), Pair(torch.zeros(2, 1), torch.ones(2))]}
+    assert [name for name, _ in flatten(nest)] == ["a", "b.0", "b.1.inputs", "b.1.targets"]
+    assert num_rows(nest) == 2
+    doubled = map_tensors(lambda t: t * 2, nest)
+    assert isinstance(doubled["b"][1], Pair)
+    assert doubled["b"][0].tolist() == [2, 2]
+    assert num_rows(concat(nest, doubled)) == 4
+    assert [name for name, _ in flatten(torch.zeros(1), "x")] == ["x"]
+
+
+def test_nest_says_what_is_wrong():
+    with pytest.raises(TypeError, match=r"'b\.0' is a str"):
+        flatten({"a": torch.zeros(1), "b": ["word"]})
+    with pytest.raises(ValueError, match="first dimensions differ"):
+        num_rows((torch.zeros(1), torch.zeros(2)))
+    with pytest.raises(ValueError, match="no dimension"):
+        num_rows((torch.tensor(1.0),))
+    with pytest.raises(ValueError, match="no tensor"):
+        num_rows(())
+    with pytest.raises(ValueError, match="nests differ"):
+        concat({"a": torch.zeros(1)}, {"b": torch.zeros(1)})
+    with pytest.raises(ValueError, match="nest of 2"):
+        rebuild((torch.zeros(1), torch.zeros(1)), [torch.zeros(1)])
+
+
+@pytest.mark.parametrize("place", ["cpu", "folder"])
+def test_reads_what_it_wrote(place, tmp_path):
+    store = RowStore(rows(1), 10, tmp_path / "memory" if place == "folder" else "cpu")
+    store.insert(torch.tensor([7, 2, 9]), rows(3, 5))
+    got = store.gather(torch.tensor([9, 7, 9]))
+    wanted = map_tensors(lambda t: t[[2, 0, 2]], rows(3, 5))
+    assert all(torch.equal(got[k], wanted[k]) for k in wanted)
+    store.insert(torch.empty(0, dtype=torch.int64), rows(0))
+    assert num_rows(store.gather(torch.empty(0, dtype=torch.int64))) == 0
+    assert store.num_bytes == 10 * (12 + 8)
+    if place == "folder":
+        assert sum(file.stat().st_size for file in (tmp_path / "memory").iterdir()) == store.num_bytes
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool],
+)
+@pytest.mark.parametrize("shape", [(), (3,), (4,), (3, 4, 2), (0,)])
+def test_every_dtype_and_row_size(dtype, shape):
+    store = RowStore((torch.empty(0, *shape, dtype=dtype, device="meta"),), 6)
+    values = torch.randint(0, 2, (5, *shape)).to(dtype)
+    store.insert(torch.tensor([5, 0, 3]), (values[1:4],))
+    assert torch.equal(store.gather(torch.tensor([3, 5]))[0], values[[3, 1]])
+    strided = torch.randint(0, 2, (*shape, 5)).to(dtype).movedim(-1, 0)
+    store.insert(torch.tensor([1, 2]), (strided[[4, 0]],))
+    assert torch.equal(store.gather(torch.tensor([2]))[0], strided[[0]])
+
+
+def test_writes_into_the_tail_of_a_batch():
+    store = RowStore(rows(1), 4)
+    store.insert(torch.arange(4), rows(4))
+    batch = rows(6, 100)
+    tail = map_tensors(lambda t: t[4:], batch)
+    store.gather(torch.tensor([3, 1]), out=tail)
+    assert batch["y"].tolist() == [100, 101, 102, 103, 3, 1]
+    assert torch.equal(batch["image"][4:], rows(4)["image"][[3, 1]])
+
+
+def test_refuses_other_rows():
+    store = RowStore(rows(1), 4)
+    with pytest.raises(ValueError, match="have the columns"):
+        store.insert(torch.tensor([0]), {"y": torch.zeros(1)})
+    with pytest.raises(ValueError, match="column 'y' holds"):
+        store.insert(torch.tensor([0]), {**rows(1), "y": torch.zeros(1)})
+
+
+def test_refuses_what_does_not_fit(monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "available_bytes", lambda device: 100)
+    with pytest.raises(ConfigurationError, match=r"wants 120 bytes on cpu, where 100"):
+        RowStore(rows(1), 6)
+    with pytest.raises(ConfigurationError, match="120 bytes"):
+        RowStore(rows(1), 6, tmp_path)
+    RowStore(rows(1), 5)
+    with pytest.raises(ConfigurationError, match="at least 1"):
+        RowStore(rows(1), 0)
+
+
+def test_asks_the_system(tmp_path):
+    assert storage.available_bytes(tmp_path) > 0
+    with pytest.raises(ConfigurationError, match="available"):
+        RowStore(rows(1), 2**50)
+
+
+def test_state(tmp_path):
+    store = RowStore(rows(1), 10)
+    store.insert(torch.arange(10), rows(10))
+    torch.save(store.state_dict(torch.tensor([3, 8])), tmp_path / "state.pt")
+    other = RowStore(rows(1), 10)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.gather(torch.arange(10))["y"].tolist() == [0, 0, 0, 3, 0, 0, 0, 0, 8, 0]
+    with pytest.raises(ConfigurationError, match="slot 8"):
+        RowStore(rows(1), 5).load_state_dict(store.state_dict(torch.tensor([8])))
+    with pytest.raises(ConfigurationError, match="columns"):
+        RowStore({"z": torch.zeros(1)}, 10).load_state_dict(store.state_dict())
