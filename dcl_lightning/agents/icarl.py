@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
-from dcl_lightning.functional.losses import icarl_loss, icarl_targets
+from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
 from dcl_lightning.memory.size import MemorySize
 from dcl_lightning.types import Batch, Task
 
@@ -40,6 +40,12 @@ class ICaRL(ContinualAgent):
             up over the classes.
         selection: ``herding`` (the paper) or ``nearest`` to the class mean (the original program).
         nme_flip: whether class means also average over mirrored exemplars.
+        exemplars: part of the training set (``union``, the paper), or ``num_samples`` of them added to each
+            batch (``per_step``, the original program).
+        num_samples: exemplars added to each batch of a worker with ``per_step``.
+        loss: ``bce`` (the paper); or ``kl``: cross entropy on new samples, and on exemplars the divergence
+            from the previous network alone (the original program); goes with ``per_step``.
+        execution: ``blocking`` prepares each batch one ahead in the background, with the same result.
         **kwargs: arguments of ``ContinualAgent``.
     """
 
@@ -55,6 +61,10 @@ class ICaRL(ContinualAgent):
         bce_reduction: Literal["mean", "sum"] = "mean",
         selection: Literal["herding", "nearest"] = "herding",
         nme_flip: bool = False,
+        exemplars: Literal["union", "per_step"] = "union",
+        num_samples: int = 20,
+        loss: Literal["bce", "kl"] = "bce",
+        execution: Literal["inline", "blocking"] = "inline",
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
@@ -62,6 +72,12 @@ class ICaRL(ContinualAgent):
         self.bce_reduction = bce_reduction
         self.selection = selection
         self.nme_flip = nme_flip
+        if loss == "kl" and exemplars != "per_step":
+            raise ConfigurationError("model.loss=kl tells exemplars from new samples: give model.exemplars=per_step")
+        if num_samples < 1:
+            raise ConfigurationError(f"model.num_samples={num_samples}: give at least 1")
+        self.exemplars_per_step = num_samples if exemplars == "per_step" else None
+        self.loss, self.execution = loss, execution
         self.teacher = nn.Sequential(copy.deepcopy(self.backbone), copy.deepcopy(self.head))
         self.teacher.requires_grad_(False).eval()
         width = self.head.in_features
@@ -88,11 +104,21 @@ class ICaRL(ContinualAgent):
         if self._teaching:
             with torch.no_grad():
                 taught = self.teacher(batch.inputs)
+        if self.loss == "kl":
+            return self._original_loss(logits, taught, batch), logits
         remembered = self.seen & ~self.current
         targets = icarl_targets(batch.targets, self.num_classes, self.current, remembered, taught)
         divisor = float(self.num_classes) if self.bce_reduction == "mean" else 1.0
         loss = icarl_loss(logits, targets, batch.weights, batch.normaliser, divisor, self.trained_columns())
         return loss, logits
+
+    def _original_loss(self, logits: Tensor, taught: Tensor | None, batch: Batch) -> Tensor:
+        new, rehearsed = batch.num_new, len(batch.targets) - batch.num_new
+        trained, targets = self.trained(logits[:new], batch.targets[:new])
+        loss = weighted_cross_entropy(trained, targets, batch.weights[:new], batch.normaliser - rehearsed)
+        if taught is not None and rehearsed:
+            loss = loss + distillation(logits[new:], taught[new:])
+        return loss
 
     def on_fit_start(self) -> None:
         """Check the memory's size and hand the exemplars to the data module."""
@@ -107,6 +133,8 @@ class ICaRL(ContinualAgent):
                 f"set model.rehearsal.buffer_size to at least {self.num_classes}"
             )
         data.extra_indices = self._rehearsed
+        data.extra_per_step = self.exemplars_per_step
+        data.load_ahead = self.execution == "blocking"
 
     def on_task_start(self, task: Task) -> None:
         """Note the task's classes; at the start of a stream forget the exemplars of an earlier one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from dcl_lightning.agents.icarl import ICaRL
 from dcl_lightning.agents.nil import NIL
 from dcl_lightning.memory.config import RehearsalConfig
 
-__all__ = ["base", "icarl", "nil", "nil_global", "nil_v1", "nil_v2", "nil_v3", "nil_v4"]
+__all__ = ["base", "icarl", "icarl_v1", "nil", "nil_global", "nil_v1", "nil_v2", "nil_v3", "nil_v4"]
 
 
 class base(FineTuning):
@@ -20,6 +20,19 @@ class base(FineTuning):
 
 class icarl(ICaRL):
     """Short name of ``ICaRL``."""
+
+
+class icarl_v1(ICaRL):
+    """iCaRL whose batches are prepared one ahead in the background. Equals ``icarl``."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        execution: Literal["inline", "blocking"] = "blocking",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, num_classes, execution=execution, **kwargs)
 
 
 class nil(NIL):

@@ -57,6 +57,14 @@ class Rehearsal(pl.Callback):
 
     # -- life --------------------------------------------------------------------------------------
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """With ``stage: load`` let the data module prepare batches ahead."""
+        if stage == "fit" and self.config.stage == "load":
+            data: Any = getattr(trainer, "datamodule", None)
+            if not hasattr(data, "load_ahead"):
+                raise ConfigurationError("rehearsal.stage=load needs a ContinualDataModule: give stage=assemble")
+            data.load_ahead = True
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the memory between the loader and the module."""
         self._in_flight = self._offer = None

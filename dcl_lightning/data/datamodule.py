@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dcl_lightning.data import scenarios, sources, transforms
+from dcl_lightning.data.ahead import AheadLoader
 from dcl_lightning.data.class_orders import named_class_order
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.errors import ConfigurationError
@@ -47,7 +48,9 @@ class ContinualDataModule(pl.LightningDataModule):
         source_options: ``num_classes``, ``size``, ``per_class``, ``seed`` of ``synthetic``.
 
     Attributes:
+        load_ahead: whether a thread prepares each training batch one ahead.
         extra_indices: for a task, sample ids that are trained on beside its own (iCaRL's exemplars).
+        extra_per_step: None, and these are part of the task's training set; or how many of them join each batch.
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class ContinualDataModule(pl.LightningDataModule):
         self._task_classes = self._make_task_classes()
         self.num_tasks = len(self._task_classes)
         self.task_id = 0
+        self.load_ahead = False
         self.extra_indices: dict[int, Tensor] = {}
+        self.extra_per_step: int | None = None
         self.original_labels: list[scenarios.Label] = []
         self._clock: Clock | None = None
         self._train_loader: TaskLoader | None = None
@@ -199,14 +204,15 @@ class ContinualDataModule(pl.LightningDataModule):
 
     # -- loaders -----------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> TaskLoader:
+    def train_dataloader(self) -> TaskLoader | AheadLoader:
         """Return the one training loader, set to the present epoch's task."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         self.task_id = self._clock.task_at(epoch) if self._clock is not None else self.task_id
         first = 0 if self.concatenate_tasksets else self.task_id
         own = torch.cat([self.train_indices(t) for t in range(first, self.task_id + 1)])
         extra = self.extra_indices.get(self.task_id, own[:0])
-        indices = torch.cat([own, extra[~torch.isin(extra, own)]])
+        extra = extra[~torch.isin(extra, own)]
+        indices = torch.cat([own, extra]) if self.extra_per_step is None else own
         rank, size = self._place()
         if self._train_loader is None:
             self._train_loader = TaskLoader(
@@ -216,8 +222,8 @@ class ContinualDataModule(pl.LightningDataModule):
         # Another trainer, or Lightning's search for a batch size, may have changed these since the last call.
         self._train_loader.rank, self._train_loader.size = rank, size
         self._train_loader.batch_size = self.batch_size
-        self._train_loader.visit(indices, epoch)
-        return self._train_loader
+        self._train_loader.visit(indices, epoch, extra, self.extra_per_step or 0)
+        return AheadLoader(self._train_loader) if self.load_ahead else self._train_loader
 
     def val_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out."""

@@ -49,14 +49,24 @@ class TaskLoader:
         self.inputs, self.targets, self.task_ids = inputs, targets, task_ids
         self.batch_size, self.rank, self.size, self.train, self.seed = batch_size, rank, size, train, seed
         self.indices, self.epoch = indices, epoch
+        self.rehearsed, self.num_rehearsed = indices[:0], 0
         self._position = 0
         self._start = 0
 
-    def visit(self, indices: Tensor, epoch: int) -> None:
-        """Choose the rows and the epoch of the next iteration."""
+    def visit(self, indices: Tensor, epoch: int, rehearsed: Tensor | None = None, num_rehearsed: int = 0) -> None:
+        """Choose the rows and the epoch of the next iteration.
+
+        Args:
+            indices: rows to visit, ``(m,)`` int64.
+            epoch: epoch of the whole stream.
+            rehearsed: rows of which some join each batch, ``(e,)`` int64.
+            num_rehearsed: how many join each batch of a worker, drawn without replacement; all if there are fewer.
+        """
         if epoch != self.epoch:
             self._start = 0
         self.indices, self.epoch = indices, epoch
+        self.rehearsed = indices[:0] if rehearsed is None else rehearsed
+        self.num_rehearsed = min(num_rehearsed, len(self.rehearsed))
 
     def _rows(self) -> int:
         total = len(self.indices)
@@ -80,9 +90,16 @@ class TaskLoader:
             self._position = step + 1
             low = step * self.batch_size
             rows = mine[low : low + self.batch_size]
-            weights = torch.ones(len(rows))
-            weights[max(real - low, 0) :] = 0
-            in_step = min(total - low * self.size, self.batch_size * self.size) / self.size
+            num_new = len(rows)
+            weights = torch.ones(num_new + self.num_rehearsed)
+            weights[max(real - low, 0) : num_new] = 0
+            in_step = min(total - low * self.size, self.batch_size * self.size) / self.size + self.num_rehearsed
+            draw_ids = rows
+            if self.num_rehearsed:
+                again = self._draw(step)
+                # Another draw at each step: an exemplar comes again and again within one epoch.
+                draw_ids = torch.cat([rows, again + ((step + 1) << 32)])
+                rows = torch.cat([rows, again])
             yield Batch(
                 inputs=self.inputs[rows],
                 targets=self.targets[rows],
@@ -90,9 +107,14 @@ class TaskLoader:
                 sample_ids=rows,
                 weights=weights,
                 normaliser=torch.tensor(in_step if self.train else float(len(rows))),
-                draw_ids=rows,
-                num_new=len(rows),
+                draw_ids=draw_ids,
+                num_new=num_new,
             )
+
+    def _draw(self, step: int) -> Tensor:
+        key = ((self.seed * 1_000_003 + self.epoch) * 1_000_003 + step) * 1_009 + self.rank
+        generator = torch.Generator().manual_seed(key % (1 << 63))
+        return self.rehearsed[torch.randperm(len(self.rehearsed), generator=generator)[: self.num_rehearsed]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place within the epoch."""

@@ -9,13 +9,15 @@ from dcl_lightning.functional.continual_metrics import (
     learning_accuracy,
 )
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
-from dcl_lightning.functional.losses import icarl_loss, icarl_targets, weighted_cross_entropy
+from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
+from dcl_lightning.functional.nil import nil_weights
 from dcl_lightning.functional.schedules import lr_factor, lr_scale
 
 __all__ = [
     "average_accuracy",
     "average_incremental_accuracy",
     "backward_transfer",
+    "distillation",
     "forgetting",
     "forward_transfer",
     "herd",
@@ -26,6 +28,7 @@ __all__ = [
     "lr_scale",
     "nearest_mean_scores",
     "nearest_to_mean",
+    "nil_weights",
     "normalise",
     "weighted_cross_entropy",
 ]

@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["icarl_loss", "icarl_targets", "weighted_cross_entropy"]
+__all__ = ["distillation", "icarl_loss", "icarl_targets", "weighted_cross_entropy"]
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return ``KL(softmax(teacher) || softmax(logits))``, the mean over rows, at temperature 1.
+
+    Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
+
+    Args:
+        logits: ``(B, K)``, at least one row.
+        teacher_logits: ``(B, K)``.
+    """
+    return F.kl_div(logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True)
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, normaliser: Tensor | float) -> Tensor:

@@ -14,11 +14,14 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.size import MemorySize
 
 
-@pytest.mark.parametrize("kind", ["base", "icarl"])
-def test_every_step_resumes_to_the_same_end(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("base", {}), ("icarl", {}), ("icarl", {"exemplars": "per_step", "num_samples": 2, "execution": "blocking"})],
+)
+def test_every_step_resumes_to_the_same_end(tmp_path: Path, kind: str, options: dict) -> None:
     saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     data = make_data()
-    agent = make_agent(kind, data, milestones=[1])
+    agent = make_agent(kind, data, milestones=[1], **options)
     trainer = make_trainer(tmp_path, [saver])
     trainer.fit(agent, datamodule=data)
     assert agent.clock.evaluated_rows == 3
@@ -26,7 +29,7 @@ def test_every_step_resumes_to_the_same_end(tmp_path: Path, kind: str) -> None:
     last = trainer.global_step
     for step in range(1, last):
         data2 = make_data()
-        again = make_agent(kind, data2, seed=5, milestones=[1])
+        again = make_agent(kind, data2, seed=5, milestones=[1], **options)
         trainer2 = make_trainer(tmp_path / "again")
         trainer2.fit(again, datamodule=data2, ckpt_path=tmp_path / "steps" / f"step={step}.ckpt")
         assert trainer2.global_step == last

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torchvision.transforms import functional as tv
 
 from dcl_lightning.data import transforms
+from dcl_lightning.data.ahead import AheadLoader
 from dcl_lightning.data.loader import TaskLoader
 
 
@@ -66,3 +69,16 @@ def test_draws_are_uniform_and_do_not_depend_on_the_batch() -> None:
     assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 26.1  # chi-square, 8 degrees of freedom, p = 0.001
     assert torch.equal(transforms.draws(ids[500:510], 0, 0, 0, 9), offsets[500:510])
     assert not torch.equal(transforms.draws(ids, 0, 1, 0, 9), offsets)
+
+
+def test_a_loader_ahead_gives_the_same_batches_and_its_place_is_that_of_the_last_one_given() -> None:
+    plain = [b.sample_ids.tolist() for b in loader(range(20))]
+    ahead = AheadLoader(loader(range(20)))
+    states = []
+    assert [(b.sample_ids.tolist(), states.append(ahead.state_dict()))[0] for b in ahead] == plain
+    again = AheadLoader(loader(range(20)))
+    again.load_state_dict(states[1])
+    assert [b.sample_ids.tolist() for b in again] == plain[2:]
+    before = threading.active_count()
+    next(iter(AheadLoader(loader(range(20)))))
+    assert threading.active_count() <= before + 1

@@ -1,0 +1,254 @@
+"""Rehearsal: what it adds to a training step, side by side in one run.
+
+Step times are those of Lightning's own ``Trainer.fit`` with the real data module, agent and callback: the hooks that
+Lightning calls between two batches are part of what rehearsal costs or hides, and a loop written for the benchmark
+would leave them out. Each side of a pair is a fit of its own; a callback times its steps after a warm-up that fills
+the memory, without the last step, which draws nothing. One thread computes, one more manages where execution is
+blocking. The sides of a round follow each other, in an order that rotates; a row is the median over the rounds of
+the ratio within a round, with the 95 % interval of that median from a bootstrap.
+
+Plain training has 128 new samples a step, rehearsal 64 new and 64 stored; the same network, augmentation and hooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from dcl_lightning import NIL, ContinualAgent, ContinualDataModule, FineTuning
+from dcl_lightning.backbones import MLP, ResNet
+from dcl_lightning.memory.buffer import RehearsalBuffer
+from dcl_lightning.memory.comm import SingleProcessComm
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.manager import MemoryManager, Offer
+from dcl_lightning.memory.storage import RowStore
+
+NEW, DRAWN, WARM_UP = 64, 64, 12
+CLASSES, PER_CLASS = 100, 20
+
+
+class Size(NamedTuple):
+    """How much is measured.
+
+    Args:
+        rounds: of interleaved sides.
+        steps: timed in each fit.
+    """
+
+    rounds: int
+    steps: int
+
+
+class StepTimer(pl.Callback):
+    """Times all steps but those of the warm-up and the last."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.started = self.step_ms = 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Start or stop the clock."""
+        if trainer.global_step == WARM_UP:
+            self.started = time.perf_counter()
+        elif trainer.global_step == WARM_UP + self.steps:
+            self.step_ms = 1e3 * (time.perf_counter() - self.started) / self.steps
+
+
+def step_ms(agent: ContinualAgent, data: ContinualDataModule, steps: int) -> float:
+    """Return the mean time of a step of one fit."""
+    timer = StepTimer(steps)
+    pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_train_batches=WARM_UP + steps + 1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        callbacks=[timer],
+        default_root_dir=tempfile.gettempdir(),
+    ).fit(agent, datamodule=data)
+    return timer.step_ms
+
+
+def stream(samples: int, pixels: int, batch_size: int) -> ContinualDataModule:
+    """Return a synthetic data set of one task, with augmentation."""
+    options = {"num_classes": CLASSES, "size": pixels, "per_class": -(-samples // CLASSES)}
+    return ContinualDataModule("synthetic", scenario="none", batch_size=batch_size, source_options=options)
+
+
+def rounds_of(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run all sides in each round, in an order that rotates."""
+    names, measured = list(sides), {name: [] for name in sides}
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            measured[name].append(sides[name]())
+    return measured
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
+    return medians[49], medians[1949]
+
+
+def report(name: str, unit: str, value: list[float], baseline: list[float], target: str) -> dict[str, Any]:
+    """Print one row and return it."""
+    ratios = [a / b for a, b in zip(value, baseline, strict=True)]
+    middle, against, ratio = (statistics.median(v) for v in (value, baseline, ratios))
+    low, high = interval(ratios)
+    print(
+        f"| {name} | {middle:.3f} {unit} | {against:.3f} {unit} | {ratio:.3f} [{low:.3f}, {high:.3f}] "
+        f"| {target} | {len(value)} |",
+        flush=True,
+    )
+    return {"name": name, "value": middle, "unit": unit, "baseline": against, "ratio": ratio, "interval": [low, high]}
+
+
+def against_plain(name: str, backbone: Callable[[], nn.Module], size: Size, target: str) -> list[dict[str, Any]]:
+    """Return the rows of rehearsal against plain training on as many samples a step."""
+    samples = (WARM_UP + size.steps + 2) * (NEW + DRAWN)
+    plain, ours = stream(samples, 32, NEW + DRAWN), stream(samples // 2, 32, NEW)
+
+    def rehearse(**options: Any) -> Callable[[], float]:
+        config = RehearsalConfig(num_representatives=PER_CLASS, num_samples=DRAWN, **options)
+        return lambda: step_ms(NIL(backbone(), CLASSES, config, input_spec=ours.input_spec), ours, size.steps)
+
+    measured = rounds_of(
+        {
+            "plain": lambda: step_ms(
+                FineTuning(backbone(), CLASSES, input_spec=plain.input_spec), plain, size.steps
+            ),
+            "blocking": rehearse(execution="blocking", stage="assemble"),
+            "inline": rehearse(execution="inline"),
+        },
+        size.rounds,
+    )
+    return [
+        report(f"{name}, {side}, {size.steps} steps", "ms", measured[side], measured["plain"], goal)
+        for side, goal in (("blocking", target), ("inline", "<= 1.15"))
+    ]
+
+
+def _rows(count: int, pixels: int) -> dict[str, torch.Tensor]:
+    return {
+        "inputs": torch.randint(256, (count, 3, pixels, pixels), dtype=torch.uint8),
+        "targets": torch.randint(CLASSES, (count,)),
+        "task_ids": torch.zeros(count, dtype=torch.int64),
+        "sample_ids": torch.arange(count),
+    }
+
+
+def _full(rows: int, pixels: int) -> RehearsalBuffer:
+    """Return a full memory: all of the rows were candidates once, as many of each class."""
+    offered = _rows(rows, pixels)
+    offered["targets"] = torch.arange(rows) % CLASSES
+    buffer = RehearsalBuffer(CLASSES, rows, "nil", "fixed", rows, RowStore(offered, rows))
+    buffer.add(offered, offered["targets"], offered["sample_ids"])
+    assert len(buffer) == rows
+    return buffer
+
+
+def memory_alone(size: Size) -> dict[str, Any]:
+    """Return the row of the memory's work of one step: insert, draw, gather, weights."""
+    moved, store = 20, CLASSES * PER_CLASS
+    rows = _rows(NEW, 32)
+    config = RehearsalConfig(num_representatives=PER_CLASS, num_candidates=moved, num_samples=moved)
+    buffer = RehearsalBuffer(CLASSES, store, "nil", "fixed", moved, RowStore(rows, store))
+    buffer.load_state_dict(_full(store, 32).state_dict())
+    manager = MemoryManager(config, buffer, SingleProcessComm(), NEW, (rows, rows["targets"]), torch.device("cpu"))
+    offers = [Offer(r, r["targets"], r["sample_ids"]) for r in (_rows(NEW, 32) for _ in range(8))]
+    column, candidates = torch.zeros(store, 3, 32, 32, dtype=torch.uint8), rows["inputs"][:moved].clone()
+    places = [torch.randperm(store)[:moved] for _ in range(8)]
+
+    def timed(work: Callable[[int], object]) -> Callable[[], float]:
+        def run() -> float:
+            started = time.perf_counter()
+            for step in range(size.steps):
+                work(step)
+            return 1e3 * (time.perf_counter() - started) / size.steps
+
+        return run
+
+    def move(step: int) -> None:
+        column.index_select(0, places[step % 8])
+        column.index_copy_(0, places[(step + 1) % 8], candidates)
+
+    measured = rounds_of(
+        {"memory": timed(lambda step: manager.advance(offers[step % 8], True)), "move": timed(move)}, size.rounds
+    )
+    return report(
+        "insert + draw of 20 over index_select + index_copy_", "ms", measured["memory"], measured["move"],
+        "< 0.5 ms, <= 5",
+    )  # fmt: skip
+
+
+def million_over_thousand(size: Size) -> dict[str, Any]:
+    """Return the row of the step with a million rows stored, inline, against that with a thousand."""
+    data = stream((WARM_UP + size.steps + 2) * NEW, 8, NEW)
+
+    def side(rows: int) -> Callable[[], float]:
+        memory = {"steps": 0, "sizes": [rows], "buffer": _full(rows, 8).state_dict()}
+        file = io.BytesIO()
+        torch.save({"manager": memory, "in_flight": None, "offered": 0}, file)
+        state = {"workers": [torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)]}
+
+        def run() -> float:
+            config = RehearsalConfig(buffer_size=rows, num_samples=DRAWN)
+            agent = NIL(MLP(), CLASSES, config, input_spec=data.input_spec)
+            agent.rehearsal.load_state_dict(state)
+            return step_ms(agent, data, size.steps)
+
+        return run
+
+    measured = rounds_of({"million": side(1_000_000), "thousand": side(1_000)}, size.rounds)
+    return report("a million rows over a thousand", "ms", measured["million"], measured["thousand"], "<= 1.2")
+
+
+def main() -> None:
+    """Print the table; with --json also write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds of few steps: whether it runs, no figures")
+    parser.add_argument("--only", default="", help="parts to run: letters of mlp (m), resnet (r), memory (i), rows (s)")
+    parser.add_argument("--rounds", type=int, help="instead of each part's own number")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+    def size(rounds: int, steps: int) -> Size:
+        return Size(2, min(steps, 3)) if options.quick else Size(options.rounds or rounds, steps)
+
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "i": lambda: [memory_alone(size(40, 100))],
+        "m": lambda: against_plain("MLP", MLP, size(15, 100), "<= 1.10"),
+        "s": lambda: [million_over_thousand(size(15, 100))],
+        # A step takes most of a second.
+        "r": lambda: against_plain("ResNet-32", lambda: ResNet(32), size(15, 6), "<= 1.05"),
+    }
+    print("| what | value | baseline | ratio [95 %] | target | pairs |\n|---|---|---|---|---|---|")
+    rows = [row for key, part in parts.items() if not options.only or key in options.only for row in part()]
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

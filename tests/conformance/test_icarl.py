@@ -1,0 +1,107 @@
+"""iCaRL's exemplars, means and variants on the small stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from streams import arrays, make_agent, make_data, make_trainer, matrix, weights
+
+from dcl_lightning import ContinualDataModule, ICaRL
+from dcl_lightning.backbones import MLP
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.functional import distillation
+from dcl_lightning.memory.size import MemorySize
+
+
+def fit(tmp_path: Path, data=None, **kwargs):
+    data = data or make_data()
+    agent = make_agent("icarl", data, **kwargs)
+    make_trainer(tmp_path).fit(agent, datamodule=data)
+    return agent
+
+
+@pytest.mark.parametrize("exemplars", ["union", "per_step"])
+def test_blocking_equals_inline_bit_for_bit(tmp_path: Path, exemplars: str) -> None:
+    one, two = (fit(tmp_path, exemplars=exemplars, execution=e) for e in ("inline", "blocking"))
+    assert torch.equal(weights(one), weights(two))
+    assert torch.equal(matrix(one).nan_to_num(-1), matrix(two).nan_to_num(-1))
+
+
+def test_per_step_adds_exemplars_of_earlier_tasks_to_each_batch(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("icarl", data, exemplars="per_step", num_samples=3)
+    steps: list[tuple[int, int, set[int]]] = []
+    inner = agent.training_loss
+
+    def spy(batch):
+        rehearsed = batch.targets[batch.num_new :].tolist()
+        steps.append((agent.clock.task_at(agent.trainer.current_epoch), len(rehearsed), set(rehearsed)))
+        assert float(batch.normaliser) == float(batch.weights.sum())
+        return inner(batch)
+
+    agent.training_loss = spy
+    make_trainer(tmp_path).fit(agent, datamodule=data)
+    assert len(steps) == 18
+    assert all(count == (3 if task else 0) for task, count, _ in steps)
+    assert all(max(labels, default=-1) < 2 * task for task, _, labels in steps)
+
+
+def test_the_original_programs_variant_trains(tmp_path: Path) -> None:
+    agent = fit(tmp_path, exemplars="per_step", loss="kl", selection="nearest", epochs_per_task=4)
+    assert float(agent.clock.matrix.average_accuracy) > 0.5
+
+
+def test_kl_needs_exemplars_per_step() -> None:
+    data = make_data()
+    with pytest.raises(ConfigurationError, match="per_step"):
+        make_agent("icarl", data, loss="kl")
+
+
+def test_distillation_against_numpy() -> None:
+    logits, teacher = torch.randn(5, 4), torch.randn(5, 4)
+
+    def softmax(x):
+        e = np.exp(x - x.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    p, q = softmax(teacher.numpy()), softmax(logits.numpy())
+    assert float(distillation(logits, teacher)) == pytest.approx((p * np.log(p / q)).sum() / 5, rel=1e-5)
+
+
+def test_a_class_with_fewer_samples_than_its_quota(tmp_path: Path) -> None:
+    x, y, _, _ = arrays()
+    keep = torch.ones(len(y), dtype=torch.bool)
+    keep[torch.nonzero(y == 1).flatten()[1:]] = False
+    data = ContinualDataModule((x[keep], y[keep], x, y), increment=2, batch_size=5, seed=0)
+    agent = fit(tmp_path, data)
+    assert len(agent.exemplars[1]) == 1
+    assert all(len(ids) == 2 for label, ids in agent.exemplars.items() if label != 1)
+
+
+def test_a_memory_larger_than_the_data_holds_each_sample_once(tmp_path: Path) -> None:
+    data = make_data()
+    agent = ICaRL(MLP([8]), 6, rehearsal=MemorySize(buffer_size=1000), input_spec=data.input_spec, epochs_per_task=1)
+    make_trainer(tmp_path).fit(agent, datamodule=data)
+    assert sorted(agent.exemplar_ids().tolist()) == list(range(42))
+
+
+def test_classes_that_come_again_are_chosen_anew(tmp_path: Path) -> None:
+    data = make_data(scenario="domain", num_tasks=3)
+    agent = fit(tmp_path, data)
+    assert sorted(agent.exemplars) == list(range(6))
+    assert agent.clock.evaluated_rows == 3
+    origin = data._train_parts[agent.exemplar_ids()]
+    assert len(set(origin.tolist())) > 1, "exemplars come from the old ones and from the new samples"
+
+
+def test_means_are_those_of_the_exemplars_under_the_present_network(tmp_path: Path) -> None:
+    agent = fit(tmp_path)
+    data = agent.trainer.datamodule
+    for label, ids in agent.exemplars.items():
+        with torch.no_grad():
+            phi = torch.nn.functional.normalize(agent.eval().features(data.train_inputs[ids]).double(), dim=1)
+        mean = torch.nn.functional.normalize(phi.mean(0), dim=0).float()
+        torch.testing.assert_close(agent.means[label], mean, atol=1e-6, rtol=1e-5)
