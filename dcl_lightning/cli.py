@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -161,6 +162,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 2 wrong usage, configuration or data, 130 after Ctrl-C. Anything else raises.
     """
+    _quieten()
     try:
         ContinualCLI(
             ContinualAgent,
@@ -182,6 +184,18 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says at every start and what is as it should be here."""
+    for message in (
+        r".*treespec, LeafSpec.*",  # between Lightning and torch
+        r".*in eval mode at the start of training.*",  # a teacher is
+        r".*is smaller than the logging interval.*",  # small tasks
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU available" not in record.getMessage())
 
 
 def _user_error(error: BaseException | None) -> BaseException | None:

@@ -138,8 +138,24 @@ class TaskClock(Checkpoint):
             self._snapshot = _hyperparameters(trainer)
         loop = trainer.fit_loop.epoch_loop
         if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
+            self._finish_epoch(trainer, pl_module)
             # Lightning sees the end of an epoch by comparing its batches with the next epoch's, which can be longer.
             loop.batch_progress.current.completed = _BEYOND_ANY_EPOCH
+
+    def _finish_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what Lightning leaves out after resume from an epoch's last step: validate, let early stopping decide."""
+        progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
+        every = trainer.check_val_every_n_epoch
+        progress.completed -= 1  # Lightning is in the next epoch already
+        if trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0:
+            trainer.validating = True
+            loop.restarting = False
+            loop.run()
+            trainer.training = True
+        for stopper in trainer.early_stopping_callbacks:
+            stopper.on_train_epoch_end(trainer, pl_module)
+        self._end_stopped_task(trainer, pl_module)
+        progress.completed += 1
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a task in its first epoch."""

@@ -58,6 +58,31 @@ def test_early_stopping_ends_tasks_not_the_stream(tmp_path: Path, first: bool) -
     assert agent.clock.evaluated_rows == 3
 
 
+def test_every_step_of_a_stream_with_early_stopping_resumes(tmp_path: Path) -> None:
+    class Constant(pl.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            module.log("constant", torch.tensor(1.0))
+
+    def callbacks():
+        return [EarlyStopping("constant", patience=1), Constant()]
+
+    saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    boundary = ModelCheckpoint(tmp_path / "epochs", save_top_k=-1, filename="{epoch}")
+    data = make_data()
+    agent = make_agent("icarl", data, epochs_per_task=5)
+    trainer = make_trainer(tmp_path, [*callbacks(), saver, boundary])
+    trainer.fit(agent, datamodule=data)
+    assert trainer.current_epoch == 6
+    for path in [*sorted((tmp_path / "steps").glob("*.ckpt"))[::3], *sorted((tmp_path / "epochs").glob("*.ckpt"))]:
+        data2 = make_data()
+        again = make_agent("icarl", data2, seed=5, epochs_per_task=5)
+        trainer2 = make_trainer(tmp_path / "again", callbacks(), enable_checkpointing=False)
+        trainer2.fit(again, datamodule=data2, ckpt_path=path)
+        assert trainer2.current_epoch == 6, path
+        assert torch.equal(weights(again), weights(agent)), path
+        assert torch.equal(matrix(again).nan_to_num(-1), matrix(agent).nan_to_num(-1)), path
+
+
 def test_fast_dev_run_crosses_a_boundary(tmp_path: Path) -> None:
     data = make_data()
     agent = make_agent("icarl", data)
