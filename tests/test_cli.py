@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 import subprocess
@@ -181,3 +182,39 @@ def test_bare_name_quoted_lists_and_numbers_in_yaml(tmp_path: Path) -> None:
     assert config["model"]["class_path"].endswith("presets.icarl")
     assert config["model"]["init_args"]["lr"] == 0.01
     assert config["data"]["init_args"]["class_order"][:2] == [1, 0]
+
+
+def test_a_second_run_without_a_logger_and_its_resume(tmp_path: Path) -> None:
+    args = ["fit", "--config", str(ROOT / "configs/base_digits.yaml"), "--model.epochs_per_task", "1"]
+    args += ["--trainer.logger", "false"]
+    for _ in range(2):
+        done = run(args, tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = run([*args, "--ckpt_path", "checkpoints/last.ckpt"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "summary.md").exists()
+
+
+def test_values_of_the_command_line_win_over_the_checkpoints(tmp_path: Path) -> None:
+    args = ["fit", "--config", str(ROOT / "configs/icarl_digits.yaml"), "--model.epochs_per_task", "1"]
+    assert run([*args, "--trainer.max_steps", "20"], tmp_path).returncode == 0
+    checkpoint = str(tmp_path / "runs" / "icarl_digits" / "version_0" / "checkpoints" / "last.ckpt")
+    done = run([*args, "--ckpt_path", checkpoint, "--model.init_args.rehearsal.buffer_size", "20"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = torch.load(tmp_path / "runs/icarl_digits/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert sum(len(ids) for ids in last["exemplars"].values()) == 20
+
+
+def test_validate_a_lone_checkpoint(tmp_path: Path) -> None:
+    args = ["fit", "--config", str(ROOT / "configs/icarl_digits.yaml"), "--model.epochs_per_task", "1"]
+    assert run(args, tmp_path).returncode == 0
+    folder = tmp_path / "runs" / "icarl_digits" / "version_0"
+    report = json.loads((folder / "report" / "accuracy_matrix.json").read_text())
+    done = run(
+        ["test", "--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--trainer.accelerator", "cpu"], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "runs" / "dcl" / "version_0" / "metrics.csv").open() as file:
+        row = next(csv.DictReader(file))
+    pooled = report["pooled_accuracy"]
+    assert float(row["test/acc"]) == pytest.approx(pooled[-1] if isinstance(pooled, list) else pooled, abs=1e-6)

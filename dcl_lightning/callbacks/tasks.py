@@ -141,6 +141,17 @@ class TaskClock(Checkpoint):
             self._finish_epoch(trainer, pl_module)
             # Lightning sees the end of an epoch by comparing its batches with the next epoch's, which can be longer.
             loop.batch_progress.current.completed = _BEYOND_ANY_EPOCH
+        self._end_tasks_owed(trainer, pl_module)
+
+    def _end_tasks_owed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End tasks that a limit of steps or time cut off: a resumed run begins with the epoch after."""
+        task = self.task_at(trainer.current_epoch)
+        if self._ended_tasks >= task:
+            return
+        for index in range(self._ended_tasks, task):
+            self._end(trainer, pl_module, self.tasks[index])
+        # The loader of this epoch was made before; it has to be asked for again.
+        trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
 
     def _finish_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what Lightning leaves out after resume from an epoch's last step: validate, let early stopping decide."""
@@ -223,8 +234,10 @@ class TaskClock(Checkpoint):
 
     def _end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = self.tasks[self.task_at(trainer.current_epoch)]
-        if self._ended_tasks > task.index:
-            return
+        if self._ended_tasks <= task.index:
+            self._end(trainer, pl_module, task)
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         self._ended_tasks = task.index + 1
         self.wall_time["train"] += self._lap()
         _call_task_hook("on_task_end", trainer, pl_module, task)

@@ -179,3 +179,15 @@ def test_the_clock_evaluates_as_trainer_test_does(tmp_path: Path) -> None:
     result = make_trainer(tmp_path).test(agent, datamodule=data, verbose=False)
     assert torch.equal(during, seen[-1])
     assert result[0]["test/acc"] == pytest.approx(float(agent.clock.matrix.pooled[-1]))
+
+
+def test_a_task_cut_off_by_a_limit_is_ended_before_the_next_one_begins(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    data = make_data()
+    make_trainer(tmp_path, [saver], max_steps=8).fit(make_agent("icarl", data, epochs_per_task=1), datamodule=data)
+    data = make_data()
+    agent = make_agent("icarl", data, epochs_per_task=1)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(agent, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    assert sorted(agent.exemplars) == list(range(6))
+    assert trainer.global_step == 8 + 6, "the last task trains on the exemplars of the one before, too"
