@@ -8,7 +8,8 @@ Distributed Rehearsal Buffers", CCGrid 2024, arXiv 2406.03285.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class NIL(ContinualAgent):
         **kwargs: arguments of ``ContinualAgent``.
     """
 
+    # What a short name stands for, whatever else is said of the memory.
+    fixed: ClassVar[dict[str, Any]] = {}
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -41,7 +45,7 @@ class NIL(ContinualAgent):
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
         config = RehearsalConfig(**rehearsal) if isinstance(rehearsal, dict) else rehearsal or RehearsalConfig()
-        self.rehearsal = Rehearsal(config)
+        self.rehearsal = Rehearsal(replace(config, **self.fixed))
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return clock, report and rehearsal, or adopt those that the trainer has already."""

@@ -42,6 +42,8 @@ class nil(NIL):
 class nil_v1(NIL):
     """NIL, managed one step ahead in the background; both sides wait for each other. Equals ``nil``."""
 
+    fixed = {"execution": "blocking", "stage": "sample"}
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -54,6 +56,8 @@ class nil_v1(NIL):
 
 class nil_v2(NIL):
     """NIL in the background; the step never waits and may meet the last representatives again."""
+
+    fixed = {"execution": "nonblocking"}
 
     def __init__(
         self,
@@ -68,6 +72,8 @@ class nil_v2(NIL):
 class nil_v3(NIL):
     """NIL in the background, which also brings the representatives to the device. Equals ``nil``."""
 
+    fixed = {"execution": "blocking", "stage": "assemble"}
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -81,6 +87,8 @@ class nil_v3(NIL):
 class nil_v4(NIL):
     """NIL in the background, which also draws the next batch of the loader. Equals ``nil``."""
 
+    fixed = {"execution": "blocking", "stage": "load"}
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -93,6 +101,8 @@ class nil_v4(NIL):
 
 class nil_global(NIL):
     """NIL over the memories of all workers."""
+
+    fixed = {"scope": "global"}
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.engine import MemoryEngine
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
-from dcl_lightning.memory.nests import concat, map_tensors, num_rows
+from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows, rebuild
 from dcl_lightning.memory.storage import RowStore
 from dcl_lightning.types import Batch, Task
 
@@ -52,13 +52,15 @@ class Rehearsal(pl.Callback):
         self._offer: Offer | None = None
         self._undo: list[Callable[[], None]] = []
         self._state: list[Tensor] | None = None
-        self._offered = 0
+        self._example: Any = None
         self._wait_s = 0.0
 
     # -- life --------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """With ``stage: load`` let the data module prepare batches ahead."""
+        """Forget a state that no fit has used; with ``stage: load`` let the data module prepare batches ahead."""
+        if stage == "fit":
+            self._state = None
         if stage == "fit" and self.config.stage == "load":
             data: Any = getattr(trainer, "datamodule", None)
             if not hasattr(data, "load_ahead"):
@@ -68,8 +70,8 @@ class Rehearsal(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the memory between the loader and the module."""
         self._in_flight = self._offer = None
-        if self._state is None:
-            self.manager = None
+        self._wait_s = 0.0
+        self.manager = None
         self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
         self._wrap(trainer, pl_module, "on_before_batch_transfer", self._before(trainer, pl_module))
         self._wrap(trainer, pl_module, "on_after_batch_transfer", self._after(trainer, pl_module))
@@ -100,13 +102,19 @@ class Rehearsal(pl.Callback):
         data = getattr(trainer, "datamodule", None)
         overridden = data is not None and getattr(type(data), name) is not getattr(pl.LightningDataModule, name)
         owner: Any = data if overridden else module
-        original = getattr(owner, name)
+        original, own = getattr(owner, name), owner.__dict__.get(name)
 
         def hook(batch: Any, dataloader_idx: int) -> Any:
             return original(add(batch) if trainer.training else batch, dataloader_idx)
 
+        def undo() -> None:
+            if own is None:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = own
+
         owner.__dict__[name] = hook
-        self._undo.append(lambda: owner.__dict__.pop(name, None))
+        self._undo.append(undo)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -121,10 +129,10 @@ class Rehearsal(pl.Callback):
 
     def _after(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
         def add(batch: Any) -> Any:
-            drawn = self._take(module)
+            drawn = self._take(trainer)
             if self.config.execution != "inline":
-                self._submit(module, draw=not trainer.is_last_batch)
-            if drawn is None or not len(drawn.labels):
+                self._submit(trainer, draw=not trainer.is_last_batch)
+            if drawn is None or not (len(drawn.labels) or drawn.weight_share):
                 return batch
             rows, labels, weights, _ = drawn
             rows, labels, weights = move_data_to_device((rows, labels, weights), module.device)
@@ -140,15 +148,15 @@ class Rehearsal(pl.Callback):
         """Inline, do the memory's work now; at the end of an epoch leave nothing pending."""
         assert self._engine is not None
         if self.config.execution == "inline":
-            self._submit(pl_module, draw=not trainer.is_last_batch)
+            self._submit(trainer, draw=not trainer.is_last_batch)
         if trainer.is_last_batch:
             self._engine.flush()
             self._in_flight = None
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if trainer.loggers and (trainer.global_step + 1) % every == 0:
+        if trainer.loggers and every and trainer.global_step % every == 0:
             self._log(trainer, every)
 
-    def _take(self, module: pl.LightningModule) -> Representatives | None:
+    def _take(self, trainer: pl.Trainer) -> Representatives | None:
         """Return the representatives of this step; at the start of an epoch they are drawn now."""
         assert self._engine is not None
         if self._in_flight is not None:
@@ -158,13 +166,14 @@ class Rehearsal(pl.Callback):
             return self._engine.latest()
         if not self._engine.pending:
             assert self.manager is not None
-            self._engine.submit(lambda: self._advance(None, True, self._skipped(module)))
+            skipped = self._skipped(trainer)
+            self._engine.submit(lambda: self._advance(None, True, skipped))
         return self._engine.collect()
 
-    def _submit(self, module: pl.LightningModule, draw: bool) -> None:
+    def _submit(self, trainer: pl.Trainer, draw: bool) -> None:
         assert self._engine is not None
         offer = self._offer if self.config.update == "step" else None
-        skipped = self._skipped(module)
+        skipped = self._skipped(trainer)
         self._engine.submit(lambda: self._advance(offer, draw, skipped))
 
     def _advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None) -> Representatives | None:
@@ -175,8 +184,15 @@ class Rehearsal(pl.Callback):
             return drawn
         return drawn._replace(rows=move_data_to_device(drawn.rows, device))
 
-    def _skipped(self, module: Any) -> Tensor | None:
-        return module.current.cpu() if self.config.rehearse == "past" else None
+    def _skipped(self, trainer: pl.Trainer) -> Tensor | None:
+        if self.config.rehearse == "seen":
+            return None
+        # Not what the agent says: resumed at the end of an epoch, it hears of its task after this batch came.
+        clock: Any = trainer.lightning_module.clock
+        assert self.manager is not None
+        skipped = torch.zeros(self.manager.buffer.state.num_classes, dtype=torch.bool)
+        skipped[list(clock.tasks[clock.task_at(trainer.current_epoch)].classes)] = True
+        return skipped
 
     def on_task_end(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
         """With ``update: task_end`` offer the whole taskset, in random order."""
@@ -197,23 +213,21 @@ class Rehearsal(pl.Callback):
                 return Offer(columns, columns["targets"], columns["sample_ids"])
             return Offer(_columns(batch), batch.targets, batch.sample_ids)
         count = num_rows(batch)
-        ids = torch.arange(self._offered, self._offered + count)
-        self._offered += count
-        labels = torch.zeros(count, dtype=torch.int64) if self.label is None else batch[self.label].long().cpu()
-        return Offer(batch, labels, ids)
+        labels = torch.zeros(count, dtype=torch.int64)
+        if self.label is not None and self.num_classes is not None:
+            labels = batch[self.label].long().cpu()
+        # A copy: the module may write into its batch while the memory reads. A sample's place is not known.
+        return Offer(map_tensors(torch.clone, batch), labels, torch.full((count,), -1))
 
     def _build(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
         own = isinstance(batch, Batch)
         config, comm = self.config, comm_of(trainer.strategy)
-        if not own and config.weighting == "nil":
+        if config.execution == "nonblocking" and config.scope == "global" and comm.size > 1:
             raise ConfigurationError(
-                "rehearsal.weighting=nil needs an agent of ours, whose loss knows weights: give weighting='none'"
+                "rehearsal.execution=nonblocking goes with scope=local: the exchange needs all workers in step"
             )
-        if not own and config.policy in ("nil", "class_balanced") and (self.label is None or self.num_classes is None):
-            raise ConfigurationError(
-                f"rehearsal.policy={config.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
-                "policy='reservoir'"
-            )
+        if not own:
+            self._check_foreign(batch)
         classes = module.num_classes if own else (self.num_classes or 1)
         samples = len(trainer.datamodule.train_targets) if own else 0  # type: ignore[attr-defined]
         total = config.total(classes, comm.size, samples, _PRESET_ROWS * classes * comm.size)
@@ -223,23 +237,49 @@ class Rehearsal(pl.Callback):
             )
         example = _columns(batch) if own else batch
         capacity = split_total(total, comm.size, comm.rank)
+        candidates = config.candidates
+        if config.update == "task_end" and candidates is not None:  # every sample is a candidate
+            candidates = trainer.datamodule.eval_batch_size  # type: ignore[attr-defined]
         buffer = RehearsalBuffer(
             num_classes=classes,
             capacity=capacity,
             policy=config.policy,
             quota=config.quota,
-            # At a task's end every sample is a candidate.
-            num_candidates=config.candidates if config.update == "step" else trainer.datamodule.eval_batch_size,  # type: ignore[attr-defined]
+            num_candidates=candidates,
             store=RowStore(example, capacity, config.storage),
             seed=config.seed * 1_000_003 + comm.rank,
             num_samples=samples or None,
         )
         size = trainer.datamodule.batch_size if own else num_rows(batch)  # type: ignore[attr-defined]
         labels = torch.zeros(0, dtype=torch.int64)
-        layout = (_no_rows(example), labels)
-        self.manager = MemoryManager(config, buffer, comm, size, layout, module.device)
+        self._example = _no_rows(example)
+        self.manager = MemoryManager(config, buffer, comm, size, (self._example, labels), module.device)
         if self._state is not None:
             self._restore(comm.rank, comm.size)
+
+    def _check_foreign(self, batch: Any) -> None:
+        config = self.config
+        if config.weighting == "nil":
+            raise ConfigurationError(
+                "rehearsal.weighting=nil needs an agent of ours, whose loss knows weights: give weighting='none'"
+            )
+        for name, value, remedy in (
+            ("loss", config.loss == "sum" and config.loss, "loss='mean'"),
+            ("update", config.update == "task_end" and config.update, "update='step'"),
+            ("rehearse", config.rehearse == "past" and config.rehearse, "rehearse='seen'"),
+            ("rehearsal_ratio", config.rehearsal_ratio, "buffer_size"),
+        ):
+            if value:
+                raise ConfigurationError(
+                    f"rehearsal.{name}={value} needs an agent of ours and its data module: give {remedy}"
+                )
+        by_class = config.policy != "reservoir" and (config.policy != "fifo" or self.label is not None)
+        if by_class and (self.label is None or self.num_classes is None):
+            raise ConfigurationError(
+                f"rehearsal.policy={config.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
+                "policy='reservoir'"
+            )
+        num_rows(batch)  # what is no tensor is named
 
     # -- reports -----------------------------------------------------------------------------------
 
@@ -258,7 +298,7 @@ class Rehearsal(pl.Callback):
             cost = self.manager.exchange.last
             figures["buffer/exchanged_bytes"] = float(cost.header_bytes + cost.row_bytes)
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+            logger.log_metrics(figures, step=trainer.global_step - 1)  # counted from 0, as by Lightning
 
     # -- checkpoint --------------------------------------------------------------------------------
 
@@ -268,14 +308,14 @@ class Rehearsal(pl.Callback):
         Every worker calls it, as Lightning does when a checkpoint is saved.
         """
         if self.manager is None:
-            return {}
+            return {} if self._state is None else {"workers": self._state}
         if self._engine is not None and self._engine.pending:
             self._in_flight = self._engine.flush()
         drawn = self._in_flight
         state = {
             "manager": self.manager.state_dict(),
-            "in_flight": None if drawn is None else (drawn.rows, drawn.labels, drawn.weights, drawn.weight_share),
-            "offered": self._offered,
+            # Tensors alone: the file holds no class of the user's batches.
+            "in_flight": None if drawn is None else ([t for _, t in flatten(drawn.rows)], *drawn[1:]),
         }
         file = io.BytesIO()
         torch.save(state, file)
@@ -285,7 +325,6 @@ class Rehearsal(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state back once the first batch has come."""
         self._state = state_dict.get("workers")
-        self.manager = None
 
     def _restore(self, rank: int, size: int) -> None:
         workers, self._state = self._state, None
@@ -297,9 +336,9 @@ class Rehearsal(pl.Callback):
             )
         state = torch.load(io.BytesIO(workers[rank].numpy().tobytes()), weights_only=True)
         self.manager.load_state_dict(state["manager"])
-        self._offered = state["offered"]
         if state["in_flight"] is not None:
-            self._in_flight = Representatives(*state["in_flight"])
+            rows, *others = state["in_flight"]
+            self._in_flight = Representatives(rebuild(self._example, rows), *others)
 
 
 def _columns(batch: Batch) -> dict[str, Tensor]:

@@ -30,5 +30,5 @@ def nil_weights(
         num_candidates: c, candidates a step and worker.
         dtype: of the result.
     """
-    ratio = offered[labels].double() * batch_size / (num_candidates * max(stored, 1))
-    return ratio.log().clamp(min=1.0).to(dtype)
+    ratio = offered.index_select(0, labels).double().mul_(batch_size).div_(num_candidates * max(stored, 1))
+    return ratio.log_().clamp_(min=1.0).to(dtype)

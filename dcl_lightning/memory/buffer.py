@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional.nil import nil_weights
-from dcl_lightning.memory.nests import Nest, map_tensors, num_rows
+from dcl_lightning.memory.nests import Nest, num_rows
 from dcl_lightning.memory.policies import Fifo, Reservoir, make_policy
 from dcl_lightning.memory.slots import Assignment, SlotState, rooms
 from dcl_lightning.memory.storage import RowStore
@@ -44,10 +45,10 @@ def distinct(bound: int, number: int, generator: Generator) -> Tensor:
     if 4 * number >= bound or bound <= 256:
         return torch.randperm(bound, generator=generator)[:number]
     # The distinct ones of independent draws are, given how many they are, a uniform choice; so is a part of them.
-    drawn = torch.randint(bound, (number + number // 4 + 8,), generator=generator).unique()
-    while drawn.numel() < number:
-        drawn = torch.cat((drawn, torch.randint(bound, (number,), generator=generator))).unique()
-    return drawn[torch.randperm(drawn.numel(), generator=generator)[:number]]
+    drawn = np.unique(torch.randint(bound, (number + number // 4 + 8,), generator=generator).numpy())
+    while drawn.size < number:
+        drawn = np.unique(np.append(drawn, torch.randint(bound, (number,), generator=generator).numpy()))
+    return torch.from_numpy(drawn[torch.randperm(drawn.size, generator=generator)[:number].numpy()])
 
 
 class RehearsalBuffer:
@@ -137,7 +138,7 @@ class RehearsalBuffer:
         assignment = self.policy.assign(self.state, labels, ids, self.generator)
         chosen = assignment.rows
         if chosen.numel():
-            self.store.insert(assignment.slots, map_tensors(lambda t: t.index_select(0, chosen.to(t.device)), rows))
+            self.store.insert(assignment.slots, rows, chosen)
         self.state.apply(assignment, labels, ids)
         return assignment
 

@@ -103,15 +103,13 @@ class MemoryManager:
 
     def _draw_local(self, skipped: Tensor | None) -> Representatives:
         slots = self.buffer.draw(self.config.num_samples, skipped)
-        labels = self.buffer.state.labels[slots]
-        weights = torch.ones(len(slots))
-        if self.config.weighting == "nil":
-            weights = self.buffer.weights(labels, self.batch_size)
+        labels = self.buffer.state.labels.index_select(0, slots)
+        nil = self.config.weighting == "nil"
+        weights = self.buffer.weights(labels, self.batch_size) if nil else torch.ones(slots.numel())
         return self._share(self.buffer.store.gather(slots), labels, weights)
 
     def _draw_global(self, exchange: GlobalExchange, offer: Offer | None) -> Representatives:
-        sizes = self.sizes
-        exchange.start(self.steps, sizes, len(self.buffer))
+        exchange.start(self.steps, self.sizes, len(self.buffer))
         counts = None
         if self.config.weighting == "nil":
             counts = self._to_all(self.buffer.state.offered, "offered")
@@ -121,7 +119,8 @@ class MemoryManager:
         rows, labels = drawn.rows
         weights = torch.ones(len(labels))
         if counts is not None:
-            weights = self.buffer.weights(labels, self.batch_size, counts().sum(0), sum(sizes))
+            # Counts and sizes of one moment, the start of this exchange.
+            weights = self.buffer.weights(labels, self.batch_size, counts().sum(0), sum(drawn.sizes))
         return self._share(rows, labels, weights)
 
     def _share(self, rows: Any, labels: Tensor, weights: Tensor) -> Representatives:

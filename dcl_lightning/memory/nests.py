@@ -37,6 +37,8 @@ def flatten(nest: Nest, name: str = "") -> list[tuple[str, Tensor]]:
     """
     if isinstance(nest, Tensor):
         return [(name, nest)]
+    if type(nest) is dict and not name and all(type(value) is Tensor for value in nest.values()):
+        return [(str(key), value) for key, value in nest.items()]
     children = _children(nest)
     if children is None:
         raise TypeError(
@@ -66,6 +68,8 @@ def rebuild(example: Nest, tensors: list[Tensor]) -> Nest:
 def _fill(example: Nest, following: Callable[[], Tensor]) -> Nest:
     if isinstance(example, Tensor):
         return following()
+    if type(example) is dict:
+        return {key: _fill(value, following) for key, value in example.items()}
     if isinstance(example, MutableMapping):
         mapping = copy(example)
         for key in example:

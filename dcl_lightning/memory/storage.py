@@ -109,18 +109,24 @@ class RowStore:
                 column = torch.from_file(file, shared=True, size=math.prod(shape), dtype=tensor.dtype).view(shape)
             self._columns.append(column)
         # index_copy_ goes element by element: eight bytes at a time it takes an eighth of the time.
-        self._words = [_word(c[0].numel() * c.element_size(), c.dtype) for c in self._columns]
+        words = [_word(c[0].numel() * c.element_size(), c.dtype) for c in self._columns]
+        # Where rows are written, and as what.
+        self._targets = [
+            (column if word is None else column.flatten(1).view(word), word)
+            for column, word in zip(self._columns, words, strict=True)
+        ]
 
     def __len__(self) -> int:
         """Return the capacity."""
         return self.capacity
 
-    def insert(self, slots: Tensor, rows: Nest) -> None:
+    def insert(self, slots: Tensor, rows: Nest, chosen: Tensor | None = None) -> None:
         """Write rows.
 
         Args:
             slots: ``(m,)`` int64, distinct, in ``[0, capacity)``.
-            rows: a nest like the example, of m rows, on any device.
+            rows: a nest like the example, on any device.
+            chosen: ``(m,)`` int64, which of the rows; all m if None.
 
         Raises:
             ValueError: names, shapes or dtypes are not those of the store.
@@ -138,12 +144,12 @@ class RowStore:
         if not slots.numel():
             return
         slots = slots.to(self.device)
-        for (_, tensor), column, word in zip(leaves, self._columns, self._words, strict=True):
-            rows_there = tensor.detach().to(self.device)
-            if word is None:
-                column.index_copy_(0, slots, rows_there)
-            else:
-                column.flatten(1).view(word).index_copy_(0, slots, _as_words(rows_there, word))
+        for (_, tensor), (target, word) in zip(leaves, self._targets, strict=True):
+            source = tensor.detach()
+            if chosen is not None:
+                source = source.index_select(0, chosen.to(source.device))
+            source = source.to(self.device)
+            target.index_copy_(0, slots, source if word is None else _as_words(source, word))
 
     def gather(self, slots: Tensor, out: Nest | None = None) -> Nest:
         """Read rows.

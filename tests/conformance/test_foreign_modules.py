@@ -1,0 +1,291 @@
+"""Rehearsal in somebody else's training script: any module, any batch, one line."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from streams import make_trainer, weights
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from dcl_lightning.callbacks.rehearsal import Rehearsal
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory.config import RehearsalConfig
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Images(pl.LightningModule):
+    """As people write it; its hook works in place, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+        self.train_batches: list[Any] = []
+        self.val_sizes: list[int] = []
+        self.calls: list[tuple[str, bool, int]] = []
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        self.calls.append(("before", self.trainer.training, len(batch[0])))
+        return batch
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.calls.append(("after", self.trainer.training, len(batch[0])))
+        batch[0].mul_(0.5)
+        return batch
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.train_batches.append((x.clone(), y.clone()))
+        return F.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.val_sizes.append(len(batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def images(count: int = 20) -> DataLoader:
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(count) * 4 // count  # sorted: class after class
+    # Each image has its own first pixel, by which it is known again.
+    x = torch.randn(count, 1, 4, 4, generator=g)
+    x[:, 0, 0, 0] = torch.arange(count) * 2
+    return DataLoader([(image.clone(), int(label)) for image, label in zip(x, y, strict=True)], batch_size=4)
+
+
+def memory(size: int = 6, r: int = 3, **kwargs: Any) -> RehearsalConfig:
+    given = {"policy": "reservoir", "weighting": "none"} | kwargs
+    return RehearsalConfig(buffer_size=size, num_samples=r, **given)
+
+
+@pytest.mark.parametrize("execution", ["inline", "blocking"])
+def test_one_line_rehearses_for_an_image_classifier(tmp_path: Path, execution: str) -> None:
+    pl.seed_everything(0)
+    module = Images()
+    rehearsal = Rehearsal(memory(execution=execution))
+    make_trainer(tmp_path, [rehearsal], max_epochs=2).fit(module, images(), images(8))
+    sizes = [len(y) for _, y in module.train_batches]
+    assert sizes == [4] + [7] * 9
+    assert module.val_sizes == [4] * 4
+    # Its own hooks run once for each batch, after the memory's, and know nothing of it.
+    training = [(name, size) for name, training, size in module.calls if training]
+    assert training == [pair for size in sizes for pair in (("before", 4), ("after", size))]
+    assert sum(not t for _, t, _ in module.calls) == 8
+    assert "on_after_batch_transfer" not in module.__dict__
+    assert "on_before_batch_transfer" not in module.__dict__
+    # Stored is what the loader gave; each row was halved once, in the step that it was in, with its own label.
+    x, y = rehearsal.manager.buffer.store.gather(rehearsal.manager.buffer.state.filled)
+    # A row has no place in a data set: the map of places does not grow with the samples seen.
+    assert (rehearsal.manager.buffer.state.ids == -1).all()
+    assert (y == (x[:, 0, 0, 0] / 2).long() * 4 // 20).all()
+    for inputs, labels in module.train_batches:
+        numbers = inputs[:, 0, 0, 0].round().long()
+        assert (labels == numbers * 4 // 20).all()
+    new = torch.cat([inputs[:4, 0, 0, 0] for inputs, _ in module.train_batches])
+    assert new.round().tolist() == [*range(20)] * 2
+    old = [set(inputs[4:, 0, 0, 0].round().tolist()) for inputs, _ in module.train_batches]
+    assert all(len(drawn) == 3 for drawn in old[1:5])
+    assert set.union(*old[:5]) <= set(range(16))
+
+
+def test_blocking_is_inline_and_resumes(tmp_path: Path) -> None:
+    for config in ({"policy": "reservoir"}, {"policy": "fifo"}, {"scope": "global"}):
+        ends = []
+        for execution in ("inline", "blocking"):
+            pl.seed_everything(0)
+            module = Images()
+            saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+            callbacks = [Rehearsal(memory(execution=execution, **config)), saver]
+            make_trainer(tmp_path, callbacks, max_epochs=2).fit(module, images())
+            ends.append(weights(module))
+        assert torch.equal(*ends), config
+        again = Images()
+        callbacks = [Rehearsal(memory(execution="blocking", **config)), ModelCheckpoint(tmp_path / "again")]
+        # The loader of this script cannot go on within an epoch: from the end of one.
+        trainer = make_trainer(tmp_path, callbacks, max_epochs=2)
+        trainer.fit(again, images(), ckpt_path=sorted(tmp_path.glob("step=9*.ckpt"))[-1])
+        assert trainer.global_step == 10
+        first = again.train_batches[0]
+        assert any(torch.equal(first[0][4:], x[4:]) for x, _ in module.train_batches[9:10])
+        for file in tmp_path.glob("*.ckpt"):
+            file.unlink()
+
+
+class Text(pl.LightningModule):
+    def __init__(self, own_hook: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 8), nn.Linear(8, 3)
+        self.batches: list[dict[str, torch.Tensor]] = []
+        self.kinds: list[type] = []
+        self.own_hook = own_hook
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if self.own_hook:  # a new entry and another in place of an old one, within the same dict
+            batch["attention_mask"] = batch["attention_mask"].bool()
+            batch["length"] = batch["attention_mask"].sum(1)
+        return batch
+
+    def training_step(self, batch, batch_idx):
+        self.kinds.append(type(batch))
+        self.batches.append(dict(batch))
+        mask = batch["attention_mask"][..., None].float()
+        features = (self.embed(batch["input_ids"]) * mask).sum(1) / mask.sum(1)
+        return F.cross_entropy(self.head(features), batch["labels"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Encoding(UserDict):
+    """What a tokenizer returns: a mapping that is no dict."""
+
+
+def texts(kind: type = dict) -> DataLoader:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 30, (18, 5), generator=g)
+    ids[:, 0] = torch.arange(18) // 6 + 1
+    mask = torch.ones(18, 5, dtype=torch.int64)
+    rows = TensorDataset(ids, mask, ids[:, 0] - 1)
+
+    def collate(items):
+        columns = [torch.stack(column) for column in zip(*items, strict=True)]
+        return kind(dict(zip(("input_ids", "attention_mask", "labels"), columns, strict=True)))
+
+    return DataLoader(rows, batch_size=3, collate_fn=collate)
+
+
+@pytest.mark.parametrize(("kind", "own_hook"), [(dict, False), (dict, True), (Encoding, False), (Encoding, True)])
+def test_one_line_rehearses_for_a_text_model(tmp_path: Path, kind: type, own_hook: bool) -> None:
+    for execution in ("inline", "blocking"):
+        module = Text(own_hook)
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        rehearsal = Rehearsal(memory(5, 2, execution=execution))
+        trainer = make_trainer(tmp_path, [rehearsal, saver], max_epochs=1)
+        trainer.fit(module, texts(kind))
+        assert [len(b["labels"]) for b in module.batches] == [3] + [5] * 5
+        assert set(module.kinds) == {kind}
+        for batch in module.batches:
+            assert torch.equal(batch["input_ids"][:, 0] - 1, batch["labels"])
+            assert batch["attention_mask"].shape == batch["input_ids"].shape
+        rows = rehearsal.manager.buffer.store.gather(torch.arange(5))
+        assert set(rows) == {"input_ids", "attention_mask", "labels"}
+        assert rows["attention_mask"].dtype == torch.int64
+        assert torch.equal(rows["input_ids"][:, 0] - 1, rows["labels"])
+    # Nothing of the script's own classes is in the file.
+    torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+
+
+def test_class_balanced_with_labels(tmp_path: Path) -> None:
+    for module, loader, label, classes in ((Images(), images(), 1, 4), (Text(), texts(), "labels", 3)):
+        config = RehearsalConfig(
+            buffer_size=classes * 2,
+            num_samples=2,
+            num_candidates=2,
+            policy="class_balanced",
+            weighting="none",
+            execution="blocking",
+        )
+        rehearsal = Rehearsal(config, label=label, num_classes=classes)
+        make_trainer(tmp_path, [rehearsal], max_epochs=1, enable_checkpointing=False).fit(module, loader)
+        assert rehearsal.manager.buffer.class_counts.tolist() == [2] * classes
+        labels = rehearsal.manager.buffer.store.gather(torch.arange(2 * classes))[label]
+        assert torch.equal(labels, rehearsal.manager.buffer.state.labels)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"weighting": "nil", "policy": "nil"}, "weighting='none'"),
+        ({"policy": "class_balanced"}, "label="),
+        ({"policy": "nil"}, "label="),
+        ({"loss": "sum"}, "loss='mean'"),
+        ({"update": "task_end"}, "update='step'"),
+        ({"rehearse": "past"}, "rehearse='seen'"),
+        ({"execution": "blocking", "stage": "load"}, "assemble"),
+    ],
+)
+def test_what_needs_an_agent_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    module = Images()
+    rehearsal = Rehearsal(memory(**config))
+    with pytest.raises(ConfigurationError, match=words):
+        make_trainer(tmp_path, [rehearsal], max_epochs=1).fit(module, images())
+    assert not module.train_batches
+    assert "on_after_batch_transfer" not in module.__dict__
+
+
+def test_a_share_of_an_unknown_set_is_refused(tmp_path: Path) -> None:
+    config = RehearsalConfig(rehearsal_ratio=0.5, policy="reservoir", weighting="none")
+    with pytest.raises(ConfigurationError, match="buffer_size"):
+        make_trainer(tmp_path, [Rehearsal(config)], max_epochs=1).fit(Images(), images())
+
+
+class Pair(NamedTuple):
+    tokens: list[torch.Tensor]
+    name: Any
+
+
+def test_a_leaf_that_is_no_tensor_is_named(tmp_path: Path) -> None:
+    class Module(Text):
+        def training_step(self, batch, batch_idx):
+            self.batches.append({"labels": batch.tokens[0]})
+            return self.head(self.embed(batch.tokens[0])).sum()
+
+    def loader(name):
+        return DataLoader(range(6), batch_size=2, collate_fn=lambda items: Pair([torch.tensor(items)], name(items)))
+
+    with pytest.raises(TypeError, match=r"'name'.*str"):
+        make_trainer(tmp_path, [Rehearsal(memory())], max_epochs=1).fit(Module(), loader(str))
+    with pytest.raises(ValueError, match="name"):
+        make_trainer(tmp_path, [Rehearsal(memory())], max_epochs=1).fit(Module(), loader(lambda _: torch.zeros(5)))
+    module = Module()
+    make_trainer(tmp_path, [Rehearsal(memory())], max_epochs=1).fit(module, loader(torch.tensor))
+    assert [len(b["labels"]) for b in module.batches] == [2, 4, 5]
+
+
+def test_a_hook_set_on_the_instance_comes_back(tmp_path: Path) -> None:
+    module = Images()
+    calls: list[int] = []
+
+    def mine(batch, dataloader_idx):
+        calls.append(len(batch[0]))
+        return batch
+
+    module.on_after_batch_transfer = mine
+    make_trainer(tmp_path, [Rehearsal(memory())], max_epochs=1).fit(module, images())
+    assert calls == [4, 7, 7, 7, 7]
+    assert module.on_after_batch_transfer is mine
+
+
+def test_the_hooks_of_a_data_module_run_too(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        sizes: list[int] = []
+
+        def train_dataloader(self):
+            return images()
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.sizes.append(len(batch[0]))
+            return batch
+
+    class Plain(Images):
+        on_after_batch_transfer = pl.LightningModule.on_after_batch_transfer
+
+    data, module = Data(), Plain()
+    make_trainer(tmp_path, [Rehearsal(memory(execution="blocking"))], max_epochs=1).fit(module, datamodule=data)
+    assert data.sizes == [len(y) for _, y in module.train_batches] == [4, 7, 7, 7, 7]
+    assert "on_after_batch_transfer" not in data.__dict__
