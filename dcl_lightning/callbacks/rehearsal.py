@@ -16,6 +16,7 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.engine import MemoryEngine
+from dcl_lightning.memory.joining import Rooms, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
 from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows, rebuild
 from dcl_lightning.memory.storage import RowStore
@@ -48,6 +49,7 @@ class Rehearsal(pl.Callback):
         self.label, self.num_classes = label, num_classes
         self.manager: MemoryManager | None = None
         self._engine: MemoryEngine[Representatives | None] | None = None
+        self._rooms: Rooms | None = None
         self._in_flight: Representatives | None = None
         self._offer: Offer | None = None
         self._undo: list[Callable[[], None]] = []
@@ -71,7 +73,7 @@ class Rehearsal(pl.Callback):
         """Put the memory between the loader and the module."""
         self._in_flight = self._offer = None
         self._wait_s = 0.0
-        self.manager = None
+        self.manager = self._rooms = None
         self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
         self._wrap(trainer, pl_module, "on_before_batch_transfer", self._before(trainer, pl_module))
         self._wrap(trainer, pl_module, "on_after_batch_transfer", self._after(trainer, pl_module))
@@ -136,8 +138,13 @@ class Rehearsal(pl.Callback):
                 return batch
             rows, labels, weights, _ = drawn
             rows, labels, weights = move_data_to_device((rows, labels, weights), module.device)
+            if self._engine is not None and self._engine.stream is not None:
+                # Made on the memory's stream: the allocator has to know that this one uses them.
+                map_tensors(_in_use, rows)
             if isinstance(batch, Batch):
-                return _join(batch, rows, weights, drawn.weight_share, self.config.loss, trainer.global_step)
+                inputs = self._rooms.beside(batch.inputs, rows["inputs"]) if self._rooms is not None else None
+                share, loss = drawn.weight_share, self.config.loss
+                return join(batch, rows, weights, share, loss, trainer.global_step, inputs)
             return concat(batch, rows)
 
         return add
@@ -179,10 +186,12 @@ class Rehearsal(pl.Callback):
     def _advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None) -> Representatives | None:
         assert self.manager is not None
         drawn = self.manager.advance(offer, draw, skipped)
-        device = self.manager.device
-        if drawn is None or device.type == "cpu" or self.config.stage == "sample":
+        if drawn is None or self.config.stage == "sample":
             return drawn
-        return drawn._replace(rows=move_data_to_device(drawn.rows, device))
+        rows = drawn.rows
+        if self._rooms is not None:
+            rows = {**rows, "inputs": self._rooms.settle(rows["inputs"])}
+        return drawn._replace(rows=move_data_to_device(rows, self.manager.device))
 
     def _skipped(self, trainer: pl.Trainer) -> Tensor | None:
         if self.config.rehearse == "seen":
@@ -209,9 +218,9 @@ class Rehearsal(pl.Callback):
         if isinstance(batch, Batch):
             real = batch.weights > 0
             if not bool(real.all()):
-                columns = {name: column[real] for name, column in _columns(batch).items()}
+                columns = {name: column[real] for name, column in columns_of(batch).items()}
                 return Offer(columns, columns["targets"], columns["sample_ids"])
-            return Offer(_columns(batch), batch.targets, batch.sample_ids)
+            return Offer(columns_of(batch), batch.targets, batch.sample_ids)
         count = num_rows(batch)
         labels = torch.zeros(count, dtype=torch.int64)
         if self.label is not None and self.num_classes is not None:
@@ -235,7 +244,7 @@ class Rehearsal(pl.Callback):
             raise ConfigurationError(
                 f"a memory of {total} rows is smaller than the {classes} classes: enlarge rehearsal.buffer_size"
             )
-        example = _columns(batch) if own else batch
+        example = columns_of(batch) if own else batch
         capacity = split_total(total, comm.size, comm.rank)
         candidates = config.candidates
         if config.update == "task_end" and candidates is not None:  # every sample is a candidate
@@ -254,6 +263,8 @@ class Rehearsal(pl.Callback):
         labels = torch.zeros(0, dtype=torch.int64)
         self._example = _no_rows(example)
         self.manager = MemoryManager(config, buffer, comm, size, (self._example, labels), module.device)
+        if own and config.stage != "sample":
+            self._rooms = Rooms(size, config.num_samples, module.device)
         if self._state is not None:
             self._restore(comm.rank, comm.size)
 
@@ -341,13 +352,10 @@ class Rehearsal(pl.Callback):
             self._in_flight = Representatives(rebuild(self._example, rows), *others)
 
 
-def _columns(batch: Batch) -> dict[str, Tensor]:
-    return {
-        "inputs": batch.inputs,
-        "targets": batch.targets,
-        "task_ids": batch.task_ids,
-        "sample_ids": batch.sample_ids,
-    }
+def _in_use(tensor: Tensor) -> Tensor:
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream())
+    return tensor
 
 
 def _no_rows(nest: Any) -> Any:
@@ -356,23 +364,3 @@ def _no_rows(nest: Any) -> Any:
 
 def _shuffled(ids: Tensor, seed: int) -> Tensor:
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-
-
-def _join(batch: Batch, rows: dict[str, Tensor], weights: Tensor, share: float, loss: str, step: int) -> Batch:
-    """Return new and rehearsed samples as one batch, before augmentation."""
-    normaliser = batch.normaliser + share
-    if loss == "sum":
-        # mean over the new + mean over the rehearsed = (sum new + sum rehearsed * new / rehearsed) / new
-        weights, normaliser = weights * (batch.normaliser / share), batch.normaliser
-    ids = rows["sample_ids"]
-    return Batch(
-        inputs=torch.cat([batch.inputs, rows["inputs"]]),
-        targets=torch.cat([batch.targets, rows["targets"]]),
-        task_ids=torch.cat([batch.task_ids, rows["task_ids"]]),
-        sample_ids=torch.cat([batch.sample_ids, ids]),
-        weights=torch.cat([batch.weights, weights]),
-        normaliser=normaliser,
-        # Another draw at each step: a representative comes again and again within one epoch.
-        draw_ids=torch.cat([batch.draw_ids, ids + ((step + 1) << 32)]),
-        num_new=batch.num_new,
-    )

@@ -125,9 +125,9 @@ class ContinualDataModule(pl.LightningDataModule):
     @property
     def input_spec(self) -> InputSpec:
         """Shape of one input."""
-        if self._splits is not None:
-            return InputSpec(*self._splits.train_inputs.shape[1:])
-        assert self._source is not None
+        if self._source is None:
+            inputs = self._splits.train_inputs if self._splits is not None else self.train_inputs
+            return InputSpec(*inputs.shape[1:])
         size = (self.source_options or {}).get("size")
         return self._source.input_spec if size is None else InputSpec(self._source.input_spec.channels, size, size)
 
