@@ -136,8 +136,9 @@ class Rehearsal(pl.Callback):
                 self._submit(trainer, draw=not trainer.is_last_batch)
             if drawn is None or not (len(drawn.labels) or drawn.weight_share):
                 return batch
-            rows, labels, weights, _ = drawn
-            rows, labels, weights = move_data_to_device((rows, labels, weights), module.device)
+            rows, weights = drawn.rows, drawn.weights
+            if module.device.type != "cpu":
+                rows, weights = move_data_to_device((rows, weights), module.device)
             if self._engine is not None and self._engine.stream is not None:
                 # Made on the memory's stream: the allocator has to know that this one uses them.
                 map_tensors(_in_use, rows)
@@ -191,7 +192,9 @@ class Rehearsal(pl.Callback):
         rows = drawn.rows
         if self._rooms is not None:
             rows = {**rows, "inputs": self._rooms.settle(rows["inputs"])}
-        return drawn._replace(rows=move_data_to_device(rows, self.manager.device))
+        if self.manager.device.type != "cpu":
+            rows = move_data_to_device(rows, self.manager.device)
+        return drawn._replace(rows=rows)
 
     def _skipped(self, trainer: pl.Trainer) -> Tensor | None:
         if self.config.rehearse == "seen":
