@@ -192,6 +192,7 @@ def _quieten() -> None:
         r".*treespec, LeafSpec.*",  # between Lightning and torch
         r".*in eval mode at the start of training.*",  # a teacher is
         r".*is smaller than the logging interval.*",  # small tasks
+        r".*It is recommended to use `self.log\('val/.*",  # what is logged is of all workers already
     ):
         warnings.filterwarnings("ignore", message=message)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
