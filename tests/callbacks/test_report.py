@@ -76,6 +76,7 @@ def make_trainer(folder, *callbacks, **kwargs):
         "fast_dev_run": 0,
         "lr_scheduler_configs": [],
     }
+    defaults.setdefault("loggers", [])
     return SimpleNamespace(**{**defaults, **kwargs})
 
 
@@ -192,3 +193,15 @@ def test_a_long_stream_stays_narrow():
     lines = table_text(torch.ones(60, 60, dtype=torch.float64).tril(), 100).splitlines()
     assert len(lines) == 18
     assert max(map(len, lines)) < 150
+
+
+def test_figures_go_to_the_loggers(tmp_path):
+    logged = []
+    logger = SimpleNamespace(log_metrics=lambda figures, step: logged.append((figures, step)))
+    clock = Clock(3, 2)
+    TaskReport(show_table=False).on_task_evaluated(
+        make_trainer(tmp_path, clock, loggers=[logger]), FakeAgent(), clock.tasks[1]
+    )
+    figures, _ = logged[0]
+    assert figures["cl/average_accuracy"] == pytest.approx(0.9)
+    assert {"cl/forgetting", "cl/backward_transfer", "task"} <= set(figures)
