@@ -48,7 +48,15 @@ class Backbone(nn.Module):
 
         Args:
             spec: shape of the data's inputs.
+
+        Raises:
+            ConfigurationError: the constructor was given another number of channels.
         """
+        if self.in_channels not in (None, spec.channels):
+            raise ConfigurationError(
+                f"backbone {type(self).__name__.lower()}: in_channels={self.in_channels}, but the data have "
+                f"{spec.channels} channels: leave in_channels out"
+            )
         if self.input_spec is not None:
             return
         height, width = self.input_size or (spec.height, spec.width)

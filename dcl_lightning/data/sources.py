@@ -237,8 +237,25 @@ def _read_continuum(split: Any, name: str) -> tuple[Any, Any]:
     except (AttributeError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise DataError(f"data set '{name}' cannot be read: {error}") from error
     if isinstance(x, np.ndarray) and x.dtype.kind in "OUS":
-        raise ConfigurationError(f"data.dataset={name!r} lists image files, which are not read yet: give arrays")
+        return _read_images([os.fsdecode(path) for path in x]), y
     return x, y
+
+
+def _read_images(paths: list[str]) -> np.ndarray:
+    """Return ``(n, H, W, 3)`` uint8, all images in memory; grey and transparent ones become RGB."""
+    from PIL import Image
+
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except OSError as error:
+            raise DataError(f"image {path} cannot be read: {error}") from error
+        if images[-1].shape != images[0].shape:
+            sizes = " and ".join(f"{h}x{w}" for h, w, _ in (images[0].shape, images[-1].shape))
+            raise DataError(f"images differ in size, {sizes} ({path}): resize them to one size first")
+    return np.stack(images)
 
 
 _CIFAR_STATS = {

@@ -52,9 +52,9 @@ def test_early_building_is_the_same(kind, kwargs, spec, dim):
 
 
 def test_what_is_given_wins_over_the_data():
-    backbone = MLP(in_channels=2)
+    backbone = MLP(input_size=6)
     backbone.adapt(InputSpec(1, 4, 4))
-    assert backbone.input_spec == InputSpec(2, 4, 4)
+    assert backbone.input_spec == InputSpec(1, 6, 6)
 
 
 def test_mnistnet_parameters_and_features():
@@ -125,3 +125,8 @@ def test_short_names_are_the_classes():
     for name, kind in (("mlp", MLP), ("mnistnet", MNISTNet), ("resnet", ResNet)):
         assert issubclass(getattr(presets, name), kind)
     assert presets.resnet(depth=20, in_channels=3, input_size=32).feature_dim == 64
+
+
+def test_channels_that_the_data_do_not_have_are_refused():
+    with pytest.raises(ConfigurationError, match=r"in_channels=3.*1 channels"):
+        MLP(in_channels=3, input_size=8).adapt(InputSpec(1, 8, 8))

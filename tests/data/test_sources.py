@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dcl_lightning.data import ContinualDataModule, sources
 from dcl_lightning.data.cifar import FILES
@@ -206,7 +207,7 @@ def test_class_path_and_pair_of_objects_agree(tmp_path: Path, monkeypatch: pytes
         data.setup()
         assert len(data.test_targets) == 10
     assert torch.equal(by_path.train_inputs, by_pair.train_inputs)
-    with pytest.raises(ConfigurationError, match="image files"):
+    with pytest.raises(DataError, match=r"a\.png cannot be read"):
         ContinualDataModule("some_sets.Paths", root=str(tmp_path))
 
 
@@ -275,3 +276,32 @@ def test_words_for_numbers_in_a_class_order_are_cast_exactly() -> None:
 def test_import_brings_no_data_library() -> None:
     code = "import sys, dcl_lightning.data; print(sorted({'continuum', 'sklearn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def _folder(root: Path, sizes: dict[str, tuple[str, int]]) -> str:
+    for name, (mode, side) in sizes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new(mode, (side, side), color=40 * i).save(root / name / f"{i}.png")
+    return str(root)
+
+
+def test_a_folder_of_images_through_continuums_class(tmp_path: Path) -> None:
+    root = _folder(tmp_path / "pictures", {"cat": ("L", 8), "dog": ("RGBA", 8)})
+    data = ContinualDataModule("continuum.datasets.ImageFolderDataset", root=root, increment=1)
+    data.setup()
+    assert (data.num_classes, data.input_spec) == (2, (3, 8, 8))
+    assert data.train_inputs.dtype == torch.uint8
+
+
+def test_images_of_mixed_sizes_say_what_to_do(tmp_path: Path) -> None:
+    root = _folder(tmp_path / "pictures", {"cat": ("RGB", 8), "dog": ("RGB", 10)})
+    with pytest.raises(DataError, match=r"8x8 and 10x10.*resize"):
+        ContinualDataModule("continuum.datasets.ImageFolderDataset", root=root, increment=1)
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    root = _folder(tmp_path / "pictures", {"cat": ("RGB", 8), "dog": ("RGB", 8)})
+    (tmp_path / "pictures" / "dog" / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"dog/1\.png"):
+        ContinualDataModule("continuum.datasets.ImageFolderDataset", root=root, increment=1)
