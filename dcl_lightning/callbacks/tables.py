@@ -95,8 +95,6 @@ def summary_text(facts: Mapping[str, Any], picture: bool) -> str:
     lines += ["", "| figure | % |", "|---|---|"]
     for key, name in _SCALARS.items():
         value = facts.get(key)
-        if isinstance(value, (list, tuple)):
-            value = next((v for v in reversed(value) if v is not None), None)
         lines.append(f"| {name} | {'not available' if value is None else f'{100 * value:.1f}'} |")
     lines += ["", "| task | classes | training samples |", "|---|---|---|"]
     for t, classes in enumerate(facts["task_classes"]):
