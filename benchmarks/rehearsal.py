@@ -207,7 +207,10 @@ def _rehearsing(
 ) -> Callable[[], float]:
     """Return what trains with a memory that is full from the start."""
     data.setup()
-    memory = {"steps": 0, "sizes": [rows], "buffer": _full(rows, data.train_inputs.shape[3]).state_dict()}
+    buffer = _full(rows, data.train_inputs.shape[3])
+    memory = {
+        "steps": 0, "sizes": [rows], "offered": buffer.state.offered, "buffer": buffer.state_dict(),
+    }  # fmt: skip
     file = io.BytesIO()
     torch.save({"manager": memory, "in_flight": None}, file)
     filled = Filled({"workers": [torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +19,7 @@ from dcl_lightning.memory.engine import MemoryEngine
 from dcl_lightning.memory.joining import Rooms, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
 from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows, rebuild
+from dcl_lightning.memory.ranges import stage
 from dcl_lightning.memory.storage import RowStore
 from dcl_lightning.types import Batch, Task
 
@@ -136,19 +137,22 @@ class Rehearsal(pl.Callback):
                 self._submit(trainer, draw=not trainer.is_last_batch)
             if drawn is None or not (len(drawn.labels) or drawn.weight_share):
                 return batch
-            rows, weights = drawn.rows, drawn.weights
-            if module.device.type != "cpu":
-                rows, weights = move_data_to_device((rows, weights), module.device)
-            if self._engine is not None and self._engine.stream is not None:
-                # Made on the memory's stream: the allocator has to know that this one uses them.
-                map_tensors(_in_use, rows)
-            if isinstance(batch, Batch):
-                inputs = self._rooms.beside(batch.inputs, rows["inputs"]) if self._rooms is not None else None
-                share, loss = drawn.weight_share, self.config.loss
-                return join(batch, rows, weights, share, loss, trainer.global_step, inputs)
-            return concat(batch, rows)
+            with stage("join", module.device):
+                return self._join(batch, drawn, module.device, trainer.global_step)
 
         return add
+
+    def _join(self, batch: Any, drawn: Representatives, device: torch.device, step: int) -> Any:
+        rows, weights = drawn.rows, drawn.weights
+        if device.type != "cpu":
+            rows, weights = move_data_to_device((rows, weights), device)
+        if self._engine is not None and self._engine.stream is not None:
+            # Made on the memory's stream: the allocator has to know that this one uses them.
+            map_tensors(_in_use, rows)
+        if not isinstance(batch, Batch):
+            return concat(batch, rows)
+        inputs = self._rooms.beside(batch.inputs, rows["inputs"]) if self._rooms is not None else None
+        return join(batch, rows, weights, drawn.weight_share, self.config.loss, step, inputs)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -189,15 +193,17 @@ class Rehearsal(pl.Callback):
         drawn = self.manager.advance(offer, draw, skipped)
         if drawn is None or self.config.stage == "sample":
             return drawn
-        rows = drawn.rows
-        if self._rooms is not None:
-            rows = {**rows, "inputs": self._rooms.settle(rows["inputs"])}
-        if self.manager.device.type != "cpu":
-            rows = move_data_to_device(rows, self.manager.device)
+        rows, device = drawn.rows, self.manager.device
+        with stage("move", device):
+            if self._rooms is not None:
+                rows = {**rows, "inputs": self._rooms.settle(rows["inputs"])}
+            if device.type != "cpu":
+                rows = move_data_to_device(rows, device)
         return drawn._replace(rows=rows)
 
     def _skipped(self, trainer: pl.Trainer) -> Tensor | None:
-        if self.config.rehearse == "seen":
+        # Of the present task nothing is stored before its end, where rows enter at the ends of tasks.
+        if self.config.rehearse == "seen" or self.config.update == "task_end":
             return None
         # Not what the agent says: resumed at the end of an epoch, it hears of its task after this batch came.
         clock: Any = trainer.lightning_module.clock
@@ -240,6 +246,11 @@ class Rehearsal(pl.Callback):
             )
         if not own:
             self._check_foreign(batch)
+        if own and config.rehearse == "past" and config.update == "step" and _classes_come_again(module.clock.tasks):
+            raise ConfigurationError(
+                "rehearsal.rehearse=past tells tasks by their classes, and here a class comes in several tasks: give "
+                "rehearsal.update=task_end"
+            )
         classes = module.num_classes if own else (self.num_classes or 1)
         samples = len(trainer.datamodule.train_targets) if own else 0  # type: ignore[attr-defined]
         total = config.total(classes, comm.size, samples, _PRESET_ROWS * classes * comm.size)
@@ -310,7 +321,7 @@ class Rehearsal(pl.Callback):
         }
         if self.manager.exchange is not None:
             cost = self.manager.exchange.last
-            figures["buffer/exchanged_bytes"] = float(cost.header_bytes + cost.row_bytes)
+            figures["buffer/exchanged_bytes"] = float(cost.header_bytes + cost.note_bytes + cost.row_bytes)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step - 1)  # counted from 0, as by Lightning
 
@@ -359,6 +370,10 @@ def _in_use(tensor: Tensor) -> Tensor:
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream())
     return tensor
+
+
+def _classes_come_again(tasks: Sequence[Task]) -> bool:
+    return sum(len(task.classes) for task in tasks) > len({c for task in tasks for c in task.classes})
 
 
 def _no_rows(nest: Any) -> Any:

@@ -25,7 +25,8 @@ class RehearsalConfig(MemorySize):
         quota: room of a class: ``fixed`` (all classes of the stream share from the start) or ``adaptive``
             (the classes seen so far share).
         update: samples enter at every training ``step``, or once at the ``task_end``.
-        rehearse: draw from everything stored (``seen``), or only from classes before the present task (``past``).
+        rehearse: draw from everything stored (``seen``), or only from what tasks before the present one left
+            (``past``).
         loss: one ``mean`` over new and rehearsed samples, or the ``sum`` of the means of both.
         weighting: weight of a representative: ``nil`` or ``none`` (1).
         scope: draw from this worker's memory (``local``) or from those of all workers (``global``).
@@ -65,8 +66,11 @@ class RehearsalConfig(MemorySize):
             raise ConfigurationError(
                 "rehearsal.weighting=nil needs candidates: with policy=reservoir give weighting=none"
             )
-        if self.scope == "global" and self.rehearse == "past":
-            raise ConfigurationError("rehearsal.rehearse=past goes with scope=local: a global draw knows sizes alone")
+        if self.scope == "global" and self.rehearse == "past" and self.update == "step":
+            raise ConfigurationError(
+                "rehearsal.rehearse=past with update=step goes with scope=local: a global draw knows sizes alone; give "
+                "update=task_end"
+            )
         if self.scope == "global" and self.quota == "adaptive":
             raise ConfigurationError("rehearsal.quota=adaptive goes with scope=local: a global draw's rows stay")
         if self.stage != "sample" and self.execution == "inline":

@@ -13,6 +13,8 @@ import torch
 
 __all__ = ["MemoryEngine"]
 
+_PATIENCE_S = 5.0  # for a job to end when the engine is closed
+
 Result = TypeVar("Result")
 
 
@@ -97,11 +99,14 @@ class MemoryEngine(Generic[Result]):
         return result
 
     def close(self) -> None:
-        """Wait for the thread to end; results that nobody collected are dropped, with their errors."""
+        """End the thread; results that nobody collected are dropped, with their errors.
+
+        A job that waits for another worker, which may have failed, is not waited for: the thread ends with it.
+        """
         self._pending.clear()
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            self._thread.join(_PATIENCE_S)
             self._thread = None
 
     def _finish(self, job: _Job[Result]) -> Result | None:

@@ -1,11 +1,13 @@
 """The global draw: every worker's rehearsed rows, uniform over all workers' memories, by one all-to-all a step.
 
 Which rows every worker draws follows from the seed, the step and the number of rows that each worker
-has, which all workers know. So each computes what it has to send to whom, and no request travels.
+has, which all workers know. So each computes what it has to send to whom, and no request travels. What
+else a step has to agree on (the sum of the weights, say) goes in the same message.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +21,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dcl_lightning.memory.comm import Comm, Pending
 
-__all__ = ["HEADER_BYTES", "Drawn", "Exchanged", "GlobalExchange", "Plan", "RowLayout", "plan_draws", "plan_of"]
+__all__ = [
+    "HEADER_BYTES", "Drawn", "Exchanged", "GlobalExchange", "Plan", "RowLayout", "Served", "plan_draws", "plan_of",
+]  # fmt: skip
 
-# To every worker: the sender's number of rows and its step, both int64.
-HEADER_BYTES = 16
+# To every worker: the sender's number of rows, its step, and what its rows add to the job's sum.
+_HEADER = np.dtype([("size", "<i4"), ("step", "<i4"), ("amount", "<f8")])
+HEADER_BYTES = _HEADER.itemsize
 _FAILED = -1
 _WORD = (1 << 64) - 1
 
@@ -157,15 +162,29 @@ class Exchanged:
 
     Args:
         header_bytes: headers sent, its own to itself included.
+        note_bytes: notes sent, likewise.
         row_bytes: rows sent, its own to itself included.
         rows_sent: their number.
         wait_seconds: how long ``collect`` waited.
     """
 
     header_bytes: int
+    note_bytes: int
     row_bytes: int
     rows_sent: int
     wait_seconds: float
+
+
+class Served(NamedTuple):
+    """What a memory gives to an exchange.
+
+    Args:
+        rows: nest of columns, the rows that were asked for.
+        amount: a number of theirs, of which every worker learns the sum over all workers.
+    """
+
+    rows: Any
+    amount: float = 0.0
 
 
 class Drawn(NamedTuple):
@@ -174,10 +193,14 @@ class Drawn(NamedTuple):
     Args:
         rows: nest of columns, ``min(r, sum(sizes))`` rows, grouped by the worker they came from.
         sizes: every worker's number of rows when it started this exchange, for the next one.
+        amount: the sum of what all workers said of the rows that they sent.
+        notes: ``(N, note length)`` int64, every worker's note.
     """
 
     rows: Any
     sizes: list[int]
+    amount: float
+    notes: Tensor
 
 
 class GlobalExchange:
@@ -194,34 +217,40 @@ class GlobalExchange:
         layout: how the rows are packed.
         r: rows that each worker draws a step.
         seed: the same on all workers.
+        note_length: int64 numbers that each worker tells all others at each step.
+        device: where ``gather`` returns rows.
         name: of the all-to-all; two exchanges of one ``comm`` need two.
     """
 
     def __init__(
         self,
         comm: Comm,
-        gather: Callable[[Tensor], Any],
+        gather: Callable[[Tensor], Served],
         layout: RowLayout,
         r: int,
         seed: int,
+        note_length: int = 0,
+        device: torch.device | None = None,
         name: str = "rehearsal",
     ) -> None:
-        if r * layout.row_bytes + HEADER_BYTES >= 1 << 31:
+        if r * layout.row_bytes + HEADER_BYTES + 8 * note_length >= 1 << 31:
             raise ValueError(f"r={r} rows of {layout.row_bytes} bytes: one exchange holds less than 2 GiB a worker")
         self._comm, self._gather, self._layout = comm, gather, layout
         self._r, self._seed, self._name = r, seed, name
+        self._fixed_bytes = HEADER_BYTES + 8 * note_length  # of a message, whatever rows are in it
+        self._device = device
         self._step = 0
         self._plan: Plan | None = None
         self._pending: Pending | None = None
         self._error: Exception | None = None
-        self.last = Exchanged(0, 0, 0, 0.0)
+        self.last = Exchanged(0, 0, 0, 0, 0.0)
 
     @property
     def pending(self) -> bool:
         """Whether an exchange was started and not collected."""
         return self._plan is not None
 
-    def start(self, step: int, sizes: Sequence[int], size: int) -> None:
+    def start(self, step: int, sizes: Sequence[int], size: int, note: Tensor | None = None) -> None:
         """Send the rows that the workers drew from this memory, without waiting.
 
         What goes wrong with this memory raises in ``collect``, here and on all other workers.
@@ -230,36 +259,42 @@ class GlobalExchange:
             step: number of the step, the same on all workers.
             sizes: number of rows of each worker, the same on all workers; zeros at first.
             size: number of rows of this memory now, for the draw after this one.
+            note: ``(note length,)`` int64, for all workers; may be None if the length is 0.
         """
         if self._plan is not None:
             raise RuntimeError("an exchange is pending: collect it before the next one starts")
         if len(sizes) != self._comm.size:
             raise ValueError(f"sizes {list(sizes)}: give one for each of {self._comm.size} workers")
+        fixed = torch.zeros(0, dtype=torch.int64) if note is None else note
+        if 8 * fixed.numel() + HEADER_BYTES != self._fixed_bytes:
+            raise ValueError(f"a note of {fixed.numel()} numbers, expected {(self._fixed_bytes - HEADER_BYTES) // 8}")
         draws = plan_draws(sizes, self._r, self._seed, step)
         self._plan, self._step, self._error = plan_of(self._comm.rank, sizes, draws), step, None
         try:
             if sizes[self._comm.rank] > size:
                 raise RuntimeError(f"the memory has {size} rows, fewer than the {sizes[self._comm.rank]} drawn from")
-            rows = self._layout.pack(self._gather(self._plan.positions))
+            served = self._gather(self._plan.positions)
+            rows, amount = self._layout.pack(served.rows), served.amount
             if len(rows) != len(self._plan.positions):
                 raise RuntimeError(f"gather returned {len(rows)} rows for {len(self._plan.positions)} positions")
         except Exception as error:
             # The others wait for rows: they get rubbish, and the word that it is.
-            self._error, size = error, _FAILED
-            rows = torch.zeros((len(self._plan.positions), self._layout.row_bytes), dtype=torch.uint8)
+            self._error, size, amount = error, _FAILED, 0.0
+            shape = (len(self._plan.positions), self._layout.row_bytes)
+            rows = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+        header = torch.from_numpy(np.array([(size, step, amount)], dtype=_HEADER).view(np.uint8))
         try:
-            self._pending = self._send(rows, size, self._plan)
+            self._pending = self._send(rows, torch.cat((header, fixed.contiguous().view(torch.uint8))), self._plan)
         except Exception as error:
             self._error = self._error or error
 
-    def _send(self, rows: Tensor, size: int, plan: Plan) -> Pending:
-        header = torch.tensor([size, self._step], dtype=torch.int64).view(torch.uint8).to(rows.device)
-        width = self._layout.row_bytes
+    def _send(self, rows: Tensor, fixed: Tensor, plan: Plan) -> Pending:
+        fixed, width = fixed.to(rows.device), self._layout.row_bytes
         parts: list[Tensor] = []
         for part in rows.view(-1).split([n * width for n in plan.send]):
-            parts += (header, part)
+            parts += (fixed, part)
         message = torch.cat(parts)[:, None]
-        sent, received = ([HEADER_BYTES + n * width for n in counts] for counts in (plan.send, plan.receive))
+        sent, received = ([self._fixed_bytes + n * width for n in counts] for counts in (plan.send, plan.receive))
         return self._comm.alltoall_async(message, sent, received, self._name)
 
     def collect(self) -> Drawn:
@@ -278,17 +313,22 @@ class GlobalExchange:
         if error is not None:
             raise error
         assert message is not None
-        width = self._layout.row_bytes
-        self.last = Exchanged(HEADER_BYTES * len(plan.send), width * sum(plan.send), sum(plan.send), waited)
-        parts = message.view(-1).split([m for n in plan.receive for m in (HEADER_BYTES, n * width)])
-        headers = torch.cat(parts[0::2]).view(torch.int64).view(-1, 2).tolist()
-        for worker, (size, step) in enumerate(headers):
+        width, workers = self._layout.row_bytes, len(plan.send)
+        note_bytes = self._fixed_bytes - HEADER_BYTES
+        self.last = Exchanged(
+            HEADER_BYTES * workers, note_bytes * workers, width * sum(plan.send), sum(plan.send), waited
+        )
+        parts = message.view(-1).split([m for n in plan.receive for m in (HEADER_BYTES, note_bytes, n * width)])
+        headers = torch.cat(parts[0::3]).cpu().numpy().view(_HEADER)
+        for worker, (size, step) in enumerate(zip(headers["size"].tolist(), headers["step"].tolist(), strict=True)):
             if step != self._step:
                 raise RuntimeError(f"worker {worker} is at step {step} of the exchange, this one at {self._step}")
             if size == _FAILED:
                 raise RuntimeError(f"worker {worker} could not read its memory; its own traceback says why")
-        rows = torch.cat(parts[1::2]).view(sum(plan.receive), width)
-        return Drawn(self._layout.unpack(rows), [size for size, _ in headers])
+        rows = torch.cat(parts[2::3]).view(sum(plan.receive), width)
+        notes = torch.cat(parts[1::3]).cpu().view(torch.int64).view(workers, -1)
+        amount = math.fsum(headers["amount"].tolist())
+        return Drawn(self._layout.unpack(rows), headers["size"].tolist(), amount, notes)
 
     def flush(self) -> list[int] | None:
         """Wait for an exchange that is pending and drop its rows; return the sizes it brought, if any."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.comm import Comm
 from dcl_lightning.memory.config import RehearsalConfig
-from dcl_lightning.memory.exchange import GlobalExchange, RowLayout
+from dcl_lightning.memory.exchange import GlobalExchange, RowLayout, Served
+from dcl_lightning.memory.ranges import stage
 
 __all__ = ["MemoryManager", "Offer", "Representatives"]
 
@@ -73,11 +74,19 @@ class MemoryManager:
         self.config, self.buffer, self.comm = config, buffer, comm
         self.batch_size, self.device = batch_size, device
         self.steps = 0
+        # What all workers hold, and have offered of each class, as the last exchange told.
         self.sizes = [0] * comm.size
+        self.offered = torch.zeros_like(buffer.state.offered)
         self.exchange: GlobalExchange | None = None
         if config.scope == "global":
             self.exchange = GlobalExchange(
-                comm, self._at_positions, RowLayout(example), config.num_samples, config.seed
+                comm,
+                self._serve,
+                RowLayout(example),
+                config.num_samples,
+                config.seed,
+                note_length=len(self.offered) if config.weighting == "nil" else 0,
+                device=buffer.store.device,
             )
 
     def advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None = None) -> Representatives | None:
@@ -91,7 +100,10 @@ class MemoryManager:
         self.steps += 1
         if self.exchange is None:
             self._insert(offer)
-            return self._draw_local(skipped) if draw else None
+            if not draw:
+                return None
+            with stage("draw", self.device):
+                return self._draw_local(skipped)
         if not draw:
             self._insert(offer)
             return None
@@ -99,52 +111,61 @@ class MemoryManager:
 
     def _insert(self, offer: Offer | None) -> None:
         if offer is not None and len(offer.labels):
-            self.buffer.add(offer.rows, offer.labels, offer.ids)
+            with stage("insert", self.device):
+                self.buffer.add(offer.rows, offer.labels, offer.ids)
 
     def _draw_local(self, skipped: Tensor | None) -> Representatives:
         slots = self.buffer.draw(self.config.num_samples, skipped)
         labels = self.buffer.state.labels.index_select(0, slots)
-        nil = self.config.weighting == "nil"
-        weights = self.buffer.weights(labels, self.batch_size) if nil else torch.ones(slots.numel())
-        return self._share(self.buffer.store.gather(slots), labels, weights)
-
-    def _draw_global(self, exchange: GlobalExchange, offer: Offer | None) -> Representatives:
-        exchange.start(self.steps, self.sizes, len(self.buffer))
-        counts = None
-        if self.config.weighting == "nil":
-            counts = self._to_all(self.buffer.state.offered, "offered")
-        self._insert(offer)
-        drawn = exchange.collect()
-        self.sizes = drawn.sizes
-        rows, labels = drawn.rows
-        weights = torch.ones(len(labels))
-        if counts is not None:
-            # Counts and sizes of one moment, the start of this exchange.
-            weights = self.buffer.weights(labels, self.batch_size, counts().sum(0), sum(drawn.sizes))
-        return self._share(rows, labels, weights)
-
-    def _share(self, rows: Any, labels: Tensor, weights: Tensor) -> Representatives:
+        weights = self._weights(labels, self.buffer.state.offered, len(self.buffer))
         total = weights.double().sum()
         if self.comm.size > 1:
-            total = self._to_all(total[None], "weights")().sum()
-        return Representatives(rows, labels, weights, float(total) / self.comm.size)
+            total = self._sum_over_workers(total)
+        return Representatives(self.buffer.store.gather(slots), labels, weights, float(total) / self.comm.size)
 
-    def _at_positions(self, positions: Tensor) -> Any:
+    def _draw_global(self, exchange: GlobalExchange, offer: Offer | None) -> Representatives:
+        note = self.buffer.state.offered if self.config.weighting == "nil" else None
+        with stage("draw", self.device):
+            exchange.start(self.steps, self.sizes, len(self.buffer), note)
+        self._insert(offer)
+        with stage("exchange", self.device):
+            drawn = exchange.collect()
+        rows, labels = drawn.rows
+        weights = self._weights(labels, self.offered, sum(self.sizes))
+        self.sizes = drawn.sizes
+        if note is not None:
+            self.offered = drawn.notes.sum(0)
+        return Representatives(rows, labels, weights, drawn.amount / self.comm.size)
+
+    def _serve(self, positions: Tensor) -> Served:
+        """Return rows that other workers drew; their weights are those that the other workers will compute."""
         slots = self.buffer.slots_at(positions)
-        return self.buffer.store.gather(slots), self.buffer.state.labels[slots]
+        labels = self.buffer.state.labels[slots]
+        weights = self._weights(labels, self.offered, sum(self.sizes))
+        return Served((self.buffer.store.gather(slots), labels), float(weights.double().sum()))
 
-    def _to_all(self, values: Tensor, name: str) -> Any:
-        """Start to send a vector to every worker; what is returned waits and gives ``(workers, length)``."""
-        row = values.contiguous().view(torch.uint8)[None]
+    def _weights(self, labels: Tensor, offered: Tensor, stored: int) -> Tensor:
+        if self.config.weighting == "none":
+            return torch.ones(len(labels))
+        return self.buffer.weights(labels, self.batch_size, offered, stored)
+
+    def _sum_over_workers(self, value: Tensor) -> Tensor:
+        sent = value[None].view(torch.uint8)[None].repeat(self.comm.size, 1)
         one_each = [1] * self.comm.size
-        pending = self.comm.alltoall_async(row.repeat(self.comm.size, 1), one_each, one_each, name=name)
-        return lambda: pending.wait().contiguous().view(values.dtype).view(self.comm.size, -1)
+        received = self.comm.alltoall_async(sent, one_each, one_each, name="weights").wait()
+        return received.contiguous().view(value.dtype).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory and its place in the stream of draws."""
-        return {"steps": self.steps, "sizes": list(self.sizes), "buffer": self.buffer.state_dict()}
+        return {
+            "steps": self.steps,
+            "sizes": list(self.sizes),
+            "offered": self.offered.clone(),
+            "buffer": self.buffer.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state back."""
         self.steps, self.sizes = state_dict["steps"], list(state_dict["sizes"])
+        self.offered = state_dict["offered"].clone()
         self.buffer.load_state_dict(state_dict["buffer"])

@@ -225,26 +225,25 @@ def test_stored_is_raw_and_each_draw_is_augmented_anew(tmp_path: Path) -> None:
 def test_weights_are_those_of_the_definition(tmp_path: Path, scope: str) -> None:
     """max(ln(n_y b / (c |S|)), 1) in NumPy, on both sides of the maximum; new samples weigh 1."""
     branches: set[bool] = set()
-    sizes = [0]
+    states = [(0, np.zeros(6))]  # rows stored and candidates offered, as seen at each step
+    exchanges = [states[0]]  # the same when each global draw began
 
     def look(agent, batch, loss):
         state = buffer_of(agent).state
-        sizes.append(state.size)
-        offered.append(state.offered.numpy().copy())
+        states.append((state.size, state.offered.numpy().copy()))
         # Inline, the memory is now as it was drawn from; a global draw was begun before the last step's rows
-        # entered, but for the first of an epoch.
-        at = -2 if scope == "global" and agent.trainer.fit_loop.batch_idx else -1
+        # entered, but for the first of an epoch, and knows what the one before it told.
+        exchanges.append(states[-2] if agent.trainer.fit_loop.batch_idx else states[-1])
+        stored, offered = exchanges[-2] if scope == "global" else states[-1]
         labels = batch.targets[batch.num_new :].numpy()
-        stored, n = sizes[at], offered[at][labels]
         with np.errstate(divide="ignore"):
-            expected = np.maximum(np.log(n * 5 / (4 * max(stored, 1))), 1.0)
+            expected = np.maximum(np.log(offered[labels] * 5 / (4 * max(stored, 1))), 1.0)
         got = batch.weights.numpy()
         assert (got[: batch.num_new] == 1).all()
         np.testing.assert_allclose(got[batch.num_new :], expected, rtol=1e-6)
         np.testing.assert_allclose(float(batch.normaliser), got.sum(), rtol=1e-6)
         branches.update((expected > 1).tolist())
 
-    offered: list[np.ndarray] = [np.zeros(6)]
     fit(tmp_path, look=look, buffer_size=6, scope=scope, agent={"epochs_per_task": 8})
     assert branches == {False, True}
 

@@ -39,7 +39,7 @@ import time
 import numpy as np
 import torch
 from scipy.stats import chi2
-from dcl_lightning.memory.exchange import HEADER_BYTES, GlobalExchange, RowLayout
+from dcl_lightning.memory.exchange import HEADER_BYTES, GlobalExchange, RowLayout, Served
 torch.set_num_threads(1)
 me, n = comm.rank, comm.size
 
@@ -79,9 +79,9 @@ r, half = 4, 250
 
 def gather(slots):
     noise = (torch.arange(30)[None] * (slots[:, None] + 1) + me) % 256
-    return {"owner": torch.full_like(slots, me), "slot": slots.int(), "noise": noise.to(torch.uint8)}
+    return Served({"owner": torch.full_like(slots, me), "slot": slots.int(), "noise": noise.to(torch.uint8)}, me + 0.5)
 
-draw = GlobalExchange(comm, gather, RowLayout(gather(torch.arange(0))), r, seed=5)
+draw = GlobalExchange(comm, gather, RowLayout(gather(torch.arange(0)).rows), r, seed=5, note_length=1)
 counts = {tuple(held): np.zeros(sum(held)), tuple(more): np.zeros(sum(more))}
 failure = []
 
@@ -89,8 +89,10 @@ def manage():
     sizes = [0] * n
     for step in range(2 * half + 1):
         now = held if step < half else more
-        draw.start(step, sizes, now[me])
-        got, after = draw.collect()
+        draw.start(step, sizes, now[me], torch.tensor([100 * me + step]))
+        got, after, amount, notes = draw.collect()
+        assert amount == sum(k + 0.5 for k in range(n))
+        assert notes.tolist() == [[100 * k + step] for k in range(n)]
         owner, slot = got["owner"], got["slot"].long()
         assert len(owner) == min(r, sum(sizes))
         assert draw.last.header_bytes == HEADER_BYTES * n
@@ -135,10 +137,10 @@ for sizes, mine in counts.items():
 def broken(slots):
     raise OSError("disk gone")
 draw._gather = broken if me == n - 1 else gather
-draw.start(0, more, more[me])
+draw.start(0, more, more[me], torch.tensor([0]))
 refused(draw.collect, *((OSError, "disk gone") if me == n - 1 else (RuntimeError, f"worker {n - 1} could not")))
 draw._gather = gather
-draw.start(1, more, more[me])
+draw.start(1, more, more[me], torch.tensor([0]))
 assert draw.flush() == more
 main.barrier()
 close()

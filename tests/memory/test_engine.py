@@ -51,6 +51,17 @@ def test_latest_never_waits_and_tells_its_age() -> None:
     engine.close()
 
 
+def test_a_job_that_waits_for_ever_does_not_keep_the_engine_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dcl_lightning.memory.engine._PATIENCE_S", 0.2)
+    engine: MemoryEngine[bool] = MemoryEngine(True)
+    gate = threading.Event()
+    engine.submit(gate.wait)
+    started = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started < 5
+    gate.set()
+
+
 def test_a_hundred_engines_leave_no_thread() -> None:
     before = threading.active_count()
     for _ in range(100):
