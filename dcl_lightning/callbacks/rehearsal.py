@@ -53,6 +53,7 @@ class Rehearsal(pl.Callback):
         self._rooms: Rooms | None = None
         self._in_flight: Representatives | None = None
         self._offer: Offer | None = None
+        self._due = False  # whether this step's work was not given to the engine yet
         self._undo: list[Callable[[], None]] = []
         self._state: list[Tensor] | None = None
         self._example: Any = None
@@ -73,6 +74,7 @@ class Rehearsal(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the memory between the loader and the module."""
         self._in_flight = self._offer = None
+        self._due = False
         self._wait_s = 0.0
         self.manager = self._rooms = None
         self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
@@ -133,8 +135,10 @@ class Rehearsal(pl.Callback):
     def _after(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
         def add(batch: Any) -> Any:
             drawn = self._take(trainer)
-            if self.config.execution != "inline":
-                self._submit(trainer, draw=not trainer.is_last_batch)
+            self._due = True
+            if self.config.scope == "global" and self.config.execution != "inline":
+                # What travels between workers does so before the gradients, and behind the whole step.
+                self._submit(trainer)
             if drawn is None or not (len(drawn.labels) or drawn.weight_share):
                 return batch
             with stage("join", module.device):
@@ -147,20 +151,24 @@ class Rehearsal(pl.Callback):
         if device.type != "cpu":
             rows, weights = move_data_to_device((rows, weights), device)
         if self._engine is not None and self._engine.stream is not None:
-            # Made on the memory's stream: the allocator has to know that this one uses them.
-            map_tensors(_in_use, rows)
+            _used_on(torch.cuda.current_stream(), rows)
         if not isinstance(batch, Batch):
             return concat(batch, rows)
         inputs = self._rooms.beside(batch.inputs, rows["inputs"]) if self._rooms is not None else None
         return join(batch, rows, weights, drawn.weight_share, self.config.loss, step, inputs)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Let the background begin: while gradients are computed this thread leaves Python, and the GPU, to it."""
+        if self._due and self.config.execution != "inline":
+            self._submit(trainer)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Inline, do the memory's work now; at the end of an epoch leave nothing pending."""
+        """Do the memory's work now if it was not begun; at the end of an epoch leave nothing pending."""
         assert self._engine is not None
-        if self.config.execution == "inline":
-            self._submit(trainer, draw=not trainer.is_last_batch)
+        if self._due:
+            self._submit(trainer)
         if trainer.is_last_batch:
             self._engine.flush()
             self._in_flight = None
@@ -182,10 +190,14 @@ class Rehearsal(pl.Callback):
             self._engine.submit(lambda: self._advance(None, True, skipped))
         return self._engine.collect()
 
-    def _submit(self, trainer: pl.Trainer, draw: bool) -> None:
+    def _submit(self, trainer: pl.Trainer) -> None:
         assert self._engine is not None
+        self._due = False
+        draw = not trainer.is_last_batch
         offer = self._offer if self.config.update == "step" else None
         skipped = self._skipped(trainer)
+        if offer is not None and self._engine.stream is not None:
+            _used_on(self._engine.stream, offer)
         self._engine.submit(lambda: self._advance(offer, draw, skipped))
 
     def _advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None) -> Representatives | None:
@@ -366,10 +378,11 @@ class Rehearsal(pl.Callback):
             self._in_flight = Representatives(rebuild(self._example, rows), *others)
 
 
-def _in_use(tensor: Tensor) -> Tensor:
-    if tensor.is_cuda:
-        tensor.record_stream(torch.cuda.current_stream())
-    return tensor
+def _used_on(stream: torch.cuda.Stream, nest: Any) -> None:
+    """Tell the allocator that tensors made on another stream are used on this one: it must not give them away early."""
+    for _, tensor in flatten(nest):
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
 
 
 def _classes_come_again(tasks: Sequence[Task]) -> bool:

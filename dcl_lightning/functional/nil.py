@@ -6,6 +6,9 @@ Knowledge-Based Systems 208, 2020, as the original program has it.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +21,6 @@ def nil_weights(
     stored: int,
     batch_size: int,
     num_candidates: int,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return ``max(ln(n_y b / (c |S|)), 1)`` for each representative.
 
@@ -28,7 +30,10 @@ def nil_weights(
         stored: |S|, rows stored.
         batch_size: b, new samples a step and worker.
         num_candidates: c, candidates a step and worker.
-        dtype: of the result.
+
+    Returns:
+        ``(r,)`` float32.
     """
-    ratio = offered.index_select(0, labels).double().mul_(batch_size).div_(num_candidates * max(stored, 1))
-    return ratio.log_().clamp_(min=1.0).to(dtype)
+    ratio = offered.numpy()[labels.cpu().numpy()] * (batch_size / (num_candidates * max(stored, 1)))
+    # ln(x) is above 1 for x above e; a class that was never offered has 0.
+    return torch.from_numpy(np.log(np.maximum(ratio, math.e)).astype(np.float32))

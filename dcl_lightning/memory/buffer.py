@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Generator, Tensor
+from numpy.random import PCG64, Generator
+from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional.nil import nil_weights
 from dcl_lightning.memory.nests import Nest, num_rows
 from dcl_lightning.memory.policies import Fifo, Reservoir, make_policy
-from dcl_lightning.memory.slots import Assignment, SlotState, rooms
+from dcl_lightning.memory.slots import Assignment, Integers, SlotState, rooms
 from dcl_lightning.memory.storage import RowStore
 
 __all__ = ["RehearsalBuffer", "distinct", "split_total"]
@@ -29,10 +31,8 @@ def split_total(total: int, num_workers: int, rank: int) -> int:
     return total // num_workers + int(rank < total % num_workers)
 
 
-def distinct(bound: int, number: int, generator: Generator) -> Tensor:
+def distinct(bound: int, number: int, generator: Generator) -> Integers:
     """Draw distinct whole numbers from ``[0, bound)``, every ordered choice as likely as any other.
-
-    The cost is that of the numbers drawn, not of the bound.
 
     Args:
         bound: one more than the largest number that can be drawn.
@@ -42,17 +42,11 @@ def distinct(bound: int, number: int, generator: Generator) -> Tensor:
     Returns:
         ``(min(number, bound),)`` int64.
     """
-    if 4 * number >= bound or bound <= 256:
-        return torch.randperm(bound, generator=generator)[:number]
-    # The distinct ones of independent draws are, given how many they are, a uniform choice; so is a part of them.
-    drawn = np.unique(torch.randint(bound, (number + number // 4 + 8,), generator=generator).numpy())
-    while drawn.size < number:
-        drawn = np.unique(np.append(drawn, torch.randint(bound, (number,), generator=generator).numpy()))
-    return torch.from_numpy(drawn[torch.randperm(drawn.size, generator=generator)[:number].numpy()])
+    return generator.choice(bound, min(number, bound), replace=False)
 
 
 class RehearsalBuffer:
-    """A store, the policy by which rows enter it, and uniform draws from it, all from one generator on the CPU.
+    """A store, the policy by which rows enter it, and uniform draws from it, all from one generator.
 
     Args:
         num_classes: K, classes of the whole stream; 1 for data without labels.
@@ -89,9 +83,9 @@ class RehearsalBuffer:
         self.policy_name, self.quota = policy, quota
         self.policy = make_policy(policy, num_candidates)
         self.store = store
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = Generator(PCG64(seed))
         self._by_class = not isinstance(self.policy, Reservoir)
-        classes = torch.full((num_classes,), self._by_class and quota == "fixed")
+        classes = np.full(num_classes, self._by_class and quota == "fixed")
         ids_kept = (num_samples or 0) if self.policy.refreshes else 0
         self.state = SlotState(num_classes, capacity, rooms(capacity, classes), ids_kept)
 
@@ -107,7 +101,7 @@ class RehearsalBuffer:
     @property
     def class_counts(self) -> Tensor:
         """``(K,)`` int64, rows stored of each class; a copy."""
-        return self.state.class_counts.clone()
+        return torch.from_numpy(self.state.class_counts.copy())
 
     def add(self, rows: Nest, labels: Tensor | None = None, ids: Tensor | None = None) -> Assignment:
         """Offer a batch of b samples; the policy decides which enter.
@@ -125,21 +119,20 @@ class RehearsalBuffer:
             DataError: a label lies outside ``[0, K)`` or lengths differ.
         """
         count = num_rows(rows)
-        labels = torch.zeros(count, dtype=torch.int64) if labels is None else labels.detach().cpu()
-        ids = ids.detach().cpu() if ids is not None and self.policy.refreshes else None
-        if labels.shape != (count,) or (ids is not None and ids.shape != (count,)):
-            raise DataError(f"{count} rows come with labels of shape {tuple(labels.shape)}: give one for each row")
+        classes = np.zeros(count, dtype=np.int64) if labels is None else labels.detach().cpu().numpy()
+        places = ids.detach().cpu().numpy() if ids is not None and self.policy.refreshes else None
+        if classes.shape != (count,) or (places is not None and places.shape != (count,)):
+            raise DataError(f"{count} rows come with labels of shape {classes.shape}: give one for each row")
         if count:
-            low, high = (int(value) for value in labels.aminmax())
+            low, high = int(classes.min()), int(classes.max())
             if low < 0 or high >= self.state.num_classes:
                 raise DataError(f"labels from {low} to {high}: the memory is for 0 to {self.state.num_classes - 1}")
             if self._by_class and self.quota == "adaptive":
-                self.state.admit(labels, self.generator, oldest_leave=isinstance(self.policy, Fifo))
-        assignment = self.policy.assign(self.state, labels, ids, self.generator)
-        chosen = assignment.rows
-        if chosen.numel():
-            self.store.insert(assignment.slots, rows, chosen)
-        self.state.apply(assignment, labels, ids)
+                self.state.admit(classes, self.generator, oldest_leave=isinstance(self.policy, Fifo))
+        assignment = self.policy.assign(self.state, classes, places, self.generator)
+        if assignment.rows.size:
+            self.store.insert(torch.from_numpy(assignment.slots), rows, torch.from_numpy(assignment.rows))
+        self.state.apply(assignment, classes, places)
         return assignment
 
     def draw(self, number: int, exclude_classes: Tensor | None = None) -> Tensor:
@@ -153,28 +146,29 @@ class RehearsalBuffer:
             ``(min(r, rows there are),)`` int64, distinct slots.
         """
         if exclude_classes is None:
-            return self.slots_at(distinct(self.state.size, number, self.generator))
-        counts = self.state.class_counts.masked_fill(exclude_classes, 0)
-        ends = counts.cumsum(0)
+            return torch.from_numpy(self.state.filled[distinct(self.state.size, number, self.generator)])
+        excluded = exclude_classes.cpu().numpy()
+        counts = np.where(excluded, 0, self.state.class_counts)
+        ends = counts.cumsum()
         allowed = int(ends[-1])
         if not self._by_class:
-            return self._draw_checked(min(number, allowed), allowed, exclude_classes)
+            return torch.from_numpy(self._draw_checked(min(number, allowed), allowed, excluded))
         places = distinct(allowed, number, self.generator)
-        classes = torch.searchsorted(ends, places, right=True)
+        classes = ends.searchsorted(places, side="right")
         offset = places - (ends - counts)[classes]
-        return self.state.table[self.state.start[classes] + offset]
+        return torch.from_numpy(self.state.table[self.state.start[classes] + offset])
 
-    def _draw_checked(self, number: int, allowed: int, exclude_classes: Tensor) -> Tensor:
+    def _draw_checked(self, number: int, allowed: int, excluded: npt.NDArray[np.bool_]) -> Integers:
         """Draw where classes own no slots: more than are wanted, of which the allowed are kept."""
         size, labels = self.state.size, self.state.labels
         tries = 2 * number * size // max(allowed, 1) + 16
         if 4 * tries < size:
-            slots = self.slots_at(distinct(size, tries, self.generator))
-            slots = slots[~exclude_classes[labels[slots]]]
-            if slots.numel() >= number:
+            slots = self.state.filled[distinct(size, tries, self.generator)]
+            slots = slots[~excluded[labels[slots]]]
+            if slots.size >= number:
                 return slots[:number]
         filled = self.state.filled[:size]
-        filled = filled[~exclude_classes[labels[filled]]]
+        filled = filled[~excluded[labels[filled]]]
         return filled[distinct(allowed, number, self.generator)]
 
     def slots_at(self, places: Tensor) -> Tensor:
@@ -185,7 +179,23 @@ class RehearsalBuffer:
         Args:
             places: ``(n,)`` int64 in ``[0, len)``.
         """
-        return self.state.filled.index_select(0, places)
+        return torch.from_numpy(self.state.filled[places.numpy()])
+
+    def labels_at(self, slots: Tensor) -> Tensor:
+        """Return the labels of rows.
+
+        Args:
+            slots: ``(n,)`` int64, filled slots.
+
+        Returns:
+            ``(n,)`` int64.
+        """
+        return torch.from_numpy(self.state.labels[slots.numpy()])
+
+    @property
+    def offered(self) -> Tensor:
+        """``(K,)`` int64, candidates of each class offered so far; a copy."""
+        return torch.from_numpy(self.state.offered.copy())
 
     def weights(
         self, labels: Tensor, batch_size: int, offered: Tensor | None = None, stored: int | None = None
@@ -204,8 +214,8 @@ class RehearsalBuffer:
             ``(n,)`` float32.
         """
         candidates = batch_size if self.policy.candidates is None else min(self.policy.candidates, batch_size)
-        offered = self.state.offered if offered is None else offered
-        return nil_weights(offered, labels.cpu(), self.state.size if stored is None else stored, batch_size, candidates)
+        offered = torch.from_numpy(self.state.offered) if offered is None else offered
+        return nil_weights(offered, labels, self.state.size if stored is None else stored, batch_size, candidates)
 
     def state_dict(self) -> dict[str, Any]:
         """Return rows, bookkeeping and generator as plain tensors, numbers and strings."""
@@ -213,8 +223,8 @@ class RehearsalBuffer:
             "policy": self.policy_name,
             "quota": self.quota,
             "slots": self.state.state_dict(),
-            "rows": self.store.state_dict(self.state.filled[: self.state.size]),
-            "generator": self.generator.get_state(),
+            "rows": self.store.state_dict(torch.from_numpy(self.state.filled[: self.state.size])),
+            "generator": dict(self.generator.bit_generator.state),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -228,4 +238,4 @@ class RehearsalBuffer:
                 raise ConfigurationError(f"saved memory has {name} {state[name]}, this one {ours}: give the same")
         self.state.load_state_dict(state["slots"])
         self.store.load_state_dict(state["rows"])
-        self.generator.set_state(state["generator"])
+        self.generator.bit_generator.state = state["generator"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +77,7 @@ class MemoryManager:
         self.steps = 0
         # What all workers hold, and have offered of each class, as the last exchange told.
         self.sizes = [0] * comm.size
-        self.offered = torch.zeros_like(buffer.state.offered)
+        self.offered = torch.zeros_like(buffer.offered)
         self.exchange: GlobalExchange | None = None
         if config.scope == "global":
             self.exchange = GlobalExchange(
@@ -116,15 +117,15 @@ class MemoryManager:
 
     def _draw_local(self, skipped: Tensor | None) -> Representatives:
         slots = self.buffer.draw(self.config.num_samples, skipped)
-        labels = self.buffer.state.labels.index_select(0, slots)
-        weights = self._weights(labels, self.buffer.state.offered, len(self.buffer))
-        total = weights.double().sum()
+        labels = self.buffer.labels_at(slots)
+        weights = self._weights(labels, None, None)
+        total = _sum(weights)
         if self.comm.size > 1:
             total = self._sum_over_workers(total)
-        return Representatives(self.buffer.store.gather(slots), labels, weights, float(total) / self.comm.size)
+        return Representatives(self.buffer.store.gather(slots), labels, weights, total / self.comm.size)
 
     def _draw_global(self, exchange: GlobalExchange, offer: Offer | None) -> Representatives:
-        note = self.buffer.state.offered if self.config.weighting == "nil" else None
+        note = self.buffer.offered if self.config.weighting == "nil" else None
         with stage("draw", self.device):
             exchange.start(self.steps, self.sizes, len(self.buffer), note)
         self._insert(offer)
@@ -140,20 +141,20 @@ class MemoryManager:
     def _serve(self, positions: Tensor) -> Served:
         """Return rows that other workers drew; their weights are those that the other workers will compute."""
         slots = self.buffer.slots_at(positions)
-        labels = self.buffer.state.labels[slots]
+        labels = self.buffer.labels_at(slots)
         weights = self._weights(labels, self.offered, sum(self.sizes))
-        return Served((self.buffer.store.gather(slots), labels), float(weights.double().sum()))
+        return Served((self.buffer.store.gather(slots), labels), _sum(weights))
 
-    def _weights(self, labels: Tensor, offered: Tensor, stored: int) -> Tensor:
+    def _weights(self, labels: Tensor, offered: Tensor | None, stored: int | None) -> Tensor:
         if self.config.weighting == "none":
             return torch.ones(len(labels))
         return self.buffer.weights(labels, self.batch_size, offered, stored)
 
-    def _sum_over_workers(self, value: Tensor) -> Tensor:
-        sent = value[None].view(torch.uint8)[None].repeat(self.comm.size, 1)
+    def _sum_over_workers(self, value: float) -> float:
+        sent = torch.tensor([value], dtype=torch.float64).view(torch.uint8)[None].repeat(self.comm.size, 1)
         one_each = [1] * self.comm.size
         received = self.comm.alltoall_async(sent, one_each, one_each, name="weights").wait()
-        return received.contiguous().view(value.dtype).sum()
+        return float(received.contiguous().view(torch.float64).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory and its place in the stream of draws."""
@@ -169,3 +170,7 @@ class MemoryManager:
         self.steps, self.sizes = state_dict["steps"], list(state_dict["sizes"])
         self.offered = state_dict["offered"].clone()
         self.buffer.load_state_dict(state_dict["buffer"])
+
+
+def _sum(weights: Tensor) -> float:
+    return float(weights.numpy().sum(dtype=np.float64))

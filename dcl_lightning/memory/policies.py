@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Generator, Tensor
+import numpy.typing as npt
+from numpy.random import Generator
 
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.slots import Assignment, SlotState
+from dcl_lightning.memory.slots import Assignment, Integers, SlotState
 
 __all__ = ["ClassBalanced", "Fifo", "Nil", "Policy", "Reservoir", "make_policy"]
 
@@ -34,7 +34,7 @@ class Policy(Protocol):
         """Number c of a batch that is offered; None if all are."""
         ...
 
-    def assign(self, state: SlotState, labels: Tensor, ids: Tensor | None, generator: Generator) -> Assignment:
+    def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """Decide; the state stays as it is.
 
         Args:
@@ -46,64 +46,65 @@ class Policy(Protocol):
         ...
 
 
-def _last(keys: Tensor) -> tuple[Tensor, Tensor]:
+def _last(keys: Integers) -> tuple[Integers, Integers]:
     """Return the distinct keys, ascending, and the last place of each."""
-    ordered, order = keys.sort(stable=True)
-    last = torch.ones_like(ordered, dtype=torch.bool)
-    torch.ne(ordered[1:], ordered[:-1], out=last[:-1])
-    if bool(last.all()):
-        return ordered, order
+    order = keys.argsort(kind="stable")
+    ordered = keys[order]
+    last = np.ones(ordered.size, dtype=np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=last[:-1])
     return ordered[last], order[last]
 
 
-def _by_class(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_class(rows: Integers, labels: Integers) -> tuple[Integers, Integers, Integers]:
     """Order rows by class, else as they were; return them, their classes, and how many of the class precede each."""
-    classes, order = labels.index_select(0, rows).sort(stable=True)
-    rank = torch.arange(rows.numel()) - torch.searchsorted(classes, classes)
-    return rows.index_select(0, order), classes, rank
+    classes = labels[rows]
+    order = classes.argsort(kind="stable")
+    classes = classes[order]
+    return rows[order], classes, np.arange(rows.size) - classes.searchsorted(classes)
 
 
-def _below(bounds: Tensor, generator: Generator) -> Tensor:
+def _below(bounds: Integers, generator: Generator) -> Integers:
     """Return for each bound a whole number drawn from ``[0, bound)``; 0 for the bound 0."""
-    return (torch.rand(bounds.shape, dtype=torch.float64, generator=generator) * bounds).long()
+    return (generator.random(bounds.size) * bounds).astype(np.int64)
 
 
-def _split(state: SlotState, rows: Tensor, labels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _split(
+    state: SlotState, rows: Integers, labels: Integers, ids: Integers | None
+) -> tuple[Integers, Integers, Integers]:
     """Part the rows of a batch into new ones and stored ones; return new, stored, and the latter's slots.
 
     Of rows with the same id in one batch the last counts.
     """
     if ids is None:
         return rows, rows[:0], rows[:0]
-    asked = ids.index_select(0, rows)
-    ordered, order = asked.sort(stable=True)
+    asked = ids[rows]
+    order = asked.argsort(kind="stable")
+    ordered = asked[order]
     again = ordered[1:] == ordered[:-1]
-    if bool(again.any()):
+    if again.any():
         last = ordered < 0
         last[-1:] = True
         last[:-1] |= ~again
-        rows = rows[order[last].sort().values]
+        rows = rows[np.sort(order[last])]
         asked = ids[rows]
-    found = state.find(asked, labels.index_select(0, rows))
+    found = state.find(asked, labels[rows])
     stored = found >= 0
-    if not bool(stored.any()):
-        return rows, rows[:0], rows[:0]
     return rows[~stored], rows[stored], found[stored]
 
 
-def _settle(rows: Tensor, slots: Tensor, stored: Tensor, stored_slots: Tensor) -> tuple[Tensor, Tensor]:
+def _settle(rows: Integers, slots: Integers, stored: Integers, stored_slots: Integers) -> tuple[Integers, Integers]:
     """Let stored rows be refreshed first, then new ones take their slots in order; return rows and distinct slots."""
-    if stored.numel():
-        rows, slots = torch.cat((stored, rows)), torch.cat((stored_slots, slots))
+    if stored.size:
+        rows, slots = np.concatenate((stored, rows)), np.concatenate((stored_slots, slots))
     slots, last = _last(slots)
-    return rows.index_select(0, last), slots
+    return rows[last], slots
 
 
-def _in_class(state: SlotState, rows: Tensor, classes: Tensor, place: Tensor, enters: Tensor) -> tuple[Tensor, Tensor]:
+def _in_class(
+    state: SlotState, rows: Integers, classes: Integers, place: Integers, enters: npt.NDArray[np.bool_]
+) -> tuple[Integers, Integers]:
     """Return the rows that enter and their slots, given by their places among those of their class."""
-    kept = enters.nonzero().flatten()
-    start = state.start.index_select(0, classes.index_select(0, kept))
-    return rows.index_select(0, kept), state.table.index_select(0, start + place.index_select(0, kept))
+    return rows[enters], state.table[state.start[classes[enters]] + place[enters]]
 
 
 @dataclass(frozen=True)
@@ -122,31 +123,16 @@ class Nil:
     candidates: int
     refreshes = False
 
-    def assign(self, state: SlotState, labels: Tensor, ids: Tensor | None, generator: Generator) -> Assignment:
+    def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
-        # In NumPy: on so few numbers its calls take a third of the time, which is Python's lock withheld from training.
-        rows = torch.randperm(labels.numel(), generator=generator)[: self.candidates].numpy()
-        classes = labels.numpy()[rows]
-        order = classes.argsort(kind="stable")
-        rows, classes = rows[order], classes[order]
-        rank = np.arange(rows.size) - classes.searchsorted(classes)
-        before, room = state.class_counts.numpy()[classes] + rank, state.room.numpy()[classes]
-        place = np.where(before < room, before, _below(torch.from_numpy(before + 1), generator).numpy())
+        drawn = generator.permutation(labels.size)[: self.candidates]
+        rows, classes, rank = _by_class(drawn, labels)
+        before, room = state.class_counts[classes] + rank, state.room[classes]
+        place = np.where(before < room, before, _below(before + 1, generator))
         offered = np.bincount(classes, minlength=state.num_classes)
-        enters = place < room
-        rows = rows[enters]
-        slots = state.table.numpy()[state.start.numpy()[classes[enters]] + place[enters]]
-        # Of several that took one slot the last one has it.
-        order = slots.argsort(kind="stable")
-        slots = slots[order]
-        last = np.append(slots[1:] != slots[:-1], True)[: slots.size]
-        return Assignment(
-            torch.from_numpy(rows[order[last]]),
-            torch.from_numpy(slots[last]),
-            torch.from_numpy(offered),
-            None,
-            labels.numel(),
-        )
+        rows, slots = _in_class(state, rows, classes, place, place < room)
+        slots, last = _last(slots)
+        return Assignment(rows[last], slots, offered, None, labels.size)
 
 
 @dataclass(frozen=True)
@@ -164,20 +150,19 @@ class ClassBalanced:
     candidates: int
     refreshes = True
 
-    def assign(self, state: SlotState, labels: Tensor, ids: Tensor | None, generator: Generator) -> Assignment:
+    def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
-        rows, stored, slots = _split(state, torch.arange(labels.numel()), labels, ids)
+        rows, stored, slots = _split(state, np.arange(labels.size), labels, ids)
         rows, classes, rank = _by_class(rows, labels)
-        before, room = state.class_counts.index_select(0, classes) + rank, state.room.index_select(0, classes)
+        before, room = state.class_counts[classes] + rank, state.room[classes]
         appends = before < room
-        place = torch.where(appends, before, _below(room, generator))
-        chance = torch.rand(labels.shape, dtype=torch.float64, generator=generator) * labels.numel()
-        chosen = chance < self.candidates
-        enters = appends | (chosen.index_select(0, rows) & (room > 0))
-        offered = torch.bincount(labels[chosen], minlength=state.num_classes)
+        place = np.where(appends, before, _below(room, generator))
+        chosen = generator.random(labels.size) * labels.size < self.candidates
+        enters = appends | (chosen[rows] & (room > 0))
+        offered = np.bincount(labels[chosen], minlength=state.num_classes)
         rows, taken = _in_class(state, rows, classes, place, enters)
         rows, slots = _settle(rows, taken, stored, slots)
-        return Assignment(rows, slots, offered, None, labels.numel())
+        return Assignment(rows, slots, offered, None, labels.size)
 
 
 @dataclass(frozen=True)
@@ -192,16 +177,15 @@ class Reservoir:
     candidates = None
     refreshes = True
 
-    def assign(self, state: SlotState, labels: Tensor, ids: Tensor | None, generator: Generator) -> Assignment:
+    def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
-        rows, stored, slots = _split(state, torch.arange(labels.numel()), labels, ids)
-        following = state.size + torch.arange(rows.numel())
-        place = torch.where(following < state.capacity, following, _below(state.seen + rows + 1, generator))
+        rows, stored, slots = _split(state, np.arange(labels.size), labels, ids)
+        following = state.size + np.arange(rows.size)
+        place = np.where(following < state.capacity, following, _below(state.seen + rows + 1, generator))
         enters = place < state.capacity
-        offered = torch.bincount(labels, minlength=state.num_classes)
-        kept = enters.nonzero().flatten()
-        rows, slots = _settle(rows.index_select(0, kept), place.index_select(0, kept), stored, slots)
-        return Assignment(rows, slots, offered, None, labels.numel())
+        offered = np.bincount(labels, minlength=state.num_classes)
+        rows, slots = _settle(rows[enters], place[enters], stored, slots)
+        return Assignment(rows, slots, offered, None, labels.size)
 
 
 @dataclass(frozen=True)
@@ -215,18 +199,18 @@ class Fifo:
     candidates: int
     refreshes = True
 
-    def assign(self, state: SlotState, labels: Tensor, ids: Tensor | None, generator: Generator) -> Assignment:
+    def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
-        drawn = torch.randperm(labels.numel(), generator=generator)[: self.candidates]
+        drawn = generator.permutation(labels.size)[: self.candidates]
         rows, stored, slots = _split(state, drawn, labels, ids)
         rows, classes, rank = _by_class(rows, labels)
-        room = state.room.index_select(0, classes)
-        place = (state.cursor.index_select(0, classes) + rank) % room.clamp_min(1)
-        offered = torch.bincount(labels[drawn], minlength=state.num_classes)
-        entered = torch.bincount(classes, minlength=state.num_classes)
+        room = state.room[classes]
+        place = (state.cursor[classes] + rank) % np.maximum(room, 1)
+        offered = np.bincount(labels[drawn], minlength=state.num_classes)
+        entered = np.bincount(classes, minlength=state.num_classes)
         rows, taken = _in_class(state, rows, classes, place, room > 0)
         rows, slots = _settle(rows, taken, stored, slots)
-        return Assignment(rows, slots, offered, entered, labels.numel())
+        return Assignment(rows, slots, offered, entered, labels.size)
 
 
 def make_policy(name: str, num_candidates: int | None) -> Policy:

@@ -59,7 +59,7 @@ def buffer_of(agent) -> RehearsalBuffer:
 
 def stored_rows(agent) -> dict[str, torch.Tensor]:
     buffer = buffer_of(agent)
-    return buffer.store.gather(buffer.state.filled[: len(buffer)])
+    return buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))
 
 
 def leaves(state: Any) -> list[Any]:

@@ -89,7 +89,8 @@ def test_one_line_rehearses_for_an_image_classifier(tmp_path: Path, execution: s
     assert "on_after_batch_transfer" not in module.__dict__
     assert "on_before_batch_transfer" not in module.__dict__
     # Stored is what the loader gave; each row was halved once, in the step that it was in, with its own label.
-    x, y = rehearsal.manager.buffer.store.gather(rehearsal.manager.buffer.state.filled)
+    buffer = rehearsal.manager.buffer
+    x, y = buffer.store.gather(buffer.slots_at(torch.arange(6)))
     # A row has no place in a data set: the map of places does not grow with the samples seen.
     assert (rehearsal.manager.buffer.state.ids == -1).all()
     assert (y == (x[:, 0, 0, 0] / 2).long() * 4 // 20).all()
@@ -204,7 +205,7 @@ def test_class_balanced_with_labels(tmp_path: Path) -> None:
         make_trainer(tmp_path, [rehearsal], max_epochs=1, enable_checkpointing=False).fit(module, loader)
         assert rehearsal.manager.buffer.class_counts.tolist() == [2] * classes
         labels = rehearsal.manager.buffer.store.gather(torch.arange(2 * classes))[label]
-        assert torch.equal(labels, rehearsal.manager.buffer.state.labels)
+        assert torch.equal(labels, rehearsal.manager.buffer.labels_at(torch.arange(2 * classes)))
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,22 @@ def test_rehearse_past_gives_no_class_of_the_task(tmp_path: Path) -> None:
     assert mixed == [False] * 6 + [True] * 12
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_rehearse_past_where_every_task_has_every_class(tmp_path: Path, scope: str) -> None:
+    """What is past is told by tasks, not by classes."""
+    options = {"scenario": "domain", "num_tasks": 3, "increment": 1}
+    with pytest.raises(ConfigurationError, match="update=task_end"):
+        fit(tmp_path, data=make_data(**options), rehearse="past")
+    origins: list[tuple[int, set[int]]] = []
+
+    def look(agent, batch, loss):
+        origins.append((int(batch.task_ids[0]), set(batch.task_ids[batch.num_new :].tolist())))
+
+    fit(tmp_path, data=make_data(**options), look=look, rehearse="past", update="task_end", scope=scope)
+    assert all(origin < task for task, drawn in origins for origin in drawn)
+    assert set.union(*(drawn for task, drawn in origins if task == 2)) == {0, 1}
+
+
 def test_hold_outs_are_never_stored_and_rows_are_those_of_the_data_set(tmp_path: Path) -> None:
     for config in ({"update": "step"}, {"update": "task_end", "policy": "reservoir"}):
         data = make_data(val_ratio=0.3)
@@ -230,7 +246,7 @@ def test_weights_are_those_of_the_definition(tmp_path: Path, scope: str) -> None
 
     def look(agent, batch, loss):
         state = buffer_of(agent).state
-        states.append((state.size, state.offered.numpy().copy()))
+        states.append((state.size, state.offered.copy()))
         # Inline, the memory is now as it was drawn from; a global draw was begun before the last step's rows
         # entered, but for the first of an epoch, and knows what the one before it told.
         exchanges.append(states[-2] if agent.trainer.fit_loop.batch_idx else states[-1])

@@ -65,7 +65,7 @@ def fit(name, kind=nil, callbacks=(), ckpt=None, seed=0, **config):
         "first": first, "steps": steps, "state": {k: v.clone() for k, v in agent.state_dict().items()},
         "weights": torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone(),
         "manager": agent.rehearsal.manager.state_dict(), "capacity": buffer.store.capacity,
-        "ids": buffer.store.gather(buffer.state.filled[:len(buffer)])["sample_ids"],
+        "ids": buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))["sample_ids"],
     }
     return trainer
 

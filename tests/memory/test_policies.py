@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,7 @@ from dcl_lightning.memory import policies
 from dcl_lightning.memory.policies import ClassBalanced, Fifo, Nil, Reservoir, make_policy
 from dcl_lightning.memory.slots import SlotState, rooms
 
-ALL = lambda k: torch.ones(k, dtype=torch.bool)  # noqa: E731
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+ALL = lambda k: np.ones(k, dtype=np.bool_)  # noqa: E731
 
 
 class Memory:
@@ -23,12 +20,16 @@ class Memory:
 
     def __init__(self, policy, num_classes, capacity, seed=0):
         room = rooms(capacity, ALL(num_classes) & (not isinstance(policy, Reservoir)))
-        self.policy, self.state, self.generator = policy, SlotState(num_classes, capacity, room), generator(seed)
-        self.content = torch.full((capacity,), -1)
+        self.policy, self.state, self.generator = (
+            policy,
+            SlotState(num_classes, capacity, room),
+            np.random.default_rng(seed),
+        )
+        self.content = np.full(capacity, -1)
 
     def add(self, ids, labels=None):
-        ids = torch.as_tensor(ids)
-        labels = torch.zeros_like(ids) if labels is None else torch.as_tensor(labels)
+        ids = np.asarray(ids)
+        labels = np.zeros_like(ids) if labels is None else np.asarray(labels)
         given = ids if self.policy.refreshes else None
         assignment = self.policy.assign(self.state, labels, given, self.generator)
         self.content[assignment.slots] = ids[assignment.rows]
@@ -54,10 +55,10 @@ def enumerated(monkeypatch, build, steps):
                 choice = next(given, None)
                 if choice is None:
                     short.append(bound)
-                    return torch.zeros_like(bounds)
+                    return np.zeros_like(bounds)
                 weight /= bound
                 drawn.append(choice)
-            return torch.tensor(drawn, dtype=torch.int64)
+            return np.array(drawn, dtype=np.int64)
 
         monkeypatch.setattr(policies, "_below", below)
         memory = build()
@@ -102,7 +103,7 @@ def test_nil_takes_c_of_the_batch():
     for seed in range(50):
         memory = Memory(Nil(4), 2, 20, seed)
         assignment = memory.add(range(9), [0, 1, 0, 1, 0, 1, 0, 1, 0])
-        assert assignment.rows.numel() == 4
+        assert assignment.rows.size == 4
         assert memory.state.offered.sum() == 4
 
 
@@ -115,13 +116,13 @@ def test_nil_stores_a_sample_again():
 
 def test_class_balanced_appends_all_then_overwrites_c():
     memory = Memory(ClassBalanced(3), 2, 2000)
-    assert memory.add(range(30), [0, 1] * 15).rows.numel() == 30
+    assert memory.add(range(30), [0, 1] * 15).rows.size == 30
     memory.add(range(100, 4100), [0, 1] * 2000)
     assert memory.state.class_counts.tolist() == [1000, 1000]
     written, offered, steps, b = 0, 0, 3000, 12
     for step in range(steps):
-        assignment = memory.add(torch.arange(b) + 10_000 + b * step, [0, 1, 1] * 4)
-        written += assignment.rows.numel()
+        assignment = memory.add(np.arange(b) + 10_000 + b * step, [0, 1, 1] * 4)
+        written += assignment.rows.size
         offered += int(assignment.offered.sum())
     # Binomial: mean c a batch; two of a batch on one of 1000 slots cost less than 0.2 %.
     sigma = (steps * b * (3 / b) * (1 - 3 / b)) ** 0.5
@@ -130,7 +131,7 @@ def test_class_balanced_appends_all_then_overwrites_c():
 
 
 def test_class_balanced_overwrites_any_slot_alike():
-    hits = torch.zeros(5)
+    hits = np.zeros(5)
     for seed in range(2000):
         memory = Memory(ClassBalanced(1), 1, 5, seed)
         memory.add(range(5))
@@ -174,7 +175,7 @@ def test_a_stored_sample_is_refreshed(policy):
     memory = Memory(policy, 2, 8)
     memory.add([3, 3, 3], [1, 1, 1])
     assert memory.stored() == (3,)
-    slot = int((memory.content == 3).nonzero())
+    slot = int(np.flatnonzero(memory.content == 3)[0])
     assignment = memory.add([4, 3], [1, 1])
     assert memory.stored() == (3, 4)
     assert memory.content[slot] == 3
@@ -186,7 +187,7 @@ def test_a_stored_sample_is_refreshed(policy):
 def test_rooms_share_with_what_is_left_in_a_fixed_order():
     assert rooms(25, ALL(10)).tolist() == [3] * 5 + [2] * 5
     assert rooms(2, ALL(3)).tolist() == [1, 1, 0]
-    assert rooms(5, torch.tensor([False, True, True])).tolist() == [0, 3, 2]
+    assert rooms(5, np.array([False, True, True])).tolist() == [0, 3, 2]
     assert rooms(5, ~ALL(3)).tolist() == [0, 0, 0]
 
 

@@ -1,0 +1,50 @@
+"""The manager: the order of a step's work, and its names in a profile."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from dcl_lightning.memory.buffer import RehearsalBuffer
+from dcl_lightning.memory.comm import SingleProcessComm
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.manager import MemoryManager, Offer
+from dcl_lightning.memory.storage import RowStore
+
+
+def manager_of(scope: str, device: str = "cpu") -> MemoryManager:
+    config = RehearsalConfig(buffer_size=4, num_candidates=2, num_samples=3, scope=scope)  # type: ignore[arg-type]
+    example = torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)
+    buffer = RehearsalBuffer(2, 4, "nil", "fixed", 2, RowStore(example[0], 4))
+    return MemoryManager(config, buffer, SingleProcessComm(), 2, example, torch.device(device))
+
+
+def offer(value: float) -> Offer:
+    return Offer(torch.full((2, 2), float(value)), torch.tensor([0, 1]), torch.tensor([-1, -1]))
+
+
+@pytest.mark.parametrize(("scope", "drawn"), [("local", [2, 3, 3]), ("global", [0, 0, 2])])
+def test_what_a_step_can_draw(scope: str, drawn: list[int]) -> None:
+    """Candidates enter before a local draw; a global one is of what was there when the exchange before began."""
+    manager = manager_of(scope)
+    found = [manager.advance(offer(step), draw=True) for step in range(3)]
+    assert [len(representatives.labels) for representatives in found if representatives] == drawn
+    assert manager.advance(offer(9), draw=False) is None
+
+
+@pytest.mark.parametrize(
+    ("scope", "names"),
+    [
+        ("local", ["rehearsal.insert", "rehearsal.draw"]),
+        ("global", ["rehearsal.draw", "rehearsal.insert", "rehearsal.exchange"]),
+    ],
+)
+def test_stages_have_names_in_a_profile_of_a_gpu(scope: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: seen.append(name) or nullcontext())
+    manager_of(scope).advance(offer(0), draw=True)
+    assert seen == []
+    manager_of(scope, "cuda").advance(offer(0), draw=True)
+    assert seen == names
