@@ -1,6 +1,8 @@
 """The reference protocol on digits: final accuracy over all test images, mean of seeds.
 
-Five tasks of two classes, MLP 64-100-100, batch 16, ten epochs a task, SGD with lr 0.05.
+Five tasks of two classes, MLP 64-100-100, batch 16, ten epochs a task, SGD with lr 0.05 without momentum unless said.
+On two workers each has half the batch, half the rehearsed samples and half the memory. What is set beside another case
+is compared seed by seed: the mean of the differences and its 90 % interval.
 """
 
 from __future__ import annotations
@@ -9,13 +11,18 @@ import argparse
 import json
 import logging
 import statistics
+import subprocess
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from scipy.stats import t as student
 
 from dcl_lightning import NIL, ContinualAgent, ContinualDataModule, FineTuning, ICaRL
 from dcl_lightning.backbones import MLP
@@ -24,57 +31,89 @@ from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.size import MemorySize
 
 
-def icarl(size: int) -> Callable[[ContinualDataModule], ContinualAgent]:
-    """Return what builds iCaRL with so many exemplars."""
-    return lambda data: ICaRL(
-        MLP(),
-        data.num_classes,
-        rehearsal=MemorySize(buffer_size=size),
-        bce_reduction="sum",
-        logits="seen",
-        momentum=0.9,
-        epochs_per_task=10,
-        input_spec=data.input_spec,
+class Case(NamedTuple):
+    """One row of the table.
+
+    Args:
+        build: makes the agent for a data module.
+        concatenate: each task has the samples of all tasks so far.
+        workers: of the job; more than one under Horovod.
+        beside: name of the case that it is compared with.
+    """
+
+    build: Callable[[ContinualDataModule], ContinualAgent]
+    concatenate: bool = False
+    workers: int = 1
+    beside: str = ""
+
+
+def icarl(size: int) -> Case:
+    """Return iCaRL with so many exemplars."""
+    return Case(
+        lambda data: ICaRL(
+            MLP(),
+            data.num_classes,
+            rehearsal=MemorySize(buffer_size=size),
+            bce_reduction="sum",
+            logits="seen",
+            momentum=0.9,
+            epochs_per_task=10,
+            input_spec=data.input_spec,
+        )
     )
 
 
-def nil(size: int, **options: Any) -> Callable[[ContinualDataModule], ContinualAgent]:
-    """Return what builds NIL with so many stored samples, c = r = 16, fixed quota."""
-    return lambda data: NIL(
-        MLP(),
-        data.num_classes,
-        rehearsal=RehearsalConfig(buffer_size=size, num_candidates=16, num_samples=16, **options),
-        epochs_per_task=10,
-        input_spec=data.input_spec,
+def nil(size: int, workers: int = 1, beside: str = "", lr: float = 0.05, momentum: float = 0.0, **options: Any) -> Case:
+    """Return NIL with so many stored samples in all, fixed quota, c = r = 16 unless said, a worker's part of each."""
+    moved = {key: options.pop(key, 16) // workers for key in ("num_candidates", "num_samples")}
+    return Case(
+        lambda data: NIL(
+            MLP(),
+            data.num_classes,
+            rehearsal=RehearsalConfig(buffer_size=size, **moved, **options),
+            epochs_per_task=10,
+            lr=lr,
+            momentum=momentum,
+            input_spec=data.input_spec,
+        ),
+        workers=workers,
+        beside=beside,
     )
 
 
-def finetuning(reset: bool = False) -> Callable[[ContinualDataModule], ContinualAgent]:
-    """Return what builds fine-tuning."""
-    return lambda data: FineTuning(
-        MLP(), data.num_classes, reset_state_dict=reset, epochs_per_task=10, input_spec=data.input_spec
+def finetuning(reset: bool = False, concatenate: bool = False) -> Case:
+    """Return fine-tuning."""
+    return Case(
+        lambda data: FineTuning(
+            MLP(), data.num_classes, reset_state_dict=reset, epochs_per_task=10, input_spec=data.input_spec
+        ),
+        concatenate,
     )
 
 
-CASES: dict[str, tuple[Callable[[ContinualDataModule], ContinualAgent], bool]] = {
-    "naive": (finetuning(), False),
-    "transfer": (finetuning(), True),
-    "scratch": (finetuning(reset=True), True),
-    "icarl, 50 exemplars": (icarl(50), False),
-    "icarl, 200 exemplars": (icarl(200), False),
-    "nil, 50 stored": (nil(50), False),
-    "nil, 200 stored": (nil(200), False),
-    "nil, 50 stored, weighting none": (nil(50, weighting="none"), False),
-    "nil, 200 stored, weighting none": (nil(200, weighting="none"), False),
+CASES: dict[str, Case] = {
+    "naive": finetuning(),
+    "transfer": finetuning(concatenate=True),
+    "scratch": finetuning(reset=True, concatenate=True),
+    "icarl, 50 exemplars": icarl(50),
+    "icarl, 200 exemplars": icarl(200),
 }
+for stored in (50, 200):
+    one = f"nil, {stored} stored"
+    CASES |= {
+        one: nil(stored),
+        f"{one}, weighting none": nil(stored, weighting="none"),
+        f"nil_global, {stored} stored, two workers": nil(stored, workers=2, beside=one, scope="global"),
+    }
 
 
-def final_accuracy(case: str, seed: int, folder: str, dataset: str = "digits") -> float:
+def final_accuracy(case: Case, seed: int, folder: str, dataset: str = "digits") -> float:
     """Return the accuracy in % over all test images after the last task."""
-    build, concatenate = CASES[case]
     pl.seed_everything(seed, verbose=False)
-    data = ContinualDataModule(dataset, increment=2, batch_size=16, seed=seed, concatenate_tasksets=concatenate)
-    agent = build(data)
+    batch = 16 // case.workers
+    data = ContinualDataModule(dataset, increment=2, batch_size=batch, seed=seed, concatenate_tasksets=case.concatenate)
+    agent = case.build(data)
+    several = {"strategy": "horovod", "devices": case.workers} if case.workers > 1 else {}
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -85,27 +124,64 @@ def final_accuracy(case: str, seed: int, folder: str, dataset: str = "digits") -
         num_sanity_val_steps=0,
         callbacks=[TaskReport(show_table=False)],
         default_root_dir=folder,
+        **several,
     )
     trainer.fit(agent, datamodule=data)
     return 100 * float(agent.clock.matrix.pooled[-1])
 
 
+def of_seeds(name: str, seeds: int, dataset: str) -> list[float]:
+    """Return the accuracy of each seed; a case of several workers has a process of its own, which starts the others."""
+    if CASES[name].workers > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "accuracies.json")
+            command = [sys.executable, __file__, "--worker", name, "--seeds", str(seeds), "--dataset", dataset]
+            subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=True)
+            return json.loads(file.read_text())
+    folder = tempfile.mkdtemp()
+    return [final_accuracy(CASES[name], seed, folder, dataset) for seed in range(seeds)]
+
+
+def compared(values: list[float], others: list[float]) -> str:
+    """Return the mean of the differences and its 90 % interval."""
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    mean, count = statistics.mean(differences), len(differences)
+    half = (
+        float(student.ppf(0.95, count - 1)) * statistics.stdev(differences) / count**0.5 if count > 1 else float("nan")
+    )
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
 def main() -> None:
     """Print the table; with --json also write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--only", help="cases whose name starts so")
+    parser.add_argument("--only", default="", help="cases whose name starts so")
+    parser.add_argument("--dataset", default="digits", help="digits, or digits_dev for choices")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a network this small only loses by more
+    if options.worker:
+        folder = tempfile.mkdtemp()
+        values = [final_accuracy(CASES[options.worker], seed, folder, options.dataset) for seed in range(options.seeds)]
+        rank_zero_only(options.json.write_text)(json.dumps(values))
+        return
+    found: dict[str, list[float]] = {}
+    print("| case | mean | deviation | seeds | beside |\n|---|---|---|---|---|")
     rows = []
-    folder = tempfile.mkdtemp()
-    for case in (name for name in CASES if name.startswith(options.only or "")):
-        values = [final_accuracy(case, seed, folder) for seed in range(options.seeds)]
+    for name in (name for name in CASES if name.startswith(options.only)):
+        values = found[name] = of_seeds(name, options.seeds, options.dataset)
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f"| {case} | {statistics.mean(values):.1f} | {spread:.1f} | {len(values)} |", flush=True)
-        rows.append({"name": case, "value": statistics.mean(values), "unit": "%", "baseline": None, "ratio": None})
+        other = found.get(CASES[name].beside)
+        beside = "" if other is None else f"{compared(values, other)} of {CASES[name].beside}"
+        mean = statistics.mean(values)
+        print(f"| {name} | {mean:.1f} | {spread:.1f} | {len(values)} | {beside} |", flush=True)
+        baseline = None if other is None else statistics.mean(other)
+        ratio = None if baseline is None else mean / baseline
+        rows.append({"name": name, "value": mean, "unit": "%", "baseline": baseline, "ratio": ratio})
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

@@ -209,7 +209,7 @@ def _rehearsing(
     data.setup()
     buffer = _full(rows, data.train_inputs.shape[3])
     memory = {
-        "steps": 0, "sizes": [rows], "offered": buffer.offered, "buffer": buffer.state_dict(),
+        "seed": 0, "steps": 0, "sizes": [rows], "offered": buffer.offered, "buffer": buffer.state_dict(),
     }  # fmt: skip
     file = io.BytesIO()
     torch.save({"manager": memory, "in_flight": None}, file)

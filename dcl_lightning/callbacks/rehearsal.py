@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ class Rehearsal(pl.Callback):
         self, config: RehearsalConfig | None = None, label: int | str | None = None, num_classes: int | None = None
     ) -> None:
         super().__init__()
+        if (label is None) != (num_classes is None):
+            raise ConfigurationError(
+                f"Rehearsal(label={label!r}, num_classes={num_classes}): give both, or neither where the policy needs "
+                "no labels"
+            )
         self.config = config or RehearsalConfig()
         self.label, self.num_classes = label, num_classes
         self.manager: MemoryManager | None = None
@@ -105,8 +111,11 @@ class Rehearsal(pl.Callback):
     def _wrap(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, add: Callable[[Any], Any]) -> None:
         """Let a hook's batch pass through ``add`` first, on the object whose hook Lightning calls."""
         data = getattr(trainer, "datamodule", None)
-        overridden = data is not None and getattr(type(data), name) is not getattr(pl.LightningDataModule, name)
-        owner: Any = data if overridden else module
+        # Lightning calls the data module's hook if that has one, else the module's; if neither has, it makes no
+        # difference, but of a module's beside a data module it warns.
+        theirs = data is not None and getattr(type(data), name) is not getattr(pl.LightningDataModule, name)
+        ours = getattr(type(module), name) is not getattr(pl.LightningModule, name) or name in module.__dict__
+        owner: Any = data if data is not None and (theirs or not ours) else module
         original, own = getattr(owner, name), owner.__dict__.get(name)
 
         def hook(batch: Any, dataloader_idx: int) -> Any:
@@ -229,7 +238,7 @@ class Rehearsal(pl.Callback):
         if self.config.update != "task_end" or self.manager is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in data.train_eval_loader(_shuffled(data.train_indices(task.index), self.config.seed + task.index)):
+        for batch in data.train_eval_loader(_shuffled(data.train_indices(task.index), self.manager.seed + task.index)):
             offer = self._offer_of(batch)
             self.manager.buffer.add(offer.rows, offer.labels, offer.ids)
 
@@ -244,7 +253,7 @@ class Rehearsal(pl.Callback):
             return Offer(columns_of(batch), batch.targets, batch.sample_ids)
         count = num_rows(batch)
         labels = torch.zeros(count, dtype=torch.int64)
-        if self.label is not None and self.num_classes is not None:
+        if self.label is not None:
             labels = batch[self.label].long().cpu()
         # A copy: the module may write into its batch while the memory reads. A sample's place is not known.
         return Offer(map_tensors(torch.clone, batch), labels, torch.full((count,), -1))
@@ -257,7 +266,8 @@ class Rehearsal(pl.Callback):
                 "rehearsal.execution=nonblocking goes with scope=local: the exchange needs all workers in step"
             )
         if not own:
-            self._check_foreign(batch)
+            config.check_without_agent(self.label is not None)
+            num_rows(batch)  # what is no tensor is named
         if own and config.rehearse == "past" and config.update == "step" and _classes_come_again(module.clock.tasks):
             raise ConfigurationError(
                 "rehearsal.rehearse=past tells tasks by their classes, and here a class comes in several tasks: give "
@@ -272,6 +282,7 @@ class Rehearsal(pl.Callback):
             )
         example = columns_of(batch) if own else batch
         capacity = split_total(total, comm.size, comm.rank)
+        seed = config.seed if config.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         candidates = config.candidates
         if config.update == "task_end" and candidates is not None:  # every sample is a candidate
             candidates = trainer.datamodule.eval_batch_size  # type: ignore[attr-defined]
@@ -282,41 +293,17 @@ class Rehearsal(pl.Callback):
             quota=config.quota,
             num_candidates=candidates,
             store=RowStore(example, capacity, config.storage),
-            seed=config.seed * 1_000_003 + comm.rank,
+            seed=seed * 1_000_003 + comm.rank,
             num_samples=samples or None,
         )
         size = trainer.datamodule.batch_size if own else num_rows(batch)  # type: ignore[attr-defined]
         labels = torch.zeros(0, dtype=torch.int64)
         self._example = _no_rows(example)
-        self.manager = MemoryManager(config, buffer, comm, size, (self._example, labels), module.device)
+        self.manager = MemoryManager(config, buffer, comm, size, (self._example, labels), module.device, seed)
         if own and config.stage != "sample":
             self._rooms = Rooms(size, config.num_samples, module.device)
         if self._state is not None:
             self._restore(comm.rank, comm.size)
-
-    def _check_foreign(self, batch: Any) -> None:
-        config = self.config
-        if config.weighting == "nil":
-            raise ConfigurationError(
-                "rehearsal.weighting=nil needs an agent of ours, whose loss knows weights: give weighting='none'"
-            )
-        for name, value, remedy in (
-            ("loss", config.loss == "sum" and config.loss, "loss='mean'"),
-            ("update", config.update == "task_end" and config.update, "update='step'"),
-            ("rehearse", config.rehearse == "past" and config.rehearse, "rehearse='seen'"),
-            ("rehearsal_ratio", config.rehearsal_ratio, "buffer_size"),
-        ):
-            if value:
-                raise ConfigurationError(
-                    f"rehearsal.{name}={value} needs an agent of ours and its data module: give {remedy}"
-                )
-        by_class = config.policy != "reservoir" and (config.policy != "fifo" or self.label is not None)
-        if by_class and (self.label is None or self.num_classes is None):
-            raise ConfigurationError(
-                f"rehearsal.policy={config.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
-                "policy='reservoir'"
-            )
-        num_rows(batch)  # what is no tensor is named
 
     # -- reports -----------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class RehearsalConfig(MemorySize):
         stage: what the background prepares: representatives (``sample``), representatives on the device behind
             room for the new batch (``assemble``), or the next batch of the loader as well (``load``).
         storage: where rows lie: ``cpu``, ``cuda`` or a folder for a memory-mapped file.
-        seed: seed of choice and draws; each worker adds its rank.
+        seed: of choice and draws, each worker adds its rank; that of ``seed_everything`` if None.
     """
 
     num_candidates: int | None = None
@@ -50,7 +50,7 @@ class RehearsalConfig(MemorySize):
     execution: Literal["inline", "blocking", "nonblocking"] = "inline"
     stage: Literal["sample", "assemble", "load"] = "sample"
     storage: str = "cpu"
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +58,8 @@ class RehearsalConfig(MemorySize):
             raise ConfigurationError(f"rehearsal.num_samples={self.num_samples}: give at least 1")
         if self.num_candidates is not None and self.num_candidates < 1:
             raise ConfigurationError(f"rehearsal.num_candidates={self.num_candidates}: give at least 1")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigurationError(f"rehearsal.seed={self.seed}: give 0 or more")
         if self.policy == "reservoir" and self.num_candidates is not None:
             raise ConfigurationError(
                 f"rehearsal.num_candidates={self.num_candidates} with policy=reservoir: leave it out, all are offered"
@@ -80,3 +82,32 @@ class RehearsalConfig(MemorySize):
     def candidates(self) -> int | None:
         """c, with its default."""
         return self.num_candidates if self.num_candidates is not None or self.policy == "reservoir" else 20
+
+    def check_without_agent(self, has_labels: bool) -> None:
+        """Refuse what needs an agent of ours, whose loss knows weights, and our data module, which knows tasks.
+
+        Args:
+            has_labels: whether it is known where a batch has its labels, and how many classes there are.
+
+        Raises:
+            ConfigurationError: with the remedy.
+        """
+        if self.weighting == "nil":
+            raise ConfigurationError(
+                "rehearsal.weighting=nil needs an agent of ours, whose loss knows weights: give weighting='none'"
+            )
+        for name, value, remedy in (
+            ("loss", self.loss == "sum" and self.loss, "loss='mean'"),
+            ("update", self.update == "task_end" and self.update, "update='step'"),
+            ("rehearse", self.rehearse == "past" and self.rehearse, "rehearse='seen'"),
+            ("rehearsal_ratio", self.rehearsal_ratio, "buffer_size"),
+        ):
+            if value:
+                raise ConfigurationError(
+                    f"rehearsal.{name}={value} needs an agent of ours and its data module: give {remedy}"
+                )
+        if not has_labels and self.policy in ("nil", "class_balanced"):
+            raise ConfigurationError(
+                f"rehearsal.policy={self.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
+                "policy='reservoir'"
+            )

@@ -236,7 +236,7 @@ class GlobalExchange:
         if r * layout.row_bytes + HEADER_BYTES + 8 * note_length >= 1 << 31:
             raise ValueError(f"r={r} rows of {layout.row_bytes} bytes: one exchange holds less than 2 GiB a worker")
         self._comm, self._gather, self._layout = comm, gather, layout
-        self._r, self._seed, self._name = r, seed, name
+        self._r, self.seed, self._name = r, seed, name
         self._fixed_bytes = HEADER_BYTES + 8 * note_length  # of a message, whatever rows are in it
         self._device = device
         self._step = 0
@@ -268,7 +268,7 @@ class GlobalExchange:
         fixed = torch.zeros(0, dtype=torch.int64) if note is None else note
         if 8 * fixed.numel() + HEADER_BYTES != self._fixed_bytes:
             raise ValueError(f"a note of {fixed.numel()} numbers, expected {(self._fixed_bytes - HEADER_BYTES) // 8}")
-        draws = plan_draws(sizes, self._r, self._seed, step)
+        draws = plan_draws(sizes, self._r, self.seed, step)
         self._plan, self._step, self._error = plan_of(self._comm.rank, sizes, draws), step, None
         try:
             if sizes[self._comm.rank] > size:

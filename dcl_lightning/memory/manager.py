@@ -61,6 +61,7 @@ class MemoryManager:
         batch_size: b, new samples a step and worker.
         example: a nest like the stored rows, for their layout.
         device: where representatives are needed.
+        seed: of a global draw, the same on all workers.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class MemoryManager:
         batch_size: int,
         example: Any,
         device: torch.device,
+        seed: int = 0,
     ) -> None:
+        self.seed = seed
         self.config, self.buffer, self.comm = config, buffer, comm
         self.batch_size, self.device = batch_size, device
         self.steps = 0
@@ -85,7 +88,7 @@ class MemoryManager:
                 self._serve,
                 RowLayout(example),
                 config.num_samples,
-                config.seed,
+                seed,
                 note_length=len(self.offered) if config.weighting == "nil" else 0,
                 device=buffer.store.device,
             )
@@ -159,6 +162,7 @@ class MemoryManager:
     def state_dict(self) -> dict[str, Any]:
         """Return the memory and its place in the stream of draws."""
         return {
+            "seed": self.seed,
             "steps": self.steps,
             "sizes": list(self.sizes),
             "offered": self.offered.clone(),
@@ -167,6 +171,9 @@ class MemoryManager:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state back."""
+        self.seed = state_dict["seed"]
+        if self.exchange is not None:
+            self.exchange.seed = self.seed
         self.steps, self.sizes = state_dict["steps"], list(state_dict["sizes"])
         self.offered = state_dict["offered"].clone()
         self.buffer.load_state_dict(state_dict["buffer"])

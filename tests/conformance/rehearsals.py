@@ -18,6 +18,7 @@ from dcl_lightning.memory.config import RehearsalConfig
 def make_nil(data, seed: int = 0, agent: dict[str, Any] | None = None, **config):
     pl.seed_everything(seed)
     config = {"buffer_size": 12, "num_candidates": 4, "num_samples": 3} | config
+    config["seed"] = config.pop("rehearsal_seed", None)
     if config.get("policy") == "reservoir":
         config |= {"num_candidates": None, "weighting": "none"}
     common = {"epochs_per_task": 2, "lr": 0.05, "momentum": 0.9, "input_spec": data.input_spec} | (agent or {})

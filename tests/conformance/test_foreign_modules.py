@@ -229,6 +229,12 @@ def test_what_needs_an_agent_is_refused(tmp_path: Path, config: dict[str, Any], 
     assert "on_after_batch_transfer" not in module.__dict__
 
 
+@pytest.mark.parametrize("given", [{"label": 1}, {"num_classes": 4}])
+def test_label_and_number_of_classes_belong_together(given: dict[str, int]) -> None:
+    with pytest.raises(ConfigurationError, match="give both, or neither"):
+        Rehearsal(memory(), **given)
+
+
 def test_a_share_of_an_unknown_set_is_refused(tmp_path: Path) -> None:
     config = RehearsalConfig(rehearsal_ratio=0.5, policy="reservoir", weighting="none")
     with pytest.raises(ConfigurationError, match="buffer_size"):

@@ -6,21 +6,19 @@ import io
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from rehearsals import assert_same_run, buffer_of, fit, make_nil, stored_rows, watch
-from streams import make_data, make_trainer, matrix
+from rehearsals import assert_same_run, buffer_of, fit, stored_rows
+from streams import make_data, matrix
 from torch.nn import functional as F
 
 from dcl_lightning import ContinualDataModule
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.config import RehearsalConfig
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +55,13 @@ def test_stages_equal_sample_runs_repeat_and_seeds_differ(tmp_path: Path) -> Non
     assert_same_run(fit(tmp_path), fit(tmp_path))
     other = fit(tmp_path, **{"execution": "blocking", "num_samples": 4})
     assert not torch.equal(other[1], sample[1])
-    # the memory has a seed of its own
-    pl.seed_everything(0)
-    data = make_data()
-    again = make_nil(data, execution="blocking", **{"num_samples": 3})
-    again.rehearsal.config = RehearsalConfig(
-        buffer_size=12, num_candidates=4, num_samples=3, execution="blocking", seed=7
-    )
-    losses = watch(again)
-    make_trainer(tmp_path, limit_val_batches=0).fit(again, datamodule=data)
-    assert not torch.equal(torch.stack(losses), sample[1])
+    # The memory has a seed of its own: that of seed_everything unless given.
+    assert_same_run(fit(tmp_path, execution="blocking", **{"seed": 0, "rehearsal_seed": 0}), sample)
+    assert not torch.equal(fit(tmp_path, execution="blocking", **{"seed": 0, "rehearsal_seed": 7})[1], sample[1])
+    for scope in ("local", "global"):
+        draws = [fit(tmp_path, seed=seed, scope=scope)[0].rehearsal.manager for seed in (0, 1)]
+        assert draws[0].buffer.generator.bit_generator.state != draws[1].buffer.generator.bit_generator.state
+        assert [manager.seed for manager in draws] == [0, 1]
 
 
 def test_nonblocking_ends_and_says_how_stale_it_was(tmp_path: Path) -> None:

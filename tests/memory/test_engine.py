@@ -56,10 +56,13 @@ def test_a_job_that_waits_for_ever_does_not_keep_the_engine_from_closing(monkeyp
     engine: MemoryEngine[bool] = MemoryEngine(True)
     gate = threading.Event()
     engine.submit(gate.wait)
+    thread = engine._thread
     started = time.monotonic()
     engine.close()
     assert time.monotonic() - started < 5
     gate.set()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_hundred_engines_leave_no_thread() -> None:
