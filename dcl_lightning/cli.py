@@ -12,6 +12,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import dcl_lightning.agents.presets
 import dcl_lightning.backbones.presets
@@ -25,6 +26,7 @@ _USER_ERRORS = (ConfigurationError, DataError, HorovodNotFoundError, Misconfigur
 # What says how a network is built and optimised, whichever agent trains it.
 _SHARED_KEYS = {
     "backbone",
+    "decay_biases_and_norms",
     "epochs_per_task",
     "gamma",
     "lr",
@@ -160,7 +162,8 @@ def main(args: list[str] | None = None) -> int:
         args: arguments after the program's name; those of the process if None.
 
     Returns:
-        Exit code: 0 done, 2 wrong usage, configuration or data, 130 after Ctrl-C. Anything else raises.
+        Exit code: 0 done, 2 wrong usage, configuration or data, 130 after Ctrl-C, 143 after SIGTERM. Anything else
+        raises.
     """
     _quieten()
     try:
@@ -183,6 +186,13 @@ def main(args: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except SIGTERMException:
+        return 143
+    except SystemExit as end:
+        # Lightning ends with 1 after Ctrl-C; scripts that wait for us tell it by the shell's own code.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return 130
+        raise
     return 0
 
 

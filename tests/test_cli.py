@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +49,40 @@ def test_fit_writes_the_report(tmp_path: Path) -> None:
     assert (folder / "report" / "summary.md").exists()
     assert (folder / "config.yaml").exists()
     assert list((folder / "checkpoints").glob("last*.ckpt"))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_memory_in_the_background_within_ten_seconds(
+    tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    (tmp_path / "told.py").write_text(
+        "import lightning.pytorch as pl\n"
+        "class Told(pl.Callback):\n"
+        "    def on_train_epoch_end(self, trainer, pl_module):\n"
+        "        print('an epoch has passed', flush=True)\n"
+    )
+    options = ["--model.init_args.epochs_per_task", "100000", "--trainer.callbacks", "told.Told"]
+    config = str(ROOT / "configs/nil_digits.yaml")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), "fit", "--config", config, *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if "an epoch has passed" in line:
+            break
+    process.send_signal(signum)
+    started = time.monotonic()
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == code, "".join(lines) + rest
+    assert time.monotonic() - started < 10
+    assert "Traceback" not in rest
 
 
 def test_short_names_with_flags_only(tmp_path: Path) -> None:
