@@ -103,6 +103,8 @@ for stored in (50, 200):
     CASES |= {
         one: nil(stored),
         f"{one}, weighting none": nil(stored, weighting="none"),
+        # Chosen on digits_dev among learning rates with and without momentum.
+        f"{one}, tuned": nil(stored, lr=0.02, momentum=0.9, beside=one),
         f"nil_global, {stored} stored, two workers": nil(stored, workers=2, beside=one, scope="global"),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigurationError", "DataError", "DatasetNotFoundError", "HorovodNotFoundError"]
+__all__ = ["ConfigurationError", "DataError", "DatasetNotFoundError", "HorovodNotFoundError", "WorkerError"]
 
 
 class ConfigurationError(ValueError):
@@ -36,3 +36,7 @@ class HorovodNotFoundError(ImportError):
             "strategy=horovod needs Horovod with PyTorch support, which is not installed: "
             "run `python -m dcl_lightning.distributed.install`"
         )
+
+
+class WorkerError(RuntimeError):
+    """A worker is missing or has ended, so that the job cannot go on."""

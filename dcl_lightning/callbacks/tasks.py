@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
 
 from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.distributed.sharing import share_buffers
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import Batch, Task
@@ -240,6 +241,8 @@ class TaskClock(Checkpoint):
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         self._ended_tasks = task.index + 1
         self.wall_time["train"] += self._lap()
+        # From here on its running statistics are used, on every worker.
+        share_buffers(pl_module, comm_of(trainer.strategy))
         _call_task_hook("on_task_end", trainer, pl_module, task)
         self.evaluate(trainer, pl_module, task)
         self.wall_time["eval"] += self._lap()

@@ -20,11 +20,19 @@ class GradientAverager:
     ``horovod.torch.DistributedOptimizer`` is not used: it synchronises before Lightning's closure has run
     the backward pass, and trains on wrong gradients without a word.
 
+    A gradient is owed to the others from the moment it grows in this worker until it is combined with
+    theirs. So what accumulates in passes that are not synchronised is combined in the next one that is,
+    even if the parameter takes no part in that one.
+
     Args:
-        op: ``average``, ``sum`` or ``adasum``.
+        op: ``average``, ``sum`` or ``adasum``. The last two combine what a gradient holds each time that a
+            pass is synchronised: accumulate with ``accumulate_grad_batches``, not by several passes of a step.
         compression: ``none``, ``fp16`` or ``bf16``.
         predivide: averages divide by it before the sum and by workers / predivide after.
         find_unused: agree, once a backward pass, which parameters have a gradient on some worker.
+
+    Raises:
+        ConfigurationError: ``predivide`` goes with averages only.
     """
 
     def __init__(self, op: str, compression: str, predivide: float, find_unused: bool) -> None:
@@ -32,28 +40,62 @@ class GradientAverager:
             raise ConfigurationError(f"gradient_predivide_factor={predivide} goes with op=average, not op={op}")
         self.op, self.compression, self.predivide, self.find_unused = op, compression, predivide, find_unused
         self._names: dict[nn.Parameter, str] = {}
-        self._hooks: list[Any] = []
+        self._hooks: dict[nn.Parameter, Any] = {}
+        # Dictionaries as sets that keep their order.
+        self._owed: dict[nn.Parameter, None] = {}
         self._pending: list[tuple[nn.Parameter, Any]] = []
-        self._paused = self._queued = False
+        self._attached = self._paused = self._queued = False
 
     def attach(self, module: nn.Module) -> None:
-        """Hook every parameter that is trained."""
+        """Hook every parameter that is trained.
+
+        Args:
+            module: whose parameters.
+
+        Raises:
+            ConfigurationError: ``op=adasum`` cannot work with this Horovod, or with this number of workers.
+        """
         import horovod.torch as hvd
 
         self.detach()
-        if self.op == "adasum" and not (hvd.mpi_enabled() or hvd.nccl_built()):
-            raise ConfigurationError("op=adasum needs a Horovod with MPI: install --mpi on, and start with mpirun")
+        if self.op == "adasum":
+            _check_adasum(hvd)
         self._hvd = hvd
         self._ops = {"average": hvd.Sum, "sum": hvd.Sum, "adasum": hvd.Adasum}
-        self._names = {p: f"gradient.{name}" for name, p in module.named_parameters() if p.requires_grad}
-        self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in self._names]
+        self._attached = True
+        self.include(module)
+
+    def include(self, module: nn.Module) -> list[nn.Parameter]:
+        """Hook parameters that were added or unfrozen since, let go of those that are gone; return the new ones.
+
+        It looks at every parameter and is quick where nothing has changed. Parameters that are frozen now
+        stay hooked: ``toggle_model`` freezes and unfreezes them within a step.
+
+        Args:
+            module: whose parameters.
+        """
+        known = self._names
+        if not self._attached or all(p in known for p in module.parameters() if p.requires_grad):
+            return []
+        self._names = {p: f"gradient.{name}" for name, p in module.named_parameters() if p.requires_grad or p in known}
+        for gone in known.keys() - self._names.keys():
+            self._hooks.pop(gone).remove()
+            self._owed.pop(gone, None)
+        new = [p for p in self._names if p not in known]
+        self._hooks |= {p: p.register_post_accumulate_grad_hook(self._ready) for p in new}
+        return new
+
+    def begin(self) -> None:
+        """Make good what a backward pass that failed, and whose error was caught, has left behind."""
+        if self._queued:
+            self._finish()
 
     def detach(self) -> None:
         """Remove all hooks and forget what a failed backward pass left behind."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks, self._pending, self._names = [], [], {}
-        self._queued = False
+        self._names, self._hooks, self._owed, self._pending = {}, {}, {}, []
+        self._attached = self._queued = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -66,6 +108,7 @@ class GradientAverager:
 
     def _ready(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
+        self._owed[parameter] = None
         if self._paused:
             return
         if not self._queued:
@@ -76,8 +119,11 @@ class GradientAverager:
             self._start(parameter)
 
     def _start(self, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        sent = parameter.grad.detach().contiguous()
+        self._owed.pop(parameter, None)
+        gradient = _real(parameter, self._names[parameter])
+        if not gradient.numel():
+            return
+        sent = gradient.contiguous()
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.compression, sent.dtype)
         before, after = self._factors()
         if dtype == torch.bfloat16:
@@ -101,20 +147,41 @@ class GradientAverager:
 
     def _finish(self) -> None:
         self._queued = False
+        # What ``toggle_model`` has frozen waits for a pass of its own; what was set to None is gone.
+        owed = {p for p in self._owed if p.requires_grad and p.grad is not None}
+        self._owed = {p: None for p in self._owed if p.grad is not None}
         if self.find_unused:
-            self._start_used()
+            mine = torch.tensor([p in owed for p in self._names], dtype=torch.int32)
+            used = self._hvd.allreduce(mine, op=self._hvd.Max, name="gradient.used").tolist()
+            owed = {p for p, somewhere in zip(self._names, used, strict=True) if somewhere}
+        for parameter in [p for p in self._names if p in owed]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self._start(parameter)
         pending, self._pending = self._pending, []
         for parameter, handle in pending:
             result = self._hvd.synchronize(handle)
-            assert parameter.grad is not None
-            if result.data_ptr() != parameter.grad.data_ptr():
-                parameter.grad.copy_(result)
+            gradient = _real(parameter)
+            if result.data_ptr() != gradient.data_ptr():
+                gradient.copy_(result)
 
-    def _start_used(self) -> None:
-        mine = torch.tensor([p.grad is not None for p in self._names], dtype=torch.int32)
-        used = self._hvd.allreduce(mine, op=self._hvd.Max, name="gradient.used")
-        for parameter, somewhere in zip(self._names, used.tolist(), strict=True):
-            if somewhere:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                self._start(parameter)
+
+def _real(parameter: nn.Parameter, name: str = "") -> Tensor:
+    """Return the gradient as Horovod can take it: dense, complex numbers as pairs."""
+    assert parameter.grad is not None
+    gradient = parameter.grad.detach()
+    if gradient.layout != torch.strided:
+        raise ConfigurationError(
+            f"{name} is a sparse tensor, and strategy=horovod combines dense ones only: set sparse=False in its layer"
+        )
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
+
+def _check_adasum(hvd: Any) -> None:
+    if not hvd.mpi_enabled():
+        raise ConfigurationError(
+            "op=adasum needs a Horovod with MPI: build it with `python -m dcl_lightning.distributed.install --mpi on`, "
+            "and start the job with mpirun"
+        )
+    if hvd.size() & (hvd.size() - 1):
+        raise ConfigurationError(f"op=adasum works on 2, 4, 8, ... workers, not on {hvd.size()}: start as many")

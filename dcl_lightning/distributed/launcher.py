@@ -5,53 +5,35 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import IO, Any
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
+from dcl_lightning.distributed.child import Child
 from dcl_lightning.distributed.place import worker_threads
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, WorkerError
 
 __all__ = ["HorovodLauncher", "worker_variables"]
 
 _GRACE_S = 3.0  # for the others to notice a failure by themselves
 _LAST_RESORT_S = 10.0  # for worker 0 to end once its operations fail
-_PATIENCE_S = 30.0  # for the others to end after worker 0 has ended well
-_LAST_LINES = 150  # holds a traceback through all of Lightning
-
-
-@dataclass
-class _Worker:
-    """A child, the readers of its output, and the last lines of its stderr."""
-
-    rank: int
-    process: subprocess.Popen[str]
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
-    readers: list[threading.Thread] = field(default_factory=list)
-
-    @property
-    def running(self) -> bool:
-        return self.process.poll() is None
-
-    @property
-    def failed(self) -> bool:
-        return self.process.poll() not in (None, 0)
+_PATIENCE_S = 30.0  # for the others to end after worker 0 has ended well, or all have stopped together
+_ECHOES = ("HorovodInternalError", "WorkerError")  # of another worker's failure
 
 
 class HorovodLauncher(_Launcher):
     """Local launcher, like ddp's: no ``horovodrun`` needed on one machine.
 
     Workers 1..N-1 run the same command in process groups of their own; what they write is shown with
-    ``[rank k]`` before each line. If one fails, the last lines that it wrote are shown and all end.
+    ``[rank k]`` before each line. If one fails, the last lines that it wrote are shown and all end. None
+    outlives this process.
 
     Args:
         num_workers: N, at least 2.
@@ -60,10 +42,10 @@ class HorovodLauncher(_Launcher):
     def __init__(self, num_workers: int) -> None:
         super().__init__()
         self.num_workers = num_workers
-        self._workers: list[_Worker] = []
+        self._workers: list[Child] = []
         self._ending = threading.Event()
         self._reported = threading.Lock()
-        self._in_trainer = self._own_failure = self._failing = False
+        self._own_failure = self._failing = self._stopped = False
         self._signal = 0  # that ended the job
 
     @property
@@ -79,14 +61,20 @@ class HorovodLauncher(_Launcher):
             *args: its arguments.
             trainer: the trainer.
             **kwargs: its keyword arguments.
+
+        Raises:
+            WorkerError: another worker has failed; why is shown before.
         """
         if not self._workers:
             self._start()
-        self._in_trainer = True
         try:
             return function(*args, **kwargs)
-        finally:
-            self._in_trainer = False
+        except Exception as exception:
+            worker = self._cause_of(exception)
+            if worker is None:
+                raise
+            self._report()
+            raise WorkerError(f"worker {worker.rank} {worker.how_it_ended()}: its last lines are shown above") from None
 
     def kill(self, signum: int) -> None:
         """Send a signal to the other workers and what they started.
@@ -97,11 +85,7 @@ class HorovodLauncher(_Launcher):
         # Whoever is told to end does not fail by ending.
         self._signal = self._signal or int(signum)
         for worker in self._workers:
-            if worker.running:
-                try:
-                    os.killpg(worker.process.pid, signum)
-                except ProcessLookupError:
-                    continue
+            worker.kill(signum)
 
     def note_failure(self, exception: BaseException) -> None:
         """Learn that worker 0 ends with an exception.
@@ -110,7 +94,52 @@ class HorovodLauncher(_Launcher):
             exception: Horovod's own error is the echo of another worker's failure, any other is a cause.
         """
         self._failing = True
-        self._own_failure = type(exception).__name__ != "HorovodInternalError"
+        self._own_failure = type(exception).__name__ not in _ECHOES
+        if self._own_failure:
+            # Their tracebacks, which echo this one, would come into the midst of it.
+            for worker in self._workers:
+                worker.mute()
+
+    def note_stop(self, signum: int) -> None:
+        """Learn that all workers have stopped together and end by themselves.
+
+        Args:
+            signum: the signal that they have stopped for.
+        """
+        self._signal, self._stopped = int(signum), True
+
+    def failed_workers(self) -> list[int]:
+        """Return the ranks of workers that have ended with an error."""
+        return [worker.rank for worker in self._workers if worker.failed]
+
+    def log_to(self, folder: Path) -> None:
+        """Write what each of the other workers says to ``rank_k.log``.
+
+        Args:
+            folder: where; made if needed.
+        """
+        for worker in self._workers:
+            worker.log_to(folder)
+
+    def abort(self, code: int, stuck: Collection[int] = (), patience: float = 0.0) -> None:
+        """End the whole job now; does not return.
+
+        Args:
+            code: exit code.
+            stuck: workers that hang; they show their stacks before they end.
+            patience: seconds that those have to end by themselves.
+        """
+        self._ending.set()
+        late = [worker for worker in self._workers if worker.rank in stuck]
+        _wait_for(late, patience)
+        for worker in late:
+            worker.kill(signal.SIGABRT, group=False)  # Python shows the stack, also where a thread holds its lock
+        _wait_for(late, 1.0 if late else 0.0)
+        for worker in self._workers:
+            worker.kill(signal.SIGKILL)
+        for worker in self._workers:
+            worker.drain()
+        _exit_now(code)
 
     # -- start ---------------------------------------------------------------------------------------
 
@@ -128,29 +157,10 @@ class HorovodLauncher(_Launcher):
             torch.set_num_threads(threads)
         atexit.register(self._end)
         for slot in slots[1:]:
-            self._start_worker(command, slot.rank, worker_variables(slot, port, threads))
+            self._workers.append(Child(slot.rank, command, worker_variables(slot, port, threads)))
         os.environ.update(worker_variables(slots[0], port, threads))
         self._forward_signals()
         threading.Thread(target=self._watch, name="horovod-watch", daemon=True).start()
-
-    def _start_worker(self, command: list[str], rank: int, variables: dict[str, str]) -> None:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        worker = _Worker(rank, process)
-        self._workers.append(worker)
-        for stream, name, tail in ((process.stdout, "stdout", None), (process.stderr, "stderr", worker.tail)):
-            assert stream is not None
-            reader = threading.Thread(target=_pass_on, args=(stream, name, rank, tail), daemon=True)
-            reader.start()
-            worker.readers.append(reader)
 
     def _forward_signals(self) -> None:
         """Tell the others of SIGINT and SIGTERM: in sessions of their own, a terminal does not."""
@@ -164,8 +174,8 @@ class HorovodLauncher(_Launcher):
                 before(signum, frame)
 
         def terminate(signum: int, frame: Any) -> None:
-            # Within a trainer Lightning's handler, which calls ours too, forwards it and ends the loop.
-            if not self._in_trainer:
+            # While a trainer runs, Lightning's handler, which calls this one too, forwards it and ends the loop.
+            if signal.getsignal(signal.SIGTERM) is terminate:
                 self.kill(signum)
                 sys.exit(128 + signum)
 
@@ -175,12 +185,29 @@ class HorovodLauncher(_Launcher):
 
     # -- end -----------------------------------------------------------------------------------------
 
+    def _cause_of(self, exception: Exception) -> Child | None:
+        """Return the worker whose failure this is the echo of."""
+        if self._signal or type(exception).__name__ not in _ECHOES:
+            return None
+        # The operations of the others fail before the one that failed has ended.
+        end = time.monotonic() + (0.0 if isinstance(exception, WorkerError) else _LAST_RESORT_S)
+        while not self.failed_workers() and time.monotonic() < end:
+            time.sleep(0.05)
+        return self._first_failed()
+
+    def _first_failed(self) -> Child | None:
+        failed = [worker for worker in self._workers if worker.failed]
+        for worker in failed:
+            worker.drain()
+        causes = [worker for worker in failed if not worker.echoes]
+        return next(iter(causes or failed), None)
+
     def _watch(self) -> None:
         """End the job when a worker has failed and worker 0 has had time to notice."""
         while not self._ending.wait(0.2):
-            if not any(worker.failed for worker in self._workers):
+            if not self.failed_workers():
                 continue
-            if self._ending.wait(_GRACE_S):
+            if self._ending.wait(_PATIENCE_S if self._stopped else _GRACE_S):
                 return
             self._report()
             # What worker 0 waits for will never come: let it raise. In a thread, as it may block.
@@ -188,7 +215,7 @@ class HorovodLauncher(_Launcher):
             if self._ending.wait(_LAST_RESORT_S):
                 return
             self._kill_rest()
-            _exit_now()
+            _exit_now(128 + self._signal if self._signal else 1)
 
     def _end(self) -> None:
         """At exit: let the others end by themselves, end those that do not, and tell of failures."""
@@ -196,18 +223,19 @@ class HorovodLauncher(_Launcher):
         started = time.monotonic()
         self._failing |= self._signal != 0 or getattr(sys, "last_value", None) is not None
         while any(worker.running for worker in self._workers):
-            if not self._failing and any(worker.failed for worker in self._workers):
+            if not self._failing and self.failed_workers():
                 self._failing, started = True, time.monotonic()
             if time.monotonic() - started > (_GRACE_S if self._failing else _PATIENCE_S):
                 break
             time.sleep(0.05)
-        failed = any(worker.failed for worker in self._workers)
+        failed = self.failed_workers()
         late = [worker.rank for worker in self._workers if worker.running]
         told_to_end = self._signal
         self._kill_rest()
         for worker in self._workers:
-            for reader in worker.readers:
-                reader.join(timeout=1)
+            worker.drain()
+        if self._stopped:
+            return
         if told_to_end:
             # Lightning ends with 0 after SIGTERM; whoever sent it should see that the job was cut short.
             _exit_now(128 + told_to_end)
@@ -221,21 +249,24 @@ class HorovodLauncher(_Launcher):
     def _kill_rest(self) -> None:
         if any(worker.running for worker in self._workers):
             self.kill(signal.SIGTERM)
-            deadline = time.monotonic() + 1
-            while time.monotonic() < deadline and any(worker.running for worker in self._workers):
-                time.sleep(0.05)
+            _wait_for(self._workers, 1.0)
             self.kill(signal.SIGKILL)
 
     def _report(self) -> None:
         """Show, once, the last lines of the worker that failed first; none if worker 0 is the cause."""
         if self._signal or self._own_failure or not self._reported.acquire(blocking=False):
             return
-        failed = [worker for worker in self._workers if worker.failed]
-        causes = [worker for worker in failed if not any("HorovodInternalError" in line for line in worker.tail)]
-        worker = (causes or failed)[0]
-        text = f"horovod: worker {worker.rank} ended with code {worker.process.returncode}; its last lines:\n"
-        sys.stderr.write(text + "".join(worker.tail))
-        sys.stderr.flush()
+        worker = self._first_failed()
+        if worker is not None:
+            said = "; its last lines:\n" + "".join(worker.tail) if worker.tail else "\n"
+            sys.stderr.write(f"horovod: worker {worker.rank} {worker.how_it_ended()}{said}")
+            sys.stderr.flush()
+
+
+def _wait_for(workers: Collection[Child], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(worker.running for worker in workers):
+        time.sleep(0.05)
 
 
 def _leave_horovod() -> None:
@@ -290,13 +321,3 @@ def worker_variables(slot: Any, port: int, threads: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": 1,
     }
     return {name: str(value) for name, value in values.items()}
-
-
-def _pass_on(stream: IO[str], name: str, rank: int, tail: deque[str] | None) -> None:
-    """Copy a worker's lines to this process's stream of the same name, each with its rank in front."""
-    for line in stream:
-        if tail is not None:
-            tail.append(line)
-        out = getattr(sys, name)
-        out.write(f"[rank {rank}] {line.rstrip()}\n")
-        out.flush()

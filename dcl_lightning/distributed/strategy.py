@@ -18,13 +18,19 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
+from dcl_lightning.distributed.batchnorm import layer_sync_for_horovod
+from dcl_lightning.distributed.binding import bind_worker, check_binding
+from dcl_lightning.distributed.care import JobCare
 from dcl_lightning.distributed.comm import HorovodComm
 from dcl_lightning.distributed.environment import HorovodEnvironment
 from dcl_lightning.distributed.gradients import GradientAverager
 from dcl_lightning.distributed.launcher import HorovodLauncher
-from dcl_lightning.distributed.place import launched_by_horovod, set_rank_from_environment, worker_threads
+from dcl_lightning.distributed.loaders import warn_of_fork
+from dcl_lightning.distributed.place import launched_by_horovod, set_rank_from_environment
+from dcl_lightning.distributed.sharing import share_buffers, share_tensors
+from dcl_lightning.distributed.slurm import accept_allocation, check_srun, horovod_environment, requeue_together
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 
@@ -38,6 +44,9 @@ class HorovodStrategy(ParallelStrategy):
     ``devices`` above 1 it starts the other workers itself. Gradients are averaged when ``backward()``
     returns, as with ddp.
 
+    Lightning refuses a compiled LightningModule here: compile the backbone within it, in place, by
+    ``backbone.compile()`` in ``configure_model``.
+
     Args:
         accelerator: set by the trainer.
         parallel_devices: set by the trainer.
@@ -48,7 +57,11 @@ class HorovodStrategy(ParallelStrategy):
         compression: type in which gradients travel.
         gradient_predivide_factor: averages divide by it before the sum and by workers / factor after.
         find_unused_parameters: allow parameters that take no part in some worker's step.
+        bind: cores of each worker: ``none``, all that it was given; ``core``, its share of the host's; ``numa``,
+            those of its share of the NUMA nodes. Threads follow, unless OMP_NUM_THREADS is set.
         start_timeout: seconds that workers wait for each other at the start.
+        collective_timeout: seconds that a worker waits within one operation before the job ends, with the
+            stacks of the workers that hang; 0 waits for ever.
 
     Raises:
         HorovodNotFoundError: Horovod is not installed, or without PyTorch support.
@@ -69,27 +82,28 @@ class HorovodStrategy(ParallelStrategy):
         compression: Literal["none", "fp16", "bf16"] = "none",
         gradient_predivide_factor: float = 1.0,
         find_unused_parameters: bool = False,
-        start_timeout: int = 120,
+        bind: Literal["none", "core", "numa"] = "none",
+        start_timeout: float = 120,
+        collective_timeout: float = 1800,
     ) -> None:
         if not _horovod_is_installed():
             raise HorovodNotFoundError
-        if gradient_predivide_factor <= 0 or start_timeout < 1:
-            raise ConfigurationError(
-                f"gradient_predivide_factor={gradient_predivide_factor} must be above 0 and "
-                f"start_timeout={start_timeout} at least 1 second"
-            )
+        if gradient_predivide_factor <= 0:
+            raise ConfigurationError(f"gradient_predivide_factor={gradient_predivide_factor} must be above 0")
         if cluster_environment is not None and not isinstance(cluster_environment, HorovodEnvironment):
             raise ConfigurationError(
                 f"strategy=horovod cannot work with {type(cluster_environment).__name__}: leave cluster_environment out"
             )
+        check_binding(bind)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment or HorovodEnvironment(),
+            cluster_environment=cluster_environment or horovod_environment(),
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        self.start_timeout = start_timeout
+        self._care = JobCare(start_timeout, collective_timeout)
+        self._bind = bind
         self._averager = GradientAverager(op, compression, gradient_predivide_factor, find_unused_parameters)
         self._comm: Comm = SingleProcessComm()
         self._failed = False
@@ -151,6 +165,7 @@ class HorovodStrategy(ParallelStrategy):
     # -- life --------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
+        check_srun()
         devices = len(self.parallel_devices or [None])
         if not launched_by_horovod():
             if devices > 1:
@@ -169,25 +184,30 @@ class HorovodStrategy(ParallelStrategy):
 
     def setup_environment(self) -> None:
         """Join the other workers; the first thing that needs Horovod itself."""
-        # horovodrun always sets 30 s, too short where imports are slow.
-        timeout = max(self.start_timeout, int(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", 0)))
-        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(timeout)
         import horovod.torch as hvd
 
         first = not hvd.is_initialized()
+        if first:
+            trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+            self._care.meet(trainer, self._launcher)
         hvd.init()
         self._failed = False
         self._comm = HorovodComm() if hvd.size() > 1 else SingleProcessComm()
         set_rank_from_environment()
         if first and hvd.size() > 1:
+            threads = bind_worker(self._bind, self._comm)
             if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(worker_threads(hvd.local_size()))
+                torch.set_num_threads(threads)
             if hvd.rank() == 0:
                 print(
                     f"horovod: {hvd.size()} workers on {_counted(hvd.cross_size(), 'host')}, "
                     f"{_counted(torch.get_num_threads(), 'thread')} each",
                     flush=True,
                 )
+        if self.lightning_module is not None:
+            self._care.begin(self.lightning_module.trainer, self._comm)
+            if self._comm.size > 1:
+                requeue_together(self.lightning_module.trainer, self.environment)
         super().setup_environment()
         reset_seed()
 
@@ -198,20 +218,27 @@ class HorovodStrategy(ParallelStrategy):
             torch.cuda.set_device(self.root_device)
         self.model.to(self.root_device)
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """Return the loader as it is; warn of worker processes that are started in a way that is not safe."""
+        warn_of_fork(dataloader)
+        return dataloader
+
     def setup(self, trainer: pl.Trainer) -> None:
         """Start from worker 0's weights; with several workers, average every gradient from now on."""
         assert self.accelerator is not None
         assert self.model is not None
         assert self.lightning_module is not None
-        if self._layer_sync is not None and self._comm.size > 1:
-            raise ConfigurationError("trainer.sync_batchnorm=true is not available with strategy=horovod yet")
+        self._care.watch(trainer, self._comm, self._launcher)
         self.accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None and self._comm.size > 1:
+            self._layer_sync = layer_sync_for_horovod(self._layer_sync)
+            self.model = self._layer_sync.apply(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if self._comm.size > 1:
             from dcl_lightning.distributed.metrics import attach_metrics
 
-            self._broadcast_state(self.lightning_module)
+            share_tensors((*self.lightning_module.parameters(), *self.lightning_module.buffers()), self._comm)
             attach_metrics(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -221,14 +248,17 @@ class HorovodStrategy(ParallelStrategy):
             if self._comm.size > 1:
                 self._averager.attach(self.lightning_module)
 
-    @torch.no_grad()
-    def _broadcast_state(self, module: nn.Module) -> None:
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.copy_(self._comm.broadcast(tensor.detach()))
+    def on_validation_start(self) -> None:
+        """Evaluate worker 0's running statistics on all workers."""
+        if self.lightning_module is not None:
+            share_buffers(self.lightning_module, self._comm)
 
     def on_exception(self, exception: BaseException) -> None:
         """Leave the job, which ends the others' waiting with an error."""
+        if self._failed:
+            return
         self._failed = True
+        self._care.end()
         self._averager.detach()
         if isinstance(self._launcher, HorovodLauncher):
             self._launcher.note_failure(exception)
@@ -240,10 +270,35 @@ class HorovodStrategy(ParallelStrategy):
 
     def teardown(self) -> None:
         """Remove the hooks; Horovod runs on for the next ``fit``."""
+        self._care.end()
         self._averager.detach()
+        if self._layer_sync is not None and self._comm.size > 1 and self.model is not None:
+            self.model = self._layer_sync.revert(self.model)
         super().teardown()
 
     # -- gradients ---------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Take in parameters that were added or unfrozen since the last step; they start from worker 0's values.
+
+        Args:
+            batch: the batch.
+            batch_idx: its number.
+        """
+        self._include_new_parameters()
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Take in what was unfrozen within the step.
+
+        Args:
+            closure_loss: the loss.
+        """
+        self._averager.begin()
+        self._include_new_parameters()
+
+    def _include_new_parameters(self) -> None:
+        assert self.lightning_module is not None
+        share_tensors(self._averager.include(self.lightning_module), self._comm)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -260,7 +315,7 @@ class HorovodStrategy(ParallelStrategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Return worker ``src``'s object."""
-        if self._comm.size == 1:
+        if self._comm.size == 1 or self._failed:
             return obj
         import horovod.torch as hvd
 
@@ -315,5 +370,6 @@ def _counted(count: int, noun: str) -> str:
 
 # Before Horovod runs, so that what Lightning prints first is printed once.
 set_rank_from_environment()
+accept_allocation()
 if HorovodStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(HorovodStrategy.strategy_name, HorovodStrategy, "Data-parallel training over Horovod")

@@ -1,0 +1,150 @@
+"""Horovod's place inside a SLURM allocation, where Lightning requeues jobs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+from dcl_lightning.distributed.environment import HorovodEnvironment
+from dcl_lightning.distributed.place import launched_by_horovod, place
+from dcl_lightning.errors import ConfigurationError
+
+__all__ = ["HorovodSLURMEnvironment", "accept_allocation", "check_srun", "horovod_environment", "requeue_together"]
+
+
+class HorovodSLURMEnvironment(HorovodEnvironment, SLURMEnvironment):
+    """Ranks are Horovod's; to Lightning it is a ``SLURMEnvironment``, so that a job is saved and requeued.
+
+    SLURM's number of tasks counts what ``srun`` would start, which says nothing of the workers that
+    ``horovodrun`` and ``mpirun`` start within the allocation: it is not compared with ``devices``.
+
+    Args:
+        auto_requeue: whether Lightning saves and requeues the job when SLURM sends ``requeue_signal``.
+        requeue_signal: the signal of ``sbatch --signal``; SIGUSR1 if None.
+    """
+
+    def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
+        # Not SLURMEnvironment's: it refuses allocations of several tasks that were not asked for in srun's way.
+        ClusterEnvironment.__init__(self)
+        self.auto_requeue = auto_requeue
+        self.requeue_signal = requeue_signal or signal.SIGUSR1
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Accept: the launcher has decided.
+
+        Args:
+            num_devices: ignored.
+            num_nodes: ignored.
+        """
+
+
+def horovod_environment() -> HorovodEnvironment:
+    """Return the environment for where this process runs."""
+    # As SLURMEnvironment.detect, by which Lightning decides at resume, but without its advice to use srun.
+    batch = "SLURM_NTASKS" in os.environ and SLURMEnvironment.job_name() not in ("bash", "interactive")
+    return HorovodSLURMEnvironment() if batch else HorovodEnvironment()
+
+
+def accept_allocation() -> None:
+    """Spare a worker Lightning's refusal of ``sbatch --ntasks``, which is for tasks that ``srun`` starts.
+
+    Given a strategy's name, Lightning makes an environment of its own before there is a strategy that has
+    one, and that one insists on SLURM_NTASKS_PER_NODE.
+    """
+    if launched_by_horovod() and "SLURM_NTASKS" in os.environ:
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(place("local_size")))
+
+
+def check_srun() -> None:
+    """Refuse to be one of several tasks of ``srun`` that do not know of each other.
+
+    Raises:
+        ConfigurationError: ``srun`` has started several tasks, and none of Horovod's launchers was among them.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and not launched_by_horovod():
+        raise ConfigurationError(
+            f"srun started {tasks} tasks, and with strategy=horovod each of them would train alone: start the job with "
+            "horovodrun or mpirun in the batch script, without srun"
+        )
+
+
+def requeue_together(trainer: pl.Trainer, environment: HorovodEnvironment) -> None:
+    """Let all workers save after the same step when SLURM signals that the job's time is over.
+
+    Lightning saves at once, in the signal's handler. But saving needs all workers, and those that wait
+    within a step for this one's gradients do not come to save.
+
+    Args:
+        trainer: the trainer of several workers, before its set-up hooks are called.
+        environment: the cluster.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    signum = environment.requeue_signal if isinstance(environment, HorovodSLURMEnvironment) else None
+    if isinstance(environment, HorovodSLURMEnvironment) and environment.auto_requeue and signum is not None:
+        others = [callback for callback in callbacks if not isinstance(callback, _Requeue)]
+        trainer.callbacks = [_Requeue(signum), *others]  # type: ignore[attr-defined]
+
+
+class _Requeue(pl.Callback):
+    """Notes the signal in place of Lightning's handler, and calls that one when all workers know of it.
+
+    Args:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: signal.Signals) -> None:
+        import horovod.torch as hvd
+
+        self._hvd, self._signum = hvd, signum
+        self._lightnings: Any = None
+        self._pending: Any = None
+        self._step = 0
+        self._due = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(self._signum)):
+            self._lightnings = signal.signal(self._signum, self._note)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending is not None:  # of a batch that the module left out
+            self._hvd.synchronize(self._pending)
+        self._step = trainer.global_step
+        mine = torch.tensor([int(self._due)], dtype=torch.int32)
+        self._pending = self._hvd.allreduce_async_(mine, op=self._hvd.Max, name="requeue")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        # Within an accumulation the gradients so far would be lost; those who know tell it again.
+        whole = trainer.accumulate_grad_batches == 1 or trainer.global_step != self._step
+        if self._hvd.synchronize(pending).item() and whole and self._lightnings is not None:
+            self._due = False
+            self._lightnings(self._signum, None)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._give_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._pending = None
+        self._give_back()
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self._due = True
+
+    def _give_back(self) -> None:
+        if self._lightnings is not None:
+            signal.signal(self._signum, self._lightnings)
+            self._lightnings = None

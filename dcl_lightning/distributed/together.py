@@ -1,0 +1,338 @@
+"""What all workers do at the same step or not at all: stop after a signal, save, count their batches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dcl_lightning.distributed.launcher import HorovodLauncher
+from dcl_lightning.errors import DataError
+from dcl_lightning.memory.comm import Comm, SingleProcessComm
+from dcl_lightning.types import Clock
+
+__all__ = ["StoppedBySignal", "fail_together", "keep_together"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME_PRESS_S = 1.0  # a terminal and a launcher may both deliver one Ctrl-C
+
+
+class StoppedBySignal(SystemExit):
+    """All workers have stopped after the same step; the exit code is 128 + the signal.
+
+    Args:
+        signum: the signal that the workers were sent.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"all workers stopped for {_name(self.signum)}"
+
+
+def fail_together(trainer: pl.Trainer) -> None:
+    """Let nobody save after a failure, from now on.
+
+    Args:
+        trainer: the trainer.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    first = next((c for c in callbacks if isinstance(c, _First)), None)
+    if first is None:
+        first = _First()
+        callbacks.insert(0, first)
+    first.begin(trainer)
+
+
+def keep_together(trainer: pl.Trainer, comm: Comm) -> None:
+    """Let the trainer's workers stop and fail together.
+
+    Args:
+        trainer: the trainer, before its set-up hooks are called.
+        comm: the cluster.
+    """
+    fail_together(trainer)
+    first = next(c for c in trainer.callbacks if isinstance(c, _First))  # type: ignore[attr-defined]
+    first.comm = comm
+    _put_around(trainer, first, _Last(comm))
+
+
+def _put_around(trainer: pl.Trainer, first: _First, last: _Last) -> None:
+    others = [c for c in trainer.callbacks if not isinstance(c, (_First, _Last))]  # type: ignore[attr-defined]
+    trainer.callbacks = [first, *others, last]  # type: ignore[attr-defined]
+
+
+class _First(pl.Callback):
+    """Goes first: sees that all have as many batches, and that nobody saves once a worker has failed."""
+
+    def __init__(self) -> None:
+        self.comm: Comm = SingleProcessComm()
+        self._counted = False
+        self._silenced: list[ModelCheckpoint] = []
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Forget an earlier run, and a failure that ended it.
+
+        Args:
+            trainer: the trainer.
+        """
+        self._counted = False
+        trainer.__dict__.pop("save_checkpoint", None)
+        while self._silenced:
+            self._silenced.pop().save_on_exception = True
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A callback's set-up may have changed the order.
+        for last in [c for c in trainer.callbacks if isinstance(c, _Last)]:  # type: ignore[attr-defined]
+            _put_around(trainer, self, last)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count(trainer, float(trainer.num_training_batches))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count(trainer, float(trainer.num_training_batches))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Lightning leaves a fit without batches before the first hook; the others ask for its count there.
+        if stage == "fit" and not self._counted:
+            self._count(trainer, 0.0)
+
+    def _count(self, trainer: pl.Trainer, batches: float) -> None:
+        self._counted = True
+        counts = [float(count) for count in self.comm.allgather(torch.tensor(batches, dtype=torch.float64))]
+        if len(set(counts)) > 1:
+            told = ", ".join(f"worker {k} has {count:g}" for k, count in enumerate(counts))
+            raise _uneven(trainer, f"workers have different numbers of training batches: {told}")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # At once, before other callbacks take their time: the others wait for this worker.
+        trainer.strategy.on_exception(exception)
+        # A save is of all workers, or waits for ever.
+        stopped = isinstance(exception, StoppedBySignal)  # all have saved before
+        trainer.save_checkpoint = _keep_quiet if stopped else _save_nothing  # type: ignore[method-assign]
+        for saver in trainer.checkpoint_callbacks:
+            if isinstance(saver, ModelCheckpoint) and saver.save_on_exception:
+                self._silenced.append(saver)
+                saver.save_on_exception = False
+
+
+class _Last(pl.Callback):
+    """Goes last: one small message at each step tells all workers of signals and of a worker's last batch.
+
+    It starts with the step and is read at its end, when the gradients' have arrived.
+
+    Args:
+        comm: the cluster.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        import horovod.torch as hvd
+
+        self._hvd, self._comm = hvd, comm
+        self._pending: Any = None
+        self._step = 0
+        self._signals = _Signals()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._signals.take(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending is not None:  # of a batch that the module left out
+            self._hvd.synchronize(self._pending)
+        self._step = trainer.global_step
+        mine = torch.tensor([int(_is_last(trainer, batch_idx)), *self._signals.flags()], dtype=torch.int32)
+        self._pending = self._hvd.allreduce_async_(mine, op=self._hvd.Sum, name="together")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        last, *signals = self._hvd.synchronize(pending).tolist()
+        if 0 < last < self._comm.size:
+            self._refuse(trainer, batch_idx)
+        # Within an accumulation the gradients so far would be lost.
+        whole = trainer.accumulate_grad_batches == 1 or trainer.global_step != self._step
+        if any(signals) and whole:
+            self._stop(trainer, pl_module, _chosen(signals))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not lose a signal that came after the last step."""
+        signals = self._comm.allreduce(torch.tensor(self._signals.flags())).tolist()
+        self._signals.give_back()
+        if any(signals):
+            _note_stop(trainer, _chosen(signals))
+            raise StoppedBySignal(_chosen(signals))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._pending = None
+        self._signals.give_back()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._signals.give_back()
+
+    def _refuse(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        """Raise on all workers alike, before one goes on alone."""
+        mine = torch.tensor(_is_last(trainer, batch_idx))
+        ends = [k for k, end in enumerate(self._comm.allgather(mine)) if end]
+        told = f"{', '.join(map(str, ends))} after {batch_idx + 1} batches, and the others have more"
+        raise _uneven(trainer, f"the epoch ends on worker {told}")
+
+    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, signum: int) -> None:
+        stopped = StoppedBySignal(signum)
+        _note_stop(trainer, signum)
+        # Here, where ModelCheckpoint saves, and not from the hook for exceptions: by then callbacks have let go
+        # of what belongs into the file.
+        paths = _save(trainer, pl_module, stopped)
+        if trainer.is_global_zero:
+            saved = f"saved {', '.join(paths)}" if paths else "nothing saved: no ModelCheckpoint(save_last=True)"
+            _say(f"horovod: all workers stopped after step {trainer.global_step} ({_name(signum)}); {saved}")
+        raise stopped
+
+
+class _Signals:
+    """SIGINT and SIGTERM during training: the first is noted, a second one ends the job at once.
+
+    A thread takes them, as Python runs no handler while the main thread waits within Horovod.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, float] = {}
+        self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+
+    def take(self, trainer: pl.Trainer) -> None:
+        """Note signals from now on, in place of Lightning, where each worker stops by itself.
+
+        Args:
+            trainer: the trainer.
+        """
+        if self._pipe is not None or threading.current_thread() is not threading.main_thread():
+            return
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for signum in _SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, _leave_to_thread)
+        args = (self._pipe[0], trainer.strategy.launcher)
+        threading.Thread(target=self._read, args=args, name="horovod-signals", daemon=True).start()
+
+    def give_back(self) -> None:
+        """Put the former handlers back; safe to repeat."""
+        while self._before:
+            signum, handler = self._before.popitem()
+            signal.signal(signum, handler)
+        pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(pipe[1])  # ends the thread, which closes its own end
+
+    def flags(self) -> list[int]:
+        """Return one number for each signal, above 0 if it came."""
+        return [int(signum in self._seen) for signum in _SIGNALS]
+
+    def _read(self, file: int, launcher: Any) -> None:
+        while received := os.read(file, 1):
+            if received[0] in _SIGNALS:
+                self._note(received[0], launcher)
+        os.close(file)
+
+    def _note(self, signum: int, launcher: Any) -> None:
+        now = time.monotonic()
+        if not self._seen:
+            _say(f"horovod: {_name(signum)}: all workers stop after this step; a second signal ends them at once")
+        elif now - max(self._seen.values()) > _SAME_PRESS_S:
+            if isinstance(launcher, HorovodLauncher):
+                launcher.abort(128 + signum)
+            os._exit(128 + signum)
+        self._seen[signum] = now
+
+
+def _leave_to_thread(signum: int, frame: Any) -> None:
+    """Handle nothing: the thread has read of the signal already."""
+
+
+def _save(trainer: pl.Trainer, pl_module: pl.LightningModule, stopped: StoppedBySignal) -> list[str]:
+    """Save what the trainer's checkpoint callbacks would after an exception, and every last checkpoint."""
+    if getattr(trainer, "fast_dev_run", False):
+        return []
+    before = trainer.save_checkpoint
+    paths: list[str] = []
+
+    def save(filepath: Any, *args: Any, **kwargs: Any) -> None:
+        before(filepath, *args, **kwargs)
+        paths.append(str(filepath))
+
+    trainer.save_checkpoint = save  # type: ignore[method-assign]
+    try:
+        for saver in trainer.checkpoint_callbacks:
+            if isinstance(saver, ModelCheckpoint) and saver.save_last and not saver.save_on_exception:
+                saver.last_model_path = _last_path(trainer, saver)
+                trainer.save_checkpoint(saver.last_model_path, saver.save_weights_only)
+            else:
+                saver.on_exception(trainer, pl_module, stopped)
+    finally:
+        trainer.__dict__.pop("save_checkpoint")
+    return paths
+
+
+def _last_path(trainer: pl.Trainer, saver: ModelCheckpoint) -> str:
+    """Return where the last checkpoint lies, or would lie beside those of earlier runs."""
+    if saver.last_model_path:
+        return saver.last_model_path
+    metrics = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+    path, version = saver.format_checkpoint_name(metrics, saver.CHECKPOINT_NAME_LAST), saver.STARTING_VERSION
+    while saver.file_exists(path, trainer):
+        path, version = saver.format_checkpoint_name(metrics, saver.CHECKPOINT_NAME_LAST, version), version + 1
+    return path
+
+
+def _keep_quiet(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _save_nothing(*args: Any, **kwargs: Any) -> None:
+    _say("horovod: no checkpoint is saved after a failure, as that takes all workers")
+
+
+def _note_stop(trainer: pl.Trainer, signum: int) -> None:
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, HorovodLauncher):
+        launcher.note_stop(signum)
+
+
+def _chosen(signals: list[int]) -> int:
+    return max(signum for signum, count in zip(_SIGNALS, signals, strict=True) if count)
+
+
+def _is_last(trainer: pl.Trainer, batch_idx: int) -> bool:
+    return bool(trainer.is_last_batch) or batch_idx + 1 >= trainer.num_training_batches
+
+
+def _uneven(trainer: pl.Trainer, told: str) -> DataError:
+    clock = getattr(trainer.lightning_module, "clock", None)
+    task = f", task {clock.task_at(trainer.current_epoch)}" if isinstance(clock, Clock) else ""
+    return DataError(
+        f"epoch {trainer.current_epoch}{task}: {told}; give every worker as many (a DistributedSampler pads the "
+        "shorter shards), or set trainer.limit_train_batches to the smallest number"
+    )
+
+
+def _name(signum: int) -> str:
+    return signal.Signals(signum).name
+
+
+def _say(text: str) -> None:
+    # Also from a signal handler, where a print could come into the midst of another.
+    os.write(2, f"{text}\n".encode())

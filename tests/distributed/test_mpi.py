@@ -1,0 +1,104 @@
+"""A Horovod with MPI, made by the install command in an environment of its own: five minutes where it is not cached."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from helpers import HERE, ROOT, environment
+
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        shutil.which("mpicxx") is None or shutil.which("mpirun") is None,
+        reason="no MPI on this machine: `apt-get install libopenmpi-dev openmpi-bin`",
+    ),
+]
+
+
+def run(*command: str | Path, cwd: Path, timeout: float = 300) -> str:
+    variables = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def mpirun(python: Path, *arguments: str | Path, cwd: Path) -> str:
+    return run("mpirun", "--oversubscribe", "--allow-run-as-root", "-np", "2", python, *arguments, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with all packages of this one but its Horovod, and with one for MPI."""
+    folder = tmp_path_factory.mktemp("mpi")
+    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    links = folder / "packages"
+    links.mkdir()
+    for package in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not package.name.startswith(("horovod", "pip", "__pycache__")):
+            (links / package.name).symlink_to(package)
+    site = next((folder / "venv" / "lib").glob("python*/site-packages"))
+    (site / "packages.pth").write_text(f"{links}\n")
+    interpreter = folder / "venv" / "bin" / "python"
+    run(interpreter, "-m", "dcl_lightning.distributed.install", "--mpi", "on", "--gpu", "cpu", cwd=ROOT, timeout=1500)
+    return interpreter
+
+
+def matrix(folder: Path) -> list[list[float]]:
+    report = next((folder / "runs").glob("*/version_0")) / "report" / "accuracy_matrix.json"
+    found = json.loads(report.read_text())
+    assert found["world_size"] == 2
+    return found["matrix"]
+
+
+def test_the_command_line_under_mpirun_gives_the_matrix_of_gloo(python: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--config", ROOT / "configs/icarl_digits.yaml", "--trainer.strategy", "horovod"]
+    arguments += ["--data.init_args.batch_size", "8"]
+    gloo, mpi = tmp_path / "gloo", tmp_path / "mpi"
+    gloo.mkdir()
+    mpi.mkdir()
+    run(sys.executable, ROOT / "cli.py", *arguments, "--trainer.devices", "2", cwd=gloo)
+    mpirun(python, ROOT / "cli.py", *arguments, cwd=mpi)
+    assert matrix(mpi) == matrix(gloo)
+
+
+def test_adasum_adds_orthogonal_gradients_keeps_equal_ones_and_trains(python: Path, tmp_path: Path) -> None:
+    script = tmp_path / "adasum.py"
+    script.write_text(ADASUM)
+    assert mpirun(python, script, cwd=tmp_path).count("ADASUM DONE") == 2
+
+
+ADASUM = """
+import torch, horovod.torch as hvd
+from toy import Toy, samples, shard, trainer, weights
+from dcl_lightning import HorovodStrategy
+
+hvd.init()
+assert hvd.mpi_enabled() and hvd.mpi_built() and hvd.gloo_built() and hvd.size() == 2
+rank = hvd.rank()
+unit = torch.eye(2)[rank] * (rank + 1)
+assert torch.allclose(hvd.allreduce(unit, op=hvd.Adasum, name="orthogonal"), torch.tensor([1.0, 2.0]))
+assert torch.allclose(hvd.allreduce(torch.tensor([3.0, -4.0]), op=hvd.Adasum, name="equal"), torch.tensor([3.0, -4.0]))
+
+x, y = samples().tensors
+model = Toy(seed=rank)
+before = None
+for options in ({}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}):
+    t = trainer(HorovodStrategy(op="adasum"), max_epochs=10, **options)
+    t.fit(model, shard(rank, 2, 8))
+    loss = torch.nn.functional.mse_loss(model.net(x), y).item()
+    assert loss < (before or 0.35), (loss, before)
+    before = loss
+    both = t.strategy.all_gather(weights(model))
+    assert torch.equal(both[0], both[1])
+print("ADASUM DONE", flush=True)
+"""

@@ -1,0 +1,115 @@
+"""Inside a SLURM allocation, whose variables are set by hand: Horovod's ranks, Lightning's requeueing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+from helpers import assert_ended_well, run_workers
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
+from dcl_lightning import HorovodStrategy
+from dcl_lightning.distributed.environment import HorovodEnvironment
+from dcl_lightning.distributed.slurm import HorovodSLURMEnvironment, accept_allocation
+from dcl_lightning.errors import ConfigurationError
+
+
+@pytest.fixture
+def allocation(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    # As sbatch gives them for two nodes of four tasks: Lightning alone refuses --ntasks without --ntasks-per-node.
+    given = "JOB_ID=123 JOB_NAME=train NTASKS=8 NNODES=2 PROCID=0 LOCALID=0 NODEID=0"
+    for name, value in (pair.split("=") for pair in given.split()):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "")  # so that what is set from here on is taken back
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    return monkeypatch
+
+
+def test_the_place_is_horovods_and_the_environment_slurms(allocation: pytest.MonkeyPatch) -> None:
+    given = "RANK=5 SIZE=6 LOCAL_RANK=1 LOCAL_SIZE=2 CROSS_RANK=2 CROSS_SIZE=3"
+    for name, value in (pair.split("=") for pair in given.split()):
+        allocation.setenv(f"HOROVOD_{name}", value)
+    accept_allocation()  # as the import of the package does
+    trainer = pl.Trainer(strategy="horovod", accelerator="cpu", devices="auto", logger=False)
+    place = trainer.strategy.cluster_environment
+    assert isinstance(place, SLURMEnvironment)
+    assert isinstance(place, HorovodSLURMEnvironment)
+    assert (place.auto_requeue, place.requeue_signal) == (True, signal.SIGUSR1)
+    assert (trainer.global_rank, trainer.world_size, trainer.local_rank) == (5, 6, 1)
+    assert (trainer.node_rank, trainer.num_nodes) == (2, 3)
+    assert place.creates_processes_externally
+    place.validate_settings(num_devices=3, num_nodes=7)
+
+
+@pytest.mark.parametrize("name", ["bash", "interactive"])
+def test_an_interactive_allocation_is_not_requeued(name: str, allocation: pytest.MonkeyPatch) -> None:
+    allocation.setenv("SLURM_JOB_NAME", name)
+    assert type(HorovodStrategy().cluster_environment) is HorovodEnvironment
+
+
+def test_without_slurm_there_is_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    assert type(HorovodStrategy().cluster_environment) is HorovodEnvironment
+
+
+def test_several_tasks_of_srun_that_do_not_know_of_each_other_are_refused(allocation: pytest.MonkeyPatch) -> None:
+    allocation.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ConfigurationError, match="horovodrun or mpirun in the batch script"):
+        pl.Trainer(strategy=HorovodStrategy(), accelerator="cpu", devices=1, logger=False)
+    allocation.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert pl.Trainer(strategy=HorovodStrategy(), accelerator="cpu", devices=1, logger=False).world_size == 1
+
+
+def test_a_signal_to_one_worker_saves_and_requeues_once_and_the_job_goes_on_from_there(
+    tmp_path: Path, allocation: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "scontrol"
+    command.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/requeued\n")
+    command.chmod(0o755)
+    allocation.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    assert_ended_well(run_workers(REQUEUE.replace("FOLDER", str(tmp_path)), 2))
+    assert (tmp_path / "requeued").read_text() == "requeue 123\n"
+    assert [file.name for file in tmp_path.glob("**/*.ckpt")] == ["hpc_ckpt_1.ckpt"]
+
+
+REQUEUE = """
+import os, signal, time, torch
+from toy import Toy, shard, trainer, weights
+import dcl_lightning
+
+rank = int(os.environ["HOROVOD_RANK"])
+steps = []
+
+class Signalled(Toy):
+    signalled = True
+    def training_step(self, batch, index):
+        steps.append(self.global_step)
+        # In the midst of an accumulation: saved is at its end. Worker 0 is slow, worker 1 alone is told.
+        if self.signalled and rank == 1 and (self.current_epoch, index) == (1, 0):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if rank == 0:
+            time.sleep(0.02)
+        return super().training_step(batch, index)
+
+options = {"default_root_dir": "FOLDER", "accumulate_grad_batches": 2, "max_epochs": 3}
+straight = Signalled()
+t = trainer("horovod", **options)
+t.fit(straight, shard(rank, 2, 8))
+assert t.current_epoch == 3
+t.strategy.barrier()
+saved = torch.load("FOLDER/hpc_ckpt_1.ckpt", weights_only=True)
+assert (saved["epoch"], saved["global_step"]) == (1, 3), (saved["epoch"], saved["global_step"])
+
+# Requeued: a job without a word of a checkpoint goes on from it.
+steps.clear()
+again = Signalled(seed=5)
+again.signalled = False
+trainer("horovod", **options).fit(again, shard(rank, 2, 8))
+assert min(steps) == 3, steps
+both = t.strategy.all_gather(weights(again))
+assert torch.equal(both[0], both[1])
+"""
