@@ -17,6 +17,8 @@ import pytest
 import torch
 import yaml
 
+from dcl_lightning import cli
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
@@ -27,14 +29,21 @@ def run(args: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def print_config(config: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", "--config", str(config), "--print_config"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0, err
+    return out
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
-def test_print_config_round_trips(config: Path, tmp_path: Path) -> None:
-    first = run(["fit", "--config", str(config), "--print_config"], tmp_path)
-    assert first.returncode == 0, first.stderr
-    (tmp_path / "printed.yaml").write_text(first.stdout)
-    second = run(["fit", "--config", "printed.yaml", "--print_config"], tmp_path)
-    assert second.returncode == 0, second.stderr
-    assert yaml.safe_load(first.stdout) == yaml.safe_load(second.stdout)
+def test_print_config_round_trips(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = print_config(config, capsys)
+    (tmp_path / "printed.yaml").write_text(first)
+    assert yaml.safe_load(first) == yaml.safe_load(print_config(tmp_path / "printed.yaml", capsys))
+    given = yaml.safe_load(config.read_text())
+    assert given["trainer"]["logger"]["init_args"]["name"] == config.stem
 
 
 def test_fit_writes_the_report(tmp_path: Path) -> None:
@@ -253,3 +262,25 @@ def test_validate_a_lone_checkpoint(tmp_path: Path) -> None:
     with (tmp_path / "runs" / "dcl" / "version_0" / "metrics.csv").open() as file:
         row = next(csv.DictReader(file))
     assert float(row["test/acc"]) == pytest.approx(report["pooled_accuracy"], abs=1e-6)
+
+
+def test_any_network_of_timm_by_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["fit", "--model.backbone", "timm", "--model.backbone.name", "resnet10t", "--data.dataset", "synthetic"]
+    with pytest.raises(SystemExit):
+        cli.main([*args, "--print_config"])
+    backbone = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["backbone"]
+    assert backbone["class_path"].endswith("backbones.presets.timm")
+    assert backbone["init_args"]["name"] == "resnet10t"
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert cli.main(args) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "pip install 'dcl-lightning[timm]'" in errors[0]
+
+
+def test_one_factor_for_each_milestone_in_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model.milestones", "[2,3]", "--model.gamma", "[0.5,0.1]", "--model.decay_biases_and_norms", "false"]
+    with pytest.raises(SystemExit):
+        cli.main(["fit", *args, "--print_config"])
+    model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert (model["milestones"], model["gamma"], model["decay_biases_and_norms"]) == ([2, 3], [0.5, 0.1], False)

@@ -6,21 +6,24 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from dcl_lightning.agents.optimisation import KeepUnseenRows, write_rates
 from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.callbacks import TaskClock, TaskReport
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale
+from dcl_lightning.functional.parameter_groups import parameter_groups
+from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, warmup_divisor
 from dcl_lightning.memory.comm import Comm
 from dcl_lightning.types import Batch, InputSpec, Task
 
@@ -38,16 +41,29 @@ class ContinualAgent(pl.LightningModule):
         lr: learning rate at the start of each task, above 0.
         momentum: momentum of SGD, in [0, 1).
         weight_decay: L2 penalty in torch's convention, at least 0.
+        decay_biases_and_norms: whether weight decay acts on biases and on the scales and shifts of
+            normalisation layers too.
         milestones: epochs of a task after which the rate is multiplied with ``gamma``.
-        gamma: that factor, above 0.
-        warmup_epochs: epochs at the start of a task in which the rate rises from lr / workers to lr.
+        gamma: that factor, above 0; one for all milestones, or a list with one for each.
+        warmup_epochs: epochs at the start of a task in which the rate rises, step by step, from one
+            worker's: the unscaled ``lr``, or with ``scale_lr`` none an N-th of it.
         scale_lr: how ``lr`` grows with the number of workers N: not at all, with N, with its root, or
             with min(N, 64).
-        optimizer: builds another optimizer than SGD; ``lr`` then still sets its rate.
+        optimizer: builds another optimizer than SGD; ``lr`` then still sets its rate, momentum and
+            weight decay are its own.
         optimizer_reset: whether each task starts with a fresh optimizer state and schedule.
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
         logits: train ``all`` outputs, or only those of classes ``seen`` so far.
+
+    Raises:
+        ConfigurationError: a value out of range, values that contradict each other, or a backbone without
+            ``feature_dim``.
     """
+
+    # What a method can learn from; anything else is refused at set-up.
+    scenarios: ClassVar[tuple[str, ...]] = ("class", "domain", "instance", "none")
+    # Whether a method keeps past samples of its own.
+    rehearses: ClassVar[bool] = False
 
     seen: Tensor
     current: Tensor
@@ -61,8 +77,9 @@ class ContinualAgent(pl.LightningModule):
         lr: float = 0.05,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        decay_biases_and_norms: bool = True,
         milestones: Sequence[int] = (),
-        gamma: float = 0.1,
+        gamma: float | list[float] = 0.1,
         warmup_epochs: float = 0.0,
         scale_lr: ScaleLR = "none",
         optimizer: OptimizerCallable | None = None,
@@ -74,10 +91,20 @@ class ContinualAgent(pl.LightningModule):
         self._keep_hyperparameters()
         if logits not in ("all", "seen"):
             raise ConfigurationError(f"logits={logits!r}: give 'all' or 'seen'")
-        if lr <= 0 or not 0 <= momentum < 1 or weight_decay < 0 or gamma <= 0 or warmup_epochs < 0:
+        gammas = [gamma] if isinstance(gamma, (int, float)) else list(gamma)
+        if lr <= 0 or not 0 <= momentum < 1 or weight_decay < 0 or min(gammas, default=1) <= 0 or warmup_epochs < 0:
             raise ConfigurationError(
                 f"lr={lr} must be above 0, momentum={momentum} in [0, 1), weight_decay={weight_decay} and "
                 f"warmup_epochs={warmup_epochs} at least 0, gamma={gamma} above 0"
+            )
+        if not isinstance(gamma, (int, float)) and len(gammas) != len(milestones):
+            raise ConfigurationError(
+                f"gamma={gammas}: give one number, or one for each of {len(milestones)} milestones"
+            )
+        if optimizer is not None and (momentum or weight_decay):
+            raise ConfigurationError(
+                f"model.optimizer brings its own: set momentum={momentum} and weight_decay={weight_decay} to 0 and "
+                "give such values to the optimizer"
             )
         if isinstance(backbone, Backbone) and input_spec is not None:
             backbone.adapt(InputSpec(*input_spec))
@@ -91,6 +118,7 @@ class ContinualAgent(pl.LightningModule):
         self.head = LinearHead(feature_dim, num_classes)
         self.num_classes = num_classes
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.decay_biases_and_norms = decay_biases_and_norms
         self.milestones, self.gamma, self.warmup_epochs = list(milestones), gamma, warmup_epochs
         self.scale_lr: ScaleLR = scale_lr
         self.optimizer_factory = optimizer
@@ -128,7 +156,7 @@ class ContinualAgent(pl.LightningModule):
                 for name, tensor in self._network_state().items():
                     tensor.copy_(self._initial[name])
         for scheduler in self._schedulers():
-            _write_rates(scheduler)
+            write_rates(scheduler)
 
     def on_task_end(self, task: Task) -> None:
         """Do what is owed at the end of a task; here nothing."""
@@ -167,6 +195,26 @@ class ContinualAgent(pl.LightningModule):
 
     # -- Lightning ---------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Refuse a stream that the method cannot learn from, and warn of one that makes its memory pointless.
+
+        Raises:
+            ConfigurationError: the data module's scenario is not among ``scenarios``.
+        """
+        data, name = getattr(self.trainer, "datamodule", None), type(self).__name__
+        scenario = getattr(data, "scenario", None)
+        if stage != "fit" or scenario is None:
+            return
+        if scenario not in self.scenarios:
+            raise ConfigurationError(
+                f"data.scenario={scenario}: agent {name} learns in scenario {', '.join(self.scenarios)} only"
+            )
+        if self.rehearses and getattr(data, "concatenate_tasksets", False):
+            rank_zero_warn(
+                f"data.concatenate_tasksets=true trains on the data of all tasks so far, to which the memory of {name} "
+                "adds nothing: use --model base for the transfer and scratch baselines"
+            )
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return this agent's clock and report, or adopt those that the trainer has already."""
         return [*self.adopt(TaskClock, "clock"), *self.adopt(TaskReport, "report")]
@@ -180,8 +228,12 @@ class ContinualAgent(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and a schedule that is counted from the start of each task."""
-        rate = self.lr * lr_scale(self.scale_lr, self.trainer.world_size)
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        workers = self.trainer.world_size
+        rate = self.lr * lr_scale(self.scale_lr, workers)
+        if self.scale_lr != "none":
+            factor = f"{rate / self.lr:g} (scale_lr={self.scale_lr}, {workers} workers)"
+            rank_zero_info(f"learning rate {rate:g}: {self.lr:g} x {factor}")
+        parameters = parameter_groups(self.named_parameters(), self.decay_biases_and_norms)
         if self.optimizer_factory is not None:
             optimizer = self.optimizer_factory(parameters)
             for group in optimizer.param_groups:
@@ -189,7 +241,7 @@ class ContinualAgent(pl.LightningModule):
         else:
             optimizer = torch.optim.SGD(parameters, rate, self.momentum, weight_decay=self.weight_decay)
         if self.logits == "seen":
-            _KeepUnseenRows(self).attach(optimizer)
+            KeepUnseenRows(self).attach(optimizer)
         scheduler = LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -199,7 +251,8 @@ class ContinualAgent(pl.LightningModule):
         # During warm-up a step's rate is that of the progress after it, so that it is never 0.
         epoch, within = divmod(step, steps)
         progress = epoch + (within + 1) / steps if step < self.warmup_epochs * steps else step / steps
-        return lr_factor(progress, self.milestones, self.gamma, self.warmup_epochs, self.trainer.world_size)
+        start = warmup_divisor(self.scale_lr, self.trainer.world_size)
+        return lr_factor(progress, self.milestones, self.gamma, self.warmup_epochs, start)
 
     def _schedulers(self) -> list[LambdaLR]:
         return [c.scheduler for c in self.trainer.lr_scheduler_configs if isinstance(c.scheduler, LambdaLR)]
@@ -217,6 +270,9 @@ class ContinualAgent(pl.LightningModule):
         accuracy = hits.sum() / batch.weights.sum().clamp(min=1)
         values = {"train/loss": loss.detach(), "train/acc": accuracy}
         self.log_dict(values, prog_bar=True, batch_size=len(batch.targets))
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
+            self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]), batch_size=1)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -245,13 +301,16 @@ class ContinualAgent(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the predicted original labels ``(B,)``, as numbers where they are numbers, else ids."""
-        ids = self.evaluate(batch).argmax(1)
+        # A worker without rows gets a batch without rows, which not every backbone can take.
+        ids = self.evaluate(batch).argmax(1) if len(batch.targets) else batch.targets
         labels = getattr(getattr(self.trainer, "datamodule", None), "original_labels", None)
         if labels is not None and all(isinstance(label, int) for label in labels):
             return torch.tensor(labels, device=ids.device)[ids]
         return ids
 
     def _count(self, batch: Batch, column: int) -> None:
+        if not len(batch.targets):
+            return
         scores = self.evaluate(batch)
         losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
         hits = (scores.argmax(1) == batch.targets).sum()
@@ -309,28 +368,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _write_rates(scheduler: LambdaLR) -> None:
-    groups = scheduler.optimizer.param_groups
-    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        group["lr"] = base * factor(scheduler.last_epoch)
-
-
-class _KeepUnseenRows:
-    """Undoes what momentum and weight decay do to rows of the head that no loss has touched."""
-
-    def __init__(self, agent: ContinualAgent) -> None:
-        self.agent = agent
-        self.kept: list[Tensor] = []
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.register_step_pre_hook(self.keep)
-        optimizer.register_step_post_hook(self.restore)
-
-    def keep(self, *_: Any) -> None:
-        self.kept = [p.detach()[~self.agent.seen] for p in self.agent.head.parameters()]
-
-    def restore(self, *_: Any) -> None:
-        for parameter, rows in zip(self.agent.head.parameters(), self.kept, strict=True):
-            parameter.data[~self.agent.seen] = rows

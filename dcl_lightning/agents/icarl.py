@@ -49,6 +49,8 @@ class ICaRL(ContinualAgent):
         **kwargs: arguments of ``ContinualAgent``.
     """
 
+    rehearses = True
+
     means: Tensor
     has_mean: Tensor
     has_teacher: Tensor

@@ -33,6 +33,7 @@ class NIL(ContinualAgent):
         **kwargs: arguments of ``ContinualAgent``.
     """
 
+    rehearses = True
     # What a short name stands for, whatever else is said of the memory.
     fixed: ClassVar[dict[str, Any]] = {}
 

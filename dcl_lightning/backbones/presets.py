@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dcl_lightning.backbones.candlenet import CandleNet
 from dcl_lightning.backbones.mlp import MLP
 from dcl_lightning.backbones.mnistnet import MNISTNet
 from dcl_lightning.backbones.resnet import ResNet
+from dcl_lightning.backbones.timm_models import TimmModel
 
-__all__ = ["mlp", "mnistnet", "resnet"]
+__all__ = ["candlenet", "mlp", "mnistnet", "resnet", "timm"]
+
+
+class candlenet(CandleNet):
+    """Short name of ``CandleNet`` on the command line."""
 
 
 class mlp(MLP):
@@ -19,3 +25,7 @@ class mnistnet(MNISTNet):
 
 class resnet(ResNet):
     """Short name of ``ResNet`` on the command line."""
+
+
+class timm(TimmModel):
+    """Short name of ``TimmModel`` on the command line."""

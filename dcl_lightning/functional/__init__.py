@@ -1,4 +1,4 @@
-"""Pure functions: metrics over an accuracy matrix, herding, losses, learning-rate schedules."""
+"""Pure functions: metrics over an accuracy matrix, herding, losses, learning-rate schedules, parameter groups."""
 
 from dcl_lightning.functional.continual_metrics import (
     average_accuracy,
@@ -11,7 +11,8 @@ from dcl_lightning.functional.continual_metrics import (
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
 from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
 from dcl_lightning.functional.nil import nil_weights
-from dcl_lightning.functional.schedules import lr_factor, lr_scale
+from dcl_lightning.functional.parameter_groups import parameter_groups
+from dcl_lightning.functional.schedules import lr_factor, lr_scale, warmup_divisor
 
 __all__ = [
     "average_accuracy",
@@ -30,5 +31,7 @@ __all__ = [
     "nearest_to_mean",
     "nil_weights",
     "normalise",
+    "parameter_groups",
+    "warmup_divisor",
     "weighted_cross_entropy",
 ]

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
-__all__ = ["ScaleLR", "lr_factor", "lr_scale"]
+__all__ = ["ScaleLR", "lr_factor", "lr_scale", "warmup_divisor"]
 
 ScaleLR = Literal["none", "linear", "sqrt", "capped"]
 
 
 def lr_factor(
-    progress: float, milestones: Sequence[int], gamma: float, warmup_epochs: float, num_workers: int
+    progress: float,
+    milestones: Sequence[float],
+    gamma: float | Sequence[float],
+    warmup_epochs: float,
+    warmup_divisor: float,
 ) -> float:
     """Return what the base learning rate is multiplied with.
 
     Args:
         progress: epochs since the start of the task, with the fraction within the epoch; at least 0.
         milestones: epochs of the task after which the rate is multiplied with ``gamma``.
-        gamma: factor of each milestone.
-        warmup_epochs: W; during the first W epochs the rate rises from 1/N to 1 (Goyal et al. 2017, 2.2).
+        gamma: factor of each milestone: one for all, or one each, in the same order.
+        warmup_epochs: W; during the first W epochs the rate rises evenly from 1/D to 1 (Goyal et al. 2017,
+            arXiv 1706.02677, 2.2).
+        warmup_divisor: D, at least 1; see ``warmup_divisor``.
+    """
+    factors = [gamma] * len(milestones) if isinstance(gamma, (int, float)) else gamma
+    factor = math.prod(g for m, g in zip(milestones, factors, strict=True) if progress >= m)
+    if progress < warmup_epochs:
+        factor *= (progress * (warmup_divisor - 1) / warmup_epochs + 1) / warmup_divisor
+    return float(factor)
+
+
+def warmup_divisor(rule: ScaleLR, num_workers: int) -> float:
+    """Return what the rate is divided by at the start of warm-up: it begins with one worker's rate.
+
+    That is the rate before scaling; with rule ``none`` the given rate is already that of N workers, and
+    one worker's is an N-th of it.
+
+    Args:
+        rule: how the rate grows with the number of workers.
         num_workers: N.
     """
-    factor = gamma ** sum(progress >= m for m in milestones)
-    if progress < warmup_epochs:
-        factor *= (progress * (num_workers - 1) / warmup_epochs + 1) / num_workers
-    return float(factor)
+    return float(num_workers) if rule == "none" else lr_scale(rule, num_workers)
 
 
 def lr_scale(rule: ScaleLR, num_workers: int) -> float:

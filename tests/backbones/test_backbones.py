@@ -1,10 +1,11 @@
 import copy
+import sys
 
 import pytest
 import torch
 from torchvision import models
 
-from dcl_lightning.backbones import MLP, LinearHead, MNISTNet, ResNet, presets
+from dcl_lightning.backbones import MLP, CandleNet, LinearHead, MNISTNet, ResNet, TimmModel, presets
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import InputSpec
 
@@ -21,6 +22,9 @@ CASES = [
     (ResNet, {"depth": 32, "width": 4}, InputSpec(3, 32, 32), 16),
     (ResNet, {"depth": 18, "width": 20}, InputSpec(3, 64, 64), 160),
     (ResNet, {"width": 8}, InputSpec(3, 32, 32), 256),
+    (CandleNet, {"filters": 4, "hidden": 5}, InputSpec(1, 1, 90), 20),
+    (CandleNet, {"filters": 4, "hidden": 5, "features": 3}, InputSpec(2, 8, 8), 3),
+    (TimmModel, {"name": "ghostnet_050"}, InputSpec(3, 64, 64), 1280),
 ]
 
 
@@ -57,21 +61,81 @@ def test_what_is_given_wins_over_the_data():
     assert backbone.input_spec == InputSpec(1, 6, 6)
 
 
-def test_mnistnet_parameters_and_features():
+# Parameters with the head, the length of the features, and the shape of the last map before pooling, of the networks
+# that are meant to agree with the original program's (the first six rows), with the paper of residual networks
+# (He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million) and with torchvision. The original's networks for
+# CIFAR are not: their number of layers did not depend on the depth.
+# kind, arguments, input, classes: parameters, feature_dim, map
+TABLE = [
+    (MNISTNet, {}, (1, 28, 28), 10, 99_376, 50, None),
+    (CandleNet, {}, (1, 1, 60_483), 2, 154_922_918, 20, None),
+    (ResNet, {"depth": 18, "width": 20}, (3, 224, 224), 1000, 1_256_540, 160, (7, 7)),
+    (ResNet, {"depth": 18, "width": 20}, (3, 64, 64), 200, 1_127_740, 160, (2, 2)),
+    (ResNet, {"depth": 34, "width": 40}, (3, 224, 224), 1000, 8_641_520, 320, (7, 7)),
+    (ResNet, {"depth": 34, "width": 40}, (3, 224, 224), 100, 8_352_620, 320, (7, 7)),
+    (ResNet, {"depth": 50}, (3, 224, 224), 1000, 25_557_032, 2048, (7, 7)),
+    (ResNet, {"depth": 50}, (3, 64, 64), 200, 23_917_832, 2048, (2, 2)),
+    (ResNet, {"depth": 50}, (3, 224, 224), 100, 23_712_932, 2048, (7, 7)),
+    (ResNet, {"depth": 101}, (3, 224, 224), 1000, 44_549_160, 2048, (7, 7)),
+    (ResNet, {"depth": 101}, (3, 64, 64), 200, 42_909_960, 2048, (2, 2)),
+    (ResNet, {"depth": 152}, (3, 224, 224), 1000, 60_192_808, 2048, (7, 7)),
+    (ResNet, {"depth": 152}, (3, 64, 64), 200, 58_553_608, 2048, (2, 2)),
+    # Others' numbers.
+    (ResNet, {"depth": 18}, (3, 224, 224), 1000, 11_689_512, 512, (7, 7)),
+    (ResNet, {"depth": 34}, (3, 224, 224), 1000, 21_797_672, 512, (7, 7)),
+    (ResNet, {"depth": 20}, (3, 32, 32), 10, 269_722, 64, (8, 8)),
+    (ResNet, {"depth": 32}, (3, 32, 32), 10, 464_154, 64, (8, 8)),
+    (ResNet, {"depth": 44}, (3, 32, 32), 10, 658_586, 64, (8, 8)),
+    (ResNet, {"depth": 56}, (3, 32, 32), 10, 853_018, 64, (8, 8)),
+    (ResNet, {"depth": 110}, (3, 32, 32), 10, 1_727_962, 64, (8, 8)),
+    (MLP, {}, (1, 8, 8), 10, 17_610, 100, None),
+    (TimmModel, {"name": "resnet50"}, (3, 224, 224), 1000, 25_557_032, 2048, None),
+    (TimmModel, {"name": "vit_tiny_patch16_224"}, (3, 224, 224), 1000, 5_717_416, 192, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "kwargs", "shape", "classes", "parameters", "dim", "last_map"), TABLE)
+def test_parameters_and_shapes(kind, kwargs, shape, classes, parameters, dim, last_map):
+    # On the meta device shapes are computed and nothing is allocated: candlenet alone would take 620 MB.
+    with torch.device("meta"):
+        backbone = kind(**kwargs)
+        backbone.adapt(InputSpec(*shape))
+        head = LinearHead(backbone.feature_dim, classes)
+        inputs = torch.empty(2, *shape)
+    seen = []
+    if last_map:
+        backbone.get_submodule(f"layer{backbone.num_stages}").register_forward_hook(
+            lambda module, args, out: seen.append(tuple(out.shape[2:]))
+        )
+    backbone.eval()
+    assert count(backbone, head) == parameters
+    assert backbone.feature_dim == dim
+    features = backbone(inputs)
+    assert features.shape == (2, dim)
+    assert head(features).shape == (2, classes)
+    assert seen == ([last_map] if last_map else [])
+
+
+def test_mnistnet_features():
     backbone = MNISTNet(in_channels=1, input_size=28)
-    assert count(backbone, LinearHead(50, 10)) == 99_376
     assert (backbone.eval()(torch.randn(4, 1, 28, 28)) >= 0).all()
     with pytest.raises(ConfigurationError, match="8 x 8"):
         MNISTNet().adapt(InputSpec(1, 8, 8))
 
 
-@pytest.mark.parametrize(
-    ("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)]
-)
-def test_cifar_family_parameters(depth, parameters):
-    # He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million.
-    backbone = ResNet(depth, in_channels=3, input_size=32)
-    assert count(backbone, LinearHead(64, 10)) == parameters
+def test_candlenet_layer_by_layer():
+    backbone = CandleNet(filters=3, hidden=4, features=2, in_channels=1, input_size=(1, 79)).eval()
+    layers, x = dict(backbone.layers.named_children()), torch.randn(2, 1, 1, 79)
+    lengths = []
+    for layer in layers.values():
+        x = layer(x)
+        lengths.append(tuple(x.shape[1:]))
+    # 79 - 19, - 9, then windows of ten of 51: the rest is left out.
+    assert [lengths[i] for i in (1, 3, 5, 6, 7, 10)] == [(3, 60), (3, 51), (3, 5), (15,), (4,), (2,)]
+    with pytest.raises(ConfigurationError, match="at least 38 values a channel, got 36"):
+        CandleNet().adapt(InputSpec(1, 6, 6))
+    smallest = CandleNet(filters=2, hidden=2, in_channels=1, input_size=(1, 38))
+    assert smallest(torch.randn(1, 1, 1, 38)).shape == (1, 20)
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -83,14 +147,6 @@ def test_imagenet_family_is_torchvisions(depth):
     theirs.fc = torch.nn.Identity()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
-
-
-@pytest.mark.parametrize("depth", [34, 101, 152])
-def test_imagenet_family_parameters(depth):
-    with torch.device("meta"):
-        theirs = models.get_model(f"resnet{depth}", weights=None)
-        ours = ResNet(depth, in_channels=3, input_size=224)
-    assert count(ours) == count(theirs) - count(theirs.fc)
 
 
 def test_stem_follows_the_input():
@@ -114,6 +170,14 @@ def test_stem_follows_the_input():
         (lambda: MLP(hidden=[]), "hidden"),
         (lambda: MLP(in_channels=0), "in_channels=0"),
         (lambda: LinearHead(0, 10), "feature_dim=0"),
+        (lambda: CandleNet(filters=0), "filters=0"),
+        (lambda: TimmModel("ghostnet_5"), "no network name='ghostnet_5'"),
+        (lambda: TimmModel("ghostnet"), "did you mean ghostnet_050"),
+        (lambda: TimmModel("ghostnet_050", drop_rate=1.0), "drop_rate=1.0"),
+        (
+            lambda: TimmModel("ghostnet_050", options={"nonsense": 1}, in_channels=3, input_size=64),
+            "3 x 64 x 64.*nonsense",
+        ),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(make, message):
@@ -122,7 +186,9 @@ def test_wrong_arguments_say_what_is_allowed(make, message):
 
 
 def test_short_names_are_the_classes():
-    for name, kind in (("mlp", MLP), ("mnistnet", MNISTNet), ("resnet", ResNet)):
+    kinds = {"candlenet": CandleNet, "mlp": MLP, "mnistnet": MNISTNet, "resnet": ResNet, "timm": TimmModel}
+    assert sorted(presets.__all__) == sorted(kinds)
+    for name, kind in kinds.items():
         assert issubclass(getattr(presets, name), kind)
     assert presets.resnet(depth=20, in_channels=3, input_size=32).feature_dim == 64
 
@@ -130,3 +196,30 @@ def test_short_names_are_the_classes():
 def test_channels_that_the_data_do_not_have_are_refused():
     with pytest.raises(ConfigurationError, match=r"in_channels=3.*1 channels"):
         MLP(in_channels=3, input_size=8).adapt(InputSpec(1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    # One number for each way that timm's networks end.
+    ("name", "size"),
+    [("mobilenetv3_small_050", 64), ("resnet10t", 32), ("vit_tiny_patch16_224", 32), ("efficientvit_m0", 64)],
+)
+def test_timm_feature_dim_is_the_length_of_the_features(name, size):
+    backbone = TimmModel(name, options={"depth": 1} if "vit_tiny" in name else None)
+    backbone.adapt(InputSpec(1, size, size))
+    assert backbone.eval()(torch.randn(2, 1, size, size)).shape == (2, backbone.feature_dim)
+
+
+def test_timm_is_the_library_s_own_network():
+    import timm
+
+    ours = TimmModel("resnet10t", in_channels=3, input_size=32)
+    theirs = timm.create_model("resnet10t", num_classes=7).eval()
+    ours.model.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(theirs.fc(ours.eval()(x)), theirs(x))
+
+
+def test_without_timm_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'dcl-lightning\[timm\]'"):
+        TimmModel("resnet10t")
