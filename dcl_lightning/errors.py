@@ -24,7 +24,7 @@ class DatasetNotFoundError(DataError):
     """
 
     def __init__(self, name: str, folder: str, layout: str, downloadable: bool) -> None:
-        remedy = "put it there or set data.download=true" if downloadable else "put it there"
+        remedy = "put it there or set data.download=true" if downloadable else "put it there, it cannot be fetched"
         super().__init__(f"data set '{name}' not found in {folder}: expected {layout}; {remedy}")
 
 

@@ -14,8 +14,11 @@ from torch import Tensor
 from dcl_lightning.data import scenarios, sources, transforms
 from dcl_lightning.data.ahead import AheadLoader
 from dcl_lightning.data.class_orders import named_class_order
+from dcl_lightning.data.images import ImageFiles
 from dcl_lightning.data.loader import TaskLoader
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.data.readers import Readers
+from dcl_lightning.distributed.place import place, worker_threads
+from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.types import Batch, Clock, InputSpec, Task
 
 __all__ = ["ContinualDataModule"]
@@ -25,10 +28,12 @@ class ContinualDataModule(pl.LightningDataModule):
     """Steps through the tasks of a data set; images travel as uint8 and become float on the device.
 
     Args:
-        dataset: ``digits``, ``digits_dev``, ``mnist``, ``cifar10``, ``cifar100``, ``synthetic``, the class path
-            of a continuum data set of arrays, or in Python ``(x_train, y_train, x_test, y_test)`` or two continuum
-            data sets, of training and of test.
-        root: folder of the data sets; symbolic links are followed.
+        dataset: ``digits``, ``digits_dev``, ``synthetic``, ``mnist``, ``cifar10``, ``cifar100``, ``tinyimagenet``,
+            ``imagenet``, ``imagenet_blurred``, ``imagenet100``, ``imagenet100small``, ``core50``, ``candle``;
+            ``folder`` for images in ``<root>/train/<class>/`` and ``<root>/test/<class>/`` (or ``val``); the class
+            path of a continuum data set of arrays; or in Python ``(x_train, y_train, x_test, y_test)`` or two
+            continuum data sets, of training and of test.
+        root: folder of the data sets, or of the images for ``folder``; symbolic links are followed.
         download: whether a missing data set may be fetched.
         scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (all classes in every
             task), ``none`` (one task).
@@ -42,10 +47,13 @@ class ContinualDataModule(pl.LightningDataModule):
         select_on_test: allow callbacks to select on test data where nothing is held out.
         batch_size: training samples a step and worker.
         eval_batch_size: evaluation samples a step and worker; ``batch_size``, but at least 256, if None.
+        num_workers: processes that read images from files, of each worker: 0 to read in the training process, one
+            for each of its cores but at most 8 if None. Data sets of arrays need none.
         augment: crop and mirror training images; what suits the data set if None.
         seed: seed of order, augmentation and hold-outs, the same on all workers; the one given to
             ``seed_everything`` if None, 0 without any.
-        source_options: ``num_classes``, ``size``, ``per_class``, ``seed`` of ``synthetic``.
+        source_options: ``num_classes``, ``size``, ``per_class``, ``seed`` of ``synthetic``; ``size``, the side of an
+            image, and ``num_classes``, where only a part is at hand, of sets of image files.
 
     Attributes:
         load_ahead: whether a thread prepares each training batch one ahead.
@@ -68,6 +76,7 @@ class ContinualDataModule(pl.LightningDataModule):
         select_on_test: bool = False,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
+        num_workers: int | None = None,
         augment: bool | None = None,
         seed: int | None = None,
         source_options: dict[str, int] | None = None,
@@ -88,14 +97,18 @@ class ContinualDataModule(pl.LightningDataModule):
         # Where Lightning's ``seed_everything`` leaves it for other processes.
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
+        if num_workers is not None and num_workers < 0:
+            raise ConfigurationError(f"data.num_workers={num_workers}: give 0 or more")
+        self.num_workers = num_workers
+        self._readers = Readers(0)
         self.source_options = source_options
         self.dataset_name = dataset if isinstance(dataset, str) else "arrays"
         sources.check_options(self.dataset_name, source_options or {})
         self._source = sources.SOURCES.get(self.dataset_name)
         self._splits = sources.from_arrays(dataset) if not isinstance(dataset, str) else None
-        if self._source is None and self._splits is None:
-            # The class of a continuum data set says nothing of its size: it has to be read.
-            self._splits = sources.load(self.dataset_name, root, download)
+        if self._splits is None and (self._source is None or self._source.num_classes is None):
+            # A folder, or the class of a continuum data set, says nothing of its size: it has to be looked at.
+            self._splits = sources.load(self.dataset_name, root, download, source_options)
         self._class_order = named_class_order(class_order) if isinstance(class_order, str) else class_order
         self._increment, self._initial_increment, self._num_parts = increment, initial_increment, num_tasks
         self.augment = augment if augment is not None else bool(self._source and self._source.augment)
@@ -117,10 +130,9 @@ class ContinualDataModule(pl.LightningDataModule):
         if self._splits is not None:
             return len(np.unique(self._splits.train_labels))
         options = self.source_options or {}
-        if self.dataset_name == "synthetic" and "num_classes" in options:
-            return options["num_classes"]
         assert self._source is not None
-        return self._source.num_classes
+        assert self._source.num_classes is not None
+        return options.get("num_classes", self._source.num_classes)
 
     @property
     def input_spec(self) -> InputSpec:
@@ -147,20 +159,25 @@ class ContinualDataModule(pl.LightningDataModule):
         if self._splits is not None or self._ready:
             return
         sources.check_files(self.dataset_name, self.root, self.download)
-        if self.download:
+        if self.download or sources.SOURCES[self.dataset_name].cached:
             sources.load(self.dataset_name, self.root, True, self.source_options)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data and cut them into tasks, once."""
+        self._readers.num_workers = self._processes()
         if self._ready:
             return
         splits = self._splits or sources.load(self.dataset_name, self.root, False, self.source_options)
+        self._check_count(len(np.unique(splits.train_labels)))
         classes = scenarios.order_classes(splits.train_labels, self._class_order)
         self.original_labels = classes
         train = scenarios.encode(splits.train_labels, classes)
         test = scenarios.encode(splits.test_labels, classes)
         train_parts, test_parts = self._parts(train), self._parts(test)
         self.train_inputs, self.test_inputs = splits.train_inputs, splits.test_inputs
+        for inputs in (self.train_inputs, self.test_inputs):
+            if isinstance(inputs, ImageFiles):
+                inputs.readers = self._readers
         self.train_targets, self.test_targets = torch.from_numpy(train), torch.from_numpy(test)
         self._train_parts, self._test_parts = torch.from_numpy(train_parts), torch.from_numpy(test_parts)
         self._hold_out()
@@ -169,9 +186,25 @@ class ContinualDataModule(pl.LightningDataModule):
             if not len(self.train_indices(task)):
                 raise ConfigurationError(f"task {task} has no training samples: give fewer tasks than {self.num_tasks}")
 
+    def _check_count(self, found: int) -> None:
+        if self._source is None or found == self.num_classes:
+            return
+        part = f"set data.source_options.num_classes={found} to use a part of it"
+        raise DataError(
+            f"data set '{self.dataset_name}' in {os.path.abspath(os.path.join(self.root, self._source.folder))} has "
+            f"training samples of {found} classes, expected {self.num_classes}: "
+            + (part if "num_classes" in self._source.options else "fetch it anew")
+        )
+
     def _hold_out(self) -> None:
         targets, parts = self.train_targets.numpy(), self._train_parts.numpy()
         self._held = torch.from_numpy(scenarios.hold_out(targets, parts, self.val_ratio, self.seed))
+
+    def _processes(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        local = max(place("local_size"), getattr(self.trainer, "num_devices", 1))
+        return min(worker_threads(local), 8)
 
     def _parts(self, targets: np.ndarray) -> np.ndarray:
         if self.scenario == "class":
@@ -222,19 +255,20 @@ class ContinualDataModule(pl.LightningDataModule):
         # Another trainer, or Lightning's search for a batch size, may have changed these since the last call.
         self._train_loader.rank, self._train_loader.size = rank, size
         self._train_loader.batch_size = self.batch_size
+        self._train_loader.augment = self.augment
         self._train_loader.visit(indices, epoch, extra, self.extra_per_step or 0)
         return AheadLoader(self._train_loader) if self.load_ahead else self._train_loader
 
     def val_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out."""
         if self.val_ratio == 0:
-            return self.test_loaders(self.task_id)
-        parts = range(self.task_id + 1)
-        return [self.train_eval_loader(torch.nonzero((self._train_parts == t) & self._held).flatten()) for t in parts]
+            return _for_all(self.test_loaders(self.task_id))
+        held = [torch.nonzero((self._train_parts == t) & self._held).flatten() for t in range(self.task_id + 1)]
+        return _for_all([self.train_eval_loader(indices) for indices in held])
 
     def test_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task's test set."""
-        return self.test_loaders(self.num_tasks - 1)
+        return _for_all(self.test_loaders(self.num_tasks - 1))
 
     def predict_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task's test set."""
@@ -249,9 +283,17 @@ class ContinualDataModule(pl.LightningDataModule):
         """Return training samples as evaluation sees them, each on exactly one worker."""
         return self._eval_loader(self.train_inputs, self.train_targets, self._train_parts, indices)
 
-    def _eval_loader(self, inputs: Tensor, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
+    def _eval_loader(self, inputs: Tensor | ImageFiles, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
         rank, size = self._place()
         return TaskLoader(inputs, targets, parts, self.eval_batch_size, indices, rank, size)
+
+    def teardown(self, stage: str) -> None:
+        """End the processes that read images.
+
+        Args:
+            stage: what has ended.
+        """
+        self._readers.close()
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -301,8 +343,16 @@ class ContinualDataModule(pl.LightningDataModule):
         """Return the batch as the network takes it, on the device that it is on."""
         inputs = batch.inputs
         if train and self.augment:
-            inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch)
+            pad = self._source.pad if self._source is not None else 4
+            inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch, pad)
         inputs = transforms.to_float(inputs)
         if self._source is not None:
             inputs = transforms.normalise(inputs, self._source.mean, self._source.std)
         return batch._replace(inputs=inputs)
+
+
+def _for_all(loaders: list[TaskLoader]) -> list[TaskLoader]:
+    """Return the loaders, each with a batch on every worker: Lightning's loops have to be run by all."""
+    for loader in loaders:
+        loader.for_all = True
+    return loaders

@@ -1,4 +1,4 @@
-"""A loader over tensors: one indexing call a batch, equal steps on all workers, a place that resumes."""
+"""A loader over tensors or files of images: equal steps on all workers, a place that resumes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcl_lightning.data.images import ImageFiles
 from dcl_lightning.types import Batch
 
 __all__ = ["TaskLoader"]
+
+_NONE = torch.empty(0)
 
 
 class TaskLoader:
@@ -21,7 +24,7 @@ class TaskLoader:
     samples as step i of one worker of batch N b. For evaluation nothing is shuffled or padded.
 
     Args:
-        inputs: ``(n, ...)``.
+        inputs: tensor ``(n, ...)``, of which a batch is one index; or images in files, read a few batches ahead.
         targets: ``(n,)`` int64.
         task_ids: ``(n,)`` int64.
         batch_size: rows a step and worker.
@@ -31,11 +34,16 @@ class TaskLoader:
         train: whether to shuffle and pad.
         seed: seed of the order.
         epoch: epoch of the whole stream.
+
+    Attributes:
+        augment: whether training takes random crops of images in files; tensors are augmented on the device.
+        for_all: yield one batch without rows where this worker has none and another has. Lightning refuses
+            loaders of length 0, and a worker that left an evaluation out would let the others wait.
     """
 
     def __init__(
         self,
-        inputs: Tensor,
+        inputs: Tensor | ImageFiles,
         targets: Tensor,
         task_ids: Tensor,
         batch_size: int,
@@ -50,6 +58,7 @@ class TaskLoader:
         self.batch_size, self.rank, self.size, self.train, self.seed = batch_size, rank, size, train, seed
         self.indices, self.epoch = indices, epoch
         self.rehearsed, self.num_rehearsed = indices[:0], 0
+        self.for_all = self.augment = False
         self._position = 0
         self._start = 0
 
@@ -73,10 +82,22 @@ class TaskLoader:
         return -(-total // self.size) if self.train else len(range(self.rank, total, self.size))
 
     def __len__(self) -> int:
-        return -(-self._rows() // self.batch_size)
+        return max(-(-self._rows() // self.batch_size), int(self.for_all and len(self.indices) > 0))
 
     def __iter__(self) -> Iterator[Batch]:
         start, self._start = self._start, 0
+        batches = self._without_inputs(start)
+        inputs = self.inputs
+        if isinstance(inputs, ImageFiles):
+            filled = inputs.fill(batches, (self.seed, self.epoch) if self.train and self.augment else None)
+        else:
+            filled = (batch._replace(inputs=inputs[batch.sample_ids]) for batch in batches)
+        # Batches may be read ahead: the place is that of the one handed out.
+        for step, batch in enumerate(filled, start):
+            self._position = step + 1
+            yield batch
+
+    def _without_inputs(self, start: int) -> Iterator[Batch]:
         total, count = len(self.indices), self._rows()
         order = self.indices
         if self.train:
@@ -87,7 +108,6 @@ class TaskLoader:
         if real < count:
             mine = torch.cat([mine, order[:1]])
         for step in range(start, len(self)):
-            self._position = step + 1
             low = step * self.batch_size
             rows = mine[low : low + self.batch_size]
             num_new = len(rows)
@@ -101,7 +121,7 @@ class TaskLoader:
                 draw_ids = torch.cat([rows, again + ((step + 1) << 32)])
                 rows = torch.cat([rows, again])
             yield Batch(
-                inputs=self.inputs[rows],
+                inputs=_NONE,
                 targets=self.targets[rows],
                 task_ids=self.task_ids[rows],
                 sample_ids=rows,

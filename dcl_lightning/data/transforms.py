@@ -48,7 +48,7 @@ def _mix(words: Tensor) -> Tensor:
 
 
 def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int = 4) -> Tensor:
-    """Return a random crop of the zero-padded images, mirrored with probability 1/2.
+    """Return a random crop of the zero-padded images, mirrored with probability 1/2; without padding, mirrored only.
 
     Args:
         inputs: ``(B, C, H, W)``, any dtype.
@@ -59,8 +59,10 @@ def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int 
     """
     count, _, height, width = inputs.shape
     device = inputs.device
-    tops, lefts = (draws(sample_ids, seed, epoch, s, 2 * pad + 1) for s in (0, 1))
     flips = draws(sample_ids, seed, epoch, 2, 2).bool()
+    if pad == 0:
+        return torch.where(flips[:, None, None, None], inputs.flip(-1), inputs)
+    tops, lefts = (draws(sample_ids, seed, epoch, s, 2 * pad + 1) for s in (0, 1))
     padded = torch.nn.functional.pad(inputs, (pad, pad, pad, pad))
     columns = torch.arange(width, device=device).expand(count, width)
     columns = torch.where(flips[:, None], columns.flip(1), columns) + lefts[:, None]

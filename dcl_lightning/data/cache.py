@@ -1,0 +1,106 @@
+"""Arrays made once from a data set's files and mapped into memory from then on."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+
+from dcl_lightning.errors import DataError
+
+__all__ = ["VARIABLE", "cached", "fingerprint"]
+
+VARIABLE = "DCL_LIGHTNING_CACHE"
+_log = logging.getLogger(__name__)
+
+
+def fingerprint(*words: object) -> str:
+    """Return 12 hexadecimal digits that tell contents apart.
+
+    Args:
+        *words: anything with a telling ``str``.
+    """
+    digest = hashlib.sha256()
+    for word in words:
+        digest.update(str(word).encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> str:
+    """Return a folder that ``build`` has filled, now or in an earlier run.
+
+    It lies in ``.dcl_lightning`` beside the data, or where that can't be written, in the user's cache folder; the
+    environment variable ``DCL_LIGHTNING_CACHE`` names another place. It is filled under another name and moved when
+    it is complete, by one process at a time.
+
+    Args:
+        folder: folder of the data set.
+        name: what is cached.
+        mark: fingerprint of what it is made from.
+        build: fills the empty folder that it is given.
+
+    Raises:
+        DataError: no place can be written; or what ``build`` raises.
+    """
+    given = os.environ.get(VARIABLE)
+    home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dcl_lightning")
+    away = f"{name}-{mark}-{fingerprint(os.path.realpath(folder))}"
+    beside = os.path.join(folder, ".dcl_lightning", f"{name}-{mark}")
+    targets = [os.path.join(given, away)] if given else [beside, os.path.join(home, away)]
+    for target in targets:
+        if os.path.isdir(target):
+            return target
+    reasons = []
+    for target in targets:
+        try:
+            _fill(target, build)
+        except OSError as error:
+            reasons.append(f"{os.path.dirname(target)} ({error.strerror})")
+        else:
+            return target
+    raise DataError(
+        f"data set '{name}' has to be written once in another form, and none of these places takes it: "
+        f"{', '.join(reasons)}; set the environment variable {VARIABLE} to a folder with room"
+    )
+
+
+def _fill(target: str, build: Callable[[str], None]) -> None:
+    parent, name = os.path.split(target)
+    os.makedirs(parent, exist_ok=True)
+    with _one_at_a_time(os.path.join(parent, f".{name}.lock")) as alone:
+        if os.path.isdir(target):
+            return
+        if alone:
+            # Nobody else is writing: what a killed process left.
+            for left in glob.glob(os.path.join(glob.escape(parent), f".{name}.*.tmp")):
+                shutil.rmtree(left, ignore_errors=True)
+        _log.info("writing %s, once", target)
+        temporary = os.path.join(parent, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+        os.mkdir(temporary)
+        try:
+            build(temporary)
+            os.rename(temporary, target)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            # Without working locks another process may have been first.
+            if not (isinstance(error, OSError) and os.path.isdir(target)):
+                raise
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: str) -> Iterator[bool]:
+    import fcntl
+
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # Some network file systems have no locks: then the work is done twice, and the last to end is dropped.
+            yield False
+        else:
+            yield True

@@ -1,0 +1,157 @@
+"""Which images a data set has and what they show, from folders' names and list files; no image is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from dcl_lightning.errors import DataError
+
+__all__ = ["IMAGE_ENDINGS", "core50", "listed", "per_class"]
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def per_class(folder: str, split: str, training: bool) -> tuple[list[str], np.ndarray]:
+    """List ``split/<class>/.../<image>``, classes and images each in the order of their names.
+
+    Args:
+        folder: folder of the data set.
+        split: its sub-folder.
+        training: whether a class without images is refused.
+
+    Returns:
+        The files relative to ``folder``, and ``(n,)`` str, the class of each.
+
+    Raises:
+        DataError: no class folders, or an empty one in training.
+    """
+    base = os.path.join(folder, split)
+    classes = sorted(entry.name for entry in _entries(base) if entry.is_dir())
+    if not classes:
+        raise DataError(f"{base} holds no class folders: expected {split}/<class>/<image>")
+    names: list[str] = []
+    counts: list[int] = []
+    for name in classes:
+        images = [os.path.join(split, name, image) for image in _images(os.path.join(base, name))]
+        if not images and training:
+            raise DataError(
+                f"class folder {os.path.join(base, name)} holds no images ({', '.join(IMAGE_ENDINGS)}): "
+                "add some or remove the folder"
+            )
+        names += images
+        counts.append(len(images))
+    return names, np.repeat(np.array(classes, dtype=str), counts)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _images(folder: str, inside: str = "", above: frozenset[str] = frozenset()) -> list[str]:
+    """Return the images beneath a folder, relative to it, sorted; links are followed, but not in circles."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return []
+    found: list[str] = []
+    for entry in _entries(folder):
+        name = os.path.join(inside, entry.name)
+        if entry.name.lower().endswith(IMAGE_ENDINGS):
+            found.append(name)
+        elif entry.is_dir():
+            found += _images(entry.path, name, above | {here})
+    return sorted(found)
+
+
+def listed(folder: str, list_file: str) -> tuple[list[str], np.ndarray]:
+    """Read a list file with a line ``relative/path label`` for each image.
+
+    Args:
+        folder: what the paths are relative to.
+        list_file: the list; empty lines are left out.
+
+    Returns:
+        The files relative to ``folder``, and ``(n,)`` int64, the label of each.
+
+    Raises:
+        DataError: a line of another form, or one that names a file that is not there.
+    """
+    names: list[str] = []
+    labels: list[int] = []
+    there: dict[str, set[str]] = {}
+    for number, line in _lines(list_file):
+        name, _, label = line.rpartition(" ")
+        if not name or not label.isdecimal():
+            raise DataError(f"{list_file}, line {number}: expected 'relative/path label', found {line[:80]!r}")
+        parent, image = os.path.split(name.strip())
+        if parent not in there:
+            # One look at a folder in place of one at each of its files.
+            there[parent] = _names_in(os.path.join(folder, parent))
+        if image not in there[parent]:
+            raise DataError(f"{list_file}, line {number}: there is no {os.path.join(folder, name.strip())}")
+        names.append(name.strip())
+        labels.append(int(label))
+    if not names:
+        raise DataError(f"{list_file} names no images")
+    return names, np.array(labels, dtype=np.int64)
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.strip().replace("\t", " ")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _names_in(folder: str) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
+
+
+def core50(folder: str, training: bool) -> tuple[list[str], np.ndarray]:
+    """List ``core50_128x128/s<session>/o<object>/<image>``, sessions in their order.
+
+    Training has the images that ``core50_train.csv`` names in its first column, where there is such a file; else
+    the sessions other than 3, 7 and 10, as published.
+
+    Args:
+        folder: folder of the data set.
+        training: which split.
+
+    Returns:
+        The files relative to ``folder``, and ``(n,)`` int64, the object of each, from 0.
+
+    Raises:
+        DataError: nothing of this form is there.
+    """
+    table = os.path.join(folder, "core50_train.csv")
+    chosen = {line.split(",")[0].split(".")[0] for _, line in _lines(table)} if os.path.exists(table) else None
+    names: list[str] = []
+    labels: list[int] = []
+    for session, inner in _numbered(os.path.join(folder, "core50_128x128"), "s"):
+        for label, within in _numbered(inner, "o"):
+            for image in _images(within):
+                stem = os.path.basename(image).split(".")[0]
+                if training == (stem in chosen if chosen is not None else session not in (3, 7, 10)):
+                    names.append(os.path.relpath(os.path.join(within, image), folder))
+                    labels.append(label - 1)
+    if not names and training:
+        raise DataError(f"{folder} holds no training images of the form core50_128x128/s<session>/o<object>/<image>")
+    return names, np.array(labels, dtype=np.int64)
+
+
+def _numbered(folder: str, letter: str) -> list[tuple[int, str]]:
+    found = [(re.fullmatch(rf"{letter}(\d+)", entry.name), entry) for entry in _entries(folder)]
+    return sorted((int(match[1]), entry.path) for match, entry in found if match and entry.is_dir())

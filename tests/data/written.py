@@ -1,0 +1,85 @@
+"""Writes small data sets in the published layout and format of the true ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+RNG = np.random.default_rng(0)
+
+
+def image(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", color: int | None = None) -> Path:
+    """Write one image of noise, or of one grey, of ``size`` (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    if color is not None:
+        pixels[:] = color
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def class_folders(root: Path, train: str, test: str, classes: list[str], count: int = 6, ending: str = "JPEG") -> Path:
+    """Write ``count`` training and two test images of each class, of mixed sizes."""
+    for split, number in ((train, count), (test, 2)):
+        for place, name in enumerate(classes):
+            for i in range(number):
+                image(root / split / name / f"{name}_{i}.{ending}", (30 + 4 * i, 40 - 3 * i), color=20 + 40 * place)
+    return root
+
+
+SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361"]
+
+
+def imagenet(root: Path, folder: str = "ImageNet") -> Path:
+    return class_folders(root / folder, "train", "val", SYNSETS)
+
+
+def listed(root: Path, folder: str, suffix: str, lists_beside: bool = False) -> Path:
+    """Write ImageNet's layout with list files that name all but the first image of each class."""
+    base = class_folders(root / folder, "train", "val", SYNSETS)
+    for split in ("train", "val"):
+        lines = []
+        for label, name in enumerate(SYNSETS):
+            lines += [f"{split}/{name}/{file.name} {label}\n" for file in sorted((base / split / name).iterdir())[1:]]
+        ((root if lists_beside else base) / f"{split}_{suffix}.txt").write_text("".join(lines))
+    return base
+
+
+def core50(root: Path) -> Path:
+    base = root / "CORe50" / "core50_128x128"
+    for session in range(1, 12):
+        for thing in (1, 2, 10):
+            for i in range(2):
+                name = f"C_{session:02d}_{thing:02d}_{i:03d}.png"
+                image(base / f"s{session}" / f"o{thing}" / name, (128, 128), color=20 * thing)
+    return base.parent
+
+
+def tinyimagenet(root: Path, classes: list[str] = SYNSETS) -> Path:
+    base = root / "TinyImageNet" / "tiny-imagenet-200"
+    (base / "val" / "images").mkdir(parents=True)
+    (base / "wnids.txt").write_text("".join(f"{name}\n" for name in reversed(classes)))
+    lines = []
+    for place, name in enumerate(classes):
+        for i in range(6):
+            image(base / "train" / name / "images" / f"{name}_{i}.JPEG", (64, 64), "L" if i == 0 else "RGB", 50 * place)
+        (base / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t62\t62\n")
+    for i in range(2 * len(classes)):
+        name = classes[i % len(classes)]
+        image(base / "val" / "images" / f"val_{i}.JPEG", (64, 64), color=50 * (i % len(classes)))
+        lines.append(f"val_{i}.JPEG\t{name}\t0\t0\t63\t63\n")
+    (base / "val" / "val_annotations.txt").write_text("".join(lines))
+    return base
+
+
+def candle(root: Path, rows: int = 8, test_rows: int = 4) -> Path:
+    base = root / "CANDLE"
+    base.mkdir(parents=True)
+    for name, count, scale in (("nt_train2.csv", rows, 10), ("nt_test2.csv", test_rows, 20)):
+        x = RNG.integers(0, 1000, (count, 60_483)) * scale / 1000
+        with (base / name).open("w") as file:
+            for i in range(count):
+                file.write(f"{i % 2}," + ",".join(map(str, x[i].tolist())) + "\n")
+    return base
