@@ -33,7 +33,7 @@ from dcl_lightning import ContinualDataModule
 )
 def test_final_accuracy(case: str, low: float, high: float, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    values = [protocol.final_accuracy(case, seed, str(tmp_path)) for seed in range(2)]
+    values = [protocol.final_accuracy(protocol.CASES[case], seed, str(tmp_path)) for seed in range(2)]
     assert low <= statistics.mean(values) <= high
 
 
@@ -41,7 +41,7 @@ def test_icarl_rises_from_task_to_task_where_every_task_has_every_class(tmp_path
     torch.set_num_threads(1)
     pl.seed_everything(0)
     data = ContinualDataModule("digits", scenario="domain", num_tasks=5, batch_size=16)
-    agent = protocol.icarl(200)(data)
+    agent = protocol.icarl(200).build(data)
     trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.fit(agent, datamodule=data)
     pooled = agent.clock.matrix.pooled

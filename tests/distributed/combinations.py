@@ -327,7 +327,7 @@ def main(folder: str) -> None:
             if key not in alone:
                 alone[key] = attempt(lambda case=case: fit(case, 0, 1, "auto"))
             results[case.name]["one"] = alone[key]
-    port = int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]) + 1
+    port = os.environ["TORCH_PORT"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
              "LOCAL_RANK": str(rank)}  # fmt: skip
     os.environ.update(place)

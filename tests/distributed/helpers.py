@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,18 @@ def environment() -> dict[str, str]:
     return {**clean, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "HOROVOD_GLOO_TIMEOUT_SECONDS": "120"}
 
 
+def free_port() -> int:
+    """A port for a group of torch.distributed, outside the range from which the system gives ports to connections."""
+    while True:
+        with socket.socket() as one:
+            port = random.randrange(15000, 32000)
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
 def run_workers(source: str, count: int, deadline: float = 150) -> list[Ended]:
     """Run ``source`` on ``count`` workers; a worker that ends does not end the others."""
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
@@ -38,13 +52,14 @@ def run_workers(source: str, count: int, deadline: float = 150) -> list[Ended]:
     slots = get_host_assignments(parse_hosts(f"localhost:{count}"), count)
     server.init(slots)
     processes, files = [], []
+    torch_port = {"TORCH_PORT": str(free_port())}
     try:
         for slot in slots:
             files.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-c", source],
-                    env={**environment(), **worker_variables(slot, port, 1)},
+                    env={**environment(), **worker_variables(slot, port, 1), **torch_port},
                     stdout=files[-1],
                     stderr=subprocess.STDOUT,
                 )

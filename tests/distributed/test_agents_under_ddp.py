@@ -9,7 +9,7 @@ import os
 rank = os.environ["HOROVOD_RANK"]
 os.environ |= {
     "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]) + 1),
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["TORCH_PORT"],
 }
 import logging, warnings
 import lightning.pytorch as pl, torch

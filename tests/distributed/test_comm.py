@@ -82,10 +82,9 @@ import os, torch
 from comm_contract import check_contract
 from types import SimpleNamespace
 from dcl_lightning.distributed.comm import TorchDistributedComm, comm_of
-port = int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+port = os.environ["TORCH_PORT"]
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
-# Ports of the dynamic range are Linux's to give; one next to the rendezvous's own is most likely free.
-torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port + 1}", rank=rank, world_size=size)
+torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
 comm = comm_of(SimpleNamespace())
 assert isinstance(comm, TorchDistributedComm)
 check_contract(comm)

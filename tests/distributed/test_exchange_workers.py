@@ -26,9 +26,9 @@ close = hvd.shutdown
 TORCH = """
 import os, torch
 from dcl_lightning.distributed.comm import TorchDistributedComm
-port = int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+port = os.environ["TORCH_PORT"]
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
-torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port + 1}", rank=rank, world_size=size)
+torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
 main = comm = TorchDistributedComm()
 close = torch.distributed.destroy_process_group
 """

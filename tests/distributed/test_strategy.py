@@ -107,7 +107,7 @@ trainer("auto").fit(one, shard(0, 1, 16))
 accumulated = Toy()
 trainer("auto", accumulate_grad_batches=3, gradient_clip_val=0.5).fit(accumulated, shard(0, 1, 16))
 
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]) + 1),
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["TORCH_PORT"],
                   WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
 ddp = Toy(seed=rank)
 trainer("ddp", devices=2).fit(ddp, shard(rank, 2, 8))
