@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,5 +78,4 @@ print("TOTAL", int(agent.clock.matrix.total[0, 0]), flush=True)
     )
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    totals = [line.split()[-1] for line in done.stdout.splitlines() if "TOTAL" in line]
-    assert totals == ["10"] * 3
+    assert re.findall(r"TOTAL (\d+)", done.stdout) == ["10"] * 3

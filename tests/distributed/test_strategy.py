@@ -79,10 +79,7 @@ def test_a_plain_script_starts_its_workers_once(tmp_path: Path) -> None:
     script.write_text(PLAIN)
     done, _ = run_script(script, "--word", "two words")
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if "workers on" in line] == [
-        f"horovod: 2 workers on 1 host, {threads()} each",
-    ]
+    assert done.stdout.count(f"horovod: 2 workers on 1 host, {threads()} each") == 1
     for fit in (1, 2):
         # Not line by line: a print of worker 0's may be cut by a line of the other's before its own end of line.
         assert done.stdout.count(f"FIT {fit} of 2 two words") == 2
