@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from helpers import assert_ended_well, run_workers
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_logged_values_and_metrics_equal_one_process(workers: int) -> None:
-    assert_ended_well(run_workers(SOURCE, workers))
+def test_logged_values_and_metrics_equal_one_process(workers: int, tmp_path: Path) -> None:
+    assert_ended_well(run_workers(f"FOLDER = {str(tmp_path)!r}\n{SOURCE}", workers))
 
 
 SOURCE = """
@@ -101,7 +103,7 @@ def run(strategy):
     data = ContinualDataModule((pictures[:12], train, pictures[12:], test), increment=1, batch_size=6 // t_size)
     torch.manual_seed(0)
     agent = FineTuning(MLP([4]), data.num_classes, input_spec=data.input_spec, epochs_per_task=2)
-    fitted = trainer(strategy, max_epochs=-1, num_sanity_val_steps=2)
+    fitted = trainer(strategy, max_epochs=-1, num_sanity_val_steps=2, default_root_dir=FOLDER)
     fitted.fit(agent, datamodule=data)
     logged = {k: float(v) for k, v in fitted.callback_metrics.items() if k.startswith("val/")}
     logged |= fitted.test(agent, datamodule=data, verbose=False)[0]
