@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

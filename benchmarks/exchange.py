@@ -141,31 +141,18 @@ def work(options: argparse.Namespace) -> None:
 
 def launch(count: int, draws: tuple[int, ...], options: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
     """Return what ``count`` workers measured, by r."""
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
+    from dcl_lightning.distributed.workers import started_workers
 
-    from dcl_lightning.distributed.launcher import worker_variables
-
-    server = RendezvousServer(verbose=0)
-    port = server.start()
-    slots = get_host_assignments(parse_hosts(f"localhost:{count}"), count)
-    server.init(slots)
     command = [sys.executable, __file__, f"--steps={options.steps}", f"--held={options.held}"]
     command += ["--worker", *map(str, draws)]
-    workers: list[subprocess.Popen[str]] = []
+
+    def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[str]:
+        stdout = output if rank == 0 else subprocess.DEVNULL
+        return subprocess.Popen(command, env={**os.environ, **variables}, stdout=stdout, text=True)
+
     with tempfile.TemporaryFile("w+") as output:
-        try:
-            for slot in slots:
-                environment = {**os.environ, **worker_variables(slot, port, 1)}
-                stdout = output if slot.rank == 0 else subprocess.DEVNULL
-                workers.append(subprocess.Popen(command, env=environment, stdout=stdout, text=True))
+        with started_workers(count, 1, start) as workers:
             codes = [worker.wait(timeout=600) for worker in workers]
-        finally:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.kill()
-                    worker.wait()
-            server.stop()
         if any(codes):
             raise RuntimeError(f"workers ended with {codes}")
         output.seek(0)

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from common import quiet_trainer
 from lightning.pytorch.utilities import rank_zero_only
 from scipy.stats import t as student
 
 from dcl_lightning import NIL, ContinualAgent, ContinualDataModule, FineTuning, ICaRL
 from dcl_lightning.backbones import MLP
-from dcl_lightning.callbacks import TaskReport
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.size import MemorySize
 
@@ -116,19 +116,7 @@ def final_accuracy(case: Case, seed: int, folder: str, dataset: str = "digits") 
     data = ContinualDataModule(dataset, increment=2, batch_size=batch, seed=seed, concatenate_tasksets=case.concatenate)
     agent = case.build(data)
     several = {"strategy": "horovod", "devices": case.workers} if case.workers > 1 else {}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        callbacks=[TaskReport(show_table=False)],
-        default_root_dir=folder,
-        **several,
-    )
-    trainer.fit(agent, datamodule=data)
+    quiet_trainer(folder, **several).fit(agent, datamodule=data)
     return 100 * float(agent.clock.matrix.pooled[-1])
 
 

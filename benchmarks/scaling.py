@@ -22,16 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from common import CLASSES, SPEC, WARM_UP, Size, report, rounds_of, step_ms, stream
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from rehearsal import CLASSES, SPEC, WARM_UP, Size, StepTimer, report, rounds_of, stream
 from torch import nn
 
 from dcl_lightning import FineTuning, HorovodStrategy
 from dcl_lightning.backbones import MLP, ResNet
-from dcl_lightning.callbacks import TaskReport
 
 BATCH = 32
 # Network, and how much is measured of it.
@@ -41,25 +39,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Size]] = {
 }
 
 
-def step_ms(strategy: Any, network: Callable[[], nn.Module], steps: int, workers: int) -> float:
+def fit_ms(strategy: Any, network: Callable[[], nn.Module], steps: int, workers: int) -> float:
     """Return the mean time of a step of one fit on this worker."""
-    timer = StepTimer(steps)
     data = stream((WARM_UP + steps + 1) * BATCH * workers, 32, BATCH)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        strategy=strategy,
-        devices=workers,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        callbacks=[timer, TaskReport(show_table=False)],
-        default_root_dir=tempfile.gettempdir(),
-    )
-    trainer.fit(FineTuning(network(), CLASSES, input_spec=SPEC), datamodule=data)
-    return timer.step_ms
+    agent = FineTuning(network(), CLASSES, input_spec=SPEC)
+    return step_ms(agent, data, steps, strategy=strategy, devices=workers)
 
 
 def measure(quick: bool) -> dict[str, dict[str, list[float]]]:
@@ -77,7 +61,7 @@ def measure(quick: bool) -> dict[str, dict[str, list[float]]]:
     for name, (network, (rounds, steps)) in NETWORKS.items():
         rounds, steps = (2, 3) if quick else (rounds, steps)
         sides = {
-            key: lambda make=make, network=network, steps=steps: step_ms(make(), network, steps, workers)
+            key: lambda make=make, network=network, steps=steps: fit_ms(make(), network, steps, workers)
             for key, make in strategies.items()
         }
         found[name] = rounds_of(sides, rounds)
@@ -86,35 +70,23 @@ def measure(quick: bool) -> dict[str, dict[str, list[float]]]:
 
 def launch(workers: int, quick: bool) -> dict[str, dict[str, list[float]]]:
     """Return what worker 0 of so many measured."""
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
+    from dcl_lightning.distributed.workers import started_workers
 
-    from dcl_lightning.distributed.launcher import worker_variables
-
-    server = RendezvousServer(verbose=0)
-    port = server.start()
-    slots = get_host_assignments(parse_hosts(f"localhost:{workers}"), workers)
-    server.init(slots)
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
+        port = str(free.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "steps.json")
         command = [sys.executable, __file__, "--worker", "--json", str(file), *(["--quick"] if quick else [])]
-        processes = []
-        try:
-            for slot in slots:
-                place = {"RANK": slot.rank, "WORLD_SIZE": workers, "LOCAL_RANK": slot.rank, "GROUP_RANK": 0}
-                place |= {"LOCAL_WORLD_SIZE": workers}
-                given = worker_variables(slot, port, 1) | meeting | {key: str(value) for key, value in place.items()}
-                processes.append(subprocess.Popen(command, env={**os.environ, **given}, stdout=subprocess.DEVNULL))
+
+        def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+            group = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": workers}
+            group |= {"LOCAL_WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = {name: str(value) for name, value in group.items()}
+            return subprocess.Popen(command, env={**os.environ, **variables, **place}, stdout=subprocess.DEVNULL)
+
+        with started_workers(workers, 1, start) as processes:
             codes = [process.wait(timeout=1800) for process in processes]
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-            server.stop()
         if any(codes):
             raise RuntimeError(f"workers ended with {codes}")
         return json.loads(file.read_text())

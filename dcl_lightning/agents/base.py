@@ -270,6 +270,7 @@ class ContinualAgent(pl.LightningModule):
         accuracy = hits.sum() / batch.weights.sum().clamp(min=1)
         values = {"train/loss": loss.detach(), "train/acc": accuracy}
         self.log_dict(values, prog_bar=True, batch_size=len(batch.targets))
+        # Lightning sets this from another class, where type checkers do not look for it.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]), batch_size=1)

@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.context
 import os
 import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
+
+from dcl_lightning.distributed.place import mpi_runs
 
 __all__ = ["Readers"]
 
@@ -79,11 +80,8 @@ class Readers:
         with self._lock:
             _shut_down(self._pools)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["num_workers"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[Readers], tuple[int]]:
+        return Readers, (self.num_workers,)
 
 
 def _shut_down(pools: list[ProcessPoolExecutor]) -> None:
@@ -92,8 +90,7 @@ def _shut_down(pools: list[ProcessPoolExecutor]) -> None:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    hvd = sys.modules.get("horovod.torch")
-    if hvd is not None and hvd.is_initialized() and hvd.mpi_enabled():
+    if mpi_runs():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torchvision.io", "dcl_lightning.data.decode"])
         return context

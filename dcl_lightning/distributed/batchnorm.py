@@ -51,6 +51,7 @@ class HorovodBatchNormSync(LayerSync):
                     f"trainer.sync_batchnorm=true: layer {name} is a {kind.__name__} with a forward of its own, which "
                     "cannot be synchronised: use torch's BatchNorm there, or leave sync_batchnorm out"
                 )
+            # A module takes any attribute, and an object another class, of which type checkers know neither.
             module.sync_name = f"batchnorm.{name}"  # type: ignore[assignment]
             module.__class__ = _synchronised(kind)
         return model
@@ -79,6 +80,7 @@ class _Synchronised(_BatchNorm):
     before: type[_BatchNorm]
     sync_name: str
 
+    # A compiler cannot look into a collective. (The decorator has no types.)
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

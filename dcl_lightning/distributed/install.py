@@ -24,6 +24,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Build", "main", "missing_tools", "modernise"]
 
@@ -343,43 +344,32 @@ sys.exit(0 if total.item() == 3.0 and rows.tolist() == right else 3)
 def _check() -> None:
     """Run an allreduce and an alltoall on two workers."""
     try:
-        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-        from horovod.runner.http.http_server import RendezvousServer
+        importlib.import_module("horovod.runner.http.http_server")
     except ImportError as error:
         raise InstallError(
             f"Horovod is not installed ({error}): run `python -m dcl_lightning.distributed.install`"
         ) from None
 
-    from dcl_lightning.distributed.launcher import worker_variables
+    from dcl_lightning.distributed.workers import started_workers
 
-    server = RendezvousServer(verbose=0)
-    port = server.start()
-    slots = get_host_assignments(parse_hosts("localhost:2"), 2)
-    server.init(slots)
+    def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[Any]:
+        return subprocess.Popen(
+            [sys.executable, "-c", _SELF_CHECK],
+            env=_with_timeout({**os.environ, **variables}),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+    # A file, not a pipe: what was written stays readable after a kill.
     with tempfile.TemporaryFile("w+") as output:
-        # A file, not a pipe: what was written stays readable after a kill.
-        workers = [
-            subprocess.Popen(
-                [sys.executable, "-c", _SELF_CHECK],
-                env=_with_timeout({**os.environ, **worker_variables(slot, port, 1)}),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for slot in slots
-        ]
-        end = time.monotonic() + _CHECK_S
         late = ""
-        try:
-            for worker in workers:
-                worker.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            late = f": no answer within {_CHECK_S:.0f} s"
-        finally:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.kill()
-                    worker.wait()
-            server.stop()
+        with started_workers(2, 1, start) as workers:
+            end = time.monotonic() + _CHECK_S
+            try:
+                for worker in workers:
+                    worker.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late = f": no answer within {_CHECK_S:.0f} s"
         output.seek(0)
         text = output.read()[-2000:]
     if any(worker.returncode for worker in workers):

@@ -17,10 +17,11 @@ import torch
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
 from dcl_lightning.distributed.child import Child
-from dcl_lightning.distributed.place import worker_threads
+from dcl_lightning.distributed.place import running_horovod, worker_threads
+from dcl_lightning.distributed.workers import open_rendezvous
 from dcl_lightning.errors import ConfigurationError, WorkerError
 
-__all__ = ["HorovodLauncher", "worker_variables"]
+__all__ = ["HorovodLauncher"]
 
 _GRACE_S = 3.0  # for the others to notice a failure by themselves
 _LAST_RESORT_S = 10.0  # for worker 0 to end once its operations fail
@@ -144,21 +145,15 @@ class HorovodLauncher(_Launcher):
     # -- start ---------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-        from horovod.runner.http.http_server import RendezvousServer
-
         command = _own_command()
-        self._server = RendezvousServer(verbose=0)
-        port = self._server.start()
-        slots = get_host_assignments(parse_hosts(f"localhost:{self.num_workers}"), self.num_workers)
-        self._server.init(slots)
         threads = worker_threads(self.num_workers)
+        self._server, places = open_rendezvous(self.num_workers, threads)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
         atexit.register(self._end)
-        for slot in slots[1:]:
-            self._workers.append(Child(slot.rank, command, worker_variables(slot, port, threads)))
-        os.environ.update(worker_variables(slots[0], port, threads))
+        for rank, variables in enumerate(places[1:], start=1):
+            self._workers.append(Child(rank, command, variables))
+        os.environ.update(places[0])
         self._forward_signals()
         threading.Thread(target=self._watch, name="horovod-watch", daemon=True).start()
 
@@ -270,8 +265,8 @@ def _wait_for(workers: Collection[Child], seconds: float) -> None:
 
 
 def _leave_horovod() -> None:
-    hvd = sys.modules.get("horovod.torch")
-    if hvd is not None and hvd.is_initialized():
+    hvd = running_horovod()
+    if hvd is not None:
         hvd.shutdown()
 
 
@@ -294,30 +289,3 @@ def _own_command() -> list[str]:
             "or set trainer.devices=1"
         )
     return [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:]]
-
-
-def worker_variables(slot: Any, port: int, threads: int) -> dict[str, str]:
-    """Return the environment of one local worker.
-
-    Args:
-        slot: the worker's place, from Horovod's host assignments.
-        port: port of the rendezvous on the loopback interface.
-        threads: threads of the worker, unless OMP_NUM_THREADS says otherwise.
-    """
-    values = {
-        "HOROVOD_HOSTNAME": "localhost",
-        "HOROVOD_RANK": slot.rank,
-        "HOROVOD_SIZE": slot.size,
-        "HOROVOD_LOCAL_RANK": slot.local_rank,
-        "HOROVOD_LOCAL_SIZE": slot.local_size,
-        "HOROVOD_CROSS_RANK": slot.cross_rank,
-        "HOROVOD_CROSS_SIZE": slot.cross_size,
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": port,
-        "HOROVOD_GLOO_IFACE": "lo",
-        "HOROVOD_CONTROLLER": "gloo",
-        "HOROVOD_CPU_OPERATIONS": "gloo",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-        "PYTHONUNBUFFERED": 1,
-    }
-    return {name: str(value) for name, value in values.items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+
+from dcl_lightning.distributed.place import mpi_runs
 
 __all__ = ["fork_hazard", "warn_of_fork"]
 
@@ -23,8 +24,7 @@ def fork_hazard(loader: Any) -> str:
     context = getattr(loader, "multiprocessing_context", None)
     if (context or multiprocessing).get_start_method() != "fork":
         return ""
-    hvd = sys.modules.get("horovod.torch")
-    if hvd is not None and hvd.is_initialized() and hvd.mpi_enabled():
+    if mpi_runs():
         return "MPI runs in this process, and MPI does not allow processes to be forked: they may hang or crash"
     if torch.cuda.is_initialized():
         return "CUDA runs in this process, and does not work in forked ones: they must not touch it"

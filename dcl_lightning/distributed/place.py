@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
-__all__ = ["launched_by_horovod", "place", "set_rank_from_environment", "worker_threads"]
+__all__ = ["launched_by_horovod", "mpi_runs", "place", "running_horovod", "set_rank_from_environment", "worker_threads"]
 
 _NAMES = {
     "rank": ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"),
@@ -22,6 +23,18 @@ def launched_by_horovod() -> bool:
     return any(name in os.environ for name in _NAMES["rank"])
 
 
+def running_horovod() -> Any:
+    """Return ``horovod.torch`` if it is imported and runs, else None."""
+    hvd = sys.modules.get("horovod.torch")
+    return hvd if hvd is not None and hvd.is_initialized() else None
+
+
+def mpi_runs() -> bool:
+    """Return whether Horovod runs in this process and uses MPI, which does not allow processes to be forked."""
+    hvd = running_horovod()
+    return hvd is not None and bool(hvd.mpi_enabled())
+
+
 def place(what: str) -> int:
     """Return one number of this worker's place: Horovod's own once it runs, the launcher's before.
 
@@ -29,8 +42,8 @@ def place(what: str) -> int:
         what: ``rank``, ``size``, ``local_rank``, ``local_size``, or ``cross_rank`` and ``cross_size``,
             the number of this host and of all hosts.
     """
-    hvd = sys.modules.get("horovod.torch")
-    if hvd is not None and hvd.is_initialized():
+    hvd = running_horovod()
+    if hvd is not None:
         return int(getattr(hvd, what)())
     for name in _NAMES[what]:
         if name in os.environ:

@@ -8,12 +8,12 @@ import threading
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from dcl_lightning.distributed.environment import HorovodEnvironment
 from dcl_lightning.distributed.place import launched_by_horovod, place
+from dcl_lightning.distributed.step_message import StepMessage, callbacks_of, set_callbacks
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = ["HorovodSLURMEnvironment", "accept_allocation", "check_srun", "horovod_environment", "requeue_together"]
@@ -86,11 +86,10 @@ def requeue_together(trainer: pl.Trainer, environment: HorovodEnvironment) -> No
         trainer: the trainer of several workers, before its set-up hooks are called.
         environment: the cluster.
     """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     signum = environment.requeue_signal if isinstance(environment, HorovodSLURMEnvironment) else None
     if isinstance(environment, HorovodSLURMEnvironment) and environment.auto_requeue and signum is not None:
-        others = [callback for callback in callbacks if not isinstance(callback, _Requeue)]
-        trainer.callbacks = [_Requeue(signum), *others]  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _Requeue)]
+        set_callbacks(trainer, [_Requeue(signum), *others])
 
 
 class _Requeue(pl.Callback):
@@ -101,12 +100,9 @@ class _Requeue(pl.Callback):
     """
 
     def __init__(self, signum: signal.Signals) -> None:
-        import horovod.torch as hvd
-
-        self._hvd, self._signum = hvd, signum
+        self._signum = signum
+        self._message = StepMessage("requeue")
         self._lightnings: Any = None
-        self._pending: Any = None
-        self._step = 0
         self._due = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,21 +112,14 @@ class _Requeue(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._pending is not None:  # of a batch that the module left out
-            self._hvd.synchronize(self._pending)
-        self._step = trainer.global_step
-        mine = torch.tensor([int(self._due)], dtype=torch.int32)
-        self._pending = self._hvd.allreduce_async_(mine, op=self._hvd.Max, name="requeue")
+        self._message.start(trainer, [int(self._due)])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        # Within an accumulation the gradients so far would be lost; those who know tell it again.
-        whole = trainer.accumulate_grad_batches == 1 or trainer.global_step != self._step
-        if self._hvd.synchronize(pending).item() and whole and self._lightnings is not None:
+        due = any(self._message.read() or ())
+        # Within an accumulation those who know tell it again.
+        if due and self._message.may_stop(trainer) and self._lightnings is not None:
             self._due = False
             self._lightnings(self._signum, None)
 
@@ -138,7 +127,7 @@ class _Requeue(pl.Callback):
         self._give_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._pending = None
+        self._message.forget()
         self._give_back()
 
     def _note(self, signum: int, frame: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dcl_lightning.distributed.launcher import HorovodLauncher
+from dcl_lightning.distributed.step_message import StepMessage, callbacks_of, set_callbacks
 from dcl_lightning.errors import DataError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.types import Clock
@@ -44,12 +45,7 @@ def fail_together(trainer: pl.Trainer) -> None:
     Args:
         trainer: the trainer.
     """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    first = next((c for c in callbacks if isinstance(c, _First)), None)
-    if first is None:
-        first = _First()
-        callbacks.insert(0, first)
-    first.begin(trainer)
+    _begin(trainer)
 
 
 def keep_together(trainer: pl.Trainer, comm: Comm) -> None:
@@ -59,15 +55,24 @@ def keep_together(trainer: pl.Trainer, comm: Comm) -> None:
         trainer: the trainer, before its set-up hooks are called.
         comm: the cluster.
     """
-    fail_together(trainer)
-    first = next(c for c in trainer.callbacks if isinstance(c, _First))  # type: ignore[attr-defined]
+    first = _begin(trainer)
     first.comm = comm
     _put_around(trainer, first, _Last(comm))
 
 
+def _begin(trainer: pl.Trainer) -> _First:
+    callbacks = callbacks_of(trainer)
+    first = next((c for c in callbacks if isinstance(c, _First)), None)
+    if first is None:
+        first = _First()
+        callbacks.insert(0, first)
+    first.begin(trainer)
+    return first
+
+
 def _put_around(trainer: pl.Trainer, first: _First, last: _Last) -> None:
-    others = [c for c in trainer.callbacks if not isinstance(c, (_First, _Last))]  # type: ignore[attr-defined]
-    trainer.callbacks = [first, *others, last]  # type: ignore[attr-defined]
+    others = [c for c in callbacks_of(trainer) if not isinstance(c, (_First, _Last))]
+    set_callbacks(trainer, [first, *others, last])
 
 
 class _First(pl.Callback):
@@ -91,7 +96,7 @@ class _First(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A callback's set-up may have changed the order.
-        for last in [c for c in trainer.callbacks if isinstance(c, _Last)]:  # type: ignore[attr-defined]
+        for last in [c for c in callbacks_of(trainer) if isinstance(c, _Last)]:
             _put_around(trainer, self, last)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,11 +139,8 @@ class _Last(pl.Callback):
     """
 
     def __init__(self, comm: Comm) -> None:
-        import horovod.torch as hvd
-
-        self._hvd, self._comm = hvd, comm
-        self._pending: Any = None
-        self._step = 0
+        self._comm = comm
+        self._message = StepMessage("together")
         self._signals = _Signals()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,24 +149,18 @@ class _Last(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._pending is not None:  # of a batch that the module left out
-            self._hvd.synchronize(self._pending)
-        self._step = trainer.global_step
-        mine = torch.tensor([int(_is_last(trainer, batch_idx)), *self._signals.flags()], dtype=torch.int32)
-        self._pending = self._hvd.allreduce_async_(mine, op=self._hvd.Sum, name="together")
+        self._message.start(trainer, [int(_is_last(trainer, batch_idx)), *self._signals.flags()])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._pending is None:
+        sums = self._message.read()
+        if sums is None:
             return
-        pending, self._pending = self._pending, None
-        last, *signals = self._hvd.synchronize(pending).tolist()
+        last, *signals = sums
         if 0 < last < self._comm.size:
             self._refuse(trainer, batch_idx)
-        # Within an accumulation the gradients so far would be lost.
-        whole = trainer.accumulate_grad_batches == 1 or trainer.global_step != self._step
-        if any(signals) and whole:
+        if any(signals) and self._message.may_stop(trainer):
             self._stop(trainer, pl_module, _chosen(signals))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,7 +172,7 @@ class _Last(pl.Callback):
             raise StoppedBySignal(_chosen(signals))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._pending = None
+        self._message.forget()
         self._signals.give_back()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

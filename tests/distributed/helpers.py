@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcl_lightning.distributed.launcher import worker_variables
+from dcl_lightning.distributed.workers import started_workers
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -44,36 +44,23 @@ def free_port() -> int:
 
 def run_workers(source: str, count: int, deadline: float = 150) -> list[Ended]:
     """Run ``source`` on ``count`` workers; a worker that ends does not end the others."""
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
-
-    server = RendezvousServer(verbose=0)
-    port = server.start()
-    slots = get_host_assignments(parse_hosts(f"localhost:{count}"), count)
-    server.init(slots)
-    processes, files = [], []
+    files = []
     torch_port = {"TORCH_PORT": str(free_port())}
-    try:
-        for slot in slots:
-            files.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", source],
-                    env={**environment(), **worker_variables(slot, port, 1), **torch_port},
-                    stdout=files[-1],
-                    stderr=subprocess.STDOUT,
-                )
-            )
+
+    def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[str]:
+        files.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
+        return subprocess.Popen(
+            [sys.executable, "-c", source],
+            env={**environment(), **variables, **torch_port},
+            stdout=files[-1],
+            stderr=subprocess.STDOUT,
+        )
+
+    with started_workers(count, 1, start) as processes:
         end = time.monotonic() + deadline
         while time.monotonic() < end and any(p.poll() is None for p in processes):
             time.sleep(0.05)
         codes = [p.poll() for p in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        server.stop()
     ended = []
     for code, file in zip(codes, files, strict=True):
         file.seek(0)

@@ -1,0 +1,114 @@
+"""What several benchmarks use: fits without side effects, timed steps, sides in turn, rows of a table."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+
+from dcl_lightning import ContinualAgent, ContinualDataModule
+from dcl_lightning.callbacks import TaskReport
+from dcl_lightning.types import InputSpec
+
+WARM_UP = 4
+CLASSES = 100
+SPEC = InputSpec(3, 32, 32)
+
+
+class Size(NamedTuple):
+    """How much is measured.
+
+    Args:
+        rounds: of interleaved sides.
+        steps: timed in each fit.
+    """
+
+    rounds: int
+    steps: int
+
+
+class StepTimer(pl.Callback):
+    """Times all steps but those of the warm-up and the last."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.started = self.step_ms = 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Start or stop the clock."""
+        if trainer.global_step == WARM_UP:
+            self.started = time.perf_counter()
+        elif trainer.global_step == WARM_UP + self.steps:
+            self.step_ms = 1e3 * (time.perf_counter() - self.started) / self.steps
+
+
+def quiet_trainer(folder: str, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """Return a trainer on the CPU that trains, writes its report into the folder, and does nothing else."""
+    common: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+    }
+    callbacks = (*callbacks, TaskReport(show_table=False))
+    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **common, **options)
+
+
+def step_ms(
+    agent: ContinualAgent, data: ContinualDataModule, steps: int, *callbacks: pl.Callback, **options: Any
+) -> float:
+    """Return the mean time of a step of one fit; options are the trainer's."""
+    timer = StepTimer(steps)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = quiet_trainer(folder, timer, *callbacks, limit_train_batches=WARM_UP + steps + 1, **options)
+        trainer.fit(agent, datamodule=data)
+    return timer.step_ms
+
+
+def stream(samples: int, pixels: int, batch_size: int) -> ContinualDataModule:
+    """Return noise images of one task, with augmentation, and as good as no test images."""
+    labels = np.arange(samples) % CLASSES
+    images = np.random.default_rng(0).integers(256, size=(samples, 3, pixels, pixels), dtype=np.uint8)
+    splits = images, labels, images[:10], labels[:10]
+    return ContinualDataModule(splits, scenario="none", batch_size=batch_size, augment=True)
+
+
+def rounds_of(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run all sides in each round, in an order that rotates."""
+    names, measured = list(sides), {name: [] for name in sides}
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            measured[name].append(sides[name]())
+    return measured
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
+    return medians[49], medians[1949]
+
+
+def report(name: str, unit: str, value: list[float], baseline: list[float], target: str) -> dict[str, Any]:
+    """Print one row and return it."""
+    ratios = [a / b for a, b in zip(value, baseline, strict=True)]
+    middle, against, ratio = (statistics.median(v) for v in (value, baseline, ratios))
+    low, high = interval(ratios)
+    print(
+        f"| {name} | {middle:.3f} {unit} | {against:.3f} {unit} | {ratio:.3f} [{low:.3f}, {high:.3f}] "
+        f"| {target} | {len(value)} |",
+        flush=True,
+    )
+    return {"name": name, "value": middle, "unit": unit, "baseline": against, "ratio": ratio, "interval": [low, high]}

@@ -1,0 +1,82 @@
+"""What all workers tell each other at every step, without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+__all__ = ["StepMessage", "callbacks_of", "set_callbacks"]
+
+
+class StepMessage:
+    """A few integers, summed over the workers: on its way while a step computes, read at the step's end.
+
+    Args:
+        name: of the operation; the same on all workers, and another for each message.
+    """
+
+    def __init__(self, name: str) -> None:
+        import horovod.torch as hvd
+
+        self._hvd, self._name = hvd, name
+        self._pending: Any = None
+        self._step = 0
+
+    def start(self, trainer: pl.Trainer, values: Sequence[int]) -> None:
+        """Send this worker's part, as the step begins.
+
+        Args:
+            trainer: the trainer.
+            values: as many as every worker sends.
+        """
+        if self._pending is not None:  # of a batch that the module left out
+            self._hvd.synchronize(self._pending)
+        self._step = trainer.global_step
+        mine = torch.tensor(values, dtype=torch.int32)
+        self._pending = self._hvd.allreduce_async_(mine, op=self._hvd.Sum, name=self._name)
+
+    def read(self) -> list[int] | None:
+        """Return the sums, or None if nothing was sent."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        sums: list[int] = self._hvd.synchronize(pending).tolist()
+        return sums
+
+    def forget(self) -> None:
+        """Let go of what is on its way, after a failure."""
+        self._pending = None
+
+    def may_stop(self, trainer: pl.Trainer) -> bool:
+        """Return whether the step is whole: within an accumulation the gradients so far would be lost.
+
+        Args:
+            trainer: the trainer.
+        """
+        return trainer.accumulate_grad_batches == 1 or trainer.global_step != self._step
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return a trainer's callbacks.
+
+    Args:
+        trainer: the trainer.
+    """
+    # Lightning sets the attribute from another class, where type checkers do not look for it.
+    untyped: Any = trainer
+    callbacks: list[pl.Callback] = untyped.callbacks
+    return callbacks
+
+
+def set_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
+    """Give a trainer another list of callbacks: one that it is going through at the moment stays as it is.
+
+    Args:
+        trainer: the trainer.
+        callbacks: in the order in which they are called.
+    """
+    untyped: Any = trainer
+    untyped.callbacks = callbacks
