@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
+from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
@@ -282,7 +282,7 @@ class Rehearsal(pl.Callback):
             )
         example = columns_of(batch) if own else batch
         capacity = split_total(total, comm.size, comm.rank)
-        seed = config.seed if config.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        seed = seed_of_run(config.seed)
         candidates = config.candidates
         if config.update == "task_end" and candidates is not None:  # every sample is a candidate
             candidates = trainer.datamodule.eval_batch_size  # type: ignore[attr-defined]

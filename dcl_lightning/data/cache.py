@@ -11,9 +11,11 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from dcl_lightning.errors import DataError
 
-__all__ = ["VARIABLE", "cached", "fingerprint"]
+__all__ = ["VARIABLE", "cached", "fingerprint", "mapped"]
 
 VARIABLE = "DCL_LIGHTNING_CACHE"
 _log = logging.getLogger(__name__)
@@ -67,6 +69,18 @@ def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> s
         f"data set '{name}' has to be written once in another form, and none of these places takes it: "
         f"{', '.join(reasons)}; set the environment variable {VARIABLE} to a folder with room"
     )
+
+
+def mapped(where: str, name: str) -> np.ndarray:
+    """Return an array of a cache, mapped into memory.
+
+    Args:
+        where: folder of the cache.
+        name: the array's, without ``.npy``.
+    """
+    # Copy-on-write, since torch warns of arrays that it must not write to; nothing is ever written.
+    array: np.ndarray = np.load(os.path.join(where, f"{name}.npy"), mmap_mode="c")
+    return array
 
 
 def _fill(target: str, build: Callable[[str], None]) -> None:

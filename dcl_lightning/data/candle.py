@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from dcl_lightning.data.cache import cached, fingerprint
+from dcl_lightning.data.cache import cached, fingerprint, mapped
 from dcl_lightning.errors import DataError
 
 __all__ = ["FILES", "NUM_FEATURES", "read_candle"]
@@ -41,10 +41,8 @@ def read_candle(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 
     stats = [os.stat(path) for path in paths]
     where = cached(folder, "candle", fingerprint(1, *[(s.st_size, s.st_mtime_ns) for s in stats]), build)
-    # Copy-on-write, since torch warns of arrays that it must not write to; nothing is ever written.
-    train, test = (np.load(os.path.join(where, f"{split}.npy"), mmap_mode="c") for split in ("train", "test"))
     labels = [np.load(os.path.join(where, f"{split}_labels.npy")) for split in ("train", "test")]
-    return train, labels[0], test, labels[1]
+    return mapped(where, "train"), labels[0], mapped(where, "test"), labels[1]
 
 
 def _parse(path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from dcl_lightning.data.class_orders import named_class_order
 from dcl_lightning.data.images import ImageFiles
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.data.readers import Readers
+from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.distributed.place import place, worker_threads
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.types import Batch, Clock, InputSpec, Task
@@ -94,8 +95,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self.root, self.download, self.scenario = root, download, scenario
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
         self.val_ratio, self.batch_size = val_ratio, batch_size
-        # Where Lightning's ``seed_everything`` leaves it for other processes.
-        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.seed = seed_of_run(seed)
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
         if num_workers is not None and num_workers < 0:
             raise ConfigurationError(f"data.num_workers={num_workers}: give 0 or more")
@@ -160,7 +160,8 @@ class ContinualDataModule(pl.LightningDataModule):
             return
         sources.check_files(self.dataset_name, self.root, self.download)
         if self.download or sources.SOURCES[self.dataset_name].cached:
-            sources.load(self.dataset_name, self.root, True, self.source_options)
+            # ``setup`` of this process need not read it again.
+            self._splits = sources.load(self.dataset_name, self.root, True, self.source_options)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data and cut them into tasks, once."""
@@ -191,7 +192,7 @@ class ContinualDataModule(pl.LightningDataModule):
             return
         part = f"set data.source_options.num_classes={found} to use a part of it"
         raise DataError(
-            f"data set '{self.dataset_name}' in {os.path.abspath(os.path.join(self.root, self._source.folder))} has "
+            f"data set '{self.dataset_name}' in {os.path.abspath(self._source.path(self.root))} has "
             f"training samples of {found} classes, expected {self.num_classes}: "
             + (part if "num_classes" in self._source.options else "fetch it anew")
         )

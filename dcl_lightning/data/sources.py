@@ -61,7 +61,7 @@ def load(name: str, root: str, download: bool, options: Mapping[str, int] | None
     """
     if name in SOURCES:
         check_files(name, root, download)
-        return SOURCES[name].read(root, download, options or {})
+        return SOURCES[name].read(SOURCES[name].path(root), download, options or {})
     return from_arrays(arrays_of_class(name, root, download, SOURCES))
 
 
@@ -77,7 +77,7 @@ def check_files(name: str, root: str, download: bool) -> None:
         DatasetNotFoundError: the files are not there and may not be fetched.
     """
     source = SOURCES[name]
-    folder = os.path.join(root, source.folder) if source.folder else root
+    folder = source.path(root)
 
     def exists(file: str) -> bool:
         # ".." is what the user sees above a folder that may be a symbolic link.
@@ -89,11 +89,11 @@ def check_files(name: str, root: str, download: bool) -> None:
         raise DatasetNotFoundError(name, os.path.abspath(folder), layout, source.downloadable)
 
 
-def _digits(root: str, download: bool, options: Mapping[str, int]) -> Splits:
+def _digits(path: str, download: bool, options: Mapping[str, int]) -> Splits:
     return from_arrays(_digit_arrays())
 
 
-def _digits_dev(root: str, download: bool, options: Mapping[str, int]) -> Splits:
+def _digits_dev(path: str, download: bool, options: Mapping[str, int]) -> Splits:
     from sklearn.model_selection import train_test_split
 
     x, y, _, _ = _digit_arrays()
@@ -111,7 +111,7 @@ def _digit_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return parts[0], parts[2], parts[1], parts[3]
 
 
-def _synthetic(root: str, download: bool, options: Mapping[str, int]) -> Splits:
+def _synthetic(path: str, download: bool, options: Mapping[str, int]) -> Splits:
     o = _SYNTHETIC | dict(options)
     rng = np.random.default_rng(o["seed"])
     centres = rng.uniform(64, 192, (o["num_classes"], 3, o["size"], o["size"]))
@@ -125,17 +125,15 @@ def _synthetic(root: str, download: bool, options: Mapping[str, int]) -> Splits:
     return from_arrays((x, y, x_test, y_test))
 
 
-def _continuum(class_name: str, folder: str) -> Reader:
-    def read(root: str, download: bool, options: Mapping[str, int]) -> Splits:
-        path = os.path.join(root, folder) if folder else root
+def _continuum(class_name: str) -> Reader:
+    def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
         return from_arrays(arrays_of_class(f"continuum.datasets.{class_name}", path, download, SOURCES))
 
     return read
 
 
-def _cifar(num_classes: int, folder: str) -> Reader:
-    def read(root: str, download: bool, options: Mapping[str, int]) -> Splits:
-        path = os.path.join(root, folder)
+def _cifar(num_classes: int) -> Reader:
+    def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
         if download:
             import torchvision.datasets
 
@@ -146,9 +144,9 @@ def _cifar(num_classes: int, folder: str) -> Reader:
     return read
 
 
-def _arrays(read_folder: Callable[[str], tuple[np.ndarray, ...]], folder: str) -> Reader:
-    def read(root: str, download: bool, options: Mapping[str, int]) -> Splits:
-        return from_arrays(read_folder(os.path.join(root, folder)))
+def _arrays(read_folder: Callable[[str], tuple[np.ndarray, ...]]) -> Reader:
+    def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
+        return from_arrays(read_folder(path))
 
     return read
 
@@ -157,9 +155,8 @@ def _arrays(read_folder: Callable[[str], tuple[np.ndarray, ...]], folder: str) -
 _Lister = Callable[[str, bool], tuple[list[str], np.ndarray]]
 
 
-def _images(list_split: _Lister, folder: str, size: int, random_crop: bool = True) -> Reader:
-    def read(root: str, download: bool, options: Mapping[str, int]) -> Splits:
-        path = os.path.join(root, folder) if folder else root
+def _images(list_split: _Lister, size: int, random_crop: bool = True) -> Reader:
+    def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
         side = options.get("size", size)
         resize = None if random_crop else side
         (names, labels), (test_names, test_labels) = list_split(path, True), list_split(path, False)
@@ -201,7 +198,7 @@ def _imagenet(folder: str) -> Source:
     return Source(
         1000,
         InputSpec(3, 224, 224),
-        _images(_imagenet_folders, folder, 224),
+        _images(_imagenet_folders, 224),
         *_IMAGENET_STATS,
         augment=True,
         pad=0,
@@ -217,7 +214,7 @@ def _imagenet100(folder: str, suffix: str) -> Source:
     return Source(
         100,
         InputSpec(3, 224, 224),
-        _images(partial(_list_file, suffix), folder, 224),
+        _images(partial(_list_file, suffix), 224),
         *_IMAGENET_STATS,
         augment=True,
         pad=0,
@@ -243,7 +240,7 @@ SOURCES: dict[str, Source] = {
     "mnist": Source(
         10,
         InputSpec(1, 28, 28),
-        _continuum("MNIST", ""),
+        _continuum("MNIST"),
         (0.1307,),
         (0.3081,),
         files=_MNIST_FILES,
@@ -252,7 +249,7 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(
         10,
         InputSpec(3, 32, 32),
-        _cifar(10, "CIFAR10"),
+        _cifar(10),
         *_CIFAR_STATS[10],
         augment=True,
         folder="CIFAR10",
@@ -262,7 +259,7 @@ SOURCES: dict[str, Source] = {
     "cifar100": Source(
         100,
         InputSpec(3, 32, 32),
-        _cifar(100, "CIFAR100"),
+        _cifar(100),
         *_CIFAR_STATS[100],
         augment=True,
         folder="CIFAR100",
@@ -272,7 +269,7 @@ SOURCES: dict[str, Source] = {
     "tinyimagenet": Source(
         200,
         InputSpec(3, 64, 64),
-        _arrays(read_tinyimagenet, os.path.join("TinyImageNet", "tiny-imagenet-200")),
+        _arrays(read_tinyimagenet),
         (0.4802, 0.4481, 0.3975),
         (0.2770, 0.2691, 0.2821),
         augment=True,
@@ -289,7 +286,7 @@ SOURCES: dict[str, Source] = {
     "core50": Source(
         50,
         InputSpec(3, 128, 128),
-        _images(core50, "CORe50", 128, random_crop=False),
+        _images(core50, 128, random_crop=False),
         *_IMAGENET_STATS,
         augment=True,
         pad=0,
@@ -301,7 +298,7 @@ SOURCES: dict[str, Source] = {
     "folder": Source(
         None,
         InputSpec(3, 224, 224),
-        _images(_class_folders, "", 224),
+        _images(_class_folders, 224),
         *_IMAGENET_STATS,
         augment=True,
         pad=0,
@@ -312,7 +309,7 @@ SOURCES: dict[str, Source] = {
     "candle": Source(
         2,
         InputSpec(1, 1, NUM_FEATURES),
-        _arrays(read_candle, "CANDLE"),
+        _arrays(read_candle),
         folder="CANDLE",
         files=CANDLE_FILES,
         cached=True,

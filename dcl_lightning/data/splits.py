@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ class Splits(NamedTuple):
     test_labels: np.ndarray
 
 
+# Arguments: folder of the data set, whether it may be fetched, options.
 Reader = Callable[[str, bool, Mapping[str, int]], Splits]
 
 
@@ -38,7 +40,7 @@ class Source:
     Args:
         num_classes: number of classes; None if the data have to be looked at.
         input_spec: shape of one input.
-        read: reads both splits; arguments ``root``, ``download`` and ``options``.
+        read: reads both splits; arguments ``path(root)``, ``download`` and ``options``.
         mean: channel means of inputs in [0, 1].
         std: channel deviations.
         augment: whether training crops and mirrors.
@@ -64,6 +66,14 @@ class Source:
     downloadable: bool = False
     options: tuple[str, ...] = ()
     cached: bool = False
+
+    def path(self, root: str) -> str:
+        """Return the folder of the data set.
+
+        Args:
+            root: folder of the data sets.
+        """
+        return os.path.join(root, self.folder) if self.folder else root
 
 
 def from_arrays(splits: tuple[Any, ...]) -> Splits:

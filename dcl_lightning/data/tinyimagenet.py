@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcl_lightning.data.cache import cached, fingerprint
+from dcl_lightning.data.cache import cached, fingerprint, mapped
 from dcl_lightning.data.decode import read_images
 from dcl_lightning.data.files import per_class
 from dcl_lightning.errors import DataError
@@ -41,9 +41,7 @@ def read_tinyimagenet(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
         _write(os.path.join(target, "test.npy"), [os.path.join(folder, name) for name in test_names])
 
     where = cached(folder, "tinyimagenet", fingerprint(1, *names, *test_names), build)
-    # Copy-on-write, since torch warns of arrays that it must not write to; nothing is ever written.
-    train, test = (np.load(os.path.join(where, f"{split}.npy"), mmap_mode="c") for split in ("train", "test"))
-    return train, labels, test, test_labels
+    return mapped(where, "train"), labels, mapped(where, "test"), test_labels
 
 
 def _annotated(folder: str) -> tuple[list[str], np.ndarray]:
