@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 
 from dcl_lightning import ContinualAgent, ContinualDataModule
 from dcl_lightning.callbacks import TaskReport
@@ -43,15 +44,20 @@ class StepTimer(pl.Callback):
         self.started = self.step_ms = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Start or stop the clock."""
+        """Start or stop the clock; a GPU ends what it was given first."""
+        if trainer.global_step not in (WARM_UP, WARM_UP + self.steps):
+            return
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
         if trainer.global_step == WARM_UP:
-            self.started = time.perf_counter()
-        elif trainer.global_step == WARM_UP + self.steps:
-            self.step_ms = 1e3 * (time.perf_counter() - self.started) / self.steps
+            self.started = now
+        else:
+            self.step_ms = 1e3 * (now - self.started) / self.steps
 
 
 def quiet_trainer(folder: str, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """Return a trainer on the CPU that trains, writes its report into the folder, and does nothing else."""
+    """Return a trainer, if not told otherwise on the CPU, that trains, reports into the folder, and does no more."""
     common: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
@@ -62,7 +68,7 @@ def quiet_trainer(folder: str, *callbacks: pl.Callback, **options: Any) -> pl.Tr
         "num_sanity_val_steps": 0,
     }
     callbacks = (*callbacks, TaskReport(show_table=False))
-    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **common, **options)
+    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **(common | options))
 
 
 def step_ms(

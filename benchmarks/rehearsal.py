@@ -110,9 +110,14 @@ def memory_alone(size: Size) -> dict[str, Any]:
 
 
 def _rehearsing(
-    backbone: Callable[[], nn.Module], data: ContinualDataModule, rows: int, steps: int, **options: Any
+    backbone: Callable[[], nn.Module],
+    data: ContinualDataModule,
+    rows: int,
+    steps: int,
+    trainer: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Callable[[], float]:
-    """Return what trains with a memory that is full from the start."""
+    """Return what trains with a memory that is full from the start; options are the memory's."""
     data.setup()
     buffer = _full(rows, data.train_inputs.shape[3])
     memory = {
@@ -125,7 +130,8 @@ def _rehearsing(
     spec = InputSpec(*data.train_inputs.shape[1:])
 
     def run() -> float:
-        return step_ms(NIL(backbone(), CLASSES, config, input_spec=spec), data, steps, filled)
+        agent = NIL(backbone(), CLASSES, config, input_spec=spec)
+        return step_ms(agent, data, steps, filled, **(trainer or {}))
 
     return run
 
@@ -152,6 +158,32 @@ def against_plain(name: str, backbone: Callable[[], nn.Module], size: Size, targ
     ]
 
 
+def against_plain_on_gpu(pixels: int, size: Size) -> list[dict[str, Any]]:
+    """Return the rows of a ResNet-18 in bfloat16, with the memory on the host and on the GPU."""
+    samples = (WARM_UP + size.steps + 2) * (NEW + DRAWN)
+    plain, ours = stream(samples, pixels, NEW + DRAWN), stream(samples // 2, pixels, NEW)
+    on_gpu: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "benchmark": True}
+    spec = InputSpec(3, pixels, pixels)
+
+    def rehearse(**options: Any) -> Callable[[], float]:
+        return _rehearsing(lambda: ResNet(18), ours, CLASSES * PER_CLASS, size.steps, on_gpu, **options)
+
+    measured = rounds_of(
+        {
+            "plain": lambda: step_ms(FineTuning(ResNet(18), CLASSES, input_spec=spec), plain, size.steps, **on_gpu),
+            "blocking": rehearse(execution="blocking", stage="assemble"),
+            "blocking, stored on the GPU": rehearse(execution="blocking", stage="assemble", storage="cuda"),
+            "inline": rehearse(execution="inline"),
+        },
+        size.rounds,
+    )
+    return [
+        report(f"ResNet-18 bf16, {pixels} px, {side}, {size.steps} steps", "ms", values, measured["plain"], "<= 1.02")
+        for side, values in measured.items()
+        if side != "plain"
+    ]
+
+
 def million_over_thousand(size: Size) -> dict[str, Any]:
     """Return the row of the step with a million rows stored, inline, against that with a thousand."""
     data = stream((WARM_UP + size.steps + 2) * NEW, 8, NEW)
@@ -165,6 +197,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds of few steps: whether it runs, no figures")
     parser.add_argument("--only", default="", help="parts to run: letters of mlp (m), resnet (r), memory (i), rows (s)")
+    parser.add_argument(
+        "--gpu", action="store_true", help="a ResNet-18 on the GPU: images of 32 (a) and 224 (b) pixels"
+    )
     parser.add_argument("--rounds", type=int, help="instead of each part's own number")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -181,6 +216,11 @@ def main() -> None:
         "s": lambda: [million_over_thousand(size(7, 100))],
         "r": lambda: against_plain("ResNet-32", lambda: ResNet(32), size(7, 6), "<= 1.05"),
     }
+    if options.gpu:
+        parts = {
+            "a": lambda: against_plain_on_gpu(32, size(9, 200)),
+            "b": lambda: against_plain_on_gpu(224, size(5, 60)),
+        }
     print("| what | value | baseline | ratio [95 %] | target | pairs |\n|---|---|---|---|---|---|")
     rows = [row for key, part in parts.items() if not options.only or key in options.only for row in part()]
     if options.json:

@@ -358,7 +358,8 @@ class Rehearsal(pl.Callback):
             raise ConfigurationError(
                 f"the checkpoint has the memories of {len(workers)} workers and this job has {size}: resume on as many"
             )
-        state = torch.load(io.BytesIO(workers[rank].numpy().tobytes()), weights_only=True)
+        file = io.BytesIO(workers[rank].numpy().tobytes())
+        state = torch.load(file, map_location="cpu", weights_only=True)  # what was on a GPU may go on without one
         self.manager.load_state_dict(state["manager"])
         if state["in_flight"] is not None:
             rows, *others = state["in_flight"]

@@ -257,6 +257,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self._train_loader.rank, self._train_loader.size = rank, size
         self._train_loader.batch_size = self.batch_size
         self._train_loader.augment = self.augment
+        self._train_loader.pin_memory = self._on_gpu()
         self._train_loader.visit(indices, epoch, extra, self.extra_per_step or 0)
         return AheadLoader(self._train_loader) if self.load_ahead else self._train_loader
 
@@ -286,7 +287,9 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def _eval_loader(self, inputs: Tensor | ImageFiles, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
         rank, size = self._place()
-        return TaskLoader(inputs, targets, parts, self.eval_batch_size, indices, rank, size)
+        loader = TaskLoader(inputs, targets, parts, self.eval_batch_size, indices, rank, size)
+        loader.pin_memory = self._on_gpu()
+        return loader
 
     def teardown(self, stage: str) -> None:
         """End the processes that read images.
@@ -298,6 +301,9 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     # -- checkpoint --------------------------------------------------------------------------------
 

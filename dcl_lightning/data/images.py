@@ -64,12 +64,15 @@ class ImageFiles:
         """
         return os.path.join(self.folder, os.fsdecode(self._names[self._ends[row] : self._ends[row + 1]]))
 
-    def fill(self, batches: Iterable[Batch], key: tuple[int, int] | None = None) -> Iterator[Batch]:
+    def fill(
+        self, batches: Iterable[Batch], key: tuple[int, int] | None = None, pin_memory: bool = False
+    ) -> Iterator[Batch]:
         """Yield batches with their inputs ``(B, 3, size, size)`` uint8, in their order.
 
         Args:
             batches: batches of which ``sample_ids`` and ``draw_ids`` are read.
             key: seed and epoch of training's crops; None for what evaluation sees.
+            pin_memory: whether inputs lie in page-locked memory, from which a GPU fetches them by itself.
 
         Raises:
             DataError: an image that cannot be read, by its file.
@@ -81,9 +84,9 @@ class ImageFiles:
             for batch in batches:
                 waiting.append((batch, self._ask(batch, key)))
                 if len(waiting) > ahead:
-                    yield self._finish(*waiting.popleft())
+                    yield self._finish(*waiting.popleft(), pin_memory)
             while waiting:
-                yield self._finish(*waiting.popleft())
+                yield self._finish(*waiting.popleft(), pin_memory)
         finally:
             for _, parts in waiting:
                 for part in parts:
@@ -104,6 +107,8 @@ class ImageFiles:
             for low in range(0, len(rows), step)
         ]
 
-    def _finish(self, batch: Batch, parts: list[Future[Tensor]]) -> Batch:
-        empty = torch.empty((0, *self.shape[1:]), dtype=torch.uint8)
-        return batch._replace(inputs=torch.cat([empty, *map(self.readers.result, parts)]))
+    def _finish(self, batch: Batch, parts: list[Future[Tensor]], pin_memory: bool) -> Batch:
+        inputs = torch.empty((len(batch.sample_ids), *self.shape[1:]), dtype=torch.uint8, pin_memory=pin_memory)
+        if parts:
+            torch.cat([self.readers.result(part) for part in parts], out=inputs)
+        return batch._replace(inputs=inputs)

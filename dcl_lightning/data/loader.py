@@ -37,6 +37,7 @@ class TaskLoader:
 
     Attributes:
         augment: whether training takes random crops of images in files; tensors are augmented on the device.
+        pin_memory: whether inputs lie in page-locked memory, from which a GPU fetches them while the host goes on.
         for_all: yield one batch without rows where this worker has none and another has. Lightning refuses
             loaders of length 0, and a worker that left an evaluation out would let the others wait.
     """
@@ -58,7 +59,7 @@ class TaskLoader:
         self.batch_size, self.rank, self.size, self.train, self.seed = batch_size, rank, size, train, seed
         self.indices, self.epoch = indices, epoch
         self.rehearsed, self.num_rehearsed = indices[:0], 0
-        self.for_all = self.augment = False
+        self.for_all = self.augment = self.pin_memory = False
         self._position = 0
         self._start = 0
 
@@ -89,9 +90,10 @@ class TaskLoader:
         batches = self._without_inputs(start)
         inputs = self.inputs
         if isinstance(inputs, ImageFiles):
-            filled = inputs.fill(batches, (self.seed, self.epoch) if self.train and self.augment else None)
+            key = (self.seed, self.epoch) if self.train and self.augment else None
+            filled = inputs.fill(batches, key, self.pin_memory)
         else:
-            filled = (batch._replace(inputs=inputs[batch.sample_ids]) for batch in batches)
+            filled = (batch._replace(inputs=_take(inputs, batch.sample_ids, self.pin_memory)) for batch in batches)
         # Batches may be read ahead: the place is that of the one handed out.
         for step, batch in enumerate(filled, start):
             self._position = step + 1
@@ -143,3 +145,8 @@ class TaskLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a place of the present epoch; a place of an earlier one means its beginning."""
         self._start = state_dict["position"] if state_dict["epoch"] == self.epoch else 0
+
+
+def _take(inputs: Tensor, rows: Tensor, pin_memory: bool) -> Tensor:
+    taken = torch.empty((len(rows), *inputs.shape[1:]), dtype=inputs.dtype, pin_memory=pin_memory)
+    return torch.index_select(inputs, 0, rows, out=taken)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,14 @@ def to_float(inputs: Tensor) -> Tensor:
 
 def normalise(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Return ``(inputs - mean) / std`` for each channel of ``(B, C, H, W)``."""
-    shape = (1, -1, 1, 1)
-    return (inputs - inputs.new_tensor(mean).view(shape)) / inputs.new_tensor(std).view(shape)
+    return (inputs - _per_channel(mean, inputs.dtype, inputs.device)) / _per_channel(std, inputs.dtype, inputs.device)
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept: to make it on a GPU anew each step, the host would wait for all that is queued there.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 def draws(sample_ids: Tensor, seed: int, epoch: int, stream: int, high: int) -> Tensor:

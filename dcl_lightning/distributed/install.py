@@ -152,6 +152,9 @@ def modernise(source: Path, gpu: str) -> None:
         file.write_text(text.replace(old, "set(Pytorch_CUDA FALSE)"))
 
 
+_HEADERS = ("string", "cstdint", "functional", "memory", "stdexcept")
+
+
 def build_variables(build: Build, nccl: Path | None) -> dict[str, str]:
     """Return the environment variables that steer Horovod's build."""
     variables = {
@@ -163,6 +166,8 @@ def build_variables(build: Build, nccl: Path | None) -> dict[str, str]:
         # CMake 4 refuses what third-party parts ask for.
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
         "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",
+        # GCC 13 and later do not include these by themselves where Horovod relies on it.
+        "CXXFLAGS": " ".join([*os.environ.get("CXXFLAGS", "").split(), *(f"-include {h}" for h in _HEADERS)]),
         "PATH": _search_path(),
     }
     if build.gpu == "cuda":

@@ -146,7 +146,8 @@ class MemoryManager:
         slots = self.buffer.slots_at(positions)
         labels = self.buffer.labels_at(slots)
         weights = self._weights(labels, self.offered, sum(self.sizes))
-        return Served((self.buffer.store.gather(slots), labels), _sum(weights))
+        store = self.buffer.store
+        return Served((store.gather(slots), labels.to(store.device)), _sum(weights))
 
     def _weights(self, labels: Tensor, offered: Tensor | None, stored: int | None) -> Tensor:
         if self.config.weighting == "none":

@@ -38,10 +38,16 @@ def _as_words(rows: Tensor, word: torch.dtype) -> Tensor:
     return rows.view(len(rows), -1).view(word)
 
 
-def _as_rows(words: npt.NDArray[Any], column: Tensor) -> Tensor:
+def _as_rows(words: Tensor, column: Tensor) -> Tensor:
     """Undo ``_as_words``: return rows of the type and shape that the column has."""
-    rows = torch.from_numpy(words)
-    return rows if rows.ndim == 1 else rows.view(column.dtype).view(len(rows), *column.shape[1:])
+    return words if words.ndim == 1 else words.view(column.dtype).view(len(words), *column.shape[1:])
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; to a GPU it goes from page-locked memory, while the host goes on."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _read_number(path: str) -> int | None:
@@ -109,7 +115,7 @@ class RowStore:
                 f"memory of {capacity} rows wants {self.num_bytes:,} bytes on {device}, where {there:,} are available: "
                 "store fewer rows or put it elsewhere (cpu, cuda, a folder)"
             )
-        pin = folder is None and self.device.type == "cpu" and torch.cuda.is_available()
+        pin = self._pinned = folder is None and self.device.type == "cpu" and torch.cuda.is_available()
         self._columns: list[Tensor] = []
         for index, (shape, (_, tensor)) in enumerate(zip(shapes, leaves, strict=True)):
             if folder is None:
@@ -158,6 +164,7 @@ class RowStore:
         if not slots.numel():
             return
         places, picked = slots.cpu().numpy(), slice(None) if chosen is None else chosen.cpu().numpy()
+        there = _moved(slots, self.device)
         for (_, tensor), target, word, array in zip(leaves, self._targets, self._words, self._arrays, strict=True):
             source = tensor.detach()
             if target is None:
@@ -166,8 +173,8 @@ class RowStore:
                 array[places] = _as_words(source, word).numpy()[picked]
                 continue
             if chosen is not None:
-                source = source.index_select(0, chosen.to(source.device))
-            target.index_copy_(0, slots.to(self.device), _as_words(source.to(self.device), word))
+                source = source.index_select(0, _moved(chosen, source.device))
+            target.index_copy_(0, there, _as_words(_moved(source, self.device), word))
 
     def gather(self, slots: Tensor, out: Nest | None = None) -> Nest:
         """Read rows.
@@ -183,18 +190,26 @@ class RowStore:
             places = slots.numpy()
             rows = [
                 torch.zeros((len(slots), *column.shape[1:]), dtype=column.dtype)
-                if array is None
-                else _as_rows(array[places], column)
-                for column, array in zip(self._columns, self._arrays, strict=True)
+                if target is None or array is None
+                else _as_rows(self._taken(array, places, target.dtype), column)
+                for column, target, array in zip(self._columns, self._targets, self._arrays, strict=True)
             ]
         else:
-            slots = slots.to(self.device)
+            slots = _moved(slots, self.device)
             rows = [column.index_select(0, slots) for column in self._columns]
         if out is None:
             return rebuild(self._example, rows)
         for (_, target), source in zip(flatten(out), rows, strict=True):
             target.copy_(source, non_blocking=True)
         return out
+
+    def _taken(self, array: npt.NDArray[Any], places: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
+        if not self._pinned:
+            return torch.from_numpy(array[places])
+        # Page-locked like the store, so that a GPU fetches the rows while the host goes on.
+        rows = torch.empty((len(places), *array.shape[1:]), dtype=dtype, pin_memory=True)
+        array.take(places, axis=0, out=rows.numpy(), mode="clip")  # unchecked: straight into the rows
+        return rows
 
     def state_dict(self, slots: Tensor | None = None) -> dict[str, Any]:
         """Return a copy of rows, on the CPU: ``slots`` ``(n,)`` and ``columns``, a tensor ``(n, ...)`` for each name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,6 +11,9 @@ import torch
 from dcl_lightning import ContinualDataModule, FineTuning, ICaRL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.size import MemorySize
+
+# `TEST_ACCELERATOR=gpu pytest tests/conformance` runs what does not ask for a device of its own on a GPU.
+ON = {"accelerator": os.environ.get("TEST_ACCELERATOR", "cpu"), "devices": 1}
 
 
 def arrays(num_classes: int = 6, per_class: int = 7):
@@ -37,16 +41,15 @@ def make_trainer(folder: Path, callbacks=(), **kwargs):
     return pl.Trainer(
         default_root_dir=folder,
         callbacks=list(callbacks),
-        accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **({"enable_checkpointing": bool(callbacks), "num_sanity_val_steps": 0} | kwargs),
+        **(ON | {"enable_checkpointing": bool(callbacks), "num_sanity_val_steps": 0} | kwargs),
     )
 
 
 def weights(agent) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in agent.parameters()])
+    return torch.cat([p.detach().cpu().flatten() for p in agent.parameters()])
 
 
 def matrix(agent) -> torch.Tensor:

@@ -221,7 +221,7 @@ def test_stored_is_raw_and_each_draw_is_augmented_anew(tmp_path: Path) -> None:
     def look(agent, batch, loss):
         ids = batch.sample_ids[batch.num_new :].tolist()
         for i, image in zip(ids, batch.inputs[batch.num_new :], strict=True):
-            looks.setdefault((agent.trainer.current_epoch, i), []).append(image.numpy().tobytes())
+            looks.setdefault((agent.trainer.current_epoch, i), []).append(image.cpu().numpy().tobytes())
 
     agent, _ = fit(tmp_path, data=data, look=look, buffer_size=4, num_samples=4, execution="blocking")
     rows = stored_rows(agent)
@@ -246,10 +246,10 @@ def test_weights_are_those_of_the_definition(tmp_path: Path, scope: str) -> None
         # entered, but for the first of an epoch, and knows what the one before it told.
         exchanges.append(states[-2] if agent.trainer.fit_loop.batch_idx else states[-1])
         stored, offered = exchanges[-2] if scope == "global" else states[-1]
-        labels = batch.targets[batch.num_new :].numpy()
+        labels = batch.targets[batch.num_new :].cpu().numpy()
         with np.errstate(divide="ignore"):
             expected = np.maximum(np.log(offered[labels] * 5 / (4 * max(stored, 1))), 1.0)
-        got = batch.weights.numpy()
+        got = batch.weights.cpu().numpy()
         assert (got[: batch.num_new] == 1).all()
         np.testing.assert_allclose(got[batch.num_new :], expected, rtol=1e-6)
         np.testing.assert_allclose(float(batch.normaliser), got.sum(), rtol=1e-6)

@@ -104,8 +104,10 @@ def test_a_script_called_nvcc_is_no_toolkit(tmp_path):
     assert not any("CUDA" in text for text in missing_tools("cuda", str(home / "bin")))
 
 
-def test_the_variables_of_a_cpu_build():
+def test_the_variables_of_a_cpu_build(monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-O2")
     variables = build_variables(BUILD, None)
+    assert variables["CXXFLAGS"].startswith("-O2 -include string ")
     assert variables["HOROVOD_WITHOUT_MPI"] == variables["HOROVOD_WITH_GLOO"] == "1"
     assert variables["CMAKE_POLICY_VERSION_MINIMUM"] == "3.5"
     assert "HOROVOD_GPU_OPERATIONS" not in variables
