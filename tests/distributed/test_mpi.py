@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
 from helpers import HERE, ROOT, environment
+from jobs import Job
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -32,8 +36,11 @@ def run(*command: str | Path, cwd: Path, timeout: float = 300) -> str:
     return done.stdout
 
 
+MPIRUN = ("mpirun", "--oversubscribe", "--allow-run-as-root", "-np", "2")
+
+
 def mpirun(python: Path, *arguments: str | Path, cwd: Path) -> str:
-    return run("mpirun", "--oversubscribe", "--allow-run-as-root", "-np", "2", python, *arguments, cwd=cwd, timeout=300)
+    return run(*MPIRUN, python, *arguments, cwd=cwd, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,35 @@ def test_adasum_adds_orthogonal_gradients_keeps_equal_ones_and_trains(python: Pa
     script = tmp_path / "adasum.py"
     script.write_text(ADASUM)
     assert mpirun(python, script, cwd=tmp_path).count("ADASUM DONE") == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_mpirun_stops_all_workers_after_the_same_step_and_saves(
+    python: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    job = Job(tmp_path, "signal", "0", launcher=MPIRUN, python=str(python))
+    try:
+        job.wait_for("PID", 2)
+        time.sleep(1)
+        job.process.send_signal(signum)
+        assert job.end() != 0
+        # Open MPI sends its workers a SIGTERM, whichever signal it got itself, and passes on nothing more from stdout.
+        stopped = re.search(r"horovod: all workers stopped after step (\d+) \(SIGTERM\); saved ", job.text)
+        assert stopped, job.text
+        assert job.check_saved() == int(stopped[1])
+    finally:
+        job.kill()
+
+
+def test_a_worker_that_hangs_ends_the_job_under_mpirun(python: Path, tmp_path: Path) -> None:
+    job = Job(tmp_path, "hang", "1", launcher=MPIRUN, python=str(python))
+    try:
+        job.wait_for("FAULT AT")
+        assert job.end() != 0
+        assert "waited for the others for more than 3 s (collective_timeout)" in job.text, job.text
+        assert job.check_saved() == 4
+    finally:
+        job.kill()
 
 
 ADASUM = """
