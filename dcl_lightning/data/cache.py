@@ -15,10 +15,14 @@ import numpy as np
 
 from dcl_lightning.errors import DataError
 
-__all__ = ["VARIABLE", "cached", "fingerprint", "mapped"]
+__all__ = ["VARIABLE", "NoRoomError", "cached", "fill", "fingerprint", "mapped", "one_at_a_time", "write_array"]
 
 VARIABLE = "DCL_LIGHTNING_CACHE"
 _log = logging.getLogger(__name__)
+
+
+class NoRoomError(DataError):
+    """There is no place for a cache."""
 
 
 def fingerprint(*words: object) -> str:
@@ -47,7 +51,8 @@ def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> s
         build: fills the empty folder that it is given.
 
     Raises:
-        DataError: no place can be written; or what ``build`` raises.
+        NoRoomError: no place can be written.
+        Exception: what ``build`` raises.
     """
     given = os.environ.get(VARIABLE)
     home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dcl_lightning")
@@ -60,12 +65,12 @@ def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> s
     reasons = []
     for target in targets:
         try:
-            _fill(target, build)
+            fill(target, build)
         except OSError as error:
             reasons.append(f"{os.path.dirname(target)} ({error.strerror})")
         else:
             return target
-    raise DataError(
+    raise NoRoomError(
         f"data set '{name}' has to be written once in another form, and none of these places takes it: "
         f"{', '.join(reasons)}; set the environment variable {VARIABLE} to a folder with room"
     )
@@ -83,31 +88,65 @@ def mapped(where: str, name: str) -> np.ndarray:
     return array
 
 
-def _fill(target: str, build: Callable[[str], None]) -> None:
+def write_array(where: str, name: str, array: np.ndarray) -> None:
+    """Write an array into a cache, down to the disk: mapped, a cut-off file kills the process.
+
+    Args:
+        where: folder of the cache.
+        name: the array's, without ``.npy``.
+        array: what is written.
+    """
+    with open(os.path.join(where, f"{name}.npy"), "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fill(target: str, build: Callable[[str], None], whole: Callable[[str], bool] = os.path.isdir) -> None:
+    """Let ``build`` fill a folder under another name, then give it its own; one process at a time, the others wait.
+
+    Args:
+        target: the folder; one that is not whole any more is replaced.
+        build: fills the empty folder that it is given.
+        whole: whether the folder is there already.
+
+    Raises:
+        OSError: it cannot be written.
+        Exception: what ``build`` raises.
+    """
     parent, name = os.path.split(target)
     os.makedirs(parent, exist_ok=True)
-    with _one_at_a_time(os.path.join(parent, f".{name}.lock")) as alone:
-        if os.path.isdir(target):
+    with one_at_a_time(os.path.join(parent, f".{name}.lock")) as alone:
+        if whole(target):
             return
         if alone:
             # Nobody else is writing: what a killed process left.
             for left in glob.glob(os.path.join(glob.escape(parent), f".{name}.*.tmp")):
                 shutil.rmtree(left, ignore_errors=True)
         _log.info("writing %s, once", target)
-        temporary = os.path.join(parent, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+        mark = uuid.uuid4().hex[:8]
+        temporary, old = (os.path.join(parent, f".{name}.{mark}{part}.tmp") for part in ("", ".old"))
         os.mkdir(temporary)
         try:
             build(temporary)
+            if os.path.isdir(target):
+                os.rename(target, old)
             os.rename(temporary, target)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             # Without working locks another process may have been first.
-            if not (isinstance(error, OSError) and os.path.isdir(target)):
+            if not (isinstance(error, OSError) and whole(target)):
                 raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _one_at_a_time(path: str) -> Iterator[bool]:
+def one_at_a_time(path: str) -> Iterator[bool]:
+    """Hold a lock among processes while the block runs; yield whether the file system has locks.
+
+    Args:
+        path: the lock's file, made if it is not there.
+    """
     import fcntl
 
     with open(path, "a", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from dcl_lightning.data.cache import cached, fingerprint, mapped
+from dcl_lightning.data.cache import cached, fingerprint, mapped, write_array
 from dcl_lightning.errors import DataError
 
 __all__ = ["FILES", "NUM_FEATURES", "read_candle"]
@@ -34,10 +34,7 @@ def read_candle(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
         largest[largest == 0] = 1
         arrays = {"train": x / largest, "train_labels": y, "test": x_test / largest, "test_labels": y_test}
         for name, array in arrays.items():
-            with open(os.path.join(target, f"{name}.npy"), "wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
+            write_array(target, name, array)
 
     stats = [os.stat(path) for path in paths]
     where = cached(folder, "candle", fingerprint(1, *[(s.st_size, s.st_mtime_ns) for s in stats]), build)

@@ -1,12 +1,15 @@
-"""The two published orders of CIFAR-100's classes; reports name the one that was used."""
+"""Orders of classes by name and by seed, among them the two published ones of CIFAR-100."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, suggestion
 
-__all__ = ["named_class_order"]
+__all__ = ["named_class_order", "shuffled_classes"]
 
 # Printed in the benchmarks that follow iCaRL's own released code.
 _ICARL_LIST = (
@@ -21,9 +24,25 @@ def named_class_order(name: str) -> list[int]:
     if name == "icarl_list":
         return [int(word) for word in _ICARL_LIST.split()]
     if name == "icarl_1993":
-        order = np.arange(100)
-        np.random.RandomState(1993).shuffle(order)
-        return [int(label) for label in order]
+        return list(shuffled_classes(range(100), 1993))
     raise ConfigurationError(
-        f"data.class_order={name!r}: give a list of labels, or one of the published orders icarl_1993, icarl_list"
+        f"data.class_order={name!r}: give a list of labels, a seed, random, or one of the published orders of "
+        f"CIFAR-100, icarl_1993, icarl_list{suggestion(name, ('random', 'icarl_1993', 'icarl_list'))}"
     )
+
+
+def shuffled_classes(labels: Sequence[Any], seed: int) -> list[Any]:
+    """Return labels in the order of NumPy's legacy shuffle, by which published orders are made.
+
+    Args:
+        labels: in ascending order.
+        seed: from 0 to below 2**32.
+
+    Raises:
+        ConfigurationError: a seed out of range.
+    """
+    if not 0 <= seed < 1 << 32:
+        raise ConfigurationError(f"data.class_order={seed}: give a seed from 0 to below 2**32")
+    places = np.arange(len(labels))
+    np.random.RandomState(seed).shuffle(places)
+    return [labels[place] for place in places.tolist()]

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
+from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError, suggestion
 
 __all__ = ["arrays_of_class", "read_continuum"]
 
 
 def arrays_of_class(name: str, root: str, download: bool, known: Iterable[str]) -> tuple[Any, ...]:
-    """Return ``(x_train, y_train, x_test, y_test)`` of a data set of continuum's kind.
+    """Return ``(x_train, y_train, t_train, x_test, y_test, t_test)`` of a data set of continuum's kind.
 
     Args:
         name: its class path; the class takes ``(path, train, download)``.
@@ -32,6 +32,7 @@ def arrays_of_class(name: str, root: str, download: bool, known: Iterable[str]) 
     if not module:
         raise ConfigurationError(
             f"data.dataset={name!r}: give one of {', '.join(sorted(known))}, or a continuum data set's class path"
+            f"{suggestion(name, known)}"
         )
     try:
         cls = getattr(importlib.import_module(module), attribute)
@@ -54,8 +55,8 @@ def arrays_of_class(name: str, root: str, download: bool, known: Iterable[str]) 
     return tuple(arrays)
 
 
-def read_continuum(split: Any, name: str) -> tuple[Any, Any]:
-    """Return inputs and labels of one split.
+def read_continuum(split: Any, name: str) -> tuple[Any, Any, Any]:
+    """Return inputs, labels, and task ids or None, of one split.
 
     Args:
         split: object with ``get_data``.
@@ -65,12 +66,17 @@ def read_continuum(split: Any, name: str) -> tuple[Any, Any]:
         DataError: the data cannot be read.
     """
     try:
-        x, y, _ = split.get_data()
+        x, y, t = split.get_data()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"data set '{name}' cannot be read: continuum keeps names of files in ASCII, found {str(error.object)!r}; "
+            "use data.dataset=folder, or names without accents"
+        ) from error
     except (AttributeError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise DataError(f"data set '{name}' cannot be read: {error}") from error
     if isinstance(x, np.ndarray) and x.dtype.kind in "OUS":
-        return _read_images([os.fsdecode(path) for path in x]), y
-    return x, y
+        return _read_images([os.fsdecode(path) for path in x]), y, t
+    return x, y, t
 
 
 def _read_images(paths: list[str]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -11,15 +10,18 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from dcl_lightning.data import scenarios, sources, transforms
+from dcl_lightning.data import scenarios, sources, staging, transforms
 from dcl_lightning.data.ahead import AheadLoader
-from dcl_lightning.data.class_orders import named_class_order
+from dcl_lightning.data.continuum_scenarios import splits_of_scenario
+from dcl_lightning.data.cutting import Cutting
 from dcl_lightning.data.images import ImageFiles
-from dcl_lightning.data.loader import TaskLoader
+from dcl_lightning.data.loader import Inputs, TaskLoader, for_all
 from dcl_lightning.data.readers import Readers
 from dcl_lightning.data.seeds import seed_of_run
+from dcl_lightning.data.stream import Stream, refuse_another_stream
+from dcl_lightning.data.transformed import TransformedInputs
 from dcl_lightning.distributed.place import place, worker_threads
-from dcl_lightning.errors import ConfigurationError, DataError
+from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Batch, Clock, InputSpec, Task
 
 __all__ = ["ContinualDataModule"]
@@ -32,25 +34,37 @@ class ContinualDataModule(pl.LightningDataModule):
         dataset: ``digits``, ``digits_dev``, ``synthetic``, ``mnist``, ``cifar10``, ``cifar100``, ``tinyimagenet``,
             ``imagenet``, ``imagenet_blurred``, ``imagenet100``, ``imagenet100small``, ``core50``, ``candle``;
             ``folder`` for images in ``<root>/train/<class>/`` and ``<root>/test/<class>/`` (or ``val``); the class
-            path of a continuum data set of arrays; or in Python ``(x_train, y_train, x_test, y_test)`` or two
-            continuum data sets, of training and of test.
+            path of a continuum data set of arrays; or in Python ``(x_train, y_train, x_test, y_test)``, or with task
+            ids as third of each split, or two continuum data sets, of training and of test.
         root: folder of the data sets, or of the images for ``folder``; symbolic links are followed.
         download: whether a missing data set may be fetched.
         scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (all classes in every
-            task), ``none`` (one task).
+            task), ``blurry`` (as ``class``, but a share of each class leaks into the other tasks' training sets),
+            ``none`` (one task), ``given`` (by the data's task ids); the class path of a continuum scenario, or
+            ``{class_path: ..., init_args: ...}``; in Python also two scenario objects, of training and of test, which
+            bring their data.
+        blurriness: share of each class that leaks in a blurry scenario, in [0, 1); 0.1 if None.
+        cut: how the samples of a class are cut into the tasks of a domain scenario: ``in_order`` as they come, or
+            ``shuffled`` by ``seed``.
         initial_increment: classes of the first task of a class scenario; ``increment`` if None.
         increment: classes of each further task, or a list with one number for each task.
         num_tasks: tasks of a domain scenario.
-        class_order: original labels in the order of their appearance, or a published order of CIFAR-100,
-            ``icarl_1993`` or ``icarl_list``; ascending if None.
+        class_order: original labels in the order of their appearance; ``random`` for one by ``seed``, or a number for
+            one by that seed; a published order of CIFAR-100, ``icarl_1993`` or ``icarl_list``; ascending if None.
         concatenate_tasksets: whether task t trains on the data of tasks 0..t.
         val_ratio: share of each class of each task that is held out of training for validation, in [0, 1).
         select_on_test: allow callbacks to select on test data where nothing is held out.
+        boundaries: whether agent and callbacks hear of the tasks' starts and ends (``known``), or nothing in training
+            depends on them (``hidden``); the optimizer is then not reset. Each task is reported at its end even so.
+        shard: whether samples are dealt to the workers anew each ``epoch``, or keep to one worker for the whole run
+            (``fixed``), so that memories are disjoint.
         batch_size: training samples a step and worker.
         eval_batch_size: evaluation samples a step and worker; ``batch_size``, but at least 256, if None.
         num_workers: processes that read images from files, of each worker: 0 to read in the training process, one
             for each of its cores but at most 8 if None. Data sets of arrays need none.
         augment: crop and mirror training images; what suits the data set if None.
+        stage_to: folder on a disk of the host itself, to which a data set is copied once for each host, and from
+            which it is read.
         seed: seed of order, augmentation and hold-outs, the same on all workers; the one given to
             ``seed_everything`` if None, 0 without any.
         source_options: ``num_classes``, ``size``, ``per_class``, ``seed`` of ``synthetic``; ``size``, the side of an
@@ -67,18 +81,23 @@ class ContinualDataModule(pl.LightningDataModule):
         dataset: str | tuple[Any, ...] = "digits",
         root: str = "datasets",
         download: bool = False,
-        scenario: Literal["class", "domain", "instance", "none"] = "class",
+        scenario: str | dict[str, Any] | tuple[Any, Any] = "class",
         initial_increment: int | None = None,
         increment: int | list[int] = 2,
         num_tasks: int = 5,
-        class_order: list[int] | list[str] | str | None = None,
+        class_order: list[int] | list[str] | int | str | None = None,
+        blurriness: float | None = None,
+        cut: Literal["in_order", "shuffled"] = "in_order",
         concatenate_tasksets: bool = False,
         val_ratio: float = 0.0,
         select_on_test: bool = False,
+        boundaries: Literal["known", "hidden"] = "known",
+        shard: Literal["epoch", "fixed"] = "epoch",
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         augment: bool | None = None,
+        stage_to: str | None = None,
         seed: int | None = None,
         source_options: dict[str, int] | None = None,
     ) -> None:
@@ -92,7 +111,13 @@ class ContinualDataModule(pl.LightningDataModule):
                 raise ConfigurationError(f"data.{name}={value}: give at least 1")
         if not 0 <= val_ratio < 1:
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
-        self.root, self.download, self.scenario = root, download, scenario
+        for name, word, words in (
+            ("boundaries", boundaries, ("known", "hidden")),
+            ("shard", shard, ("epoch", "fixed")),
+        ):
+            if word not in words:
+                raise ConfigurationError(f"data.{name}={word!r}: give {' or '.join(words)}")
+        self.root, self.download, self.boundaries, self.shard = root, download, boundaries, shard
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
         self.val_ratio, self.batch_size = val_ratio, batch_size
         self.seed = seed_of_run(seed)
@@ -102,27 +127,42 @@ class ContinualDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self._readers = Readers(0)
         self.source_options = source_options
-        self.dataset_name = dataset if isinstance(dataset, str) else "arrays"
+        given = not isinstance(scenario, str) or "." in scenario
+        self.scenario = scenario if isinstance(scenario, str) and not given else "given"
+        self._cutting = Cutting(
+            self.scenario, increment, initial_increment, num_tasks, class_order, blurriness, cut, scenario
+        )
+        self.dataset_name = dataset if isinstance(dataset, str) and isinstance(scenario, (str, dict)) else "arrays"
         sources.check_options(self.dataset_name, source_options or {})
         self._source = sources.SOURCES.get(self.dataset_name)
         self._splits = sources.from_arrays(dataset) if not isinstance(dataset, str) else None
-        if self._splits is None and (self._source is None or self._source.num_classes is None):
-            # A folder, or the class of a continuum data set, says nothing of its size: it has to be looked at.
+        if stage_to is not None and self.dataset_name == "arrays":
+            raise ConfigurationError(f"data.stage_to={stage_to} copies files: leave it out with data in memory")
+        self.stage_to = stage_to
+        self._root_here = root if stage_to is None else None
+        if given:
+            kept = self._splits
+            # How many tasks and classes it makes shows when it has made them.
+            self._splits = splits_of_scenario(scenario, lambda: kept or self._read())
+        if self._splits is None and self._source is None:
+            # The class of a continuum data set says nothing of its size: it has to be looked at, as a folder has.
+            self._splits = self._read()
+        if self._splits is None and self._source is not None and self._source.num_classes is None:
             self._splits = sources.load(self.dataset_name, root, download, source_options)
-        self._class_order = named_class_order(class_order) if isinstance(class_order, str) else class_order
-        self._increment, self._initial_increment, self._num_parts = increment, initial_increment, num_tasks
-        self.augment = augment if augment is not None else bool(self._source and self._source.augment)
+        made = self._splits is not None and isinstance(self._splits.train_inputs, TransformedInputs)
+        self.augment = augment if augment is not None else bool(self._source and self._source.augment and not made)
         self.num_classes = self._count_classes()
-        self._task_classes = self._make_task_classes()
-        self.num_tasks = len(self._task_classes)
+        if self._root_here is None and self._splits is not None:
+            self._splits = None  # these files are not the ones that are read
+        self.num_tasks = self._count_tasks()
         self.task_id = 0
         self.load_ahead = False
         self.extra_indices: dict[int, Tensor] = {}
         self.extra_per_step: int | None = None
         self.original_labels: list[scenarios.Label] = []
+        self._stream: Stream | None = None
         self._clock: Clock | None = None
         self._train_loader: TaskLoader | None = None
-        self._ready = False
 
     # -- known before any file is read -------------------------------------------------------------
 
@@ -137,17 +177,25 @@ class ContinualDataModule(pl.LightningDataModule):
     @property
     def input_spec(self) -> InputSpec:
         """Shape of one input."""
-        if self._source is None:
+        if self._source is None or self.scenario == "given":
             inputs = self._splits.train_inputs if self._splits is not None else self.train_inputs
             return InputSpec(*inputs.shape[1:])
         size = (self.source_options or {}).get("size")
         return self._source.input_spec if size is None else InputSpec(self._source.input_spec.channels, size, size)
 
-    def _make_task_classes(self) -> list[list[int]]:
-        everything = list(range(self.num_classes))
-        if self.scenario == "class":
-            return scenarios.class_tasks(self.num_classes, self._increment, self._initial_increment)
-        return [everything] * (1 if self.scenario == "none" else self._num_parts)
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and deviation of each channel by which images are normalised; None if they are not."""
+        return None if self._source is None else (self._source.mean, self._source.std)
+
+    def _count_tasks(self) -> int:
+        if self.scenario == "given":
+            if self._splits is None or self._splits.train_tasks is None or self._splits.test_tasks is None:
+                raise ConfigurationError(
+                    f"data.scenario=given: data set '{self.dataset_name}' brings no tasks: give another scenario"
+                )
+            return int(self._splits.train_tasks.max()) + 1
+        return len(self._cutting.home_classes(self.num_classes))
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -156,62 +204,59 @@ class ContinualDataModule(pl.LightningDataModule):
 
         Lightning calls this in one process of each host.
         """
-        if self._splits is not None or self._ready:
+        if self._splits is not None or self._stream is not None:
             return
         sources.check_files(self.dataset_name, self.root, self.download)
+        self._staged_root(look=True)
         if self.download or sources.SOURCES[self.dataset_name].cached:
             # ``setup`` of this process need not read it again.
-            self._splits = sources.load(self.dataset_name, self.root, True, self.source_options)
+            self._splits = self._read()
+
+    def _read(self) -> sources.Splits:
+        """Fetch the data set if that is asked for, stage it if that is, and read it."""
+        root = self._staged_root(look=True)
+        return sources.load(self.dataset_name, root, self.download and root == self.root, self.source_options)
+
+    def _staged_root(self, look: bool) -> str:
+        """Return the root to read from: with ``stage_to`` that of the copy, made if it is not there."""
+        if self._root_here is None:
+            assert self.stage_to is not None
+            if look and self.download:
+                sources.load(self.dataset_name, self.root, True, self.source_options)
+            self._root_here = staging.stage(self.dataset_name, self.root, self.stage_to, look)
+        return self._root_here
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data and cut them into tasks, once."""
         self._readers.num_workers = self._processes()
-        if self._ready:
+        if self._stream is not None:
             return
-        splits = self._splits or sources.load(self.dataset_name, self.root, False, self.source_options)
-        self._check_count(len(np.unique(splits.train_labels)))
-        classes = scenarios.order_classes(splits.train_labels, self._class_order)
-        self.original_labels = classes
-        train = scenarios.encode(splits.train_labels, classes)
-        test = scenarios.encode(splits.test_labels, classes)
-        train_parts, test_parts = self._parts(train), self._parts(test)
+        splits = self._splits or sources.load(
+            self.dataset_name, self._staged_root(look=self.trainer is None), False, self.source_options
+        )
+        if self._source is not None:
+            found = len(np.unique(splits.train_labels))
+            self._source.check_count(self.dataset_name, self.root, found, self.num_classes)
+        self._stream = Stream(self._cutting, splits, self.val_ratio, self.seed)
+        self.original_labels = self._stream.labels
+        self.train_targets, self.test_targets = self._stream.train_targets, self._stream.test_targets
         self.train_inputs, self.test_inputs = splits.train_inputs, splits.test_inputs
         for inputs in (self.train_inputs, self.test_inputs):
             if isinstance(inputs, ImageFiles):
                 inputs.readers = self._readers
-        self.train_targets, self.test_targets = torch.from_numpy(train), torch.from_numpy(test)
-        self._train_parts, self._test_parts = torch.from_numpy(train_parts), torch.from_numpy(test_parts)
-        self._hold_out()
-        self._splits, self._ready = None, True
-        for task in range(self.num_tasks):
-            if not len(self.train_indices(task)):
-                raise ConfigurationError(f"task {task} has no training samples: give fewer tasks than {self.num_tasks}")
+        self._splits = None
 
-    def _check_count(self, found: int) -> None:
-        if self._source is None or found == self.num_classes:
-            return
-        part = f"set data.source_options.num_classes={found} to use a part of it"
-        raise DataError(
-            f"data set '{self.dataset_name}' in {os.path.abspath(self._source.path(self.root))} has "
-            f"training samples of {found} classes, expected {self.num_classes}: "
-            + (part if "num_classes" in self._source.options else "fetch it anew")
-        )
-
-    def _hold_out(self) -> None:
-        targets, parts = self.train_targets.numpy(), self._train_parts.numpy()
-        self._held = torch.from_numpy(scenarios.hold_out(targets, parts, self.val_ratio, self.seed))
+    @property
+    def stream(self) -> Stream:
+        """Which samples belong to which task; known after ``setup``."""
+        assert self._stream is not None
+        return self._stream
 
     def _processes(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
         local = max(place("local_size"), getattr(self.trainer, "num_devices", 1))
         return min(worker_threads(local), 8)
-
-    def _parts(self, targets: np.ndarray) -> np.ndarray:
-        if self.scenario == "class":
-            task_of_class = np.repeat(np.arange(self.num_tasks), [len(c) for c in self._task_classes])
-            return task_of_class[targets]
-        return scenarios.part_of_samples(targets, self.num_tasks)
 
     def attach_clock(self, clock: Clock) -> None:
         """Let the clock say which task an epoch belongs to."""
@@ -220,21 +265,11 @@ class ContinualDataModule(pl.LightningDataModule):
     def tasks(self, epochs: list[int]) -> list[Task]:
         """Return the stream, given each task's number of epochs."""
         self.setup()
-        return [
-            Task(
-                index=t,
-                num_tasks=self.num_tasks,
-                classes=tuple(classes),
-                labels=tuple(self.original_labels[y] for y in classes),
-                num_samples=len(self.train_indices(t)),
-                epochs=epochs[t],
-            )
-            for t, classes in enumerate(self._task_classes)
-        ]
+        return self.stream.tasks(epochs)
 
     def train_indices(self, task: int) -> Tensor:
         """Return the sample ids of a task's own training samples, hold-outs left out."""
-        return torch.nonzero((self._train_parts == task) & ~self._held).flatten()
+        return self.stream.train_indices(task)
 
     # -- loaders -----------------------------------------------------------------------------------
 
@@ -249,28 +284,33 @@ class ContinualDataModule(pl.LightningDataModule):
         indices = torch.cat([own, extra]) if self.extra_per_step is None else own
         rank, size = self._place()
         if self._train_loader is None:
+            parts = self.stream.train_parts
+            parts = parts if self.boundaries == "known" else torch.full_like(parts, -1)
             self._train_loader = TaskLoader(
-                self.train_inputs, self.train_targets, self._train_parts, self.batch_size, indices, rank, size,
+                self.train_inputs, self.train_targets, parts, self.batch_size, indices, rank, size,
                 train=True, seed=self.seed,
             )  # fmt: skip
         # Another trainer, or Lightning's search for a batch size, may have changed these since the last call.
         self._train_loader.rank, self._train_loader.size = rank, size
+        self._train_loader.owners = self._owners(size)
         self._train_loader.batch_size = self.batch_size
         self._train_loader.augment = self.augment
         self._train_loader.pin_memory = self._on_gpu()
         self._train_loader.visit(indices, epoch, extra, self.extra_per_step or 0)
-        return AheadLoader(self._train_loader) if self.load_ahead else self._train_loader
+        # Transformations of a scenario draw from the generator that training uses, too.
+        ahead = self.load_ahead and not isinstance(self.train_inputs, TransformedInputs)
+        return AheadLoader(self._train_loader) if ahead else self._train_loader
 
     def val_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out."""
         if self.val_ratio == 0:
-            return _for_all(self.test_loaders(self.task_id))
-        held = [torch.nonzero((self._train_parts == t) & self._held).flatten() for t in range(self.task_id + 1)]
-        return _for_all([self.train_eval_loader(indices) for indices in held])
+            return for_all(self.test_loaders(self.task_id))
+        held = [self.stream.held_indices(t) for t in range(self.task_id + 1)]
+        return for_all([self.train_eval_loader(indices) for indices in held])
 
     def test_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task's test set."""
-        return _for_all(self.test_loaders(self.num_tasks - 1))
+        return for_all(self.test_loaders(self.num_tasks - 1))
 
     def predict_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task's test set."""
@@ -278,14 +318,20 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def test_loaders(self, last_task: int) -> list[TaskLoader]:
         """Return the test sets of tasks 0..last_task, each sample on exactly one worker."""
-        parts = [torch.nonzero(self._test_parts == t).flatten() for t in range(last_task + 1)]
-        return [self._eval_loader(self.test_inputs, self.test_targets, self._test_parts, p) for p in parts]
+        s = self.stream
+        indices = [s.test_indices(t) for t in range(last_task + 1)]
+        return [self._eval_loader(self.test_inputs, s.test_targets, s.test_parts, i) for i in indices]
 
     def train_eval_loader(self, indices: Tensor) -> TaskLoader:
         """Return training samples as evaluation sees them, each on exactly one worker."""
-        return self._eval_loader(self.train_inputs, self.train_targets, self._train_parts, indices)
+        loader = self._eval_loader(self.train_inputs, self.train_targets, self.stream.train_parts, indices)
+        loader.owners = self._owners(loader.size)
+        return loader
 
-    def _eval_loader(self, inputs: Tensor | ImageFiles, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
+    def _owners(self, size: int) -> Tensor | None:
+        return self.stream.owners(size, self.seed) if self.shard == "fixed" and size > 1 else None
+
+    def _eval_loader(self, inputs: Inputs, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
         rank, size = self._place()
         loader = TaskLoader(inputs, targets, parts, self.eval_batch_size, indices, rank, size)
         loader.pin_memory = self._on_gpu()
@@ -309,7 +355,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and what must be the same when a run is resumed."""
-        return {"seed": self.seed, "stream": self._stream()}
+        return {"seed": self.seed, "stream": self.stream.facts(self.dataset_name)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the run's seed back, and refuse another stream than the one that the run was started with.
@@ -319,25 +365,10 @@ class ContinualDataModule(pl.LightningDataModule):
         """
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        present = self._stream()
-        for name, saved in state_dict["stream"].items():
-            if saved != present[name]:
-                raise ConfigurationError(
-                    f"the checkpoint's run had {name} {saved}, this one has {present[name]}: resume with the "
-                    "data options that the run was started with"
-                )
+        refuse_another_stream(state_dict["stream"], self.stream.facts(self.dataset_name))
         self.seed = state_dict["seed"]
-        self._hold_out()
+        self.stream.draw(self.seed)
         self._train_loader = None
-
-    def _stream(self) -> dict[str, Any]:
-        return {
-            "dataset": self.dataset_name,
-            "scenario": self.scenario,
-            "class_order": list(self.original_labels),
-            "classes of the tasks": [list(classes) for classes in self._task_classes],
-            "val_ratio": self.val_ratio,
-        }
 
     # -- on the device -----------------------------------------------------------------------------
 
@@ -352,14 +383,6 @@ class ContinualDataModule(pl.LightningDataModule):
         if train and self.augment:
             pad = self._source.pad if self._source is not None else 4
             inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch, pad)
-        inputs = transforms.to_float(inputs)
-        if self._source is not None:
-            inputs = transforms.normalise(inputs, self._source.mean, self._source.std)
-        return batch._replace(inputs=inputs)
-
-
-def _for_all(loaders: list[TaskLoader]) -> list[TaskLoader]:
-    """Return the loaders, each with a batch on every worker: Lightning's loops have to be run by all."""
-    for loader in loaders:
-        loader.for_all = True
-    return loaders
+        if self._source is None:
+            return batch._replace(inputs=transforms.to_float(inputs))
+        return batch._replace(inputs=transforms.normalise(inputs, self._source.mean, self._source.std))

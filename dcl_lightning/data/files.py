@@ -27,10 +27,14 @@ def per_class(folder: str, split: str, training: bool) -> tuple[list[str], np.nd
         The files relative to ``folder``, and ``(n,)`` str, the class of each.
 
     Raises:
-        DataError: no class folders, or an empty one in training.
+        DataError: no class folders, an empty one in training, or a link to nowhere in place of one.
     """
     base = os.path.join(folder, split)
-    classes = sorted(entry.name for entry in _entries(base) if entry.is_dir())
+    entries = _entries(base)
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise DataError(f"{entry.path} is a broken link: mend it or remove it")
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         raise DataError(f"{base} holds no class folders: expected {split}/<class>/<image>")
     names: list[str] = []
@@ -81,11 +85,12 @@ def listed(folder: str, list_file: str) -> tuple[list[str], np.ndarray]:
         The files relative to ``folder``, and ``(n,)`` int64, the label of each.
 
     Raises:
-        DataError: a line of another form, or one that names a file that is not there.
+        DataError: a line of another form, one that names a file that is not there, or an image with two labels.
     """
     names: list[str] = []
     labels: list[int] = []
     there: dict[str, set[str]] = {}
+    first: dict[str, tuple[int, int]] = {}
     for number, line in _lines(list_file):
         name, _, label = line.rpartition(" ")
         if not name or not label.isdecimal():
@@ -96,6 +101,12 @@ def listed(folder: str, list_file: str) -> tuple[list[str], np.ndarray]:
             there[parent] = _names_in(os.path.join(folder, parent))
         if image not in there[parent]:
             raise DataError(f"{list_file}, line {number}: there is no {os.path.join(folder, name.strip())}")
+        line_before, label_before = first.setdefault(name.strip(), (number, int(label)))
+        if label_before != int(label):
+            raise DataError(
+                f"{list_file}, line {number}: {name.strip()} has label {int(label)} here and label {label_before} in "
+                f"line {line_before}"
+            )
         names.append(name.strip())
         labels.append(int(label))
     if not names:

@@ -82,7 +82,7 @@ class ImageFiles:
         ahead = _AHEAD if self.readers.num_workers else 0
         try:
             for batch in batches:
-                waiting.append((batch, self._ask(batch, key)))
+                waiting.append((batch, self._ask(batch.sample_ids, batch.draw_ids, key)))
                 if len(waiting) > ahead:
                     yield self._finish(*waiting.popleft(), pin_memory)
             while waiting:
@@ -92,8 +92,32 @@ class ImageFiles:
                 for part in parts:
                     part.cancel()
 
-    def _ask(self, batch: Batch, key: tuple[int, int] | None) -> list[Future[Tensor]]:
-        rows, draw_ids = batch.sample_ids.tolist(), batch.draw_ids.tolist()
+    def read(self, rows: Tensor, epochs: Tensor, seed: int) -> Tensor:
+        """Return images as they were at other times.
+
+        Args:
+            rows: ``(n,)`` int64.
+            epochs: ``(n,)`` int64, of whose random crop each is; below 0 for what evaluation sees.
+            seed: of the crops.
+
+        Returns:
+            ``(n, 3, size, size)`` uint8.
+
+        Raises:
+            DataError: an image that cannot be read, by its file.
+        """
+        images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
+        asked = []
+        for epoch in epochs.unique().tolist():
+            places = torch.nonzero(epochs == epoch).flatten()
+            key = (seed, epoch) if epoch >= 0 and self.random_crop else None
+            asked.append((places, self._ask(rows[places], rows[places], key)))
+        for places, parts in asked:
+            images[places] = torch.cat([self.readers.result(part) for part in parts])
+        return images
+
+    def _ask(self, ids: Tensor, draws: Tensor, key: tuple[int, int] | None) -> list[Future[Tensor]]:
+        rows, draw_ids = ids.tolist(), draws.tolist()
         step = -(-len(rows) // max(1, self.readers.num_workers)) or 1
         return [
             self.readers.submit(

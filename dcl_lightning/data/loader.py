@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.data.images import ImageFiles
+from dcl_lightning.data.transformed import TransformedInputs
 from dcl_lightning.types import Batch
 
-__all__ = ["TaskLoader"]
+__all__ = ["Inputs", "TaskLoader", "for_all"]
+
+Inputs = Tensor | ImageFiles | TransformedInputs
 
 _NONE = torch.empty(0)
 
@@ -21,10 +24,12 @@ class TaskLoader:
 
     For training, the order is one permutation from (seed, epoch); worker k takes every N-th from k, and
     the shorter shards are padded with rows of weight 0. So step i of N workers of batch b holds the same
-    samples as step i of one worker of batch N b. For evaluation nothing is shuffled or padded.
+    samples as step i of one worker of batch N b; not where ``owners`` say which worker a row belongs to. For
+    evaluation nothing is shuffled or padded.
 
     Args:
-        inputs: tensor ``(n, ...)``, of which a batch is one index; or images in files, read a few batches ahead.
+        inputs: tensor ``(n, ...)``, of which a batch is one index; images in files, read a few batches ahead; or
+            samples that a scenario's transformations make.
         targets: ``(n,)`` int64.
         task_ids: ``(n,)`` int64.
         batch_size: rows a step and worker.
@@ -36,6 +41,7 @@ class TaskLoader:
         epoch: epoch of the whole stream.
 
     Attributes:
+        owners: worker of each row of the data set, ``(n,)`` int64; None if rows are dealt anew each epoch.
         augment: whether training takes random crops of images in files; tensors are augmented on the device.
         pin_memory: whether inputs lie in page-locked memory, from which a GPU fetches them while the host goes on.
         for_all: yield one batch without rows where this worker has none and another has. Lightning refuses
@@ -44,7 +50,7 @@ class TaskLoader:
 
     def __init__(
         self,
-        inputs: Tensor | ImageFiles,
+        inputs: Inputs,
         targets: Tensor,
         task_ids: Tensor,
         batch_size: int,
@@ -59,6 +65,7 @@ class TaskLoader:
         self.batch_size, self.rank, self.size, self.train, self.seed = batch_size, rank, size, train, seed
         self.indices, self.epoch = indices, epoch
         self.rehearsed, self.num_rehearsed = indices[:0], 0
+        self.owners: Tensor | None = None
         self.for_all = self.augment = self.pin_memory = False
         self._position = 0
         self._start = 0
@@ -73,14 +80,20 @@ class TaskLoader:
             num_rehearsed: how many join each batch of a worker, drawn without replacement; all if there are fewer.
         """
         if epoch != self.epoch:
-            self._start = 0
+            self._start = self._position = 0
         self.indices, self.epoch = indices, epoch
         self.rehearsed = indices[:0] if rehearsed is None else rehearsed
         self.num_rehearsed = min(num_rehearsed, len(self.rehearsed))
 
+    def _counts(self) -> list[int]:
+        """Return how many of the rows each worker has."""
+        if self.owners is None:
+            return [len(range(rank, len(self.indices), self.size)) for rank in range(self.size)]
+        return torch.bincount(self.owners[self.indices], minlength=self.size).tolist()
+
     def _rows(self) -> int:
-        total = len(self.indices)
-        return -(-total // self.size) if self.train else len(range(self.rank, total, self.size))
+        counts = self._counts()
+        return max(counts) if self.train else counts[self.rank]
 
     def __len__(self) -> int:
         return max(-(-self._rows() // self.batch_size), int(self.for_all and len(self.indices) > 0))
@@ -89,9 +102,11 @@ class TaskLoader:
         start, self._start = self._start, 0
         batches = self._without_inputs(start)
         inputs = self.inputs
+        key = (self.seed, self.epoch) if self.train else None
         if isinstance(inputs, ImageFiles):
-            key = (self.seed, self.epoch) if self.train and self.augment else None
-            filled = inputs.fill(batches, key, self.pin_memory)
+            filled = inputs.fill(batches, key if self.augment else None, self.pin_memory)
+        elif isinstance(inputs, TransformedInputs):
+            filled = inputs.fill(batches, key)
         else:
             filled = (batch._replace(inputs=_take(inputs, batch.sample_ids, self.pin_memory)) for batch in batches)
         # Batches may be read ahead: the place is that of the one handed out.
@@ -100,22 +115,21 @@ class TaskLoader:
             yield batch
 
     def _without_inputs(self, start: int) -> Iterator[Batch]:
-        total, count = len(self.indices), self._rows()
-        order = self.indices
+        counts, count, order = self._counts(), self._rows(), self.indices
         if self.train:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = order[torch.randperm(total, generator=generator)]
-        mine = order[self.rank :: self.size]
+            order = order.index_select(0, torch.randperm(len(order), generator=generator))
+        mine = order[self.rank :: self.size] if self.owners is None else order[self.owners[order] == self.rank]
         real = len(mine)
         if real < count:
-            mine = torch.cat([mine, order[:1]])
+            mine = torch.cat([mine, order[: count - real]])
         for step in range(start, len(self)):
             low = step * self.batch_size
             rows = mine[low : low + self.batch_size]
             num_new = len(rows)
             weights = torch.ones(num_new + self.num_rehearsed)
             weights[max(real - low, 0) : num_new] = 0
-            in_step = min(total - low * self.size, self.batch_size * self.size) / self.size + self.num_rehearsed
+            in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
             draw_ids = rows
             if self.num_rehearsed:
                 again = self._draw(step)
@@ -144,9 +158,16 @@ class TaskLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a place of the present epoch; a place of an earlier one means its beginning."""
-        self._start = state_dict["position"] if state_dict["epoch"] == self.epoch else 0
+        self._start = self._position = state_dict["position"] if state_dict["epoch"] == self.epoch else 0
 
 
 def _take(inputs: Tensor, rows: Tensor, pin_memory: bool) -> Tensor:
     taken = torch.empty((len(rows), *inputs.shape[1:]), dtype=inputs.dtype, pin_memory=pin_memory)
     return torch.index_select(inputs, 0, rows, out=taken)
+
+
+def for_all(loaders: list[TaskLoader]) -> list[TaskLoader]:
+    """Return the loaders, each with a batch on every worker: Lightning's loops have to be run by all."""
+    for loader in loaders:
+        loader.for_all = True
+    return loaders

@@ -9,9 +9,22 @@ import numpy as np
 
 from dcl_lightning.errors import ConfigurationError, DataError
 
-__all__ = ["Label", "check_labels", "class_tasks", "encode", "hold_out", "order_classes", "part_of_samples"]
+__all__ = [
+    "Label",
+    "blurred",
+    "check_labels",
+    "class_tasks",
+    "deal",
+    "encode",
+    "hold_out",
+    "order_classes",
+    "part_of_samples",
+]
 
 Label = int | str
+
+# Draws for different purposes from one seed.
+_CUT, _BLUR, _DEAL = 1, 2, 3
 
 
 def check_labels(labels: Any, field: str = "labels") -> np.ndarray:
@@ -127,22 +140,72 @@ def _positive(name: str, value: Any, num_classes: int, given: Any = None) -> int
     return int(value)
 
 
-def part_of_samples(targets: np.ndarray, num_tasks: int) -> np.ndarray:
+def part_of_samples(targets: np.ndarray, num_tasks: int, seed: int | None = None) -> np.ndarray:
     """Return ``(n,)`` int64 task of each sample when all classes are in all tasks.
 
-    The samples of each class, in their order, are cut into contiguous parts; what does not divide goes
-    round the tasks from class to class, so that task sizes differ by at most one.
+    The samples of each class are cut into contiguous parts; what does not divide goes round the tasks
+    from class to class, so that task sizes differ by at most one.
+
+    Args:
+        targets: ``(n,)`` model ids.
+        num_tasks: number of tasks.
+        seed: seed of the order in which a class is cut; that of the data if None.
     """
     parts = np.zeros(len(targets), dtype=np.int64)
+    generator = None if seed is None else np.random.default_rng((seed, _CUT))
     offset = 0
     for y in np.unique(targets):
         members = np.flatnonzero(targets == y)
+        if generator is not None:
+            members = generator.permutation(members)
         base, extra = divmod(len(members), num_tasks)
         sizes = np.full(num_tasks, base)
         sizes[(offset + np.arange(extra)) % num_tasks] += 1
         offset = (offset + extra) % num_tasks
         parts[members] = np.repeat(np.arange(num_tasks), sizes)
     return parts
+
+
+def blurred(targets: np.ndarray, home: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return ``(n,)`` int64 task of each sample when a share of each class leaks out of its own task.
+
+    The leaking samples go evenly to all other tasks, so with classes of one size ``share`` is also the part of
+    a task that is of other tasks' classes: Bang et al., "Rainbow Memory", CVPR 2021, whose Blurry10 is
+    ``share`` 0.1. A class keeps at least one sample in its own task.
+
+    Args:
+        targets: ``(n,)`` model ids.
+        home: ``(K,)`` own task of each class.
+        share: share of each class that leaks, in [0, 1).
+        seed: seed of the choice.
+    """
+    parts = home[targets]
+    generator = np.random.default_rng((seed, _BLUR))
+    offset = 0
+    for y, own in enumerate(home.tolist()):
+        members = generator.permutation(np.flatnonzero(targets == y))
+        others = np.delete(np.arange(home.max() + 1), own)
+        leaking = members[: max(min(round(share * len(members)), len(members) - 1), 0)]
+        if len(others):
+            # What does not divide goes round the tasks from class to class.
+            parts[leaking] = others[(offset + np.arange(len(leaking))) % len(others)]
+        offset += len(leaking)
+    return parts
+
+
+def deal(parts: np.ndarray, held: np.ndarray, num_workers: int, seed: int) -> np.ndarray:
+    """Return ``(n,)`` int64 worker of each sample; workers have equal numbers of each task's, or one more or less.
+
+    Args:
+        parts: ``(n,)`` task of each sample.
+        held: ``(n,)`` bool, samples held out of training, which are dealt apart.
+        num_workers: number of workers.
+        seed: seed of the choice.
+    """
+    order = np.lexsort((np.random.default_rng((seed, _DEAL)).random(len(parts)), parts, held))
+    workers = np.empty(len(parts), dtype=np.int64)
+    workers[order] = np.arange(len(parts)) % num_workers
+    return workers
 
 
 def hold_out(targets: np.ndarray, parts: np.ndarray, ratio: float, seed: int) -> np.ndarray:

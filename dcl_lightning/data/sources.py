@@ -8,16 +8,19 @@ from functools import partial
 
 import numpy as np
 
+from dcl_lightning.data.cache import one_at_a_time
 from dcl_lightning.data.candle import FILES as CANDLE_FILES
 from dcl_lightning.data.candle import NUM_FEATURES, read_candle
 from dcl_lightning.data.cifar import FILES as CIFAR_FILES
-from dcl_lightning.data.cifar import read_cifar
+from dcl_lightning.data.cifar import fetch_cifar, mapped_cifar
 from dcl_lightning.data.continuum_sets import arrays_of_class
 from dcl_lightning.data.files import core50, listed, per_class
 from dcl_lightning.data.images import ImageFiles
+from dcl_lightning.data.mnist import FILES as MNIST_FILES
+from dcl_lightning.data.mnist import fetch_mnist, read_mnist
 from dcl_lightning.data.splits import Reader, Source, Splits, from_arrays
 from dcl_lightning.data.tinyimagenet import read_tinyimagenet
-from dcl_lightning.errors import ConfigurationError, DatasetNotFoundError
+from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
 
 __all__ = ["SOURCES", "Source", "Splits", "check_files", "check_options", "from_arrays", "load"]
@@ -62,7 +65,7 @@ def load(name: str, root: str, download: bool, options: Mapping[str, int] | None
     if name in SOURCES:
         check_files(name, root, download)
         return SOURCES[name].read(SOURCES[name].path(root), download, options or {})
-    return from_arrays(arrays_of_class(name, root, download, SOURCES))
+    return from_arrays(arrays_of_class(name, root, download, SOURCES), where=f"data set '{name}': ")
 
 
 def check_files(name: str, root: str, download: bool) -> None:
@@ -125,28 +128,18 @@ def _synthetic(path: str, download: bool, options: Mapping[str, int]) -> Splits:
     return from_arrays((x, y, x_test, y_test))
 
 
-def _continuum(class_name: str) -> Reader:
+def _arrays(read_folder: Callable[[str], tuple[np.ndarray, ...]], fetch: Callable[[str], None] | None = None) -> Reader:
     def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
-        return from_arrays(arrays_of_class(f"continuum.datasets.{class_name}", path, download, SOURCES))
-
-    return read
-
-
-def _cifar(num_classes: int) -> Reader:
-    def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
-        if download:
-            import torchvision.datasets
-
-            # Checks what is there and fetches what is not, with checksums.
-            getattr(torchvision.datasets, f"CIFAR{num_classes}")(path, download=True)
-        return from_arrays(read_cifar(path, num_classes))
-
-    return read
-
-
-def _arrays(read_folder: Callable[[str], tuple[np.ndarray, ...]]) -> Reader:
-    def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
-        return from_arrays(read_folder(path))
+        if download and fetch is not None:
+            try:
+                os.makedirs(path, exist_ok=True)
+                # Of hosts that share the folder one fetches; what is there is looked at and left.
+                with one_at_a_time(os.path.join(path, ".download.lock")):
+                    fetch(path)
+            except (OSError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise DataError(f"{os.path.abspath(path)} cannot be filled by data.download: {reason}") from error
+        return from_arrays(read_folder(path), where=f"{os.path.abspath(path)}: ")
 
     return read
 
@@ -187,9 +180,6 @@ _CIFAR_STATS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-_MNIST_FILES = tuple(
-    f"MNIST/raw/{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-)
 _IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGES = ("num_classes", "size")
 
@@ -240,31 +230,33 @@ SOURCES: dict[str, Source] = {
     "mnist": Source(
         10,
         InputSpec(1, 28, 28),
-        _continuum("MNIST"),
+        _arrays(read_mnist, fetch_mnist),
         (0.1307,),
         (0.3081,),
-        files=_MNIST_FILES,
+        files=MNIST_FILES,
         downloadable=True,
     ),
     "cifar10": Source(
         10,
         InputSpec(3, 32, 32),
-        _cifar(10),
+        _arrays(partial(mapped_cifar, num_classes=10), partial(fetch_cifar, num_classes=10)),
         *_CIFAR_STATS[10],
         augment=True,
         folder="CIFAR10",
         files=(*CIFAR_FILES[10][0], *CIFAR_FILES[10][1]),
         downloadable=True,
+        cached=True,
     ),
     "cifar100": Source(
         100,
         InputSpec(3, 32, 32),
-        _cifar(100),
+        _arrays(partial(mapped_cifar, num_classes=100), partial(fetch_cifar, num_classes=100)),
         *_CIFAR_STATS[100],
         augment=True,
         folder="CIFAR100",
         files=(*CIFAR_FILES[100][0], *CIFAR_FILES[100][1]),
         downloadable=True,
+        cached=True,
     ),
     "tinyimagenet": Source(
         200,
@@ -291,7 +283,8 @@ SOURCES: dict[str, Source] = {
         augment=True,
         pad=0,
         folder="CORe50",
-        files=("core50_128x128",),
+        # The table is not needed, but belongs to it.
+        files=("core50_128x128", "core50_train.csv|core50_128x128"),
         layout="core50_128x128/s<session>/o<object>/<image>",
         options=_IMAGES,
     ),

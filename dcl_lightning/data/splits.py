@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.data.continuum_sets import read_continuum
-from dcl_lightning.data.images import ImageFiles
+from dcl_lightning.data.loader import Inputs
 from dcl_lightning.data.scenarios import check_labels
 from dcl_lightning.errors import DataError
 from dcl_lightning.types import InputSpec
@@ -21,12 +21,17 @@ __all__ = ["Reader", "Source", "Splits", "from_arrays"]
 
 
 class Splits(NamedTuple):
-    """Inputs ``(n, C, H, W)`` uint8 or float32, or images in files, and labels ``(n,)`` int64 or str of both splits."""
+    """Inputs ``(n, C, H, W)`` uint8 or float32 of both splits, or what stands for them, and labels ``(n,)``.
 
-    train_inputs: Tensor | ImageFiles
+    Labels are int64 or str. Where the data bring them, also the task of each sample, ``(n,)`` int64.
+    """
+
+    train_inputs: Inputs
     train_labels: np.ndarray
-    test_inputs: Tensor | ImageFiles
+    test_inputs: Inputs
     test_labels: np.ndarray
+    train_tasks: np.ndarray | None = None
+    test_tasks: np.ndarray | None = None
 
 
 # Arguments: folder of the data set, whether it may be fetched, options.
@@ -75,48 +80,107 @@ class Source:
         """
         return os.path.join(root, self.folder) if self.folder else root
 
+    def check_count(self, name: str, root: str, found: int, expected: int) -> None:
+        """Refuse files with another number of classes.
 
-def from_arrays(splits: tuple[Any, ...]) -> Splits:
+        Args:
+            name: name of the data set.
+            root: folder of the data sets.
+            found: classes that were found.
+            expected: classes that were announced.
+
+        Raises:
+            DataError: these differ.
+        """
+        if found == expected:
+            return
+        part = f"set data.source_options.num_classes={found} to use a part of it"
+        raise DataError(
+            f"data set '{name}' in {os.path.abspath(self.path(root))} has training samples of {found} classes, "
+            f"expected {expected}: {part if 'num_classes' in self.options else 'fetch it anew'}"
+        )
+
+
+def from_arrays(splits: tuple[Any, ...], where: str = "") -> Splits:
     """Return splits from ``(x_train, y_train, x_test, y_test)`` or a pair of continuum data sets.
 
+    A third array of a split, as in ``(x_train, y_train, t_train, ...)``, is the task of each sample, or None.
     Images are ``(n, H, W)``, ``(n, H, W, C)`` or ``(n, C, H, W)`` with 1 or 3 channels, vectors ``(n, D)``;
     uint8 stays uint8, anything else becomes float32.
 
+    Args:
+        splits: arrays, or tensors, or two data sets.
+        where: where they come from, with which messages begin.
+
     Raises:
-        DataError: arrays that do not fit each other, or labels or shapes that cannot be used.
+        DataError: arrays that do not fit each other, or labels, values or shapes that cannot be used.
     """
     if len(splits) == 2 and all(hasattr(split, "get_data") for split in splits):
         splits = tuple(array for split in splits for array in read_continuum(split, type(split).__name__))
-    if len(splits) != 4:
+    if len(splits) == 4:
+        splits = (*splits[:2], None, *splits[2:], None)
+    if len(splits) != 6:
         raise DataError(
-            f"data.dataset: give (x_train, y_train, x_test, y_test) or two continuum data sets, not {len(splits)}"
+            "data.dataset: give (x_train, y_train, x_test, y_test), the same with task ids as third of each split, or "
+            f"two continuum data sets, not {len(splits)}"
         )
-    x_train, y_train, x_test, y_test = splits
-    labels = check_labels(y_train, "training labels"), check_labels(y_test, "test labels")
-    inputs = _to_channels_first(x_train), _to_channels_first(x_test)
+    x_train, y_train, t_train, x_test, y_test, t_test = splits
+    labels = check_labels(y_train, f"{where}training labels"), check_labels(y_test, f"{where}test labels")
+    inputs = _to_inputs(x_train, f"{where}training inputs"), _to_inputs(x_test, f"{where}test inputs")
     for part, x, y in zip(("training", "test"), inputs, labels, strict=True):
         if len(x) != len(y):
-            raise DataError(f"the {part} split has {len(x)} inputs and {len(y)} labels")
+            raise DataError(f"{where}the {part} split has {len(x)} inputs and {len(y)} labels")
     if not len(labels[0]):
-        raise DataError("the training split is empty")
+        raise DataError(f"{where}the training split is empty")
     if len(labels[1]) and inputs[0].shape[1:] != inputs[1].shape[1:]:
         shapes = " and ".join(str(tuple(x.shape[1:])) for x in inputs)
-        raise DataError(f"training and test inputs differ in shape (channels, height, width): {shapes}")
-    return Splits(inputs[0], labels[0], inputs[1], labels[1])
+        raise DataError(f"{where}training and test inputs differ in shape (channels, height, width): {shapes}")
+    tasks = [None if t is None else check_labels(t, f"{where}task ids") for t in (t_train, t_test)]
+    for part, t, y in zip(("training", "test"), tasks, labels, strict=True):
+        if t is not None and len(t) != len(y):
+            raise DataError(f"{where}the {part} split has {len(t)} task ids and {len(y)} labels")
+    return Splits(inputs[0], labels[0], inputs[1], labels[1], *tasks)
 
 
-def _to_channels_first(values: Any) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+def _to_inputs(values: Any, field: str) -> Tensor:
+    """Return float32 or uint8, channels first."""
+    if not isinstance(values, Tensor):
+        array = np.ascontiguousarray(values)
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{field} of type {array.dtype}: give real numbers")
+        tensor = torch.from_numpy(array)
+    elif values.is_complex():
+        raise DataError(f"{field} of type {values.dtype}: give real numbers")
+    else:
+        tensor = values
     if tensor.dtype != torch.uint8:
         tensor = tensor.to(torch.float32)
+        # What is mapped need not fit into memory, so it is not looked through; a cache's was when it was written.
+        if not isinstance(values, np.memmap):
+            _check_finite(tensor, field)
+    return _to_channels_first(tensor, field)
+
+
+def _check_finite(tensor: Tensor, field: str) -> None:
+    if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        row = next(i for i, sample in enumerate(tensor) if not bool(torch.isfinite(sample).all()))
+        raise DataError(f"{field}: row {row} has values that are not finite (NaN, or too large for float32)")
+
+
+def _to_channels_first(tensor: Tensor, field: str) -> Tensor:
     if tensor.ndim == 2:
         return tensor[:, None, None, :]
     if tensor.ndim == 3:
         return tensor[:, None]
     if tensor.ndim != 4:
-        raise DataError(f"inputs of shape {tuple(tensor.shape)}: give (n, D), (n, H, W), (n, H, W, C) or (n, C, H, W)")
-    if tensor.shape[3] == 4 != tensor.shape[2]:
-        raise DataError(f"images of shape {tuple(tensor.shape)} have 4 channels: drop the alpha channel, give 1 or 3")
-    if tensor.shape[1] not in (1, 3) and tensor.shape[3] in (1, 3):
-        tensor = tensor.permute(0, 3, 1, 2)
+        raise DataError(f"{field} of shape {tuple(tensor.shape)}: give (n, D), (n, H, W), (n, H, W, C) or (n, C, H, W)")
+    if tensor.shape[1] not in (1, 3):
+        last = tensor.shape[3]
+        if last in (1, 3):
+            tensor = tensor.permute(0, 3, 1, 2)
+        elif last < min(tensor.shape[1:3]):
+            raise DataError(
+                f"{field} of shape {tuple(tensor.shape)} look like images of {last} channels: give 1 or 3 (drop an "
+                "alpha channel), or other numbers of channels as (n, C, H, W)"
+            )
     return tensor.contiguous()

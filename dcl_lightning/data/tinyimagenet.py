@@ -47,7 +47,7 @@ def read_tinyimagenet(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 def _annotated(folder: str) -> tuple[list[str], np.ndarray]:
     path = os.path.join(folder, "val", "val_annotations.txt")
     names, labels = [], []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             words = line.rstrip("\n").split("\t")
             if len(words) < 2:

@@ -19,15 +19,18 @@ def to_float(inputs: Tensor) -> Tensor:
 
 
 def normalise(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return ``(inputs - mean) / std`` for each channel of ``(B, C, H, W)``."""
-    return (inputs - _per_channel(mean, inputs.dtype, inputs.device)) / _per_channel(std, inputs.dtype, inputs.device)
+    """Return ``(to_float(inputs) - mean) / std`` for each channel of ``(B, C, H, W)``."""
+    floats, centre = to_float(inputs), _per_channel(mean, inputs.device)
+    # Where floats are the caller's own they stay as they are.
+    centred = floats - centre if floats is inputs else floats.sub_(centre)
+    return centred.div_(_per_channel(std, inputs.device))
 
 
 @lru_cache(maxsize=32)
-def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     # Kept: to make it on a GPU anew each step, the host would wait for all that is queued there.
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
 def draws(sample_ids: Tensor, seed: int, epoch: int, stream: int, high: int) -> Tensor:
@@ -40,11 +43,23 @@ def draws(sample_ids: Tensor, seed: int, epoch: int, stream: int, high: int) -> 
         stream: tells the draws of one sample apart.
         high: exclusive upper end, far below 2**31.
     """
+    return _hashes(sample_ids, seed, epoch, (stream,))[0] % high
+
+
+def _hashes(sample_ids: Tensor, seed: int, epoch: int, streams: tuple[int, ...]) -> Tensor:
+    """Return ``(streams, B)`` int64 numbers of 31 bits."""
+    # All streams at once: of so few numbers an operation takes as long, however many they are.
+    words = torch.stack([sample_ids + state for state in _states(seed, epoch, streams)])
+    return (_mix(words) >> 33) & 0x7FFF_FFFF
+
+
+@lru_cache(maxsize=32)
+def _states(seed: int, epoch: int, streams: tuple[int, ...]) -> list[int]:
     # Each word is mixed before the next is added: a plain sum gave sample i + 1 the next epoch's draw of sample i.
-    state = torch.zeros((), dtype=torch.int64)
-    for word in (seed, epoch, stream):
-        state = _mix(state + word)
-    return ((_mix(sample_ids + state.item()) >> 33) & 0x7FFF_FFFF) % high
+    states = torch.zeros(len(streams), dtype=torch.int64)
+    for word in (torch.tensor(seed), torch.tensor(epoch), torch.tensor(streams)):
+        states = _mix(states + word)
+    return [int(state) for state in states]
 
 
 def _mix(words: Tensor) -> Tensor:
@@ -65,15 +80,20 @@ def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int 
         epoch: epoch of the whole stream of tasks.
         pad: pixels added on each side before the crop.
     """
-    count, _, height, width = inputs.shape
-    device = inputs.device
-    flips = draws(sample_ids, seed, epoch, 2, 2).bool()
-    if pad == 0:
-        return torch.where(flips[:, None, None, None], inputs.flip(-1), inputs)
-    tops, lefts = (draws(sample_ids, seed, epoch, s, 2 * pad + 1) for s in (0, 1))
-    padded = torch.nn.functional.pad(inputs, (pad, pad, pad, pad))
-    columns = torch.arange(width, device=device).expand(count, width)
-    columns = torch.where(flips[:, None], columns.flip(1), columns) + lefts[:, None]
-    rows = torch.arange(height, device=device)[None] + tops[:, None]
-    batch = torch.arange(count, device=device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    count, channels, height, width = inputs.shape
+    hashes = _hashes(sample_ids, seed, epoch, (0, 1, 2))
+    mirrored = hashes[2] % 2
+    both = torch.cat([inputs, inputs.flip(-1)])
+    images = torch.arange(count, device=inputs.device) + count * mirrored
+    if pad == 0 or count == 0:
+        return both.index_select(0, images)
+    tops, lefts = hashes[:2] % (2 * pad + 1)
+    lefts = torch.where(mirrored.bool(), 2 * pad - lefts, lefts)
+    padded = torch.nn.functional.pad(both, (pad, pad, pad, pad))
+    _, _, padded_height, padded_width = padded.shape
+    # Every row of the result is a run of pixels in memory: to copy runs is many times as fast as to pick pixels.
+    planes = images[:, None] * channels + torch.arange(channels, device=inputs.device)
+    rows = (planes * padded_height + tops[:, None])[:, :, None] + torch.arange(height, device=inputs.device)
+    runs = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
+    chosen = runs.index_select(0, (rows * padded_width + lefts[:, None, None]).flatten())
+    return chosen.view(count, channels, height, width)

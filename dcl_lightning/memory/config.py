@@ -19,7 +19,8 @@ class RehearsalConfig(MemorySize):
         num_representatives: stored samples per class and worker, R; 60 if no size is given.
         buffer_size: stored samples in all, over all workers and classes.
         rehearsal_ratio: share of the training set that is stored, in (0, 1].
-        num_candidates: c, samples of each batch offered to the memory; 20 if None, but None for ``reservoir``.
+        num_candidates: c, samples of each batch offered to the memory; 20 if None; None for ``reservoir``
+            and ``greedy``, to which all are offered.
         num_samples: r, representatives added to each batch of a worker.
         policy: which samples enter and which leave.
         quota: room of a class: ``fixed`` (all classes of the stream share from the start) or ``adaptive``
@@ -34,13 +35,16 @@ class RehearsalConfig(MemorySize):
             background) or ``nonblocking`` (the step never waits and may meet the last representatives again).
         stage: what the background prepares: representatives (``sample``), representatives on the device behind
             room for the new batch (``assemble``), or the next batch of the loader as well (``load``).
+        store: what is stored: ``rows`` (inputs as the loader gives them, augmented anew when drawn), ``reference``
+            (the ids of samples, whose inputs are read from the data set again; the same rows are drawn) or
+            ``transformed`` (inputs as the network got them, never augmented again).
         storage: where rows lie: ``cpu``, ``cuda`` or a folder for a memory-mapped file.
         seed: of choice and draws, each worker adds its rank; that of ``seed_everything`` if None.
     """
 
     num_candidates: int | None = None
     num_samples: int = 20
-    policy: Literal["nil", "class_balanced", "reservoir", "fifo"] = "nil"
+    policy: Literal["nil", "class_balanced", "reservoir", "greedy", "fifo"] = "nil"
     quota: Literal["fixed", "adaptive"] = "fixed"
     update: Literal["step", "task_end"] = "step"
     rehearse: Literal["seen", "past"] = "seen"
@@ -49,6 +53,7 @@ class RehearsalConfig(MemorySize):
     scope: Literal["local", "global"] = "local"
     execution: Literal["inline", "blocking", "nonblocking"] = "inline"
     stage: Literal["sample", "assemble", "load"] = "sample"
+    store: Literal["rows", "reference", "transformed"] = "rows"
     storage: str = "cpu"
     seed: int | None = None
 
@@ -60,13 +65,15 @@ class RehearsalConfig(MemorySize):
             raise ConfigurationError(f"rehearsal.num_candidates={self.num_candidates}: give at least 1")
         if self.seed is not None and self.seed < 0:
             raise ConfigurationError(f"rehearsal.seed={self.seed}: give 0 or more")
-        if self.policy == "reservoir" and self.num_candidates is not None:
+        offers_all = self.policy in ("reservoir", "greedy")
+        if offers_all and self.num_candidates is not None:
             raise ConfigurationError(
-                f"rehearsal.num_candidates={self.num_candidates} with policy=reservoir: leave it out, all are offered"
+                f"rehearsal.num_candidates={self.num_candidates} with policy={self.policy}: leave it out, all are "
+                "offered"
             )
-        if self.policy == "reservoir" and self.weighting == "nil":
+        if offers_all and self.weighting == "nil":
             raise ConfigurationError(
-                "rehearsal.weighting=nil needs candidates: with policy=reservoir give weighting=none"
+                f"rehearsal.weighting=nil needs candidates: with policy={self.policy} give weighting=none"
             )
         if self.scope == "global" and self.rehearse == "past" and self.update == "step":
             raise ConfigurationError(
@@ -75,13 +82,43 @@ class RehearsalConfig(MemorySize):
             )
         if self.scope == "global" and self.quota == "adaptive":
             raise ConfigurationError("rehearsal.quota=adaptive goes with scope=local: a global draw's rows stay")
+        if self.store == "transformed" and self.update == "task_end":
+            raise ConfigurationError(
+                "rehearsal.store=transformed goes with update=step: at a task's end nothing is augmented"
+            )
         if self.stage != "sample" and self.execution == "inline":
             raise ConfigurationError(f"rehearsal.stage={self.stage} is background work: give execution=blocking")
 
     @property
     def candidates(self) -> int | None:
         """c, with its default."""
-        return self.num_candidates if self.num_candidates is not None or self.policy == "reservoir" else 20
+        offers_all = self.policy in ("reservoir", "greedy")
+        return self.num_candidates if self.num_candidates is not None or offers_all else 20
+
+    def check_stream(self, classes_come_again: bool, boundaries: str) -> None:
+        """Refuse what cannot tell the tasks of a stream apart.
+
+        Args:
+            classes_come_again: whether a class comes in several tasks.
+            boundaries: whether the tasks' starts and ends are ``known``, or ``hidden``.
+
+        Raises:
+            ConfigurationError: with the remedy.
+        """
+        if self.rehearse == "past" and self.update == "step" and classes_come_again:
+            raise ConfigurationError(
+                "rehearsal.rehearse=past tells tasks by their classes, and here a class comes in several tasks: give "
+                "rehearsal.update=task_end"
+            )
+        for name, value, remedy in (
+            ("update", self.update == "task_end" and self.update, "update=step"),
+            ("rehearse", self.rehearse == "past" and self.rehearse, "rehearse=seen"),
+        ):
+            if value and boundaries == "hidden":
+                raise ConfigurationError(
+                    f"rehearsal.{name}={value} needs to know where tasks end: give rehearsal.{remedy}, or "
+                    "data.boundaries=known"
+                )
 
     def check_without_agent(self, has_labels: bool) -> None:
         """Refuse what needs an agent of ours, whose loss knows weights, and our data module, which knows tasks.
@@ -101,12 +138,13 @@ class RehearsalConfig(MemorySize):
             ("update", self.update == "task_end" and self.update, "update='step'"),
             ("rehearse", self.rehearse == "past" and self.rehearse, "rehearse='seen'"),
             ("rehearsal_ratio", self.rehearsal_ratio, "buffer_size"),
+            ("store", self.store == "reference" and self.store, "store='rows'"),
         ):
             if value:
                 raise ConfigurationError(
                     f"rehearsal.{name}={value} needs an agent of ours and its data module: give {remedy}"
                 )
-        if not has_labels and self.policy in ("nil", "class_balanced"):
+        if not has_labels and self.policy in ("nil", "class_balanced", "greedy"):
             raise ConfigurationError(
                 f"rehearsal.policy={self.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
                 "policy='reservoir'"

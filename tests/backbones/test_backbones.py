@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchvision import models
 
+from dcl_lightning import cli
 from dcl_lightning.backbones import MLP, CandleNet, LinearHead, MNISTNet, ResNet, TimmModel, presets
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import InputSpec
@@ -62,33 +63,45 @@ def test_what_is_given_wins_over_the_data():
 
 
 # Parameters with the head, the length of the features, and the shape of the last map before pooling, of the networks
-# that are meant to agree with the original program's (the first six rows), with the paper of residual networks
-# (He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million) and with torchvision. The original's networks for
-# CIFAR are not: their number of layers did not depend on the depth.
+# that are meant to agree with the original program's, with the paper of residual networks (He et al. 2016, table 6:
+# 0.27, 0.46, 0.66, 0.85 and 1.7 million) and with torchvision, also with a first layer of 3 x 3 for small images. The
+# original's networks for CIFAR are not: their number of layers did not depend on the depth.
 # kind, arguments, input, classes: parameters, feature_dim, map
 TABLE = [
     (MNISTNet, {}, (1, 28, 28), 10, 99_376, 50, None),
     (CandleNet, {}, (1, 1, 60_483), 2, 154_922_918, 20, None),
     (ResNet, {"depth": 18, "width": 20}, (3, 224, 224), 1000, 1_256_540, 160, (7, 7)),
     (ResNet, {"depth": 18, "width": 20}, (3, 64, 64), 200, 1_127_740, 160, (2, 2)),
+    (ResNet, {"depth": 18, "width": 20}, (3, 224, 224), 100, 1_111_640, 160, (7, 7)),
     (ResNet, {"depth": 34, "width": 40}, (3, 224, 224), 1000, 8_641_520, 320, (7, 7)),
+    (ResNet, {"depth": 34, "width": 40}, (3, 64, 64), 200, 8_384_720, 320, (2, 2)),
     (ResNet, {"depth": 34, "width": 40}, (3, 224, 224), 100, 8_352_620, 320, (7, 7)),
     (ResNet, {"depth": 50}, (3, 224, 224), 1000, 25_557_032, 2048, (7, 7)),
     (ResNet, {"depth": 50}, (3, 64, 64), 200, 23_917_832, 2048, (2, 2)),
     (ResNet, {"depth": 50}, (3, 224, 224), 100, 23_712_932, 2048, (7, 7)),
     (ResNet, {"depth": 101}, (3, 224, 224), 1000, 44_549_160, 2048, (7, 7)),
     (ResNet, {"depth": 101}, (3, 64, 64), 200, 42_909_960, 2048, (2, 2)),
+    (ResNet, {"depth": 101}, (3, 224, 224), 100, 42_705_060, 2048, (7, 7)),
     (ResNet, {"depth": 152}, (3, 224, 224), 1000, 60_192_808, 2048, (7, 7)),
     (ResNet, {"depth": 152}, (3, 64, 64), 200, 58_553_608, 2048, (2, 2)),
+    (ResNet, {"depth": 152}, (3, 224, 224), 100, 58_348_708, 2048, (7, 7)),
     # Others' numbers.
     (ResNet, {"depth": 18}, (3, 224, 224), 1000, 11_689_512, 512, (7, 7)),
     (ResNet, {"depth": 34}, (3, 224, 224), 1000, 21_797_672, 512, (7, 7)),
+    (ResNet, {"depth": 18}, (3, 32, 32), 10, 11_173_962, 512, (4, 4)),
+    (ResNet, {"depth": 34}, (3, 32, 32), 10, 21_282_122, 512, (4, 4)),
+    (ResNet, {"depth": 50}, (3, 32, 32), 10, 23_520_842, 2048, (4, 4)),
+    (ResNet, {"depth": 101}, (3, 32, 32), 10, 42_512_970, 2048, (4, 4)),
+    (ResNet, {"depth": 152}, (3, 32, 32), 10, 58_156_618, 2048, (4, 4)),
+    (ResNet, {"depth": 50, "stem": "cifar"}, (3, 64, 64), 10, 23_520_842, 2048, (8, 8)),
+    (ResNet, {"depth": 50, "stem": "imagenet"}, (3, 32, 32), 10, 23_528_522, 2048, (1, 1)),
     (ResNet, {"depth": 20}, (3, 32, 32), 10, 269_722, 64, (8, 8)),
     (ResNet, {"depth": 32}, (3, 32, 32), 10, 464_154, 64, (8, 8)),
     (ResNet, {"depth": 44}, (3, 32, 32), 10, 658_586, 64, (8, 8)),
     (ResNet, {"depth": 56}, (3, 32, 32), 10, 853_018, 64, (8, 8)),
     (ResNet, {"depth": 110}, (3, 32, 32), 10, 1_727_962, 64, (8, 8)),
     (MLP, {}, (1, 8, 8), 10, 17_610, 100, None),
+    (MLP, {"hidden": [400, 400]}, (1, 28, 28), 10, 478_410, 400, None),
     (TimmModel, {"name": "resnet50"}, (3, 224, 224), 1000, 25_557_032, 2048, None),
     (TimmModel, {"name": "vit_tiny_patch16_224"}, (3, 224, 224), 1000, 5_717_416, 192, None),
 ]
@@ -223,3 +236,33 @@ def test_without_timm_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'dcl-lightning\[timm\]'"):
         TimmModel("resnet10t")
+
+
+NETWORKS = """
+from torch import nn
+
+class Mine(nn.Module):
+    feature_dim = 5
+
+    def __init__(self, slope: float = 0.1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.LeakyReLU(slope))
+
+    def forward(self, inputs):
+        return self.layers(inputs)
+
+class Without(nn.Module):
+    pass
+"""
+
+
+def test_any_module_by_its_class_path(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--trainer.fast_dev_run", "2", "--trainer.accelerator", "cpu"]
+    mine = ["--model.backbone", "my_networks.Mine", "--model.backbone.slope", "0.3"]
+    assert cli.main(["fit", *mine, *flags]) == 0
+    assert "385" in capsys.readouterr().out  # 64 x 5 + 5 parameters of the backbone, 5 x 10 + 10 of the head
+    assert cli.main(["fit", "--model.backbone", "my_networks.Without", *flags]) == 2
+    assert "backbone Without has no feature_dim" in capsys.readouterr().err

@@ -31,7 +31,10 @@ def make(labels=T10, **kwargs) -> ContinualDataModule:
 
 
 def in_trainer(data, epoch: int, rank: int = 0, size: int = 1, training: bool = True):
-    data.trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank, world_size=size, training=training)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(
+        current_epoch=epoch, global_rank=rank, world_size=size, training=training, strategy=strategy
+    )
     return data
 
 

@@ -201,7 +201,10 @@ def test_a_test_split_without_one_of_the_classes(tmp_path: Path) -> None:
     for file in (base / "val" / SYNSETS[1]).iterdir():
         file.unlink()
     data = make("imagenet", tmp_path)
-    assert [sorted(set(data.test_targets[data._test_parts == t].tolist())) for t in range(2)] == [[], [2, 3]]
+    assert [sorted(set(data.stream.test_targets[data.stream.test_parts == t].tolist())) for t in range(2)] == [
+        [],
+        [2, 3],
+    ]
     base.joinpath("val", "n09999999").mkdir()
     written.image(base / "val" / "n09999999" / "x.JPEG")
     with pytest.raises(DataError, match="n09999999"):

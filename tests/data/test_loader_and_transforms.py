@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -69,6 +70,52 @@ def test_draws_are_uniform_and_do_not_depend_on_the_batch() -> None:
     assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 26.1  # chi-square, 8 degrees of freedom, p = 0.001
     assert torch.equal(transforms.draws(ids[500:510], 0, 0, 0, 9), offsets[500:510])
     assert not torch.equal(transforms.draws(ids, 0, 1, 0, 9), offsets)
+
+
+def test_every_crop_and_mirroring_comes_equally_often() -> None:
+    # Every pixel of an image has its own value, so that the result tells what was cut out, and how.
+    size, pad, count = 6, 2, 50 * 400
+    image = torch.arange(1, size * size + 1, dtype=torch.uint8).view(1, 1, size, size)
+    outcomes = {}
+    padded = tv.pad(image[0], pad)
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            crop = tv.crop(padded, top, left, size, size)
+            outcomes[bytes(crop.numpy())] = top, left, 0
+            outcomes[bytes(tv.hflip(crop).numpy())] = top, left, 1
+    assert len(outcomes) == 50
+    for epoch in (0, 3):
+        out = transforms.augment(image.expand(count, 1, size, size), torch.arange(count), seed=5, epoch=epoch, pad=pad)
+        found = Counter(outcomes[bytes(one.numpy())] for one in out)
+        assert len(found) == 50
+        assert sum((n - 400) ** 2 / 400 for n in found.values()) < 85.4  # chi-square, 49 degrees, p = 0.001
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (1, 1, 28, 28), (5, 3, 9, 14)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_augmentation_of_other_shapes_is_torchvisions_too(shape, dtype) -> None:
+    images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ids = torch.arange(shape[0]) + 7
+    for pad in (0, 4):
+        out = transforms.augment(images, ids, 1, 2, pad)
+        assert (out.shape, out.dtype) == (images.shape, dtype)
+        tops, lefts, flips = (
+            transforms.draws(ids, 1, 2, s, high) for s, high in ((0, 2 * pad + 1), (1, 2 * pad + 1), (2, 2))
+        )
+        for i in range(shape[0]):
+            expected = tv.crop(tv.pad(images[i], pad), int(tops[i]), int(lefts[i]), *shape[2:])
+            assert torch.equal(out[i], tv.hflip(expected) if flips[i] else expected)
+
+
+def test_normalisation_is_torchvisions_and_leaves_its_input_alone() -> None:
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    pixels = torch.randint(0, 256, (4, 3, 5, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = torch.stack([tv.normalize(tv.to_tensor(one.permute(1, 2, 0).numpy()), mean, std) for one in pixels])
+    assert torch.equal(transforms.normalise(pixels, mean, std), expected)
+    floats = transforms.to_float(pixels)
+    before = floats.clone()
+    assert torch.equal(transforms.normalise(floats, mean, std), expected)
+    assert torch.equal(floats, before)
 
 
 def test_a_loader_ahead_gives_the_same_batches_and_its_place_is_that_of_the_last_one_given() -> None:

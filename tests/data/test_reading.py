@@ -135,13 +135,18 @@ def module(root: Path, **kwargs) -> ContinualDataModule:
     return ContinualDataModule("folder", root=str(root), **(options | kwargs))
 
 
+def at(epoch: int) -> SimpleNamespace:
+    on_cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(current_epoch=epoch, global_rank=0, world_size=1, training=True, strategy=on_cpu)
+
+
 def test_processes_live_on_over_tasks_and_evaluation(root: Path) -> None:
     data = module(root, val_ratio=0.2)
     data.setup()
     data.attach_clock(TwoEpochsATask())
     alive = set()
     for epoch in range(4):
-        data.trainer = SimpleNamespace(current_epoch=epoch, global_rank=0, world_size=1, training=True)
+        data.trainer = at(epoch)
         loader = data.train_dataloader()
         ids = torch.cat([b.sample_ids for b in loader])
         assert sorted(ids.tolist()) == data.train_indices(epoch // 2).tolist()
@@ -157,7 +162,7 @@ def test_processes_live_on_over_tasks_and_evaluation(root: Path) -> None:
 def test_training_is_cropped_by_readers_and_mirrored_on_the_device(root: Path) -> None:
     data = module(root, num_workers=0)
     data.setup()
-    data.trainer = SimpleNamespace(current_epoch=0, global_rank=0, world_size=1, training=True)
+    data.trainer = at(0)
     batch = next(iter(data.train_dataloader()))
     plain = next(iter(data.train_eval_loader(batch.sample_ids)))
     assert not torch.equal(batch.inputs, plain.inputs)

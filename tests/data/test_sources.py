@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import written
 from PIL import Image
 
 from dcl_lightning.data import ContinualDataModule, sources
@@ -19,24 +20,6 @@ from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundE
 from dcl_lightning.types import InputSpec
 
 T10 = np.repeat(np.arange(10), 4)
-
-
-def write_cifar(root: Path, num_classes: int, per_file: int = 20) -> dict[str, np.ndarray]:
-    """Write the published layout: rows of 3072 values, channel by channel, keys as bytes."""
-    rng = np.random.default_rng(0)
-    label = b"labels" if num_classes == 10 else b"fine_labels"
-    written = {}
-    for file in FILES[num_classes][0] + FILES[num_classes][1]:
-        path = root / f"CIFAR{num_classes}" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (per_file, 3072), dtype=np.uint8)
-        labels = (np.arange(per_file) % num_classes).tolist()
-        content = {b"data": pixels, label: labels, b"filenames": [b"x.png"] * per_file, b"batch_label": b"one"}
-        if num_classes == 100:
-            content[b"coarse_labels"] = [0] * per_file
-        path.write_bytes(pickle.dumps(content, protocol=2))
-        written[file] = pixels
-    return written
 
 
 def test_table_is_true_of_what_is_read() -> None:
@@ -91,13 +74,13 @@ def test_wrong_options_are_refused_at_once(name, options, word) -> None:
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_cifar_in_its_published_form(tmp_path: Path, num_classes: int) -> None:
     per_file = num_classes
-    written = write_cifar(tmp_path, num_classes, per_file)
+    pixels_of = written.cifar(tmp_path, num_classes, per_file)
     splits = sources.load(f"cifar{num_classes}", str(tmp_path), False)
     train_files, test_files = FILES[num_classes]
-    pixels = np.concatenate([written[file] for file in train_files])
+    pixels = np.concatenate([pixels_of[file] for file in train_files])
     assert splits.train_inputs.dtype == torch.uint8
     assert np.array_equal(splits.train_inputs.numpy(), pixels.reshape(-1, 3, 32, 32))
-    assert np.array_equal(splits.test_inputs.numpy().reshape(per_file, -1), written[test_files[0]])
+    assert np.array_equal(splits.test_inputs.numpy().reshape(per_file, -1), pixels_of[test_files[0]])
     assert np.array_equal(splits.train_labels, np.tile(np.arange(per_file), len(train_files)))
     data = ContinualDataModule(f"cifar{num_classes}", root=str(tmp_path), increment=num_classes // 5)
     data.prepare_data()
@@ -106,35 +89,24 @@ def test_cifar_in_its_published_form(tmp_path: Path, num_classes: int) -> None:
 
 
 def test_mnist_in_its_published_form(tmp_path: Path) -> None:
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    written = []
-    for part, count in (("train", 20), ("t10k", 10)):
-        pixels, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8)
-        head = [
-            np.array([magic, count, *size], dtype=">i4").tobytes() for magic, size in ((2051, (28, 28)), (2049, ()))
-        ]
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(head[0] + pixels.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head[1] + labels.tobytes())
-        written.append(pixels)
+    train, test = written.mnist(tmp_path)
     data = ContinualDataModule("mnist", root=str(tmp_path))
     data.prepare_data()
     data.setup()
-    assert np.array_equal(data.train_inputs[:, 0].numpy(), written[0])
-    assert np.array_equal(data.test_inputs[:, 0].numpy(), written[1])
+    assert np.array_equal(data.train_inputs[:, 0].numpy(), train)
+    assert np.array_equal(data.test_inputs[:, 0].numpy(), test)
     assert data.train_targets.tolist() == list(range(10)) * 2
 
 
 def test_root_may_be_a_symbolic_link(tmp_path: Path) -> None:
-    write_cifar(tmp_path / "real", 100)
+    written.cifar(tmp_path / "real", 100)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert len(sources.load("cifar100", str(tmp_path / "link"), False).train_inputs) == 20
 
 
 @pytest.mark.parametrize("harm", ["code", "cut", "key", "count"])
 def test_damaged_cifar_names_its_file_and_runs_nothing(tmp_path: Path, harm: str) -> None:
-    write_cifar(tmp_path, 100)
+    written.cifar(tmp_path, 100)
     file = tmp_path / "CIFAR100" / "cifar-100-python" / "train"
     trap = tmp_path / "trap"
     content = pickle.loads(file.read_bytes())
@@ -165,7 +137,7 @@ def test_missing_data_set_says_where_and_creates_nothing(tmp_path: Path, name: s
 
 
 def test_incomplete_cifar_is_missing(tmp_path: Path) -> None:
-    write_cifar(tmp_path, 10)
+    written.cifar(tmp_path, 10)
     (tmp_path / "CIFAR10" / "cifar-10-batches-py" / "data_batch_3").unlink()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DatasetNotFoundError, match="data_batch_3"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dcl_lightning.data.cifar import FILES as CIFAR_FILES
 
 RNG = np.random.default_rng(0)
 
@@ -83,3 +86,38 @@ def candle(root: Path, rows: int = 8, test_rows: int = 4) -> Path:
             for i in range(count):
                 file.write(f"{i % 2}," + ",".join(map(str, x[i].tolist())) + "\n")
     return base
+
+
+def cifar(root: Path, num_classes: int, per_file: int = 20, test_rows: int | None = None) -> dict[str, np.ndarray]:
+    """Write rows of 3072 values, channel by channel, keys as bytes; return the pixels of each file.
+
+    Few rows have labels from all over the classes.
+    """
+    label = b"labels" if num_classes == 10 else b"fine_labels"
+    train, test = CIFAR_FILES[num_classes]
+    pixels = {}
+    for file in train + test:
+        count = per_file if file in train or test_rows is None else test_rows
+        path = root / f"CIFAR{num_classes}" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels[file] = RNG.integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = (np.arange(count) * max(num_classes // count, 1) % num_classes).tolist()
+        content = {b"data": pixels[file], label: labels, b"filenames": [b"x.png"] * count, b"batch_label": b"one"}
+        if num_classes == 100:
+            content[b"coarse_labels"] = [0] * count
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    return pixels
+
+
+def mnist(root: Path, rows: int = 20, test_rows: int = 10) -> list[np.ndarray]:
+    """Write the four idx files; return the pixels of both splits."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = []
+    for part, count in (("train", rows), ("t10k", test_rows)):
+        pixels.append(RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for kind, magic, array in (("images-idx3", 2051, pixels[-1]), ("labels-idx1", 2049, labels)):
+            head = np.array([magic, *array.shape], dtype=">i4").tobytes()
+            (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    return pixels

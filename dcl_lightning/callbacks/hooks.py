@@ -1,0 +1,81 @@
+"""Hooks of a module or its data module through which batches are passed on, and those that tell of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+
+from dcl_lightning.types import Task
+
+__all__ = ["call_callbacks", "call_task_hook", "pass_through"]
+
+
+def pass_through(
+    trainer: pl.Trainer, module: pl.LightningModule, name: str, add: Callable[[Any], Any], behind: bool = False
+) -> Callable[[], None]:
+    """Let training batches pass through ``add`` before a hook, on the object whose hook Lightning calls.
+
+    Args:
+        trainer: of the fit.
+        module: the module that is trained.
+        name: of the hook, which takes and returns a batch.
+        add: takes and returns a batch.
+        behind: pass through ``add`` what the hook returned.
+
+    Returns:
+        What restores the hook.
+    """
+    data = getattr(trainer, "datamodule", None)
+    # Lightning calls the data module's hook if that has one, else the module's; if neither has, it makes no
+    # difference, but of a module's beside a data module it warns.
+    theirs = data is not None and getattr(type(data), name) is not getattr(pl.LightningDataModule, name)
+    ours = getattr(type(module), name) is not getattr(pl.LightningModule, name) or name in module.__dict__
+    owner: Any = data if data is not None and (theirs or not ours) else module
+    original, own = getattr(owner, name), owner.__dict__.get(name)
+
+    def hook(batch: Any, dataloader_idx: int) -> Any:
+        if not trainer.training:
+            return original(batch, dataloader_idx)
+        return add(original(batch, dataloader_idx)) if behind else original(add(batch), dataloader_idx)
+
+    def undo() -> None:
+        if own is None:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = own
+
+    owner.__dict__[name] = hook
+    return undo
+
+
+def call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task) -> None:
+    """Call a hook of the data module, then of the agent, then of the callbacks: of whoever has it.
+
+    Args:
+        name: of the hook, ``on_task_start`` or ``on_task_end``.
+        trainer: of the fit.
+        agent: that is trained.
+        task: what the hook is told.
+    """
+    for owner in (trainer.datamodule, agent):  # type: ignore[attr-defined]
+        hook = getattr(owner, name, None)
+        if hook is not None:
+            hook(task)
+    call_callbacks(name, trainer, agent, task)
+
+
+def call_callbacks(name: str, trainer: pl.Trainer, agent: Any, task: Task) -> None:
+    """Call a hook of the callbacks that have it.
+
+    Args:
+        name: of the hook, which takes trainer, agent and task.
+        trainer: of the fit.
+        agent: that is trained.
+        task: what the hook is told.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        hook = getattr(callback, name, None)
+        if hook is not None:
+            hook(trainer, agent, task)

@@ -1,0 +1,133 @@
+"""How a data set becomes tasks: what ``data.scenario`` and the keys beside it say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dcl_lightning.data import scenarios
+from dcl_lightning.data.class_orders import named_class_order, shuffled_classes
+from dcl_lightning.data.scenarios import Label
+from dcl_lightning.errors import ConfigurationError, suggestion
+
+__all__ = ["Cutting"]
+
+_SCENARIOS = ("class", "domain", "instance", "blurry", "none", "given")
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """The rule that makes tasks of a data set.
+
+    Args:
+        scenario: ``class``, ``domain``, ``instance``, ``blurry`` or ``none``; ``given`` if the data, or a scenario of
+            continuum's kind, bring the tasks.
+        increment: see ``ContinualDataModule``, as are all arguments below.
+        initial_increment: first task.
+        num_tasks: of a domain scenario.
+        class_order: labels, a name or a seed.
+        blurriness: share of each class that leaks.
+        cut: order in which a class is cut.
+        source: what brings the tasks.
+
+    Raises:
+        ConfigurationError: an unknown name, or values that do not go with the scenario.
+    """
+
+    scenario: str
+    increment: Any
+    initial_increment: int | None
+    num_tasks: int
+    class_order: Sequence[Label] | str | int | None
+    blurriness: float | None
+    cut: str
+    source: Any = None
+
+    def __post_init__(self) -> None:
+        if self.scenario not in _SCENARIOS:
+            raise ConfigurationError(
+                f"data.scenario={self.scenario!r}: give {', '.join(_SCENARIOS)}, or the class path of a continuum "
+                f"scenario{suggestion(str(self.scenario), _SCENARIOS)}"
+            )
+        if self.blurriness is not None and self.scenario != "blurry":
+            raise ConfigurationError(
+                f"data.blurriness={self.blurriness} with data.scenario={self.scenario}: give data.scenario=blurry"
+            )
+        if not 0 <= self.share < 1:
+            raise ConfigurationError(f"data.blurriness={self.blurriness}: give a share from 0 to below 1")
+        if self.cut not in ("in_order", "shuffled"):
+            raise ConfigurationError(f"data.cut={self.cut!r}: give in_order or shuffled")
+        if self.cut == "shuffled" and self.scenario not in ("domain", "instance"):
+            raise ConfigurationError(
+                f"data.cut=shuffled with data.scenario={self.scenario}: it is of scenarios domain and instance only"
+            )
+        if isinstance(self.class_order, str) and self.class_order != "random":
+            named_class_order(self.class_order)
+
+    @property
+    def share(self) -> float:
+        """Share of each class that leaks, with its default."""
+        return 0.1 if self.blurriness is None else self.blurriness
+
+    @property
+    def text(self) -> str:
+        """The scenario in words, by which a resumed run is known to be the same."""
+        if self.scenario == "given":
+            return type(self.source[0]).__name__ if isinstance(self.source, (tuple, list)) else str(self.source)
+        if self.scenario == "blurry":
+            return f"blurry {self.share:g}"
+        return f"{self.scenario}, shuffled" if self.cut == "shuffled" else self.scenario
+
+    def home_classes(self, num_classes: int) -> list[list[int]]:
+        """Return the model ids of the classes whose home each task is.
+
+        Args:
+            num_classes: classes of the stream, K.
+        """
+        if self.scenario in ("class", "blurry"):
+            return scenarios.class_tasks(num_classes, self.increment, self.initial_increment)
+        return [list(range(num_classes))] * (1 if self.scenario == "none" else self.num_tasks)
+
+    def labels_in_order(self, labels: np.ndarray, tasks: np.ndarray | None, seed: int) -> list[Label]:
+        """Return the original labels in the order of their model ids.
+
+        Args:
+            labels: ``(n,)`` of training.
+            tasks: ``(n,)`` task of each sample, if the data bring them: classes then come in the order of their first
+                task.
+            seed: seed of the run.
+
+        Raises:
+            ConfigurationError: an order that does not fit the labels.
+        """
+        order = self.class_order
+        if isinstance(order, str) and order != "random":
+            order = named_class_order(order)
+        if isinstance(order, (str, int)):
+            present = scenarios.order_classes(labels, None)
+            return shuffled_classes(present, seed if isinstance(order, str) else order)
+        if order is None and tasks is not None:
+            distinct = np.unique(labels)
+            firsts = [int(tasks[labels == label].min()) for label in distinct]
+            return [distinct[place].item() for place in np.argsort(firsts, kind="stable")]
+        return scenarios.order_classes(labels, order)
+
+    def parts(self, targets: np.ndarray, homes: list[list[int]], seed: int, training: bool) -> np.ndarray:
+        """Return ``(n,)`` int64 task of each sample.
+
+        Args:
+            targets: ``(n,)`` model ids.
+            homes: what ``home_classes`` returns.
+            seed: seed of the run.
+            training: whether these are training samples: test samples never leak, and are cut in order.
+        """
+        if self.scenario not in ("class", "blurry"):
+            shuffled = training and self.cut == "shuffled"
+            return scenarios.part_of_samples(targets, len(homes), seed if shuffled else None)
+        home = np.repeat(np.arange(len(homes)), [len(classes) for classes in homes])
+        if self.scenario == "blurry" and training:
+            return scenarios.blurred(targets, home, self.share, seed)
+        return home[targets]

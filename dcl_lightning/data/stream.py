@@ -1,0 +1,174 @@
+"""The samples of a stream: which of them belongs to which task, and which are held out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from dcl_lightning.data import scenarios
+from dcl_lightning.data.cutting import Cutting
+from dcl_lightning.data.splits import Splits
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.types import Task
+
+__all__ = ["Stream", "refuse_another_stream"]
+
+
+class Stream:
+    """The labels of both splits as model ids, cut into tasks.
+
+    Args:
+        cutting: the rule.
+        splits: whose labels, and tasks if they bring them, are taken.
+        val_ratio: share of each class of each task that is held out of training, in [0, 1).
+        seed: seed of every choice.
+
+    Attributes:
+        labels: original labels in the order of their model ids.
+        train_targets: ``(n,)`` int64 model ids.
+        test_targets: ``(m,)`` int64 model ids.
+        train_parts: ``(n,)`` int64 task of each sample.
+        test_parts: ``(m,)`` int64 task of each sample.
+        held: ``(n,)`` bool, samples held out of training.
+        homes: model ids of the classes that each task is tested on.
+
+    Raises:
+        ConfigurationError: classes or tasks that do not fit the data.
+        DataError: test labels that training lacks.
+    """
+
+    def __init__(self, cutting: Cutting, splits: Splits, val_ratio: float, seed: int) -> None:
+        self.cutting, self.val_ratio = cutting, val_ratio
+        self._given = None
+        if cutting.scenario == "given":
+            assert splits.train_tasks is not None
+            assert splits.test_tasks is not None
+            self._given = splits.train_tasks, splits.test_tasks
+            foreign = sorted(set(self._given[1].tolist()) - set(self._given[0].tolist()))
+            if foreign:
+                raise ConfigurationError(f"test samples are of tasks {foreign}, which training lacks")
+        self.labels = cutting.labels_in_order(splits.train_labels, self._given and self._given[0], seed)
+        self.train_targets = torch.from_numpy(scenarios.encode(splits.train_labels, self.labels))
+        self.test_targets = torch.from_numpy(scenarios.encode(splits.test_labels, self.labels))
+        if self._given is None:
+            self.homes = cutting.home_classes(len(self.labels))
+        else:
+            targets, tasks = self.train_targets.numpy(), self._given[0]
+            self.homes = [np.unique(targets[tasks == t]).tolist() for t in range(tasks.max() + 1)]
+        self.draw(seed)
+        for task in range(len(self.homes)):
+            if not len(self.train_indices(task)):
+                remedy = f"give fewer tasks than {len(self.homes)}" if self._given is None else "number them from 0"
+                raise ConfigurationError(f"task {task} has no training samples: {remedy}")
+        untested = [task for task in range(len(self.homes)) if not len(self.test_indices(task))]
+        if untested:
+            rank_zero_warn(f"tasks without test samples: {untested}; their accuracies are left empty")
+
+    def draw(self, seed: int) -> None:
+        """Choose anew what depends on the seed: what leaks, how classes are cut and what is held out.
+
+        Args:
+            seed: seed of the run.
+        """
+        train, test = self.train_targets.numpy(), self.test_targets.numpy()
+        train_parts, test_parts = self._given or (
+            self.cutting.parts(train, self.homes, seed, training=True),
+            self.cutting.parts(test, self.homes, seed, training=False),
+        )
+        held = scenarios.hold_out(train, train_parts, self.val_ratio, seed)
+        self._owners: dict[tuple[int, int], Tensor] = {}
+        self.train_parts, self.test_parts = torch.from_numpy(train_parts), torch.from_numpy(test_parts)
+        self.held = torch.from_numpy(held)
+        # Known before a task begins, so that its first batch need not wait for them.
+        tasks = range(len(self.homes))
+        self._train_indices = [torch.nonzero((self.train_parts == t) & ~self.held).flatten() for t in tasks]
+
+    def train_indices(self, task: int) -> Tensor:
+        """Return the sample ids of a task's training samples, hold-outs left out."""
+        return self._train_indices[task]
+
+    def held_indices(self, task: int) -> Tensor:
+        """Return the sample ids of a task's hold-outs."""
+        return torch.nonzero((self.train_parts == task) & self.held).flatten()
+
+    def test_indices(self, task: int) -> Tensor:
+        """Return the sample ids of a task's test samples, in the test split."""
+        return torch.nonzero(self.test_parts == task).flatten()
+
+    def owners(self, num_workers: int, seed: int) -> Tensor:
+        """Return the worker of each training sample ``(n,)`` int64 where it stays on one for the whole run.
+
+        Args:
+            num_workers: number of workers.
+            seed: seed of the run.
+        """
+        key = num_workers, seed
+        if key not in self._owners:
+            owners = scenarios.deal(self.train_parts.numpy(), self.held.numpy(), num_workers, seed)
+            self._owners[key] = torch.from_numpy(owners)
+        return self._owners[key]
+
+    def facts(self, dataset: str) -> dict[str, Any]:
+        """Return what must be the same when a run is resumed, by name, in plain types.
+
+        Args:
+            dataset: name of the data set.
+        """
+        return {
+            "dataset": dataset,
+            "scenario": self.cutting.text,
+            "class_order": list(self.labels),
+            "classes of the tasks": [list(classes) for classes in self.homes],
+            "val_ratio": self.val_ratio,
+        }
+
+    @property
+    def classes_come_again(self) -> bool:
+        """Whether a class comes in the training sets of several tasks."""
+        pairs = torch.stack([self.train_parts, self.train_targets])[:, ~self.held]
+        return pairs.unique(dim=1).shape[1] > len(self.labels)
+
+    def tasks(self, epochs: list[int]) -> list[Task]:
+        """Return what can be said of each task.
+
+        Args:
+            epochs: epochs of each task.
+        """
+        result = []
+        for t, home in enumerate(self.homes):
+            indices = self.train_indices(t)
+            classes = sorted({*home, *self.train_targets[indices].unique().tolist()})
+            result.append(
+                Task(
+                    index=t,
+                    num_tasks=len(self.homes),
+                    classes=tuple(classes),
+                    labels=tuple(self.labels[y] for y in classes),
+                    num_samples=len(indices),
+                    epochs=epochs[t],
+                    leaked=tuple(y for y in classes if y not in home),
+                )
+            )
+        return result
+
+
+def refuse_another_stream(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Refuse to resume a run on another stream.
+
+    Args:
+        saved: facts of the checkpoint's stream, by name.
+        present: facts of this run's.
+
+    Raises:
+        ConfigurationError: one differs; both values are named.
+    """
+    for name, value in saved.items():
+        if value != present[name]:
+            raise ConfigurationError(
+                f"the checkpoint's run had {name} {value}, this one has {present[name]}: resume with the data options "
+                "that the run was started with"
+            )
