@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from scipy.stats import t as student
 
 from dcl_lightning import NIL, ContinualAgent, ContinualDataModule, FineTuning, ICaRL
+from dcl_lightning.agents import presets
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.size import MemorySize
@@ -39,12 +40,14 @@ class Case(NamedTuple):
         concatenate: each task has the samples of all tasks so far.
         workers: of the job; more than one under Horovod.
         beside: name of the case that it is compared with.
+        scenario: of the stream; ``none`` for all data at once.
     """
 
     build: Callable[[ContinualDataModule], ContinualAgent]
     concatenate: bool = False
     workers: int = 1
     beside: str = ""
+    scenario: str = "class"
 
 
 def icarl(size: int) -> Case:
@@ -81,6 +84,18 @@ def nil(size: int, workers: int = 1, beside: str = "", lr: float = 0.05, momentu
     )
 
 
+def agent(name: str, size: int | None = None, memory: dict[str, Any] | None = None, **options: Any) -> Case:
+    """Return the agent of a short name, with so many stored samples in all and 16 rehearsed beside each batch."""
+    stored = {} if size is None else {"rehearsal": {"buffer_size": size, "num_samples": 16} | (memory or {})}
+    return Case(
+        lambda data: getattr(presets, name)(
+            MLP(), data.num_classes, epochs_per_task=10, input_spec=data.input_spec, **stored, **options
+        ),
+        concatenate=name == "cumulative",
+        scenario="none" if name == "joint" else "class",
+    )
+
+
 def finetuning(reset: bool = False, concatenate: bool = False) -> Case:
     """Return fine-tuning."""
     return Case(
@@ -91,6 +106,9 @@ def finetuning(reset: bool = False, concatenate: bool = False) -> Case:
     )
 
 
+AT_TASK_ENDS = {"policy": "class_balanced", "quota": "adaptive", "update": "task_end", "rehearse": "past"}
+# Chosen on digits_dev among learning rates with and without momentum.
+TUNED = {"lr": 0.02, "momentum": 0.9}
 CASES: dict[str, Case] = {
     "naive": finetuning(),
     "transfer": finetuning(concatenate=True),
@@ -103,21 +121,42 @@ for stored in (50, 200):
     CASES |= {
         one: nil(stored),
         f"{one}, weighting none": nil(stored, weighting="none"),
-        # Chosen on digits_dev among learning rates with and without momentum.
-        f"{one}, tuned": nil(stored, lr=0.02, momentum=0.9, beside=one),
+        f"{one}, tuned": nil(stored, **TUNED, beside=one),
         f"nil_global, {stored} stored, two workers": nil(stored, workers=2, beside=one, scope="global"),
+        f"er, {stored} stored": agent("er", stored),
+        f"er of the tasks' ends, {stored} stored": agent("er", stored, AT_TASK_ENDS),
+        f"er of the tasks' ends, sum, {stored} stored": agent("er", stored, AT_TASK_ENDS | {"loss": "sum"}),
+        f"er of the tasks' ends, sum, tuned, {stored} stored": agent(
+            "er", stored, AT_TASK_ENDS | {"loss": "sum"}, **TUNED
+        ),
+        f"er_ace, {stored} stored": agent("er_ace", stored),
+        # Factors chosen on digits_dev among 0.5 and 1.
+        f"der, {stored} stored": agent("der", stored, alpha=1.0),
+        f"derpp, {stored} stored": agent("derpp", stored, alpha=1.0, beta=1.0),
+        f"derpp_task_end, {stored} stored": agent("derpp_task_end", stored, alpha=1.0, beta=1.0),
+        f"derpp_task_end, tuned, {stored} stored": agent("derpp_task_end", stored, alpha=1.0, beta=1.0, **TUNED),
+        f"agem, {stored} stored": agent("agem", stored),
+        f"gem, {stored} stored": agent("gem", stored),
+        f"gdumb, {stored} stored": agent("gdumb", stored),
+        f"bic, {stored} stored": agent("bic", stored, held_out=0.2),
     }
+CASES |= {name: agent(name) for name in ("lwf", "ewc", "si", "joint", "cumulative")}
+# The bound of what has another optimizer.
+CASES["joint, momentum 0.9"] = agent("joint", momentum=0.9)
+CASES["joint, lr 0.02, momentum 0.9"] = agent("joint", **TUNED)
 
 
 def final_accuracy(case: Case, seed: int, folder: str, dataset: str = "digits") -> float:
     """Return the accuracy in % over all test images after the last task."""
     pl.seed_everything(seed, verbose=False)
     batch = 16 // case.workers
-    data = ContinualDataModule(dataset, increment=2, batch_size=batch, seed=seed, concatenate_tasksets=case.concatenate)
-    agent = case.build(data)
+    data = ContinualDataModule(
+        dataset, scenario=case.scenario, increment=2, batch_size=batch, seed=seed, concatenate_tasksets=case.concatenate
+    )
+    learner = case.build(data)
     several = {"strategy": "horovod", "devices": case.workers} if case.workers > 1 else {}
-    quiet_trainer(folder, **several).fit(agent, datamodule=data)
-    return 100 * float(agent.clock.matrix.pooled[-1])
+    quiet_trainer(folder, **several).fit(learner, datamodule=data)
+    return 100 * float(learner.clock.matrix.pooled[-1])
 
 
 def of_seeds(name: str, seeds: int, dataset: str) -> list[float]:

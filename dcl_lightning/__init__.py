@@ -9,7 +9,24 @@ from typing import TYPE_CHECKING, Any
 from dcl_lightning.distributed.strategy import HorovodStrategy
 
 if TYPE_CHECKING:
-    from dcl_lightning.agents import NIL, ContinualAgent, FineTuning, ICaRL
+    from dcl_lightning.agents import (
+        AGEM,
+        DER,
+        ER,
+        ERACE,
+        EWC,
+        GEM,
+        NIL,
+        SI,
+        BiC,
+        ContinualAgent,
+        DERpp,
+        FineTuning,
+        GDumb,
+        ICaRL,
+        LwF,
+        RehearsingAgent,
+    )
     from dcl_lightning.callbacks import Rehearsal, TaskClock, TaskReport
     from dcl_lightning.data import ContinualDataModule
     from dcl_lightning.memory.config import RehearsalConfig
@@ -18,29 +35,53 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGEM",
+    "DER",
+    "ER",
+    "ERACE",
+    "EWC",
+    "GEM",
     "NIL",
+    "SI",
     "AccuracyMatrix",
+    "BiC",
     "ContinualAgent",
     "ContinualDataModule",
+    "DERpp",
     "FineTuning",
+    "GDumb",
     "HorovodStrategy",
     "ICaRL",
+    "LwF",
     "Rehearsal",
     "RehearsalConfig",
+    "RehearsingAgent",
     "TaskClock",
     "TaskReport",
 ]
 
 # Imported when first used: data sets and networks bring packages that ``import dcl_lightning`` must not wait for.
 _HOMES = {
+    "AGEM": "agents",
     "AccuracyMatrix": "metrics",
+    "BiC": "agents",
     "ContinualAgent": "agents",
     "ContinualDataModule": "data",
+    "DER": "agents",
+    "DERpp": "agents",
+    "ER": "agents",
+    "ERACE": "agents",
+    "EWC": "agents",
     "FineTuning": "agents",
+    "GDumb": "agents",
+    "GEM": "agents",
     "ICaRL": "agents",
+    "LwF": "agents",
     "NIL": "agents",
     "Rehearsal": "callbacks",
     "RehearsalConfig": "memory.config",
+    "RehearsingAgent": "agents",
+    "SI": "agents",
     "TaskClock": "callbacks",
     "TaskReport": "callbacks",
 }

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Batch", "Clock", "InputSpec", "Task"]
+__all__ = ["Batch", "Clock", "InputSpec", "MemoryRows", "StoresMore", "Task"]
 
 
 class InputSpec(NamedTuple):
@@ -35,6 +35,7 @@ class Task:
         labels: their original labels, in the same order.
         num_samples: training samples of the task, over all workers.
         epochs: planned number of epochs.
+        leaked: model ids of classes of which a few samples come in this task and which are tested in another's.
     """
 
     index: int
@@ -43,6 +44,12 @@ class Task:
     labels: tuple[int | str, ...]
     num_samples: int
     epochs: int
+    leaked: tuple[int, ...] = ()
+
+    @property
+    def tested(self) -> tuple[int, ...]:
+        """Model ids of the classes that the task's test set is of, ascending."""
+        return tuple(y for y in self.classes if y not in self.leaked)
 
 
 class Batch(NamedTuple):
@@ -58,7 +65,8 @@ class Batch(NamedTuple):
             number: a worker's loss is ``(weights * losses).sum() / normaliser``.
         draw_ids: ``(B,)`` int64, what augmentation draws are keyed by: the sample id of a new sample, another
             number at each step for a rehearsed one.
-        num_new: new samples, which come first; the rest are rehearsed.
+        num_new: new samples, which come first; the rest, r of them, are rehearsed.
+        rehearsed: what the agent stored of the rehearsed samples beside themselves, ``(r, ...)`` each, by name.
     """
 
     inputs: Tensor
@@ -69,6 +77,27 @@ class Batch(NamedTuple):
     normaliser: Tensor
     draw_ids: Tensor
     num_new: int
+    rehearsed: dict[str, Tensor] = {}  # never written to
+
+
+class MemoryRows(NamedTuple):
+    """What a worker's memory holds, as a method ``memory_rows()`` of who manages it tells the report.
+
+    Args:
+        capacity: rows that there is room for.
+        num_bytes: bytes that it takes.
+        sample_ids: ``(n,)`` int64, indices in the training set, of each row stored.
+        ages: ``(n,)`` int64, training steps (batches offered) since the row entered.
+        drawn: ``(n,)`` int64, how often the row was drawn since; None if that is not counted.
+        shared: whether all workers hold this one memory; each has its own otherwise.
+    """
+
+    capacity: int
+    num_bytes: int
+    sample_ids: Tensor
+    ages: Tensor
+    drawn: Tensor | None
+    shared: bool
 
 
 @runtime_checkable
@@ -77,4 +106,22 @@ class Clock(Protocol):
 
     def task_at(self, epoch: int) -> int:
         """Return the 0-based task of an epoch of the whole stream."""
+        ...
+
+
+@runtime_checkable
+class StoresMore(Protocol):
+    """An agent whose memory holds more of a sample than the sample itself, logits for instance."""
+
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of a row of each further column, all float32; declared before the memory is made."""
+        ...
+
+    def columns_of_step(self) -> dict[str, Tensor]:
+        """Return these columns ``(b, ...)`` of the new samples of the step whose loss was computed last."""
+        ...
+
+    def columns_of(self, batch: Batch) -> dict[str, Tensor]:
+        """Return these columns ``(b, ...)`` of samples that no step computed, in evaluation mode."""
         ...

@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from dcl_lightning.agents.evaluation import EvaluationCounts
 from dcl_lightning.agents.optimisation import KeepUnseenRows, write_rates
+from dcl_lightning.agents.prediction import Inference, Prediction
 from dcl_lightning.backbones import Backbone, LinearHead
-from dcl_lightning.callbacks import TaskClock, TaskReport
+from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
+from dcl_lightning.callbacks.checkpoint_care import CheckpointCare
+from dcl_lightning.callbacks.contradictions import refuse_another_run
+from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.parameter_groups import parameter_groups
@@ -54,6 +59,9 @@ class ContinualAgent(pl.LightningModule):
         optimizer_reset: whether each task starts with a fresh optimizer state and schedule.
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
         logits: train ``all`` outputs, or only those of classes ``seen`` so far.
+        task_aware: whether to report also the accuracy of an agent that is told the task: scores restricted to the
+            classes of the sample's task (task-IL), under names that end in ``task_aware``.
+        future_tasks: whether tasks not learnt yet are evaluated too, for forward transfer.
 
     Raises:
         ConfigurationError: a value out of range, values that contradict each other, or a backbone without
@@ -61,7 +69,9 @@ class ContinualAgent(pl.LightningModule):
     """
 
     # What a method can learn from; anything else is refused at set-up.
-    scenarios: ClassVar[tuple[str, ...]] = ("class", "domain", "instance", "none")
+    scenarios: ClassVar[tuple[str, ...]] = ("class", "domain", "instance", "blurry", "none", "given")
+    # Whether it has to hear where tasks start and end; a method that does not adds "hidden".
+    boundaries: ClassVar[tuple[str, ...]] = ("known",)
     # Whether a method keeps past samples of its own.
     rehearses: ClassVar[bool] = False
 
@@ -86,6 +96,8 @@ class ContinualAgent(pl.LightningModule):
         optimizer_reset: bool = True,
         reset_state_dict: bool = False,
         logits: Literal["all", "seen"] = "all",
+        task_aware: bool = False,
+        future_tasks: bool = False,
     ) -> None:
         super().__init__()
         self._keep_hyperparameters()
@@ -124,12 +136,16 @@ class ContinualAgent(pl.LightningModule):
         self.optimizer_factory = optimizer
         self.reset_state_dict = reset_state_dict
         self.logits = logits
-        self.clock = TaskClock(epochs_per_task, optimizer_reset)
+        self.clock = TaskClock(epochs_per_task, optimizer_reset, task_aware, future_tasks)
         self.report = TaskReport()
+        self.progress = StreamProgress()
+        self.inference = Inference()
+        self.loss_guard = LossGuard()
+        self.checkpoint_care = CheckpointCare()
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("current", torch.zeros(num_classes, dtype=torch.bool))
         self._initial: dict[str, Tensor] | None = None
-        self._val_counts: Tensor | None = None
+        self.evaluation_counts = EvaluationCounts(task_aware)
 
     # -- what a method defines ---------------------------------------------------------------------
 
@@ -189,9 +205,8 @@ class ContinualAgent(pl.LightningModule):
 
     def mask_unseen(self, scores: Tensor) -> Tensor:
         """Return scores with -inf for classes not seen yet; unchanged before the first task."""
-        if not bool(self.seen.any()):
-            return scores
-        return scores.masked_fill(~self.seen, -float("inf"))
+        # Not by asking whether any was: the host would wait for the device.
+        return scores.masked_fill(~self.seen & self.seen.any(), -float("inf"))
 
     # -- Lightning ---------------------------------------------------------------------------------
 
@@ -199,9 +214,12 @@ class ContinualAgent(pl.LightningModule):
         """Refuse a stream that the method cannot learn from, and warn of one that makes its memory pointless.
 
         Raises:
-            ConfigurationError: the data module's scenario is not among ``scenarios``.
+            ConfigurationError: the data module's scenario is not among ``scenarios``, or its boundaries are not among
+                ``boundaries`` or contradict a value of this agent.
         """
         data, name = getattr(self.trainer, "datamodule", None), type(self).__name__
+        if stage == "fit" or not self.inference.labels:
+            self.inference.note(data)
         scenario = getattr(data, "scenario", None)
         if stage != "fit" or scenario is None:
             return
@@ -209,15 +227,38 @@ class ContinualAgent(pl.LightningModule):
             raise ConfigurationError(
                 f"data.scenario={scenario}: agent {name} learns in scenario {', '.join(self.scenarios)} only"
             )
+        if getattr(data, "boundaries", "known") == "hidden":
+            self._refuse_hidden_boundaries(name)
         if self.rehearses and getattr(data, "concatenate_tasksets", False):
             rank_zero_warn(
                 f"data.concatenate_tasksets=true trains on the data of all tasks so far, to which the memory of {name} "
                 "adds nothing: use --model base for the transfer and scratch baselines"
             )
 
+    def _refuse_hidden_boundaries(self, name: str) -> None:
+        if "hidden" not in self.boundaries:
+            raise ConfigurationError(
+                f"data.boundaries=hidden: agent {name} works at the ends of tasks: give data.boundaries=known"
+            )
+        for key, value, remedy in (
+            ("milestones", self.milestones, "milestones=[]"),
+            ("warmup_epochs", self.warmup_epochs, "warmup_epochs=0"),
+            ("reset_state_dict", self.reset_state_dict, "reset_state_dict=false"),
+            ("logits", self.logits == "seen" and self.logits, "logits=all"),
+        ):
+            if value:
+                raise ConfigurationError(
+                    f"model.{key}={value} goes by tasks, of which nothing may know with data.boundaries=hidden: give "
+                    f"model.{remedy}, or data.boundaries=known"
+                )
+
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return this agent's clock and report, or adopt those that the trainer has already."""
-        return [*self.adopt(TaskClock, "clock"), *self.adopt(TaskReport, "report")]
+        """Return this agent's own callbacks, or adopt those that the trainer has already."""
+        kinds = {
+            "clock": TaskClock, "report": TaskReport, "progress": StreamProgress, "loss_guard": LossGuard,
+            "checkpoint_care": CheckpointCare,
+        }  # fmt: skip
+        return [callback for name, kind in kinds.items() for callback in self.adopt(kind, name)]
 
     def adopt(self, kind: type[pl.Callback], name: str) -> list[pl.Callback]:
         """Return this agent's own callback of a kind; nothing, but the trainer's as ``self.name``, if it has one."""
@@ -278,7 +319,7 @@ class ContinualAgent(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
-        self._val_counts = None
+        self.evaluation_counts.start(getattr(self.trainer, "datamodule", None))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count hits and losses of one batch of one task."""
@@ -290,7 +331,7 @@ class ContinualAgent(pl.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Start counting anew."""
-        self._val_counts = None
+        self.evaluation_counts.start(getattr(self.trainer, "datamodule", None))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count hits and losses of one batch of one task."""
@@ -300,40 +341,21 @@ class ContinualAgent(pl.LightningModule):
         """Log accuracy and loss over all tasks and for each, over all workers."""
         self._log_counts("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return the predicted original labels ``(B,)``, as numbers where they are numbers, else ids."""
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+        """Return original labels and probabilities of a batch of the data module's, or of any loader's inputs."""
+        samples = self.inference.batch(batch)
         # A worker without rows gets a batch without rows, which not every backbone can take.
-        ids = self.evaluate(batch).argmax(1) if len(batch.targets) else batch.targets
-        labels = getattr(getattr(self.trainer, "datamodule", None), "original_labels", None)
-        if labels is not None and all(isinstance(label, int) for label in labels):
-            return torch.tensor(labels, device=ids.device)[ids]
-        return ids
+        empty = torch.zeros(0, self.num_classes, device=samples.inputs.device)
+        return self.inference.prediction(self.evaluate(samples) if len(samples.targets) else empty, samples)
 
     def _count(self, batch: Batch, column: int) -> None:
-        if not len(batch.targets):
-            return
-        scores = self.evaluate(batch)
-        losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
-        hits = (scores.argmax(1) == batch.targets).sum()
-        row = torch.stack([hits.double(), losses.double(), hits.new_tensor(len(batch.targets)).double()])
-        if self._val_counts is None:
-            width = max(column + 1, int(getattr(self.trainer.datamodule, "num_tasks", 1)))  # type: ignore[attr-defined]
-            self._val_counts = torch.zeros(width, 3, dtype=torch.float64, device=hits.device)
-        self._val_counts[column] += row
+        if len(batch.targets):
+            losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
+            self.evaluation_counts.add(column, self.evaluate(batch), losses, batch.targets)
 
     def _log_counts(self, prefix: str) -> None:
-        width = int(getattr(self.trainer.datamodule, "num_tasks", 1))  # type: ignore[attr-defined]
-        counts = self._val_counts
-        if counts is None:  # a worker without a single row still takes part in the sum
-            counts = torch.zeros(width, 3, dtype=torch.float64, device=self.device)
-        counts = self.comm.allreduce(counts).cpu()
-        hits, losses, rows = counts.sum(0).tolist()
-        if rows == 0:
-            return
-        values = {f"{prefix}/acc": hits / rows, f"{prefix}/loss": losses / rows}
-        values |= {f"{prefix}/acc_task_{j}": float(c[0] / c[2]) for j, c in enumerate(counts) if c[2] > 0}
-        for name, value in values.items():
-            self.log(name, torch.tensor(value, dtype=torch.float32), prog_bar=name == f"{prefix}/acc")
+        for name, value in self.evaluation_counts.values(self.comm).items():
+            self.log(f"{prefix}/{name}", torch.tensor(value, dtype=torch.float32), prog_bar=name == "acc")
 
     # -- checkpoint --------------------------------------------------------------------------------
 
@@ -354,13 +376,17 @@ class ContinualAgent(pl.LightningModule):
         return state | {f"head.{k}": v for k, v in self.head.state_dict().items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the initial weights if tasks start from them."""
+        """Add what prediction needs, and the initial weights if tasks start from them."""
+        checkpoint["inference"] = self.inference.state_dict()
         if self._initial is not None:
             checkpoint["initial_weights"] = self._initial
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the initial weights back."""
+        """Refuse what is of another run; take the initial weights back."""
+        refuse_another_run(self, checkpoint)
         self._initial = checkpoint.get("initial_weights")
+        if "inference" in checkpoint:
+            self.inference.load_state_dict(checkpoint["inference"])
 
 
 def _plain(value: Any) -> Any:

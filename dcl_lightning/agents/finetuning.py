@@ -18,6 +18,8 @@ __all__ = ["FineTuning"]
 class FineTuning(ContinualAgent):
     """Cross entropy on the new samples alone; arguments as in ``ContinualAgent``."""
 
+    boundaries = ("known", "hidden")
+
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy, averaged over the step's samples of all workers, and the logits."""
         logits = self(batch.inputs)

@@ -6,7 +6,6 @@ CVPR 2017, arXiv 1611.07725, algorithms 1 to 5.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
 from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
 from dcl_lightning.memory.size import MemorySize
-from dcl_lightning.types import Batch, Task
+from dcl_lightning.types import Batch, MemoryRows, Task
 
 __all__ = ["ICaRL"]
 
@@ -32,7 +32,7 @@ class ICaRL(ContinualAgent):
     sample ids of the training set, which every worker can read.
 
     Args:
-        backbone: see ``ContinualAgent``, as are all arguments that are not named here.
+        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
         rehearsal: size of the memory; 20 exemplars a class of the stream if none is given (2000 for
             CIFAR-100, the paper's).
@@ -80,22 +80,16 @@ class ICaRL(ContinualAgent):
             raise ConfigurationError(f"model.num_samples={num_samples}: give at least 1")
         self.exemplars_per_step = num_samples if exemplars == "per_step" else None
         self.loss, self.execution = loss, execution
-        self.teacher = nn.Sequential(copy.deepcopy(self.backbone), copy.deepcopy(self.head))
-        self.teacher.requires_grad_(False).eval()
+        self.teacher = Teacher(self.backbone, self.head)
         width = self.head.in_features
         self.register_buffer("means", torch.zeros(num_classes, width))
         self.register_buffer("has_mean", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("has_teacher", torch.zeros((), dtype=torch.bool))
         self.exemplars: dict[int, Tensor] = {}
         self._rehearsed: dict[int, Tensor] = {}
+        self._chosen_at: dict[int, int] = {}  # the step after which a class's exemplars were chosen
         self.capacity = 0
         self._teaching = False  # ``has_teacher`` on the host, so that a step does not wait for the device
-
-    def train(self, mode: bool = True) -> ICaRL:
-        """Set the mode of all but the teacher, which stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     # -- learning ----------------------------------------------------------------------------------
 
@@ -104,8 +98,7 @@ class ICaRL(ContinualAgent):
         logits = self(batch.inputs)
         taught = None
         if self._teaching:
-            with torch.no_grad():
-                taught = self.teacher(batch.inputs)
+            taught = self.teacher(batch.inputs)
         if self.loss == "kl":
             return self._original_loss(logits, taught, batch), logits
         remembered = self.seen & ~self.current
@@ -149,12 +142,21 @@ class ICaRL(ContinualAgent):
             self._teaching = False
 
     def on_task_end(self, task: Task) -> None:
-        """Choose the exemplars of the task's classes, shorten the others, renew means and teacher."""
+        """Choose the exemplars of the task's classes, shorten the others, renew means and teacher.
+
+        Raises:
+            ConfigurationError: the features are not finite any more.
+        """
         data = self._data
         quota = self.capacity // int(self.seen.sum())
         self.exemplars = {y: ids[:quota] for y, ids in self.exemplars.items()}
         own = data.train_indices(task.index)
         ids, features = self._gather_features(torch.cat([own, self.exemplar_ids()]).unique())
+        if not bool(torch.isfinite(features).all()):
+            raise ConfigurationError(
+                f"training has diverged in task {task.index}, its features are not finite: give a smaller "
+                f"model.lr than {self.lr}, or model.warmup_epochs"
+            )
         targets = data.train_targets[ids]
         choose = herd if self.selection == "herding" else nearest_to_mean
         for y in task.classes:
@@ -162,9 +164,9 @@ class ICaRL(ContinualAgent):
             if len(members):
                 order = choose(features[members], min(quota, len(members)))
                 self.exemplars[y] = ids[members[order]]
+                self._chosen_at[y] = self.trainer.global_step
         self._renew_means()
-        self.teacher[0].load_state_dict(self.backbone.state_dict())
-        self.teacher[1].load_state_dict(self.head.state_dict())
+        self.teacher.renew(self.backbone, self.head)
         self.has_teacher.fill_(True)
         self._teaching = True
         # The ended task's own stay: a run resumed from its last step asks for the length of its epoch.
@@ -175,6 +177,13 @@ class ICaRL(ContinualAgent):
         """Return the sample ids of all exemplars ``(M,)`` int64, class by class in herding order."""
         rows = [self.exemplars[y] for y in sorted(self.exemplars)]
         return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+
+    def memory_rows(self) -> MemoryRows:
+        """Return the exemplars, for reports. How often they are drawn is not counted: once an epoch with ``union``."""
+        ids = self.exemplar_ids()
+        chosen = torch.tensor([self._chosen_at[y] for y in sorted(self.exemplars) for _ in self.exemplars[y]])
+        bytes_used = ids.numel() * ids.element_size() + self.means.numel() * self.means.element_size()
+        return MemoryRows(self.capacity, bytes_used, ids, self.trainer.global_step - chosen.long(), None, shared=True)
 
     # -- prediction --------------------------------------------------------------------------------
 
@@ -225,9 +234,11 @@ class ICaRL(ContinualAgent):
         super().on_save_checkpoint(checkpoint)
         checkpoint["exemplars"] = dict(self.exemplars)
         checkpoint["rehearsed"] = dict(self._rehearsed)
+        checkpoint["chosen_at"] = dict(self._chosen_at)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the exemplars back."""
         super().on_load_checkpoint(checkpoint)
         self.exemplars = dict(checkpoint.get("exemplars", {}))
         self._rehearsed = dict(checkpoint.get("rehearsed", {}))
+        self._chosen_at = dict(checkpoint.get("chosen_at", {}))

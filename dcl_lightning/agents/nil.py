@@ -27,13 +27,14 @@ class NIL(ContinualAgent):
     """Cross entropy on new samples and representatives, those weighted by how seldom their class is stored.
 
     Args:
-        backbone: see ``ContinualAgent``, as are all arguments that are not named here.
+        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
         rehearsal: the memory, its draws and who does the work.
         **kwargs: arguments of ``ContinualAgent``.
     """
 
     rehearses = True
+    boundaries = ("known", "hidden")
     # What a short name stands for, whatever else is said of the memory.
     fixed: ClassVar[dict[str, Any]] = {}
 

@@ -1,37 +1,73 @@
-"""Pure functions: metrics over an accuracy matrix, herding, losses, learning-rate schedules, parameter groups."""
+"""Pure functions: metrics over an accuracy matrix, herding, losses, projections, penalties, schedules, groups."""
 
+from dcl_lightning.functional.bias_correction import distillation_share, fitted_bias
 from dcl_lightning.functional.continual_metrics import (
+    accuracy_of_classes,
     average_accuracy,
     average_incremental_accuracy,
     backward_transfer,
     forgetting,
     forward_transfer,
     learning_accuracy,
+    over_tasks,
 )
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
-from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
+from dcl_lightning.functional.losses import (
+    asymmetric_cross_entropy,
+    distillation,
+    icarl_loss,
+    icarl_targets,
+    logit_matching,
+    tempered_distillation,
+    weighted_cross_entropy,
+)
 from dcl_lightning.functional.nil import nil_weights
 from dcl_lightning.functional.parameter_groups import parameter_groups
+from dcl_lightning.functional.penalties import (
+    merged_fisher,
+    quadratic_penalty,
+    quadratic_penalty_gradient,
+    si_importance,
+    si_path,
+)
+from dcl_lightning.functional.projections import agem_projection, gem_projection
 from dcl_lightning.functional.schedules import lr_factor, lr_scale, warmup_divisor
+from dcl_lightning.functional.scores import restricted, top_k_hits
 
 __all__ = [
+    "accuracy_of_classes",
+    "agem_projection",
+    "asymmetric_cross_entropy",
     "average_accuracy",
     "average_incremental_accuracy",
     "backward_transfer",
     "distillation",
+    "distillation_share",
+    "fitted_bias",
     "forgetting",
     "forward_transfer",
+    "gem_projection",
     "herd",
     "icarl_loss",
     "icarl_targets",
     "learning_accuracy",
+    "logit_matching",
     "lr_factor",
     "lr_scale",
+    "merged_fisher",
     "nearest_mean_scores",
     "nearest_to_mean",
     "nil_weights",
     "normalise",
+    "over_tasks",
     "parameter_groups",
+    "quadratic_penalty",
+    "quadratic_penalty_gradient",
+    "restricted",
+    "si_importance",
+    "si_path",
+    "tempered_distillation",
+    "top_k_hits",
     "warmup_divisor",
     "weighted_cross_entropy",
 ]

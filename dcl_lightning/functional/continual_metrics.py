@@ -8,19 +8,34 @@ and every figure but the average accuracy for T = 1, is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "FORMULAS",
+    "accuracy_of_classes",
     "average_accuracy",
     "average_incremental_accuracy",
     "backward_transfer",
     "forgetting",
     "forward_transfer",
     "learning_accuracy",
+    "over_tasks",
 ]
+
+# What each figure is, in words for reports: libraries give one name to several formulas.
+FORMULAS = {
+    "average_accuracy": "mean over j of R[T-1, j]",
+    "average_incremental_accuracy": "mean over i of a[i], the accuracy after task i over all samples of tasks 0..i",
+    "pooled_accuracy": "a[T-1]: right samples of all tasks / samples of all tasks, after the last task",
+    "learning_accuracy": "mean over j of R[j, j]",
+    "forgetting": "max-last: mean over j < T-1 of (max over j <= l < T-1 of R[l, j]) - R[T-1, j]",
+    "backward_transfer": "mean over j < T-1 of R[T-1, j] - R[j, j]",
+    "forward_transfer": "mean over j > 0 of R[j-1, j] - b[j], b[j] the untrained network's accuracy",
+}
 
 
 def average_accuracy(matrix: Tensor) -> Tensor:
@@ -33,6 +48,11 @@ def average_accuracy(matrix: Tensor) -> Tensor:
 
     Raises:
         ValueError: if ``matrix`` is not square.
+
+    Example:
+        >>> import torch
+        >>> average_accuracy(torch.tensor([[1.0, float("nan")], [0.5, 1.0]]))
+        tensor(0.7500, dtype=torch.float64)
     """
     return _checked(matrix)[-1].nanmean()
 
@@ -45,6 +65,11 @@ def average_incremental_accuracy(pooled: Tensor, skip_first: bool = False) -> Te
     Args:
         pooled: ``(T,)`` a_i, accuracy after task i over the test samples of all classes seen by then.
         skip_first: whether to leave out a_0, which knows no earlier task.
+
+    Example:
+        >>> import torch
+        >>> average_incremental_accuracy(torch.tensor([1.0, 0.5]))
+        tensor(0.7500, dtype=torch.float64)
     """
     pooled = pooled.double()
     if len(pooled) < 2:
@@ -64,6 +89,11 @@ def forgetting(matrix: Tensor, mode: Literal["max_last", "max_with_last", "first
 
     Raises:
         ValueError: if ``matrix`` is not square or ``mode`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> forgetting(torch.tensor([[1.0, 0.0], [0.25, 1.0]]))
+        tensor(0.7500, dtype=torch.float64)
     """
     matrix = _checked(matrix)
     last = len(matrix) - 1
@@ -92,6 +122,11 @@ def backward_transfer(matrix: Tensor) -> Tensor:
 
     Raises:
         ValueError: if ``matrix`` is not square.
+
+    Example:
+        >>> import torch
+        >>> backward_transfer(torch.tensor([[1.0, 0.0], [0.25, 1.0]]))
+        tensor(-0.7500, dtype=torch.float64)
     """
     matrix = _checked(matrix)
     return (matrix[-1] - matrix.diagonal())[:-1].nanmean()
@@ -110,6 +145,11 @@ def forward_transfer(matrix: Tensor, baseline: Tensor) -> Tensor:
 
     Raises:
         ValueError: if ``matrix`` is not square.
+
+    Example:
+        >>> import torch
+        >>> forward_transfer(torch.tensor([[1.0, 0.75], [0.5, 1.0]]), baseline=torch.tensor([0.5, 0.5]))
+        tensor(0.2500, dtype=torch.float64)
     """
     matrix = _checked(matrix)
     return (matrix.diagonal(1) - baseline.to(matrix)[1:]).nanmean()
@@ -125,9 +165,55 @@ def learning_accuracy(matrix: Tensor) -> Tensor:
 
     Raises:
         ValueError: if ``matrix`` is not square.
+
+    Example:
+        >>> import torch
+        >>> learning_accuracy(torch.tensor([[1.0, 0.0], [0.25, 0.5]]))
+        tensor(0.7500, dtype=torch.float64)
     """
     matrix = _checked(matrix)
     return matrix.diagonal().nanmean() if len(matrix) > 1 else matrix.new_tensor(float("nan"))
+
+
+def accuracy_of_classes(confusion: Tensor) -> Tensor:
+    r"""Return the accuracy of each class, its recall, from a confusion matrix (Sokolova and Lapalme 2009).
+
+    .. math:: c_y = C_{y, y} / \sum_k C_{y, k}
+
+    Args:
+        confusion: ``(K, K)`` counts, ``C[y, k]`` the samples of class y that were taken for class k.
+
+    Returns:
+        ``(K,)`` float64, NaN for a class without samples.
+
+    Example:
+        >>> import torch
+        >>> accuracy_of_classes(torch.tensor([[3, 1], [0, 2]]))
+        tensor([0.7500, 1.0000], dtype=torch.float64)
+    """
+    return confusion.diagonal().double() / confusion.sum(1).double()
+
+
+def over_tasks(figure: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """Return what a figure was after each task.
+
+    Args:
+        figure: a function of this module that takes a matrix alone.
+        matrix: ``(T, T)`` accuracies.
+
+    Returns:
+        ``(T,)`` float64; entry t - 1 is the figure of the first t tasks.
+
+    Raises:
+        ValueError: if ``matrix`` is not square.
+
+    Example:
+        >>> import torch
+        >>> over_tasks(forgetting, torch.tensor([[1.0, 0.0], [0.25, 1.0]]))
+        tensor([   nan, 0.7500], dtype=torch.float64)
+    """
+    matrix = _checked(matrix)
+    return torch.stack([figure(matrix[:t, :t]) for t in range(1, len(matrix) + 1)])
 
 
 def _checked(matrix: Tensor) -> Tensor:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["distillation", "icarl_loss", "icarl_targets", "weighted_cross_entropy"]
+__all__ = [
+    "asymmetric_cross_entropy",
+    "distillation",
+    "icarl_loss",
+    "icarl_targets",
+    "logit_matching",
+    "tempered_distillation",
+    "weighted_cross_entropy",
+]
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -38,6 +46,61 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, nor
         normaliser: n, 0-dim float32.
     """
     return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / normaliser
+
+
+def tempered_distillation(
+    logits: Tensor, teacher_logits: Tensor, weights: Tensor, normaliser: Tensor | float, temperature: float
+) -> Tensor:
+    r"""Return the distillation loss, 0-dim (Li and Hoiem 2016, arXiv 1606.09282, equations 2 to 4).
+
+    .. math:: -\frac{1}{n} \sum_i w_i \sum_k p_{ik} \log q_{ik}, \quad
+        p_i = \mathrm{softmax}(t_i / T), \ q_i = \mathrm{softmax}(z_i / T)
+
+    Equation 3 raises probabilities to the power 1 / T, which is the softmax of the logits over T.
+
+    Args:
+        logits: ``(B, C)`` z of the classes that the teacher knows, floating.
+        teacher_logits: ``(B, C)`` t.
+        weights: ``(B,)`` w, float32.
+        normaliser: n, 0-dim float32.
+        temperature: T, above 0.
+    """
+    taught = (teacher_logits.detach() / temperature).softmax(1)
+    return (weights * F.cross_entropy(logits / temperature, taught, reduction="none")).sum() / normaliser
+
+
+def asymmetric_cross_entropy(
+    logits: Tensor, targets: Tensor, classes: Tensor, weights: Tensor, normaliser: Tensor | float
+) -> Tensor:
+    r"""Return the cross entropy among some classes alone, 0-dim (Caccia et al. 2022, arXiv 2104.05025, equation 5).
+
+    .. math:: -\frac{1}{n} \sum_i w_i \log \frac{e^{z_{i y_i}}}{\sum_{c \in C} e^{z_{ic}}}
+
+    Args:
+        logits: ``(B, K)`` z, floating.
+        targets: ``(B,)`` y int64, each in C.
+        classes: ``(K,)`` bool, C.
+        weights: ``(B,)`` w, float32.
+        normaliser: n, 0-dim float32.
+    """
+    places = (classes.cumsum(0) - 1)[targets]
+    return weighted_cross_entropy(logits[:, classes], places, weights, normaliser)
+
+
+def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normaliser: Tensor | float) -> Tensor:
+    r"""Return the squared distance to stored logits, 0-dim (Buzzega et al. 2020, arXiv 2004.07211, equation 5).
+
+    .. math:: \frac{1}{n K} \sum_i w_i \sum_k (z_{ik} - s_{ik})^2
+
+    The mean over classes is that of the paper's program, for which its factors alpha are meant.
+
+    Args:
+        logits: ``(B, K)`` z, floating.
+        stored: ``(B, K)`` s, of the same samples.
+        weights: ``(B,)`` w, float32.
+        normaliser: n, 0-dim float32.
+    """
+    return (weights * (logits - stored).square().mean(1)).sum() / normaliser
 
 
 def icarl_targets(

@@ -146,17 +146,29 @@ class RehearsalBuffer:
             ``(min(r, rows there are),)`` int64, distinct slots.
         """
         if exclude_classes is None:
-            return torch.from_numpy(self.state.filled[distinct(self.state.size, number, self.generator)])
+            return self._counted(self.state.filled[distinct(self.state.size, number, self.generator)])
         excluded = exclude_classes.cpu().numpy()
         counts = np.where(excluded, 0, self.state.class_counts)
         ends = counts.cumsum()
         allowed = int(ends[-1])
         if not self._by_class:
-            return torch.from_numpy(self._draw_checked(min(number, allowed), allowed, excluded))
+            return self._counted(self._draw_checked(min(number, allowed), allowed, excluded))
         places = distinct(allowed, number, self.generator)
         classes = ends.searchsorted(places, side="right")
         offset = places - (ends - counts)[classes]
-        return torch.from_numpy(self.state.table[self.state.start[classes] + offset])
+        return self._counted(self.state.table[self.state.start[classes] + offset])
+
+    def _counted(self, slots: Integers) -> Tensor:
+        self.state.drawn[slots] += 1
+        return torch.from_numpy(slots)
+
+    def count_drawn(self, slots: Tensor) -> None:
+        """Note that rows were drawn by other means than ``draw``.
+
+        Args:
+            slots: ``(n,)`` int64, filled slots; one may come several times.
+        """
+        np.add.at(self.state.drawn, slots.numpy(), 1)
 
     def _draw_checked(self, number: int, allowed: int, excluded: npt.NDArray[np.bool_]) -> Integers:
         """Draw where classes own no slots: more than are wanted, of which the allowed are kept."""
@@ -217,15 +229,31 @@ class RehearsalBuffer:
         offered = torch.from_numpy(self.state.offered) if offered is None else offered
         return nil_weights(offered, labels, self.state.size if stored is None else stored, batch_size, candidates)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return rows, bookkeeping and generator as plain tensors, numbers and strings."""
+    def bookkeeping(self) -> dict[str, Any]:
+        """Return all but the rows: slots and generator as plain tensors, numbers and strings."""
         return {
             "policy": self.policy_name,
             "quota": self.quota,
             "slots": self.state.state_dict(),
-            "rows": self.store.state_dict(torch.from_numpy(self.state.filled[: self.state.size])),
             "generator": dict(self.generator.bit_generator.state),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return rows and bookkeeping."""
+        rows = self.store.state_dict(torch.from_numpy(self.state.filled[: self.state.size]))
+        return self.bookkeeping() | {"rows": rows}
+
+    def take_bookkeeping(self, state: dict[str, Any]) -> None:
+        """Take over all but the rows, which have to be written into the store besides.
+
+        Raises:
+            ConfigurationError: it is of another policy, quota, number of classes or capacity.
+        """
+        for name, ours in (("policy", self.policy_name), ("quota", self.quota)):
+            if state[name] != ours:
+                raise ConfigurationError(f"saved memory has {name} {state[name]}, this one {ours}: give the same")
+        self.state.load_state_dict(state["slots"])
+        self.generator.bit_generator.state = state["generator"]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state; what is drawn afterwards is what would have been drawn.
@@ -233,9 +261,5 @@ class RehearsalBuffer:
         Raises:
             ConfigurationError: it is of another policy, quota, number of classes, capacity or columns.
         """
-        for name, ours in (("policy", self.policy_name), ("quota", self.quota)):
-            if state[name] != ours:
-                raise ConfigurationError(f"saved memory has {name} {state[name]}, this one {ours}: give the same")
-        self.state.load_state_dict(state["slots"])
+        self.take_bookkeeping(state)
         self.store.load_state_dict(state["rows"])
-        self.generator.bit_generator.state = state["generator"]

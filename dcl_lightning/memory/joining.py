@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ def join(
     loss: Literal["mean", "sum"],
     step: int,
     inputs: Tensor | None = None,
+    extra: Iterable[str] = (),
 ) -> Batch:
     """Return new and rehearsed samples as one batch, new ones first, before augmentation.
 
@@ -41,6 +43,7 @@ def join(
         loss: one mean over all samples, or the sum of the means over new and over rehearsed ones.
         step: of the whole run; a representative is augmented otherwise at each.
         inputs: ``(b + r, ...)``, where they lie side by side already; joined here if None.
+        extra: names of the columns that the representatives have beside those of ``columns_of``.
     """
     normaliser = batch.normaliser + share
     if loss == "sum":
@@ -56,6 +59,7 @@ def join(
         normaliser=normaliser,
         draw_ids=torch.cat([batch.draw_ids, ids + ((step + 1) << 32)]),
         num_new=batch.num_new,
+        rehearsed={name: rows[name] for name in extra},
     )
 
 

@@ -13,6 +13,7 @@ from dcl_lightning.memory.comm import Comm
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.exchange import GlobalExchange, RowLayout, Served
 from dcl_lightning.memory.ranges import stage
+from dcl_lightning.types import MemoryRows
 
 __all__ = ["MemoryManager", "Offer", "Representatives"]
 
@@ -78,6 +79,7 @@ class MemoryManager:
         self.config, self.buffer, self.comm = config, buffer, comm
         self.batch_size, self.device = batch_size, device
         self.steps = 0
+        self.total = buffer.store.capacity  # rows of the whole job
         # What all workers hold, and have offered of each class, as the last exchange told.
         self.sizes = [0] * comm.size
         self.offered = torch.zeros_like(buffer.offered)
@@ -144,6 +146,7 @@ class MemoryManager:
     def _serve(self, positions: Tensor) -> Served:
         """Return rows that other workers drew; their weights are those that the other workers will compute."""
         slots = self.buffer.slots_at(positions)
+        self.buffer.count_drawn(slots)
         labels = self.buffer.labels_at(slots)
         weights = self._weights(labels, self.offered, sum(self.sizes))
         store = self.buffer.store
@@ -160,24 +163,48 @@ class MemoryManager:
         received = self.comm.alltoall_async(sent, one_each, one_each, name="weights").wait()
         return float(received.contiguous().view(torch.float64).sum())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memory and its place in the stream of draws."""
+    def memory_rows(self) -> MemoryRows | None:
+        """Return what this worker's memory holds, for reports; None of rows without sample ids."""
+        buffer, state = self.buffer, self.buffer.state
+        if "sample_ids" not in buffer.store.names:
+            return None
+        slots = torch.from_numpy(state.filled[: len(buffer)].copy())
+        return MemoryRows(
+            capacity=buffer.store.capacity,
+            num_bytes=buffer.num_bytes,
+            sample_ids=buffer.store.column("sample_ids", slots),
+            ages=state.offers - torch.from_numpy(state.entered)[slots],
+            drawn=torch.from_numpy(state.drawn)[slots],
+            shared=False,
+        )
+
+    def bookkeeping(self) -> dict[str, Any]:
+        """Return the place in the stream of draws, and all of the memory but its rows."""
         return {
             "seed": self.seed,
             "steps": self.steps,
             "sizes": list(self.sizes),
             "offered": self.offered.clone(),
-            "buffer": self.buffer.state_dict(),
+            "buffer": self.buffer.bookkeeping(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state back."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory and its place in the stream of draws."""
+        return self.bookkeeping() | {"buffer": self.buffer.state_dict()}
+
+    def take_bookkeeping(self, state_dict: dict[str, Any]) -> None:
+        """Take back all but the rows, which have to be written into the store besides."""
         self.seed = state_dict["seed"]
         if self.exchange is not None:
             self.exchange.seed = self.seed
         self.steps, self.sizes = state_dict["steps"], list(state_dict["sizes"])
         self.offered = state_dict["offered"].clone()
-        self.buffer.load_state_dict(state_dict["buffer"])
+        self.buffer.take_bookkeeping(state_dict["buffer"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state back."""
+        self.take_bookkeeping(state_dict)
+        self.buffer.store.load_state_dict(state_dict["buffer"]["rows"])
 
 
 def _sum(weights: Tensor) -> float:

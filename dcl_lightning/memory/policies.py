@@ -18,7 +18,7 @@ from numpy.random import Generator
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState
 
-__all__ = ["ClassBalanced", "Fifo", "Nil", "Policy", "Reservoir", "make_policy"]
+__all__ = ["ClassBalanced", "Fifo", "Greedy", "Nil", "Policy", "Reservoir", "make_policy"]
 
 
 class Policy(Protocol):
@@ -189,6 +189,29 @@ class Reservoir:
 
 
 @dataclass(frozen=True)
+class Greedy:
+    """All b are offered: one whose class has room is appended, and nothing is overwritten.
+
+    With the adaptive quota a new class makes the others give up rows drawn at random: GDumb's sampler.
+
+    Source: Prabhu, Torr and Dokania, ECCV 2020, algorithm 1.
+    """
+
+    candidates = None
+    refreshes = True
+
+    def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
+        """See :meth:`Policy.assign`."""
+        rows, stored, slots = _split(state, np.arange(labels.size), labels, ids)
+        rows, classes, rank = _by_class(rows, labels)
+        place = state.class_counts[classes] + rank
+        offered = np.bincount(labels, minlength=state.num_classes)
+        rows, taken = _in_class(state, rows, classes, place, place < state.room[classes])
+        rows, slots = _settle(rows, taken, stored, slots)
+        return Assignment(rows, slots, offered, None, labels.size)
+
+
+@dataclass(frozen=True)
 class Fifo:
     """c candidates drawn from the batch enter; of a full class the oldest leaves. A refreshed row keeps its age.
 
@@ -217,18 +240,18 @@ def make_policy(name: str, num_candidates: int | None) -> Policy:
     """Return a policy by its name.
 
     Args:
-        name: ``nil``, ``class_balanced``, ``reservoir`` or ``fifo``.
-        num_candidates: c, at least 1; None for ``reservoir``.
+        name: ``nil``, ``class_balanced``, ``reservoir``, ``greedy`` or ``fifo``.
+        num_candidates: c, at least 1; None for ``reservoir`` and ``greedy``.
 
     Raises:
-        ConfigurationError: the name is unknown, or c is missing, below 1, or given to ``reservoir``.
+        ConfigurationError: the name is unknown, or c is missing, below 1, or given where every sample is offered.
     """
-    if name not in ("nil", "class_balanced", "reservoir", "fifo"):
-        raise ConfigurationError(f"policy '{name}': give one of nil, class_balanced, reservoir, fifo")
-    if name == "reservoir":
+    if name not in ("nil", "class_balanced", "reservoir", "greedy", "fifo"):
+        raise ConfigurationError(f"policy '{name}': give one of nil, class_balanced, reservoir, greedy, fifo")
+    if name in ("reservoir", "greedy"):
         if num_candidates is not None:
-            raise ConfigurationError(f"policy reservoir offers every sample: num_candidates={num_candidates} must go")
-        return Reservoir()
+            raise ConfigurationError(f"policy {name} offers every sample: num_candidates={num_candidates} must go")
+        return Reservoir() if name == "reservoir" else Greedy()
     if num_candidates is None or num_candidates < 1:
         raise ConfigurationError(f"policy {name}: num_candidates={num_candidates}: give a whole number of at least 1")
     if name == "nil":

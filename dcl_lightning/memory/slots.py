@@ -82,8 +82,12 @@ class SlotState:
         self.cursor = np.zeros(num_classes, dtype=np.int64)
         self.admitted = np.zeros(num_classes, dtype=np.bool_)
         self.filled = np.zeros(capacity, dtype=np.int64)
+        # For reports: the offer in which a slot's sample came, and how often it was drawn since.
+        self.entered = np.zeros(capacity, dtype=np.int64)
+        self.drawn = np.zeros(capacity, dtype=np.int64)
         self.size = 0
         self.seen = 0
+        self.offers = 0
         # The last entry stands for "no id", -1, and is never a slot.
         self.slot_of = np.full(num_samples + 1, -1)
 
@@ -122,6 +126,7 @@ class SlotState:
             ids: ``(b,)`` int64 of the batch, -1 for a sample without one; None if stored samples are not looked for.
         """
         rows, slots = assignment.rows, assignment.slots
+        self.offers += 1
         self.seen += assignment.seen
         self.offered += assignment.offered
         if assignment.entered is not None:
@@ -132,9 +137,14 @@ class SlotState:
         changed = old != new
         if changed.any():
             self._recount(slots[changed], old[changed], new[changed])
-        if ids is not None:
-            self._forget(slots)
+        if ids is None:
+            self.entered[slots], self.drawn[slots] = self.offers, 0
+        else:
             entering = ids[rows]
+            # A stored sample that is written again stays the same one.
+            other = slots[(self.ids[slots] != entering) | (entering < 0)]
+            self.entered[other], self.drawn[other] = self.offers, 0
+            self._forget(slots)
             self.ids[slots] = entering
             self.slot_of[entering] = slots
             self.slot_of[-1] = -1
@@ -205,12 +215,15 @@ class SlotState:
         order = owner.argsort(kind="stable")
         return slots[order], owner[order]
 
-    _SAVED = ("labels", "ids", "table", "room", "start", "class_counts", "offered", "cursor", "admitted", "filled")
+    _SAVED = (
+        "labels", "ids", "table", "room", "start", "class_counts", "offered", "cursor", "admitted", "filled", "entered",
+        "drawn",
+    )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the tensors and the two counts."""
+        """Return copies of the tensors and the three counts."""
         tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in self._SAVED}
-        return {**tensors, "size": self.size, "seen": self.seen}
+        return {**tensors, "size": self.size, "seen": self.seen, "offers": self.offers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state.
@@ -226,7 +239,7 @@ class SlotState:
                 )
         for name in self._SAVED:
             setattr(self, name, state[name].numpy().copy())
-        self.size, self.seen = int(state["size"]), int(state["seen"])
+        self.size, self.seen, self.offers = int(state["size"]), int(state["seen"]), int(state["offers"])
         self.slot_of = np.full(max(self.slot_of.size, int(self.ids.max()) + 2), -1)
         self.slot_of[self.ids] = np.arange(self.capacity)
         self.slot_of[-1] = -1

@@ -136,6 +136,11 @@ class RowStore:
         on_host = self.device.type == "cpu"
         self._arrays = [None if target is None or not on_host else target.numpy() for target in self._targets]
 
+    @property
+    def example(self) -> Nest:
+        """A nest like those of its rows, without rows."""
+        return self._example
+
     def __len__(self) -> int:
         """Return the capacity."""
         return self.capacity
@@ -202,6 +207,15 @@ class RowStore:
         for (_, target), source in zip(flatten(out), rows, strict=True):
             target.copy_(source, non_blocking=True)
         return out
+
+    def column(self, name: str, slots: Tensor) -> Tensor:
+        """Return rows ``(m, ...)`` of one column alone, on the CPU.
+
+        Args:
+            name: one of ``names``.
+            slots: ``(m,)`` int64, in ``[0, capacity)``.
+        """
+        return self._columns[self.names.index(name)].index_select(0, slots.to(self.device)).cpu()
 
     def _taken(self, array: npt.NDArray[Any], places: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
         if not self._pinned:

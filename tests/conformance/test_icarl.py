@@ -93,7 +93,7 @@ def test_classes_that_come_again_are_chosen_anew(tmp_path: Path) -> None:
     agent = fit(tmp_path, data)
     assert sorted(agent.exemplars) == list(range(6))
     assert agent.clock.evaluated_rows == 3
-    origin = data._train_parts[agent.exemplar_ids()]
+    origin = data.stream.train_parts[agent.exemplar_ids()]
     assert len(set(origin.tolist())) > 1, "exemplars come from the old ones and from the new samples"
 
 
@@ -105,3 +105,8 @@ def test_means_are_those_of_the_exemplars_under_the_present_network(tmp_path: Pa
             phi = torch.nn.functional.normalize(agent.eval().features(data.train_inputs[ids]).double(), dim=1)
         mean = torch.nn.functional.normalize(phi.mean(0), dim=0).float()
         torch.testing.assert_close(agent.means[label], mean, atol=1e-6, rtol=1e-5)
+
+
+def test_training_that_has_diverged_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"diverged in task 0.*model\.lr than 1e\+20"):
+        fit(tmp_path, lr=1e20)

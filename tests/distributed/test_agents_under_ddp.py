@@ -29,8 +29,10 @@ x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, g
 def fit(kind, strategy):
     pl.seed_everything(0, verbose=False)
     data = ContinualDataModule((x, y, x.clone(), y.clone()), increment=2, batch_size=4, seed=0)
-    memory = {} if kind is presets.base else {"rehearsal": {"buffer_size": 12}}
-    if issubclass(kind, presets.NIL):
+    memory = {"rehearsal": {"buffer_size": 12}} if kind.rehearses else {}
+    if hasattr(kind, "memory"):
+        memory["rehearsal"] |= {"num_samples": 3}
+    elif issubclass(kind, presets.NIL):
         memory["rehearsal"] |= {"num_candidates": 3, "num_samples": 3}
     agent = kind(MLP([8]), data.num_classes, epochs_per_task=2, lr=0.05, input_spec=data.input_spec, **memory)
     trainer = pl.Trainer(
@@ -45,7 +47,8 @@ def fit(kind, strategy):
 def ddp():
     return DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
 
-for name in ("base", "icarl", "icarl_v1", "nil", "nil_v1", "nil_v3", "nil_v4", "nil_global"):
+names = ("base", "icarl", "icarl_v1", "nil", "nil_v1", "nil_v3", "nil_v4", "nil_global")
+for name in (*names, "derpp", "agem", "gem", "si", "bic"):
     kind = getattr(presets, name)
     (ours, matrix), (theirs, other) = fit(kind, "horovod"), fit(kind, ddp())
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6, msg=name)

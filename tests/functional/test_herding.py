@@ -19,7 +19,8 @@ def herd_by_hand(features, m):
     return chosen
 
 
-@given(st.integers(0, 10_000), st.integers(1, 25), st.integers(1, 6))
+# Of two samples both are equally near to their mean: rounding decides.
+@given(st.integers(0, 10_000), st.integers(1, 25).filter(lambda n: n != 2), st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
 def test_herding_against_numpy(seed, n, d):
     features = np.random.default_rng(seed).normal(size=(n, d)) * 3

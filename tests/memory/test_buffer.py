@@ -12,12 +12,14 @@ from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.buffer import RehearsalBuffer, distinct, split_total
 from dcl_lightning.memory.storage import RowStore
 
-POLICIES = ["nil", "class_balanced", "reservoir", "fifo"]
+POLICIES = ["nil", "class_balanced", "reservoir", "greedy", "fifo"]
 
 
 def make(policy="class_balanced", quota="fixed", num_classes=4, capacity=12, c=3, seed=0):
     store = RowStore((torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)), capacity)
-    return RehearsalBuffer(num_classes, capacity, policy, quota, None if policy == "reservoir" else c, store, seed)
+    return RehearsalBuffer(
+        num_classes, capacity, policy, quota, None if policy in ("reservoir", "greedy") else c, store, seed
+    )
 
 
 def rows(labels, ids):
@@ -93,7 +95,7 @@ def test_a_saved_state_goes_on_alike(tmp_path_factory, stream, policy, quota):
     assert all(torch.equal(a, b) for a, b in zip(stored(first), stored(second), strict=True))
 
 
-@pytest.mark.parametrize("policy", ["nil", "class_balanced", "fifo"])
+@pytest.mark.parametrize("policy", ["nil", "class_balanced", "greedy", "fifo"])
 def test_quotas(policy):
     fixed, adaptive = make(policy, "fixed", c=8), make(policy, "adaptive", c=8)
     for label, room in enumerate(([12], [6, 6], [4, 4, 4], [3, 3, 3, 3])):

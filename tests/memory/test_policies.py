@@ -9,7 +9,7 @@ import torch
 
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory import policies
-from dcl_lightning.memory.policies import ClassBalanced, Fifo, Nil, Reservoir, make_policy
+from dcl_lightning.memory.policies import ClassBalanced, Fifo, Greedy, Nil, Reservoir, make_policy
 from dcl_lightning.memory.slots import SlotState, rooms
 
 ALL = lambda k: np.ones(k, dtype=np.bool_)  # noqa: E731
@@ -146,6 +146,14 @@ def test_class_balanced_with_c_of_b_or_more_takes_all():
     assert memory.add(range(100, 110)).offered.sum() == 10
 
 
+def test_greedy_keeps_the_first_of_each_class():
+    memory = Memory(Greedy(), 2, 4)
+    memory.add([0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 0, 1])
+    assert memory.stored() == (0, 1, 2, 5)
+    assert memory.add(range(6, 30), [0, 1] * 12).slots.size == 0
+    assert memory.state.offered.tolist() == [16, 14]
+
+
 def test_fifo_lets_the_oldest_leave():
     memory = Memory(Fifo(8), 2, 6)
     for k in range(5):
@@ -170,7 +178,7 @@ def test_reservoir_by_simulation_keeps_one_of_two_half_the_time():
     assert abs(first - 500) < 4 * 250**0.5
 
 
-@pytest.mark.parametrize("policy", [ClassBalanced(4), Reservoir(), Fifo(4)])
+@pytest.mark.parametrize("policy", [ClassBalanced(4), Reservoir(), Fifo(4), Greedy()])
 def test_a_stored_sample_is_refreshed(policy):
     memory = Memory(policy, 2, 8)
     memory.add([3, 3, 3], [1, 1, 1])
@@ -192,7 +200,7 @@ def test_rooms_share_with_what_is_left_in_a_fixed_order():
 
 
 def test_classes_without_room_store_nothing():
-    for policy in (Nil(6), ClassBalanced(4), Fifo(6)):
+    for policy in (Nil(6), ClassBalanced(4), Fifo(6), Greedy()):
         memory = Memory(policy, 3, 2)
         memory.add(range(6), [0, 1, 2] * 2)
         assert memory.state.class_counts.tolist() == [1, 1, 0]
@@ -201,8 +209,10 @@ def test_classes_without_room_store_nothing():
 def test_make_policy():
     assert make_policy("nil", 3) == Nil(3)
     assert make_policy("reservoir", None) == Reservoir()
-    with pytest.raises(ConfigurationError, match="num_candidates=4 must go"):
-        make_policy("reservoir", 4)
+    assert make_policy("greedy", None) == Greedy()
+    for name in ("reservoir", "greedy"):
+        with pytest.raises(ConfigurationError, match="num_candidates=4 must go"):
+            make_policy(name, 4)
     for name, c in (("nil", None), ("fifo", 0), ("class_balanced", -1), ("ring", 1)):
         with pytest.raises(ConfigurationError, match=r"give"):
             make_policy(name, c)

@@ -1,0 +1,69 @@
+"""A-GEM, averaged gradient episodic memory.
+
+Chaudhry, Ranzato, Rohrbach and Elhoseiny, "Efficient Lifelong Learning with A-GEM", ICLR 2019, arXiv 1812.00420,
+algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, trained_parameters, write_gradient
+from dcl_lightning.functional.projections import agem_projection
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.types import Batch
+
+__all__ = ["AGEM"]
+
+
+class AGEM(RehearsingAgent):
+    """Trains on new samples, along a direction that does not raise the loss on representatives of earlier tasks.
+
+    Gradient and reference are those of all workers. With accumulated batches the reference is the last one's.
+
+    Args:
+        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
+        num_classes: classes of the whole stream, K.
+        rehearsal: the memory, its draws and who does the work.
+        **kwargs: arguments of ``ContinualAgent``.
+    """
+
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(
+        policy="class_balanced", update="task_end", rehearse="past", weighting="none", loss="sum"
+    )
+    required: ClassVar[dict[str, Any]] = {"rehearse": "past", "weighting": "none", "loss": "sum"}
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, rehearsal: RehearsalConfig = memory, **kwargs: Any
+    ) -> None:
+        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+        self._reference: Tensor | None = None
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the cross entropy of the new samples of all workers, and the logits of all samples."""
+        new, old = slice(batch.num_new), slice(batch.num_new, None)
+        self._reference, seen = None, batch.inputs.new_zeros(0, self.num_classes)
+        if self.clock.task_at(self.current_epoch):
+            # Every worker takes part, also one that has nothing to rehearse yet.
+            parameters = trained_parameters(self)
+            own = torch.zeros(sum(p.numel() for p in parameters), device=self.device)
+            if len(batch.targets) > batch.num_new:
+                seen = self(batch.inputs[old])
+                trained, targets = self.trained(seen, batch.targets[old])
+                losses = nn.functional.cross_entropy(trained, targets, reduction="none")
+                own = flat_gradients_of((batch.weights[old] * losses).sum() / batch.normaliser, parameters)
+            self._reference = self.comm.allreduce(own, "mean")
+        logits = self(batch.inputs[new])
+        return self.cross_entropy(logits, batch, new), torch.cat([logits, seen.detach().to(logits)])
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Project the gradient, which is that of all workers by now."""
+        if self._reference is not None:
+            parameters = trained_parameters(self)
+            write_gradient(parameters, agem_projection(flat_gradient(parameters), self._reference))
+            self._reference = None

@@ -1,0 +1,145 @@
+"""BiC, bias correction.
+
+Wu, Chen, Wang, Ye, Liu, Guo and Fu, "Large Scale Incremental Learning", CVPR 2019, arXiv 1905.13260.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.teacher import Teacher
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.functional.bias_correction import distillation_share, fitted_bias
+from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.types import Batch, Task
+
+__all__ = ["BiC"]
+
+
+class _Bias(nn.Module):
+    """A linear function of each class's logit, the identity at first."""
+
+    alpha: Tensor
+    beta: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("alpha", torch.ones(num_classes))
+        self.register_buffer("beta", torch.zeros(num_classes))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return corrected logits ``(B, K)``."""
+        return logits * self.alpha + self.beta
+
+
+class BiC(RehearsingAgent):
+    """Cross entropy and distillation; at the end of a task the logits of its classes are scaled and shifted.
+
+    Scale and shift are fitted to samples that are held out of training: a share of all samples by their ids, of which
+    those in the memories count. They are gathered, so that any number of workers finds the same from the same ones.
+
+    Args:
+        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
+        num_classes: classes of the whole stream, K.
+        rehearsal: the memory, its draws and who does the work.
+        temperature: T of both softmaxes of the distillation, above 0.
+        held_out: share of the samples that the correction is fitted to, in (0, 1).
+        **kwargs: arguments of ``ContinualAgent``.
+
+    Raises:
+        ConfigurationError: one of the two is out of range.
+    """
+
+    scenarios = ("class",)
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="class_balanced", quota="adaptive", weighting="none")
+    required: ClassVar[dict[str, Any]] = {"update": "step", "weighting": "none"}
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rehearsal: RehearsalConfig = memory,
+        temperature: float = 2.0,
+        held_out: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+        if temperature <= 0 or not 0 < held_out < 1:
+            raise ConfigurationError(
+                f"model.temperature={temperature} must be above 0, held_out={held_out} between 0 and 1"
+            )
+        self.temperature, self.held_out = temperature, held_out
+        self.bias = _Bias(num_classes)
+        self.teacher = Teacher(self.backbone, self.head, self.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return corrected logits ``(B, K)``."""
+        return self.bias(super().forward(inputs))
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss over the samples of all workers that are not held out, and the logits."""
+        logits = self(batch.inputs)
+        weights = batch.weights * ~self._held(batch.sample_ids)
+        trained, targets = self.trained(logits, batch.targets)
+        loss = weighted_cross_entropy(trained, targets, weights, batch.normaliser)
+        num_old, num_new = self._counts()
+        if num_old:
+            old = self.seen & ~self.current
+            kept = tempered_distillation(
+                logits[:, old], self.teacher(batch.inputs)[:, old], weights, batch.normaliser, self.temperature
+            )
+            share = distillation_share(num_old, num_new)
+            loss = (1 - share) * loss + share * kept
+        return loss, logits
+
+    def _counts(self) -> tuple[int, int]:
+        # From the clock, which is on the host: a step does not wait for the device.
+        present = self.clock.task_at(self.current_epoch)
+        return sum(len(t.classes) for t in self.clock.tasks[:present]), len(self.clock.tasks[present].classes)
+
+    def _held(self, ids: Tensor) -> Tensor:
+        """Return ``(n,)`` bool, whether samples are held out: by a hash of their ids, the same everywhere."""
+        return (ids * 2654435761) % 2**32 < self.held_out * 2**32
+
+    def on_task_start(self, task: Task) -> None:
+        """Note the task's classes; at the start of a stream forget the corrections of an earlier one."""
+        super().on_task_start(task)
+        if task.index == 0:
+            self.bias.alpha.fill_(1)
+            self.bias.beta.zero_()
+
+    def on_task_end(self, task: Task) -> None:
+        """Correct the task's classes, and make the present network the teacher of the next."""
+        if task.index:
+            logits, targets = self._held_out_logits()
+            columns = torch.nonzero(self.seen).flatten().cpu()
+            places = (self.seen.cumsum(0) - 1).cpu()[targets]
+            alpha, beta = fitted_bias(logits[:, columns], places, self.current.cpu()[columns])
+            self.bias.alpha[self.current], self.bias.beta[self.current] = alpha, beta
+        self.teacher.renew(self.backbone, self.head, self.bias)
+
+    @torch.no_grad()
+    def _held_out_logits(self) -> tuple[Tensor, Tensor]:
+        """Return logits ``(n, K)`` and labels of what is stored and held out, by ids, the same on all workers."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        manager = self.rehearsal.manager
+        assert manager is not None
+        ids = torch.from_numpy(manager.buffer.state.ids.copy())
+        ids = torch.cat(self.comm.allgather(ids[(ids >= 0) & self._held(ids)])).unique()
+        was_training = self.training
+        self.eval()
+        found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.num_classes)]
+        for batch in data.train_eval_loader(ids):
+            prepared = data.prepare_batch(move_data_to_device(batch, self.device), train=False, epoch=0)
+            rows.append(self(prepared.inputs).float().cpu())
+            found.append(batch.sample_ids.cpu())
+        self.train(was_training)
+        all_ids, all_rows = torch.cat(self.comm.allgather(torch.cat(found))), self.comm.allgather(torch.cat(rows))
+        order = all_ids.argsort()
+        return torch.cat(all_rows)[order], data.train_targets[all_ids[order]]

@@ -1,0 +1,50 @@
+"""ER-ACE, experience replay with an asymmetric cross entropy.
+
+Caccia, Aljundi, Asadi, Tuytelaars, Pineau and Belilovsky, "New Insights on Reducing Abrupt Representation Change in
+Online Continual Learning", ICLR 2022, arXiv 2104.05025, equations 4 and 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.functional.losses import asymmetric_cross_entropy
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.types import Batch
+
+__all__ = ["ERACE"]
+
+
+class ERACE(RehearsingAgent):
+    """New samples are told apart from one another only, representatives from everything.
+
+    So new classes do not push the outputs of old ones down. The classes of the new samples are those of this worker's
+    batch: on N workers, where one has fewer of a task's classes than all together, the loss is not that of one process.
+
+    Args:
+        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
+        num_classes: classes of the whole stream, K.
+        rehearsal: the memory, its draws and who does the work.
+        **kwargs: arguments of ``ContinualAgent``.
+    """
+
+    boundaries = ("known", "hidden")
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="reservoir", weighting="none", loss="sum")
+    required: ClassVar[dict[str, Any]] = {"weighting": "none", "loss": "sum"}
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, rehearsal: RehearsalConfig = memory, **kwargs: Any
+    ) -> None:
+        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the sum of both cross entropies, each a mean over the samples of all workers, and the logits."""
+        logits, new = self(batch.inputs), slice(batch.num_new)
+        present = torch.zeros_like(self.seen)
+        present[batch.targets[new]] = True
+        loss = asymmetric_cross_entropy(logits[new], batch.targets[new], present, batch.weights[new], batch.normaliser)
+        return loss + self.cross_entropy(logits, batch, slice(batch.num_new, None)), logits

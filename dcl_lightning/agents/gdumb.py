@@ -1,0 +1,50 @@
+"""GDumb, a greedy sampler and a dumb learner.
+
+Prabhu, Torr and Dokania, "GDumb: A Simple Approach that Questions Our Progress in Continual Learning", ECCV 2020,
+algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.types import Batch
+
+__all__ = ["GDumb"]
+
+
+class GDumb(RehearsingAgent):
+    """Trains on what is stored alone, from the initial weights at each task.
+
+    The paper trains when it is asked for a prediction, over a memory that is full. Here that is each task's epochs,
+    and the first of them also fills the memory: of a task it needs a second epoch or more. New samples pass through
+    the network beside the stored ones and train nothing. The paper's CutMix and its schedule are not part of it.
+
+    Args:
+        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
+        num_classes: classes of the whole stream, K.
+        rehearsal: the memory, its draws and who does the work.
+        **kwargs: arguments of ``ContinualAgent``.
+    """
+
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="greedy", quota="adaptive", weighting="none", loss="sum")
+    required: ClassVar[dict[str, Any]] = {"update": "step", "rehearse": "seen", "weighting": "none", "loss": "sum"}
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rehearsal: RehearsalConfig = memory,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, num_classes, rehearsal, reset_state_dict=True, **kwargs)
+        self.hparams.pop("reset_state_dict", None)  # part of the method, not to be given when a checkpoint is loaded
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the cross entropy of the representatives of all workers, and the logits."""
+        logits = self(batch.inputs)
+        return self.cross_entropy(logits, batch, slice(batch.num_new, None)), logits

@@ -1,0 +1,73 @@
+"""LwF, learning without forgetting.
+
+Li and Hoiem, "Learning without Forgetting", ECCV 2016 and TPAMI 2018, arXiv 1606.09282, figure 3 and equations 1 to 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.agents.teacher import Teacher
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
+from dcl_lightning.types import Batch, Task
+
+__all__ = ["LwF"]
+
+
+class LwF(ContinualAgent):
+    """Cross entropy on new samples, and on the same samples the outputs of the network before the task.
+
+    The paper has a head for each task. Here is one head: the outputs of classes of earlier tasks are distilled, those
+    that the labels train are said by ``logits``. Outputs are the teacher's of the present view, not of one kept from
+    before the task, as augmentation is drawn anew each time. It keeps no samples.
+
+    Args:
+        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
+        num_classes: classes of the whole stream, K.
+        strength: factor of the distillation, the paper's lambda, at least 0.
+        temperature: T of both softmaxes of the distillation, above 0.
+        **kwargs: arguments of ``ContinualAgent``.
+
+    Raises:
+        ConfigurationError: one of the two is out of range.
+    """
+
+    taught: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        strength: float = 1.0,
+        temperature: float = 2.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, num_classes, **kwargs)
+        if strength < 0 or temperature <= 0:
+            raise ConfigurationError(f"model.strength={strength} must be at least 0, temperature={temperature} above 0")
+        self.strength, self.temperature = strength, temperature
+        self.teacher = Teacher(self.backbone, self.head)
+        self.register_buffer("taught", torch.zeros(num_classes, dtype=torch.bool))
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss over the samples of all workers, and the logits."""
+        logits = self(batch.inputs)
+        trained, targets = self.trained(logits, batch.targets)
+        loss = weighted_cross_entropy(trained, targets, batch.weights, batch.normaliser)
+        if self.clock.task_at(self.current_epoch):
+            outputs = self.teacher(batch.inputs)[:, self.taught]
+            kept = tempered_distillation(
+                logits[:, self.taught], outputs, batch.weights, batch.normaliser, self.temperature
+            )
+            loss = loss + self.strength * kept
+        return loss, logits
+
+    def on_task_end(self, task: Task) -> None:
+        """Make the present network the teacher of the next task."""
+        self.teacher.renew(self.backbone, self.head)
+        self.taught.copy_(self.seen)

@@ -1,0 +1,44 @@
+"""The weights of a network as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["flat_gradient", "flat_gradients_of", "flat_weights", "trained_parameters", "write_gradient"]
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained, in the module's order."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def flat_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return all weights ``(P,)``, with a gradient to each."""
+    return torch.cat([p.reshape(-1) for p in parameters])
+
+
+def flat_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return all gradients ``(P,)``, 0 where there is none; a copy."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad.detach()).reshape(-1) for p in parameters])
+
+
+def flat_gradients_of(loss: Tensor, parameters: list[nn.Parameter], keep_graph: bool = False) -> Tensor:
+    """Return the gradients ``(P,)`` of a loss, 0 where it does not depend; the parameters' own stay as they are.
+
+    Args:
+        loss: 0-dim.
+        parameters: those that count.
+        keep_graph: whether other gradients of the same graph are still to come.
+    """
+    parts = torch.autograd.grad(loss, parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.detach().reshape(-1) for part in parts])
+
+
+def write_gradient(parameters: list[nn.Parameter], gradient: Tensor) -> None:
+    """Write a vector ``(P,)`` into the parameters' gradients, but for those that have none."""
+    for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        if parameter.grad is not None:
+            parameter.grad.copy_(part.view_as(parameter))

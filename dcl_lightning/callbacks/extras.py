@@ -1,0 +1,67 @@
+"""Columns that an agent stores of samples beside the samples themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
+
+from dcl_lightning.memory.manager import Offer
+from dcl_lightning.types import Batch, StoresMore
+
+__all__ = ["ExtraColumns"]
+
+
+class ExtraColumns:
+    """Declares the columns when the memory is made, and fills them in once the agent knows them.
+
+    Args:
+        module: the module that is trained; one that is no ``StoresMore`` stores nothing more.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._agent: Any = module
+        self.shapes = module.row_shapes if isinstance(module, StoresMore) else {}
+
+    def no_rows(self) -> dict[str, Tensor]:
+        """Return the columns without rows."""
+        return {name: torch.zeros(0, *shape) for name, shape in self.shapes.items()}
+
+    def with_step(self, offer: Offer, real: Tensor) -> Offer:
+        """Return an offer with the columns of the step that it comes from.
+
+        Args:
+            offer: new samples that count.
+            real: ``(b,)`` bool on the host, which samples of the batch count.
+        """
+        if not self.shapes:
+            return offer
+        columns = self._checked(self._agent.columns_of_step())
+        if not bool(real.all()):
+            columns = {name: column[real.to(column.device)] for name, column in columns.items()}
+        return offer._replace(rows={**offer.rows, **columns})
+
+    @torch.no_grad()
+    def with_evaluation(self, offer: Offer, batch: Batch, data: Any) -> Offer:
+        """Return an offer with the columns of a batch that is not trained on.
+
+        Args:
+            offer: the batch's samples.
+            batch: as the loader gave it.
+            data: the data module, which prepares it.
+        """
+        if not self.shapes:
+            return offer
+        agent = self._agent
+        prepared = data.prepare_batch(move_data_to_device(batch, agent.device), train=False, epoch=0)
+        was_training = agent.training
+        agent.eval()
+        columns = self._checked(agent.columns_of(prepared))
+        agent.train(was_training)
+        return offer._replace(rows={**offer.rows, **columns})
+
+    def _checked(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: columns[name].detach().float() for name in self.shapes}

@@ -1,0 +1,57 @@
+"""BiC's bias correction: Wu et al., "Large Scale Incremental Learning", CVPR 2019, arXiv 1905.13260."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["distillation_share", "fitted_bias"]
+
+
+def distillation_share(num_old: int, num_new: int) -> float:
+    """Return n / (n + m), the weight of distillation beside the classification loss (section 3).
+
+    Args:
+        num_old: n, classes of earlier tasks.
+        num_new: m, classes of the present task, at least 1.
+    """
+    return num_old / (num_old + num_new)
+
+
+def fitted_bias(logits: Tensor, targets: Tensor, new: Tensor, iterations: int = 100) -> tuple[float, float]:
+    r"""Return alpha and beta that give new classes the logits :math:`\alpha z + \beta` (equations 4 and 5).
+
+    They minimise the cross entropy of held-out samples, each class counting the same; it is convex in the two.
+
+    Args:
+        logits: ``(B, C)`` of the classes seen so far.
+        targets: ``(B,)`` int64 in ``[0, C)``.
+        new: ``(C,)`` bool, classes of the present task.
+        iterations: of L-BFGS, at most.
+
+    Returns:
+        alpha and beta; 1 and 0 if there are no samples of new classes, or none of old ones.
+    """
+    is_new = new[targets]
+    if not bool(is_new.any()) or bool(is_new.all()):
+        return 1.0, 0.0
+    logits = logits.double()
+    counts = torch.bincount(targets, minlength=logits.shape[1]).clamp(min=1)
+    weights = 1.0 / counts[targets]
+    values = torch.tensor([1.0, 0.0], dtype=torch.float64, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([values], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        corrected = torch.where(new, values[0] * logits + values[1], logits)
+        # Held-out samples are few and may be told apart without error: the ridge keeps the two finite.
+        ridge = 1e-3 * ((values[0] - 1).square() + values[1].square())
+        loss = (weights * F.cross_entropy(corrected, targets, reduction="none")).sum() / weights.sum() + ridge
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    alpha, beta = values.detach().tolist()
+    return alpha, beta

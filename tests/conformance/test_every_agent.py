@@ -1,0 +1,162 @@
+"""What every agent keeps to, by its short name."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from agents import KEEPING, NAMES, REHEARSING, STREAMS, make
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rehearsals import same
+from streams import make_data, make_trainer, matrix, weights
+from torch.utils.data import DataLoader, TensorDataset
+
+import dcl_lightning
+from dcl_lightning.agents import presets
+from dcl_lightning.backbones import MLP
+
+ROOT = Path(__file__).parent.parent.parent
+# Its result depends on the time that things take.
+REPEATING = [name for name in NAMES if name != "nil_v2"]
+# One name for each method.
+METHODS = [n for n in NAMES if "_v" not in n and n not in ("nil_global", "joint", "cumulative", "derpp_task_end")]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def data_of(name: str, **kwargs):
+    return make_data(**{"batch_size": 7} | STREAMS.get(name, {}) | kwargs)
+
+
+class Watch(pl.Callback):
+    """Losses, and classes of earlier tasks that were trained on, step by step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.old_classes: list[set[int]] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        task = module.clock.task_at(trainer.current_epoch)
+        old = {y for t in module.clock.tasks[:task] for y in t.classes}
+        self.old_classes.append(old & set(batch.targets.tolist()))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+def num_stored(agent) -> int | None:
+    if hasattr(agent, "exemplars"):
+        return len(agent.exemplar_ids())
+    return len(agent.rehearsal.manager.buffer) if hasattr(agent, "rehearsal") else None
+
+
+def predictions(agent, data, folder: Path) -> torch.Tensor:
+    parts = make_trainer(folder).predict(agent, datamodule=data)
+    return torch.cat([b.probabilities for part in parts for b in (part if isinstance(part, list) else [part])])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_equals_uninterrupted_and_the_memory_works(name: str, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    data, watch = data_of(name), Watch()
+    agent = make(name, data)
+    trainer = make_trainer(tmp_path, [watch, saver])
+    trainer.fit(agent, datamodule=data)
+
+    # Loss and weights are numbers, and every task was evaluated.
+    assert all(torch.isfinite(torch.tensor(watch.losses)))
+    tasks = 1 if name == "joint" else 3
+    assert torch.isfinite(matrix(agent)).sum() == tasks * (tasks + 1) // 2
+    names = {"val/acc", "val/loss", "val/acc_task_0", "train/loss", "train/acc"}
+    assert names <= set(trainer.callback_metrics)
+
+    # The memory is full and no fuller, and what it holds of earlier classes is trained on.
+    rehearsed = [old for old in watch.old_classes if old]
+    if name in KEEPING:
+        assert num_stored(agent) == 12
+        assert len(set().union(*rehearsed)) >= (3 if name in REPEATING else 1)
+    else:
+        assert num_stored(agent) is None
+        assert bool(rehearsed) == (name == "cumulative")
+
+    # From the last step of a task, and from the next one's first.
+    last = trainer.global_step
+    if name in REPEATING:
+        for step in (4, 5) if name != "joint" else (last // 2,):
+            again = make(name, data, seed=5)
+            other = data_of(name, seed=9)
+            make_trainer(tmp_path).fit(again, datamodule=other, ckpt_path=tmp_path / "steps" / f"step={step}.ckpt")
+            assert torch.equal(matrix(again).nan_to_num(-1), matrix(agent).nan_to_num(-1)), step
+            assert same(again.state_dict(), agent.state_dict()), step
+            if name in REHEARSING:
+                managers = again.rehearsal.manager.state_dict(), agent.rehearsal.manager.state_dict()
+                assert same(*managers), step
+
+    # A lone checkpoint predicts.
+    loaded = type(agent).load_from_checkpoint(tmp_path / "steps" / f"step={last}.ckpt", backbone=MLP([8]))
+    assert same(dict(loaded.hparams), dict(agent.hparams))
+    assert torch.equal(predictions(loaded, data, tmp_path), predictions(agent, data, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["derpp", "derpp_task_end", "agem", "gdumb"])
+def test_blocking_equals_inline_bit_for_bit_under_either_scope(name: str, tmp_path: Path) -> None:
+    found = []
+    fixed = {"quota": "fixed"}  # under which rows stay, as a global draw needs
+    for memory in (
+        {},
+        {"execution": "blocking", "stage": "assemble"},
+        {"scope": "global"} | fixed,
+        {"scope": "global", "execution": "blocking"} | fixed,
+    ):
+        data = data_of(name)
+        agent = make(name, data, memory=memory)
+        make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
+        assert agent.clock.samples_seen["rehearsed"] > 12
+        found.append((weights(agent), agent.rehearsal.manager.state_dict()))
+    assert same(found[0], found[1])
+    assert same(found[2], found[3])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_mixed_precision_and_a_hand_made_trainer(name: str, tmp_path: Path) -> None:
+    data, watch = data_of(name), Watch()
+    agent = make(name, data, epochs_per_task=1)
+    # A Trainer as anybody makes it: its own callbacks, its own loggers, all of Lightning's defaults.
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", precision="bf16-mixed", callbacks=[watch],
+        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=5.0,
+    )  # fmt: skip
+    trainer.fit(agent, datamodule=data)
+    assert all(torch.isfinite(torch.tensor(watch.losses)))
+    assert torch.isfinite(weights(agent)).all()
+    assert all(p.dtype == torch.float32 for p in agent.parameters())
+    assert (tmp_path / "lightning_logs/version_0/report/accuracy_matrix.json").exists()
+
+
+def test_every_name_is_in_the_package_and_has_its_file(tmp_path: Path) -> None:
+    kinds = {base for n in NAMES for base in getattr(presets, n).__mro__ if base.__module__.startswith("dcl_light")}
+    kinds = {kind for kind in kinds if kind.__module__ != presets.__name__ and not inspect.isabstract(kind)}
+    assert {kind.__name__ for kind in kinds} <= set(dcl_lightning.__all__)
+    models = [yaml.safe_load(f.read_text()).get("model") for f in (ROOT / "configs").glob("*_digits.yaml")]
+    with_files = {model["class_path"] for model in models if isinstance(model, dict)}
+    # These are told from the name before them by a key or two.
+    assert set(NAMES) - with_files <= {"icarl_v1", "nil", "nil_v2", "nil_v3", "nil_v4", "nil_global"}
+    table = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in table for name in NAMES if not name.startswith("nil_v"))
+
+
+def test_a_foreign_loader_is_told_what_is_missing(tmp_path: Path) -> None:
+    data = make_data()
+    loader = DataLoader(TensorDataset(torch.zeros(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)))
+    with pytest.raises(dcl_lightning.errors.ConfigurationError, match="ContinualDataModule"):
+        make_trainer(tmp_path).fit(make("er", data), loader)
