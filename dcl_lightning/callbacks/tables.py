@@ -8,20 +8,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["csv_text", "summary_text", "table_text"]
+from dcl_lightning.functional import continual_metrics
+from dcl_lightning.functional.continual_metrics import FORMULAS
+from dcl_lightning.metrics import AccuracyMatrix
+
+__all__ = ["csv_text", "over_tasks_text", "progress_text", "summary_text", "table_text"]
 
 _SHOWN = 15
-_SCALARS = {
-    "average_accuracy": "average accuracy (mean over tasks after the last one)",
-    "average_incremental_accuracy": "average incremental accuracy (mean of the pooled accuracies)",
-    "pooled_accuracy": "accuracy over all test samples after the last task",
-    "learning_accuracy": "learning accuracy (each task just after it)",
-    "forgetting": "forgetting (best earlier accuracy - last)",
-    "backward_transfer": "backward transfer",
-    "forward_transfer": "forward transfer",
-}
+_SCALARS = {name: name.replace("_", " ") for name in FORMULAS}
 _FACTS = {
     "agent": "agent",
     "dataset": "data set",
@@ -60,26 +57,60 @@ def table_text(matrix: Tensor, num_tasks: int) -> str:
     return "\n".join(lines)
 
 
-def csv_text(matrix: Tensor) -> str:
-    """Return the matrix as CSV: fractions, one row per task learnt, empty where not evaluated.
+def progress_text(matrix: AccuracyMatrix) -> str:
+    """Return one line with the figures after the last row, in per cent.
 
     Args:
-        matrix: ``(T, T)`` float64 fractions.
+        matrix: the accuracy matrix; what is not defined yet is left out.
+    """
+    figures = {
+        "average accuracy": matrix.average_accuracy,
+        "over all samples": matrix.pooled[len(matrix.evaluated) - 1],
+        "forgetting (max-last)": matrix.forgetting,
+        "backward transfer": matrix.backward_transfer,
+    }
+    return ", ".join(f"{name} {100 * float(v):.1f}" for name, v in figures.items() if not bool(v.isnan()))
+
+
+def csv_text(matrix: Tensor, corner: str, columns: Sequence[Any], rows: Sequence[Any] | None = None) -> str:
+    """Return a matrix as CSV: fractions or counts, empty where there is none.
+
+    Args:
+        matrix: ``(n, m)`` float64 or int64.
+        corner: head of the first column.
+        columns: heads of the m others.
+        rows: what stands in the first column; 0 to n - 1 if None.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["after_task", *(f"task_{j}" for j in range(len(matrix)))])
-    for i, row in enumerate(matrix.tolist()):
-        writer.writerow([i, *("" if math.isnan(value) else repr(value) for value in row)])
+    writer.writerow([corner, *columns])
+    for name, row in zip(range(len(matrix)) if rows is None else rows, matrix.tolist(), strict=True):
+        writer.writerow([name, *("" if math.isnan(value) else repr(value) for value in row)])
     return out.getvalue()
 
 
-def summary_text(facts: Mapping[str, Any], picture: bool) -> str:
+def over_tasks_text(matrix: AccuracyMatrix) -> str:
+    """Return the figures after each task as CSV, fractions, empty where one is not defined.
+
+    Args:
+        matrix: the accuracy matrix.
+    """
+    values = matrix.evaluated
+    names = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
+    figures = {name: continual_metrics.over_tasks(getattr(continual_metrics, name), values) for name in names}
+    pooled = matrix.pooled[: len(values)]
+    so_far = [continual_metrics.average_incremental_accuracy(pooled[: t + 1]) for t in range(len(values))]
+    figures |= {"pooled_accuracy": pooled, "average_incremental_accuracy": torch.stack(so_far)}
+    return csv_text(torch.stack([*figures.values()], 1), "after_task", [*figures])
+
+
+def summary_text(facts: Mapping[str, Any], files: Sequence[str], pictures: Sequence[str]) -> str:
     """Return the report for readers, in Markdown.
 
     Args:
         facts: the content of ``accuracy_matrix.json``.
-        picture: whether ``accuracy_matrix.png`` lies beside it.
+        files: names of the files of numbers that lie beside it.
+        pictures: names of the pictures that lie beside it.
     """
     rows: Sequence[Sequence[float | None]] = facts["matrix"]
     columns = range(len(rows))
@@ -90,21 +121,37 @@ def summary_text(facts: Mapping[str, Any], picture: bool) -> str:
     for i, row in enumerate(rows):
         cells = ["" if value is None else f"{100 * value:.1f}" for value in row]
         lines.append(f"| task {i} | " + " | ".join(cells) + " |")
-    if picture:
-        lines += ["", "![accuracy matrix](accuracy_matrix.png)"]
-    lines += ["", "| figure | % |", "|---|---|"]
-    for key, name in _SCALARS.items():
-        value = facts.get(key)
-        lines.append(f"| {name} | {'not available' if value is None else f'{100 * value:.1f}'} |")
-    lines += ["", "| task | classes | training samples |", "|---|---|---|"]
+    lines += ["", *_figures(facts), ""]
+    lines += ["R[i, j] is the accuracy on the test samples of task j after task i, T the number of tasks."]
+    if "matrix_task_aware" in facts:
+        lines += ["", "Task-aware: the agent is told the task, and only its classes are looked at (task-IL)."]
+    for name in pictures:
+        lines += ["", f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"]
+    lines += ["", "| task | classes | training samples | test samples |", "|---|---|---|---|"]
     for t, classes in enumerate(facts["task_classes"]):
         names = ", ".join(map(str, classes[:20])) + (", ..." if len(classes) > 20 else "")
-        lines.append(f"| {t} | {_escape(names)} | {facts['task_samples'][t]} |")
+        lines.append(f"| {t} | {_escape(names)} | {facts['task_samples'][t]} | {facts['task_test_samples'][t]} |")
     lines += ["", "| | |", "|---|---|"]
     for key, name in _FACTS.items():
         if facts.get(key) is not None:
             lines.append(f"| {name} | {_escape(_words(facts[key]))} |")
+    lines += ["", "Numbers: " + ", ".join(f"[{name}]({name})" for name in files) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _figures(facts: Mapping[str, Any]) -> list[str]:
+    """Return the table of figures, each with its formula, a column for each way of counting hits."""
+    columns = {"%": facts}
+    if facts.get("top5") is not None:
+        columns["top-5, %"] = facts["top5"]
+    if "matrix_task_aware" in facts:
+        columns["task-aware, %"] = {key: facts[f"{key}_task_aware"] for key in _SCALARS}
+    lines = ["| figure | formula | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for key, name in _SCALARS.items():
+        values = [source.get(key) for source in columns.values()]
+        cells = ["not defined" if value is None else f"{100 * value:.1f}" for value in values]
+        lines.append(f"| {name} | {FORMULAS[key]} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _percent(value: float) -> str:

@@ -10,14 +10,27 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
 
+from dcl_lightning.callbacks.boundaries import (
+    forget_best,
+    forget_best_checkpoints,
+    hyperparameters,
+    reset_optimizers,
+    stopped,
+)
+from dcl_lightning.callbacks.checks import refuse_early_stopping, refuse_rare_validation, refuse_selection_on_test
+from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook
+from dcl_lightning.callbacks.sample_counts import SampleCounts
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.distributed.sharing import share_buffers
 from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.metrics import AccuracyMatrix
+from dcl_lightning.metrics.stream_results import StreamResults, Tally
 from dcl_lightning.types import Batch, Task
 
 __all__ = ["TaskClock"]
@@ -34,18 +47,30 @@ class TaskClock(Checkpoint):
     checkpoint of any step resumes right. It derives from ``Checkpoint`` because Lightning runs such
     callbacks last: it sees whether an ``EarlyStopping`` stopped, and ends the task instead of the fit.
 
+    With ``data.boundaries: hidden`` no hook is called and nothing is reset at a boundary; the matrix is filled all the
+    same.
+
     Args:
         epochs_per_task: epochs of every task, or one number per task; each at least 1.
         optimizer_reset: whether each task starts with an empty optimizer state and with the learning
             rate and schedule of the start of training.
+        task_aware: whether evaluation also restricts the scores to each task's classes (task-IL).
+        future_tasks: whether evaluation takes in tasks not learnt yet, and all of them before training.
 
     Attributes:
-        matrix: accuracy on task j after task i, the same on all workers.
+        results: what evaluation found, the same on all workers.
+        baseline: ``(T,)`` float64, the untrained network's accuracies with ``future_tasks``, else None.
         tasks: the stream, known after ``setup``.
         wall_time: seconds spent in ``train``, ``select`` (validation) and ``eval`` (test sets).
     """
 
-    def __init__(self, epochs_per_task: int | Sequence[int] = 1, optimizer_reset: bool = True) -> None:
+    def __init__(
+        self,
+        epochs_per_task: int | Sequence[int] = 1,
+        optimizer_reset: bool = True,
+        task_aware: bool = False,
+        future_tasks: bool = False,
+    ) -> None:
         super().__init__()
         given = [epochs_per_task] if isinstance(epochs_per_task, int) else list(epochs_per_task)
         if not given or any(not isinstance(n, int) or n < 1 for n in given):
@@ -54,16 +79,30 @@ class TaskClock(Checkpoint):
             )
         self.epochs_per_task = epochs_per_task if isinstance(epochs_per_task, int) else given
         self.optimizer_reset = optimizer_reset
+        self.task_aware, self.future_tasks = task_aware, future_tasks
         self.boundaries: list[int] = []
         self.tasks: list[Task] = []
-        self.matrix = AccuracyMatrix(num_tasks=1)
+        self.results = StreamResults([[]], num_classes=1)
+        self.baseline: Tensor | None = None
         self.evaluated_rows = 0
-        self.samples_seen = {"new": 0, "rehearsed": 0}
+        self._samples = SampleCounts()
+        self._comm: Comm = SingleProcessComm()
         self.wall_time = {"train": 0.0, "select": 0.0, "eval": 0.0}
+        self._hidden = False
         self._snapshot: dict[str, Any] | None = None
         self._state: dict[str, Any] | None = None
         self._started_tasks = self._ended_tasks = 0
         self._mark = 0.0
+
+    @property
+    def matrix(self) -> AccuracyMatrix:
+        """Accuracy on task j after task i, the same on all workers."""
+        return self.results.matrix
+
+    @property
+    def samples_seen(self) -> dict[str, int]:
+        """Samples trained on, ``new`` and ``rehearsed``, over all workers, as of the last epoch's end."""
+        return self._samples.seen
 
     # -- the stream ------------------------------------------------------------------------------
 
@@ -80,6 +119,9 @@ class TaskClock(Checkpoint):
             raise ConfigurationError(
                 "TaskClock needs a ContinualDataModule: call trainer.fit(agent, datamodule=ContinualDataModule(...))"
             )
+        self._hidden = getattr(data, "boundaries", "known") == "hidden"
+        if self._hidden:
+            refuse_early_stopping(trainer)
         num_tasks = data.num_tasks
         epochs = self._epochs(num_tasks)
         dev_batches = int(getattr(trainer, "fast_dev_run", 0))
@@ -93,15 +135,18 @@ class TaskClock(Checkpoint):
                 f"trainer.max_epochs={trainer.fit_loop.max_epochs} contradicts epochs_per_task, which gives {total}: "
                 "leave max_epochs out and use epochs_per_task"
             )
-        self.tasks = data.tasks(epochs)[:num_tasks]
+        stream = data.tasks(epochs)
+        self.tasks = stream[:num_tasks]
         self.boundaries = [sum(epochs[:t]) for t in range(num_tasks + 1)]
-        self.matrix = AccuracyMatrix(num_tasks=data.num_tasks)
+        self.results = StreamResults([task.tested for task in stream], data.num_classes, self.task_aware)
+        self.baseline = None
         self.evaluated_rows = self._started_tasks = self._ended_tasks = 0
         self._snapshot = None
         trainer.fit_loop.max_epochs = total
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         data.attach_clock(self)
-        self._refuse_selection_on_test(trainer, data)
+        refuse_selection_on_test(trainer, data)
+        refuse_rare_validation(trainer, self.tasks, data)
         # A checkpoint written at a boundary must hold the boundary's work: the clock goes first.
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         place = next((i for i, c in enumerate(others) if isinstance(c, ModelCheckpoint)), len(others))
@@ -114,21 +159,10 @@ class TaskClock(Checkpoint):
             return [self.epochs_per_task] * num_tasks
         if len(self.epochs_per_task) != num_tasks:
             raise ConfigurationError(
-                f"epochs_per_task={self.epochs_per_task} has {len(self.epochs_per_task)} numbers for {num_tasks} tasks"
+                f"epochs_per_task={self.epochs_per_task} has {len(self.epochs_per_task)} numbers for {num_tasks} "
+                "tasks: give one number for all tasks, or one for each"
             )
         return list(self.epochs_per_task)
-
-    @staticmethod
-    def _refuse_selection_on_test(trainer: pl.Trainer, data: Any) -> None:
-        if getattr(data, "val_ratio", 0.0) > 0 or getattr(data, "select_on_test", False):
-            return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if isinstance(monitor, str) and monitor.startswith("val/"):
-                raise ConfigurationError(
-                    f"{type(callback).__name__}(monitor='{monitor}') would select on test data: set data.val_ratio "
-                    "above 0 to hold samples out, or data.select_on_test=true to do it knowingly"
-                )
 
     # -- training --------------------------------------------------------------------------------
 
@@ -136,7 +170,7 @@ class TaskClock(Checkpoint):
         """Remember what optimizers and schedules look like before any step."""
         self._mark = time.monotonic()
         if self._snapshot is None:
-            self._snapshot = _hyperparameters(trainer)
+            self._snapshot = hyperparameters(trainer)
         loop = trainer.fit_loop.epoch_loop
         if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
             self._finish_epoch(trainer, pl_module)
@@ -157,9 +191,8 @@ class TaskClock(Checkpoint):
     def _finish_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what Lightning leaves out after resume from an epoch's last step: validate, let early stopping decide."""
         progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
-        every = trainer.check_val_every_n_epoch
         progress.completed -= 1  # Lightning is in the next epoch already
-        if trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0:
+        if trainer.enable_validation and _validation_is_due(trainer):
             trainer.validating = True
             loop.restarting = False
             loop.run()
@@ -184,22 +217,31 @@ class TaskClock(Checkpoint):
         if self._started_tasks > task.index:
             return
         self._started_tasks = task.index + 1
+        if self.future_tasks and not task.index:
+            self._measure_baseline(trainer, pl_module)
+        if self._hidden:
+            return
         if task.index:
-            _forget_best_checkpoints(trainer)
+            forget_best_checkpoints(trainer)
         if task.index and self.optimizer_reset and self._snapshot is not None:
-            _reset_optimizers(trainer, self._snapshot)
-        _call_task_hook("on_task_start", trainer, pl_module, task)
+            reset_optimizers(trainer, self._snapshot)
+        call_task_hook("on_task_start", trainer, pl_module, task)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the last batch of a task: end it, before validation and before any checkpoint."""
         if isinstance(batch, Batch):
-            self.samples_seen["new"] += batch.num_new
-            self.samples_seen["rehearsed"] += len(batch.targets) - batch.num_new
+            self._count(trainer, batch)
         last_epoch = trainer.current_epoch + 1 in self.boundaries
         if last_epoch and batch_idx + 1 >= trainer.num_training_batches:
             self._end_task(trainer, pl_module)
+
+    def _count(self, trainer: pl.Trainer, batch: Batch) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        # Exemplars that are part of a task's training set come among the new samples.
+        joined = data.extra_per_step is None and len(data.extra_indices.get(data.task_id, ())) > 0
+        self._samples.add(batch, data.task_id if joined else None)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task if an ``EarlyStopping`` stopped at the end of this epoch."""
@@ -216,21 +258,22 @@ class TaskClock(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task if an ``EarlyStopping`` stopped in this epoch."""
         self._end_stopped_task(trainer, pl_module)
+        self._samples.settle(self._comm)
         self.wall_time["train"] += self._lap()
 
     def _end_stopped_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch
         stoppers = trainer.early_stopping_callbacks
-        if not trainer.should_stop or not any(_stopped(s, epoch) for s in stoppers):
+        if not trainer.should_stop or not any(stopped(s, epoch) for s in stoppers):
             if epoch + 1 in self.boundaries:
-                _forget_best(stoppers)
+                forget_best(stoppers)
             return
         task = self.task_at(epoch)
         shift = self.boundaries[task + 1] - (epoch + 1)
         self.boundaries[task + 1 :] = [b - shift for b in self.boundaries[task + 1 :]]
         trainer.fit_loop.max_epochs = self.boundaries[-1]
         trainer.should_stop = False
-        _forget_best(stoppers)
+        forget_best(stoppers)
         self._end_task(trainer, pl_module)
 
     def _end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -243,7 +286,8 @@ class TaskClock(Checkpoint):
         self.wall_time["train"] += self._lap()
         # From here on its running statistics are used, on every worker.
         share_buffers(pl_module, comm_of(trainer.strategy))
-        _call_task_hook("on_task_end", trainer, pl_module, task)
+        if not self._hidden:
+            call_task_hook("on_task_end", trainer, pl_module, task)
         self.evaluate(trainer, pl_module, task)
         self.wall_time["eval"] += self._lap()
 
@@ -252,30 +296,38 @@ class TaskClock(Checkpoint):
     @torch.no_grad()
     def evaluate(self, trainer: pl.Trainer, agent: Any, task: Task) -> None:
         """Write row ``task.index`` of the matrix: the test sets of all tasks so far, each sample once."""
+        last = len(self.tasks) - 1 if self.future_tasks else task.index
+        self.results.add(task.index, self._tally(trainer, agent, last), self._comm.allreduce)
+        self.evaluated_rows = task.index + 1
+        call_callbacks("on_task_evaluated", trainer, agent, task)
+
+    @torch.no_grad()
+    def _measure_baseline(self, trainer: pl.Trainer, agent: Any) -> None:
+        """Evaluate the network before it has learnt anything."""
+        self.wall_time["train"] += self._lap()
+        untrained = StreamResults(self.results.tested, self.results.num_classes)
+        tally = self._tally(trainer, agent, len(self.tasks) - 1)
+        untrained.add(0, tally, self._comm.allreduce)
+        self.baseline = untrained.matrix.values[0]
+        self.wall_time["eval"] += self._lap()
+
+    def _tally(self, trainer: pl.Trainer, agent: Any, last_task: int) -> Tally:
+        """Count this worker's hits on the test sets of tasks 0..last_task; the host does not wait for a batch."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         was_training = agent.training
         agent.eval()
-        counts = torch.zeros(2, task.index + 1, dtype=torch.int64)
+        tally = self.results.tally()
         limit = int(getattr(trainer, "fast_dev_run", 0)) or None
-        for column, loader in enumerate(data.test_loaders(task.index)):
+        for column, loader in enumerate(data.test_loaders(last_task)):
             for i, batch in enumerate(loader):
                 if limit is not None and i >= limit:
                     break
                 # Not the strategy's: that one runs the training batch's hooks.
                 batch = move_data_to_device(batch, trainer.strategy.root_device)
                 batch = data.prepare_batch(batch, train=False, epoch=0)
-                hits = agent.evaluate(batch).argmax(1) == batch.targets
-                counts[0, column] += int(hits.sum())
-                counts[1, column] += len(hits)
-        counts = comm_of(trainer.strategy).allreduce(counts)
-        for column in range(task.index + 1):
-            self.matrix.add_counts(counts[0, column], counts[1, column], task.index, column)
-        self.evaluated_rows = task.index + 1
+                tally.add(column, agent.evaluate(batch), batch.targets)
         agent.train(was_training)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            hook = getattr(callback, "on_task_evaluated", None)
-            if hook is not None:
-                hook(trainer, agent, task)
+        return tally
 
     def _lap(self) -> float:
         now = time.monotonic()
@@ -285,15 +337,15 @@ class TaskClock(Checkpoint):
     # -- checkpoint ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, in plain types and tensors."""
+        """Return everything that a resumed run needs, in plain types and tensors; every worker calls it."""
         return {
             "boundaries": list(self.boundaries),
             "started_tasks": self._started_tasks,
             "ended_tasks": self._ended_tasks,
             "evaluated_rows": self.evaluated_rows,
-            "correct": self.matrix.correct.clone(),
-            "total": self.matrix.total.clone(),
-            "samples_seen": dict(self.samples_seen),
+            "results": self.results.state_dict(),
+            "baseline": self.baseline,
+            "samples_seen": dict(self._samples.settle(self._comm)),
             "wall_time": dict(self.wall_time),
             "snapshot": copy.deepcopy(self._snapshot),
         }
@@ -306,6 +358,7 @@ class TaskClock(Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the fit the length that early stopping left it with."""
+        self._comm = comm_of(trainer.strategy)
         if self.boundaries:
             trainer.fit_loop.max_epochs = self.boundaries[-1]
 
@@ -320,58 +373,16 @@ class TaskClock(Checkpoint):
         self.boundaries = list(state["boundaries"])
         self._started_tasks, self._ended_tasks = state["started_tasks"], state["ended_tasks"]
         self.evaluated_rows = state["evaluated_rows"]
-        self.matrix.correct, self.matrix.total = state["correct"].clone(), state["total"].clone()
-        self.samples_seen, self.wall_time = dict(state["samples_seen"]), dict(state["wall_time"])
+        self.results.load_state_dict(state["results"])
+        self.baseline = state["baseline"]
+        self._samples.seen, self.wall_time = dict(state["samples_seen"]), dict(state["wall_time"])
         self._snapshot = copy.deepcopy(state["snapshot"])
 
 
-def _call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task) -> None:
-    """Data module, then agent, then callbacks: whoever has the hook."""
-    for owner in (trainer.datamodule, agent):  # type: ignore[attr-defined]
-        hook = getattr(owner, name, None)
-        if hook is not None:
-            hook(task)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        hook = getattr(callback, name, None)
-        if hook is not None:
-            hook(trainer, agent, task)
-
-
-def _stopped(stopper: EarlyStopping, epoch: int) -> bool:
-    # ``stopped_epoch`` is 0 both for "never" and for epoch 0.
-    return stopper.stopped_epoch == epoch and (epoch > 0 or stopper.wait_count > 0)
-
-
-def _forget_best(stoppers: Sequence[EarlyStopping]) -> None:
-    for stopper in stoppers:
-        stopper.wait_count = stopper.stopped_epoch = 0
-        worst = float("inf") if stopper.monitor_op == torch.lt else -float("inf")
-        stopper.best_score = torch.tensor(worst)
-
-
-def _forget_best_checkpoints(trainer: pl.Trainer) -> None:
-    """What was best in one task must not keep the next one's from being saved; the files stay."""
-    for saver in trainer.checkpoint_callbacks:
-        if isinstance(saver, ModelCheckpoint) and saver.monitor is not None:
-            saver.best_k_models = {}
-            saver.best_model_score = None
-            saver.kth_best_model_path = ""
-
-
-def _hyperparameters(trainer: pl.Trainer) -> dict[str, Any]:
-    groups = [
-        [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        for optimizer in trainer.optimizers
-    ]
-    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-    return copy.deepcopy({"groups": groups, "schedules": schedules})
-
-
-def _reset_optimizers(trainer: pl.Trainer, snapshot: dict[str, Any]) -> None:
-    """In place: a new optimizer object would have to be wrapped and hooked again."""
-    for optimizer, groups in zip(trainer.optimizers, snapshot["groups"], strict=True):
-        optimizer.state.clear()
-        for group, values in zip(optimizer.param_groups, groups, strict=True):
-            group.update(copy.deepcopy(values))
-    for config, state in zip(trainer.lr_scheduler_configs, snapshot["schedules"], strict=True):
-        config.scheduler.load_state_dict(copy.deepcopy(state))
+def _validation_is_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after the last batch of this epoch."""
+    every = trainer.check_val_every_n_epoch
+    if every is not None:
+        return (trainer.current_epoch + 1) % every == 0
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+    return isinstance(trainer.val_check_batch, int) and batches % trainer.val_check_batch == 0

@@ -1,5 +1,26 @@
-"""Metrics of continual learning as torchmetrics classes."""
+"""Metrics of continual learning as torchmetrics classes.
+
+What torchmetrics has is used as it is: the confusion matrix over a stream is its ``MulticlassConfusionMatrix``.
+"""
 
 from dcl_lightning.metrics.accuracy_matrix import AccuracyMatrix
+from dcl_lightning.metrics.class_accuracy import ClassAccuracy
+from dcl_lightning.metrics.figures_of_matrix import (
+    AverageAccuracy,
+    AverageIncrementalAccuracy,
+    BackwardTransfer,
+    Forgetting,
+    ForwardTransfer,
+    LearningAccuracy,
+)
 
-__all__ = ["AccuracyMatrix"]
+__all__ = [
+    "AccuracyMatrix",
+    "AverageAccuracy",
+    "AverageIncrementalAccuracy",
+    "BackwardTransfer",
+    "ClassAccuracy",
+    "Forgetting",
+    "ForwardTransfer",
+    "LearningAccuracy",
+]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+import dcl_lightning.metrics.drawing as drawing
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional import continual_metrics as figures
+from dcl_lightning.functional.scores import top_k_hits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,13 +22,13 @@ __all__ = ["AccuracyMatrix"]
 
 
 class AccuracyMatrix(Metric):
-    r"""Accuracy on the test samples of task j (column) after task i (row).
+    r"""Accuracy on the test samples of task j (column) after task i (row); Lopez-Paz and Ranzato 2017, section 2.
 
     .. math:: R_{i, j} = \mathrm{correct}_{i, j} / \mathrm{total}_{i, j}
 
     ``compute()`` returns ``(T, T)`` float64, NaN where nothing was evaluated, and adds the counts of all
-    workers up under ``torch.distributed``. The properties read the counts held here and exchange
-    nothing, so that one worker alone may ask for them; they look at the rows evaluated so far.
+    workers up under ``torch.distributed`` and under ``HorovodStrategy``. The properties read the counts held
+    here and exchange nothing, so that one worker alone may ask for them; they look at the rows evaluated so far.
 
     Args:
         num_tasks: T, at least 1.
@@ -47,6 +50,8 @@ class AccuracyMatrix(Metric):
                 [0.5000, 1.0000]], dtype=torch.float64)
         >>> matrix.forgetting
         tensor(0.5000, dtype=torch.float64)
+        >>> matrix.pooled
+        tensor([1.0000, 0.7500], dtype=torch.float64)
     """
 
     is_differentiable = False
@@ -88,13 +93,7 @@ class AccuracyMatrix(Metric):
             )
         if preds.ndim == 1 and self.top_k > 1:
             raise ValueError(f"top_k={self.top_k} needs scores (B, K), got predicted classes")
-        if preds.ndim == 1:
-            hits = preds == target
-        elif self.top_k == 1:
-            hits = preds.argmax(1) == target
-        else:
-            best = preds.topk(min(self.top_k, preds.shape[1]), dim=1).indices
-            hits = (best == target[:, None]).any(1)
+        hits = preds == target if preds.ndim == 1 else top_k_hits(preds, target, self.top_k)
         self.correct[row, column] += hits.sum()
         self.total[row, column] += len(target)
 
@@ -166,10 +165,11 @@ class AccuracyMatrix(Metric):
 
     # -- picture -----------------------------------------------------------------------------------
 
-    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the matrix in greys, with the values in per cent in its cells.
 
         Args:
+            val: a result of ``compute()``, or several, of which the last is drawn; computed now if None.
             ax: axes to draw on; a new figure if None.
 
         Returns:
@@ -178,26 +178,10 @@ class AccuracyMatrix(Metric):
         Raises:
             ModuleNotFoundError: if matplotlib is not installed (``pip install 'dcl-lightning[plot]'``).
         """
-        size = self.num_tasks
-        if ax is None:
-            from matplotlib import pyplot
-
-            side = 2.0 + 0.55 * min(max(size, 4), 20)
-            _, ax = pyplot.subplots(figsize=(side + 0.8, side), layout="constrained")
-        percent = 100 * self.values.numpy()
-        image = ax.imshow(percent, cmap="Greys", vmin=0, vmax=100)
-        font = 9 if size <= 12 else 6
-        for i, j in torch.nonzero(~self.values.isnan()).tolist() if size <= 25 else []:
-            ink = "white" if percent[i, j] > 55 else "black"
-            ax.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", color=ink, fontsize=font)
-        ticks = range(0, size, max(1, size // 20))
-        ax.set_xticks(ticks)
-        ax.set_yticks(ticks)
-        ax.set_xlabel("test samples of task")
-        ax.set_ylabel("after task")
-        figure: Any = ax.figure
-        figure.colorbar(image, ax=ax, label="accuracy (%)", shrink=0.8)
-        return figure, ax
+        shown = self.compute() if val is None else val if isinstance(val, Tensor) else val[-1]
+        ax = ax if ax is not None else drawing.new_axes(*drawing.matrix_size(self.num_tasks))
+        drawing.draw_matrix(ax, shown.cpu().numpy())
+        return drawing.figure_of(ax), ax
 
     def _check(self, row: int, column: int) -> None:
         if not (0 <= row < self.num_tasks and 0 <= column < self.num_tasks):

@@ -10,7 +10,7 @@ from torch import nn
 
 from dcl_lightning.callbacks.report import TaskReport
 from dcl_lightning.callbacks.tables import table_text
-from dcl_lightning.metrics import AccuracyMatrix
+from dcl_lightning.metrics.stream_results import StreamResults
 from dcl_lightning.types import Task
 
 KEYS = [
@@ -46,7 +46,8 @@ class Clock(pl.Callback):
     """As much of a task clock as the report looks at."""
 
     def __init__(self, num_tasks=3, rows=3):
-        self.matrix = AccuracyMatrix(num_tasks)
+        self.results = StreamResults([(2 * t, 2 * t + 1) for t in range(num_tasks)], 2 * num_tasks)
+        self.matrix, self.baseline = self.results.matrix, None
         self.evaluated_rows = rows
         self.tasks = [Task(t, num_tasks, (2 * t, 2 * t + 1), (f"a{t}", f"b|{t}"), 50, 2) for t in range(num_tasks)]
         self.wall_time = {"train": 1.5, "select": 0.0, "eval": 0.25}
@@ -117,7 +118,7 @@ def test_files_and_facts(tmp_path, capsys):
 
 
 def test_written_once_a_fit(tmp_path, capsys):
-    report, trainer, agent = TaskReport(), make_trainer(tmp_path, Clock()), FakeAgent()
+    report, trainer, agent = TaskReport(pictures=False), make_trainer(tmp_path, Clock()), FakeAgent()
     report.on_train_end(trainer, agent)
     report.on_fit_end(trainer, agent)
     assert capsys.readouterr().out.count("Report:") == 1
@@ -128,19 +129,19 @@ def test_written_once_a_fit(tmp_path, capsys):
 
 def test_only_worker_zero_writes_and_prints(tmp_path, capsys):
     trainer = make_trainer(tmp_path, clock := Clock(), is_global_zero=False)
-    TaskReport().on_task_evaluated(trainer, FakeAgent(), clock.tasks[2])
-    TaskReport().on_train_end(trainer, FakeAgent())
+    TaskReport(pictures=False).on_task_evaluated(trainer, FakeAgent(), clock.tasks[2])
+    TaskReport(pictures=False).on_train_end(trainer, FakeAgent())
     assert not (tmp_path / "report").exists()
     assert not capsys.readouterr().out
 
 
 def test_fast_dev_run_leaves_nothing(tmp_path):
-    TaskReport().on_train_end(make_trainer(tmp_path, Clock(), fast_dev_run=1), FakeAgent())
+    TaskReport(pictures=False).on_train_end(make_trainer(tmp_path, Clock(), fast_dev_run=1), FakeAgent())
     assert not list(tmp_path.iterdir())
 
 
 def test_one_task_has_nulls(tmp_path):
-    TaskReport().on_train_end(make_trainer(tmp_path, Clock(1, 1)), FakeAgent())
+    TaskReport(pictures=False).on_train_end(make_trainer(tmp_path, Clock(1, 1)), FakeAgent())
     facts = read(tmp_path)
     assert facts["average_accuracy"] == 1.0
     assert facts["forgetting"] is facts["backward_transfer"] is facts["average_incremental_accuracy"] is None
@@ -150,22 +151,20 @@ def test_unwritable_folder_only_warns(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.warns(UserWarning, match="cannot be written"):
-        TaskReport().on_train_end(make_trainer(file, Clock()), FakeAgent())
+        TaskReport(pictures=False).on_train_end(make_trainer(file, Clock()), FakeAgent())
 
 
 @pytest.mark.parametrize("callbacks", [[], [Clock(2, 0)]])
 def test_without_a_matrix_only_warns(tmp_path, callbacks):
     with pytest.warns(UserWarning, match="no task was evaluated"):
-        TaskReport().on_train_end(make_trainer(tmp_path, *callbacks), FakeAgent())
+        TaskReport(pictures=False).on_train_end(make_trainer(tmp_path, *callbacks), FakeAgent())
     assert not (tmp_path / "report").exists()
 
 
 def test_without_matplotlib_no_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     TaskReport().on_train_end(make_trainer(tmp_path, Clock()), FakeAgent())
-    assert {p.name for p in (tmp_path / "report").iterdir()} == {
-        "accuracy_matrix.json", "accuracy_matrix.csv", "summary.md",
-    }  # fmt: skip
+    assert {p.suffix for p in (tmp_path / "report").iterdir()} == {".json", ".csv", ".md"}
     assert "png" not in (tmp_path / "report/summary.md").read_text()
 
 
@@ -176,17 +175,19 @@ def test_without_matplotlib_no_picture(tmp_path, monkeypatch):
 def test_selection_is_told(tmp_path, monitor, ratio, selection):
     trainer = make_trainer(tmp_path, Clock(), SimpleNamespace(monitor=monitor))
     trainer.datamodule.val_ratio = ratio
-    TaskReport().on_train_end(trainer, FakeAgent())
+    TaskReport(pictures=False).on_train_end(trainer, FakeAgent())
     assert read(tmp_path)["selection"] == selection
 
 
 def test_table_after_a_task(tmp_path, capsys):
     clock = Clock(3, 2)
-    TaskReport().on_task_evaluated(make_trainer(tmp_path, clock), FakeAgent(), clock.tasks[1])
+    TaskReport(pictures=False).on_task_evaluated(make_trainer(tmp_path, clock), FakeAgent(), clock.tasks[1])
     lines = capsys.readouterr().out.strip().splitlines()
     assert "task 2 of 3" in lines[0]
-    assert lines[-1].split() == ["1", "|", "80.0", "100.0", "|", "90.0"]
-    assert len({len(line) for line in lines[1:]}) == 1
+    assert lines[-2].split() == ["1", "|", "80.0", "100.0", "|", "90.0"]
+    assert len({len(line) for line in lines[1:-1]}) == 1
+    figures = "average accuracy 90.0, over all samples 90.0, forgetting (max-last) 20.0, backward transfer -20.0"
+    assert lines[-1] == figures
 
 
 def test_a_long_stream_stays_narrow():
@@ -199,7 +200,7 @@ def test_figures_go_to_the_loggers(tmp_path):
     logged = []
     logger = SimpleNamespace(log_metrics=lambda figures, step: logged.append((figures, step)))
     clock = Clock(3, 2)
-    TaskReport(show_table=False).on_task_evaluated(
+    TaskReport(show_table=False, pictures=False).on_task_evaluated(
         make_trainer(tmp_path, clock, loggers=[logger]), FakeAgent(), clock.tasks[1]
     )
     figures, _ = logged[0]

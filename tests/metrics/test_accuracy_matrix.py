@@ -95,4 +95,4 @@ def test_plot_writes_the_values_into_the_cells():
     assert [t.get_text() for t in ax.texts] == ["12.5", "100.0"]
     assert "task" in ax.get_xlabel()
     assert "task" in ax.get_ylabel()
-    assert matrix.plot(ax)[0] is figure
+    assert matrix.plot(ax=ax)[0] is figure

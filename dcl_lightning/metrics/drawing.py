@@ -1,0 +1,300 @@
+"""Pictures of metrics on matplotlib axes: readable without colour, with units, at the size of a paper's column.
+
+Every function draws fractions as per cent. matplotlib is imported when a picture is made. Sizes are in inches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "CURVE_SIZE",
+    "class_size",
+    "confusion_size",
+    "draw_classes",
+    "draw_confusion",
+    "draw_curves",
+    "draw_fill",
+    "draw_matrix",
+    "draw_rows",
+    "draw_task_curves",
+    "figure_of",
+    "in_words",
+    "matrix_size",
+    "new_axes",
+    "shortened",
+]
+
+Floats = npt.NDArray[np.float64]
+
+CURVE_SIZE = (5.2, 3.4)
+_FONT = 8
+_NAMED = 8  # tasks whose curves can be told apart by dashes and markers
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = "osD^vX*P"
+_LONGEST = 20  # characters of a class's name
+_CELL = {10: 0.46, 20: 0.34}  # side of a cell with its value in it, by number of tasks
+
+
+def new_axes(width: float, height: float) -> Axes:
+    """Return the axes of a new figure of pyplot.
+
+    Args:
+        width: of the figure.
+        height: of the figure.
+    """
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the figure that axes belong to."""
+    figure: Any = ax.figure
+    return figure
+
+
+def in_words(name: str) -> str:
+    """Return the name of a class as words: ``AverageAccuracy`` as ``average accuracy``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+
+
+def shortened(label: Any) -> str:
+    """Return a class's name in at most twenty characters; of a longer one both ends stay, so that names differ."""
+    text = " ".join(str(label).split())
+    half = _LONGEST // 2
+    text = text if len(text) <= _LONGEST else text[:half] + "…" + text[1 - half :]
+    return text.replace("$", r"\$")  # matplotlib sets what stands between two of these as a formula
+
+
+# -- heat maps ---------------------------------------------------------------------------------------
+
+
+def matrix_size(num_tasks: int) -> tuple[float, float]:
+    """Return width and height of a figure for an accuracy matrix."""
+    cell = next((side for most, side in _CELL.items() if num_tasks <= most), None)
+    side = 4.6 if cell is None else max(cell * num_tasks, 2.2)
+    return 1.1 * side + 1.6, side + 0.7
+
+
+def draw_matrix(ax: Axes, values: Floats) -> None:
+    """Draw an accuracy matrix, with its values in the cells up to twenty tasks; what was not evaluated stays white.
+
+    Args:
+        ax: where.
+        values: ``(T, T)`` fractions, NaN where not evaluated.
+    """
+    size = len(values)
+    decimals = None if size > 20 else 1 if size <= 10 else 0
+    _heat(ax, 100 * values, 100.0, "accuracy (%)", decimals)
+    _task_ticks(ax, size, "x")
+    _task_ticks(ax, size, "y")
+    ax.set_xlabel("test samples of task", fontsize=_FONT + 1)
+    ax.set_ylabel("after learning task", fontsize=_FONT + 1)
+
+
+def class_size(num_tasks: int, labels: Sequence[str]) -> tuple[float, float]:
+    """Return width and height of a figure with a row for each class and a column for each task."""
+    width = min(max(0.46 * num_tasks, 2.2), 5.0) + 1.5 + _text_width(labels)
+    return width, min(max(0.2 * len(labels), 1.6), 6.0) + 0.7
+
+
+def draw_classes(ax: Axes, values: Floats, labels: Sequence[str]) -> None:
+    """Draw the accuracy of every class (row) after every task (column).
+
+    Args:
+        ax: where.
+        values: ``(T, K)`` fractions, NaN where not evaluated.
+        labels: names of the K classes.
+    """
+    decimals = 0 if values.shape[0] <= 10 and len(labels) <= 30 else None
+    _heat(ax, 100 * values.T, 100.0, "accuracy (%)", decimals, equal=False)
+    _axes_of_classes(ax, len(values), labels)
+
+
+def draw_rows(ax: Axes, counts: Floats, labels: Sequence[str]) -> None:
+    """Draw how many rows of every class (row) the memory holds after every task (column).
+
+    Args:
+        ax: where.
+        counts: ``(T, K)``.
+        labels: names of the K classes.
+    """
+    shown = np.where(counts > 0, counts, np.nan).T.astype(np.float64)
+    most = max(float(counts.max()), 1.0)
+    decimals = 0 if len(counts) <= 10 and len(labels) <= 30 and most < 10_000 else None
+    _heat(ax, shown, most, "rows stored", decimals, equal=False)
+    _axes_of_classes(ax, len(counts), labels)
+
+
+def confusion_size(labels: Sequence[str]) -> tuple[float, float]:
+    """Return width and height of a figure for a confusion matrix."""
+    side, beside = min(max(0.3 * len(labels), 2.2), 5.0), _text_width(labels)
+    return 1.1 * side + 1.6 + beside, side + 0.8 + beside
+
+
+def draw_confusion(ax: Axes, counts: Floats, labels: Sequence[str]) -> None:
+    """Draw a confusion matrix, each row as shares of the class's samples.
+
+    Args:
+        ax: where.
+        counts: ``(K, K)``, samples of class y (row) taken for class k (column).
+        labels: names of the K classes.
+    """
+    totals = counts.sum(1, keepdims=True)
+    shares = np.divide(100.0 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    _heat(ax, shares, 100.0, "share of the class's samples (%)", 0 if len(labels) <= 15 else None)
+    _class_ticks(ax, labels, "x")
+    _class_ticks(ax, labels, "y")
+    ax.set_xlabel("predicted class", fontsize=_FONT + 1)
+    ax.set_ylabel("class", fontsize=_FONT + 1)
+
+
+def _heat(ax: Axes, values: Floats, most: float, label: str, decimals: int | None, equal: bool = True) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    # Zero is a light grey, so that it differs from what is not there.
+    greys = LinearSegmentedColormap.from_list("greys", colormaps["Greys"](np.linspace(0.1, 0.9, 256)))
+    image = ax.imshow(
+        values, cmap=greys, vmin=0.0, vmax=most, aspect="equal" if equal else "auto", interpolation="nearest"
+    )
+    if decimals is not None:
+        for i, j in np.argwhere(~np.isnan(values)):
+            ink = "white" if values[i, j] > 0.5 * most else "black"
+            text = f"{values[i, j]:.{decimals}f}"
+            ax.text(j, i, text, ha="center", va="center", color=ink, fontsize=_FONT - 1, clip_on=True)
+    bar = figure_of(ax).colorbar(image, ax=ax, fraction=0.06, pad=0.03, ticks=MaxNLocator(5, integer=True))
+    bar.set_label(label, fontsize=_FONT)
+    bar.ax.tick_params(labelsize=_FONT)
+    ax.tick_params(labelsize=_FONT, length=2)
+
+
+def _axes_of_classes(ax: Axes, num_tasks: int, labels: Sequence[str]) -> None:
+    _task_ticks(ax, num_tasks, "x")
+    _class_ticks(ax, labels, "y")
+    ax.set_xlabel("after learning task", fontsize=_FONT + 1)
+    ax.set_ylabel("class", fontsize=_FONT + 1)
+
+
+def _task_ticks(ax: Axes, size: int, axis: str) -> None:
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, size) if size <= 20 * s)
+    ax.set(**{f"{axis}ticks": range(0, size, step)})
+
+
+def _class_ticks(ax: Axes, labels: Sequence[str], axis: str) -> None:
+    step = -(-len(labels) // 30)
+    places = range(0, len(labels), step)
+    ax.set(**{f"{axis}ticks": places, f"{axis}ticklabels": [shortened(labels[y]) for y in places]})
+    upright = axis == "x" and max(len(str(label)) for label in labels) > 2
+    ax.tick_params(axis=axis, rotation=90 if upright else 0)  # type: ignore[arg-type]
+
+
+def _text_width(labels: Sequence[str]) -> float:
+    return 0.072 * max(len(shortened(label)) for label in labels)
+
+
+# -- curves ------------------------------------------------------------------------------------------
+
+
+def draw_curves(ax: Axes, curves: Mapping[str, Floats], label: str) -> None:
+    """Draw figures over the tasks, told apart by dashes and markers.
+
+    Args:
+        ax: where.
+        curves: ``(t,)`` fractions by name, NaN where there is none.
+        label: what stands at the vertical axis.
+    """
+    for number, (name, values) in enumerate(curves.items()):
+        ax.plot(100 * values, label=name, **_line(number))
+    _curve_axes(ax, max(len(values) for values in curves.values()), label)
+    lowest = min((float(np.nanmin(v)) for v in curves.values() if not np.isnan(v).all()), default=0.0)
+    ax.set_ylim(min(-3.0, 100 * lowest - 3), 103.0)
+    if len(curves) > 1:
+        _legend(ax)
+
+
+def draw_task_curves(ax: Axes, matrix: Floats) -> None:
+    """Draw the accuracy on each task over the stream, and the mean over the tasks learnt.
+
+    Args:
+        ax: where.
+        matrix: ``(T, T)`` fractions, NaN where not evaluated; entries of tasks not learnt yet are left out.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    size = len(matrix)
+    learnt = np.where(np.tri(size, dtype=bool), matrix, np.nan)
+    known = ~np.isnan(learnt)
+    mean = np.divide(np.nansum(learnt, 1), known.sum(1), out=np.full(size, np.nan), where=known.any(1))
+    shade = ScalarMappable(Normalize(0, max(size - 1, 1)), colormaps["Greys"])
+    shade.set_clim(-0.45 * size, size - 1)  # from mid-grey on
+    for j in range(size):
+        style = _line(j) if size <= _NAMED else {"color": shade.to_rgba(np.array(j)), "lw": 0.8, "marker": ".", "ms": 3}
+        ax.plot(100 * learnt[:, j], label=f"task {j}" if size <= _NAMED else None, **style)
+    if size > 1:
+        ax.plot(100 * mean, color="black", lw=2.6, label="mean over tasks learnt", zorder=3)
+    _curve_axes(ax, size, "accuracy on the task (%)")
+    ax.set_ylim(-3.0, 103.0)
+    if size > _NAMED:
+        shade = ScalarMappable(Normalize(-0.45 * size, size - 1), colormaps["Greys"])
+        bar = figure_of(ax).colorbar(shade, ax=ax, fraction=0.06, pad=0.03, ticks=MaxNLocator(5, integer=True))
+        bar.ax.set_ylim(0, size - 1)
+        bar.set_label("task (dark: late)", fontsize=_FONT)
+        bar.ax.tick_params(labelsize=_FONT)
+    _legend(ax)
+
+
+def draw_fill(ax: Axes, stored: Floats, nominal: float) -> None:
+    """Draw how many rows the memory holds after each task, beside those it has room for.
+
+    Args:
+        ax: where.
+        stored: ``(t,)`` rows.
+        nominal: rows that there is room for.
+    """
+    ax.bar(np.arange(len(stored)), stored, color="0.6", edgecolor="black", lw=0.6, label="stored")
+    ax.axhline(nominal, color="black", ls="--", lw=1.2, label="room")
+    _curve_axes(ax, len(stored), "rows stored")
+    ax.set_ylim(0, 1.08 * max(nominal, float(stored.max()), 1.0))
+    _legend(ax)
+
+
+def _line(number: int) -> dict[str, Any]:
+    grey = ("black", "0.35", "0.6")[number % 3]
+    # Open markers stay apart where points fall together.
+    return {
+        "color": grey, "ls": _DASHES[number % 4], "marker": _MARKERS[number % 8], "ms": 5, "mfc": "white", "lw": 1.3,
+    }  # fmt: skip
+
+
+def _curve_axes(ax: Axes, size: int, label: str) -> None:
+    ax.set_xlabel("after learning task", fontsize=_FONT + 1)
+    ax.set_ylabel(label, fontsize=_FONT + 1)
+    ax.set_xlim(-0.5, size - 0.5)
+    _task_ticks(ax, size, "x")
+    ax.tick_params(labelsize=_FONT)
+    ax.grid(axis="y", color="0.85", lw=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(ax: Axes) -> None:
+    entries = len(ax.get_legend_handles_labels()[1])
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if entries < 2 else 2 if entries < 5 else 3, fontsize=_FONT,
+        frameon=False, borderaxespad=0.2, handlelength=2.6,
+    )  # fmt: skip

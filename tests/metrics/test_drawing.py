@@ -1,0 +1,161 @@
+"""Pictures: every text lies within the figure, and none over another, whatever the number of tasks and the names."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from dcl_lightning.metrics import AccuracyMatrix, ClassAccuracy, Forgetting, drawing
+
+matplotlib.use("Agg")
+
+TASKS = [1, 2, 5, 8, 9, 10, 20, 50]
+SHORT = [str(y) for y in range(100)]
+LONG = [f"Strix nebulosa, the great grey owl number {y}" for y in range(100)]
+
+
+def triangle(size):
+    rng = np.random.default_rng(size)
+    steps = np.arange(size)[:, None] - np.arange(size)
+    return np.where(steps >= 0, np.clip(1.0 - 0.08 * steps + rng.normal(size=(size, size)) / 50, 0, 1), np.nan)
+
+
+def texts_of(figure):
+    """Visible texts and their boxes in pixels, of the figure as it is saved."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    shown = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    # Ticks beyond an axis's limits are not drawn.
+    return [(t, t.get_window_extent(renderer)) for t in shown if drawn(t)]
+
+
+def drawn(text):
+    axis = next((a for ax in text.figure.axes for a in (ax.xaxis, ax.yaxis) if text in a.get_ticklabels()), None)
+    if axis is None:
+        return True
+    low, high = sorted(axis.get_view_interval())
+    place = text.get_position()[0 if axis.axis_name == "x" else 1]
+    return low - 1e-9 <= place <= high + 1e-9
+
+
+def check(figure):
+    texts = texts_of(figure)
+    width, height = figure.canvas.get_width_height()
+    for text, box in texts:
+        inside = box.x0 >= -0.5 and box.y0 >= -0.5 and box.x1 <= width + 0.5 and box.y1 <= height + 0.5
+        assert inside, f"{text.get_text()!r} is cut off: {box}, figure {width} x {height}"
+    for (one, a), (other, b) in combinations(texts, 2):
+        apart = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
+        assert apart, f"{one.get_text()!r} lies over {other.get_text()!r}: {a}, {b}"
+    return [text.get_text() for text, _ in texts]
+
+
+def figure_with(size, draw):
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots())
+    return figure
+
+
+@pytest.mark.parametrize("size", TASKS)
+def test_accuracy_matrix(size):
+    values = triangle(size)
+    figure = figure_with(drawing.matrix_size(size), lambda ax: drawing.draw_matrix(ax, values))
+    texts = check(figure)
+    assert {"test samples of task", "after learning task", "accuracy (%)"} <= set(texts)
+    cells = size * (size + 1) // 2
+    assert len(figure.axes[0].texts) == (cells if size <= 20 else 0)
+
+
+@pytest.mark.parametrize("size", TASKS)
+def test_curves_of_tasks(size):
+    texts = check(figure_with(drawing.CURVE_SIZE, lambda ax: drawing.draw_task_curves(ax, triangle(size))))
+    assert "accuracy on the task (%)" in texts
+    assert ("task (dark: late)" if size > 8 else f"task {size - 1}") in texts
+
+
+@pytest.mark.parametrize("size", [1, 20, 50])
+def test_curves_over_tasks(size):
+    curve = np.linspace(1.0, 0.5, size)
+    curves = {"average accuracy": curve, "accuracy over all samples": curve, "forgetting (max-last)": -curve / 4}
+    texts = check(figure_with(drawing.CURVE_SIZE, lambda ax: drawing.draw_curves(ax, curves, "accuracy (%)")))
+    assert set(curves) <= set(texts)
+
+
+@pytest.mark.parametrize("size", [1, 5, 10, 50])
+@pytest.mark.parametrize("labels", [SHORT, LONG], ids=["short", "long"])
+def test_classes_memory_and_confusion(size, labels):
+    labels = labels[: 2 * size]
+    first = np.repeat(np.arange(size), 2)
+    learnt = np.arange(size)[:, None] >= first
+    values = np.where(learnt, 0.5, np.nan)
+    texts = check(figure_with(drawing.class_size(size, labels), lambda ax: drawing.draw_classes(ax, values, labels)))
+    assert drawing.shortened(labels[0]) in texts
+    rows = np.where(learnt, 2000 // (2 * size), 0)
+    texts = check(figure_with(drawing.class_size(size, labels), lambda ax: drawing.draw_rows(ax, rows, labels)))
+    assert "rows stored" in texts
+    check(figure_with(drawing.CURVE_SIZE, lambda ax: drawing.draw_fill(ax, rows.sum(1), 2000)))
+    counts = np.random.default_rng(0).integers(0, 40, (2 * size, 2 * size))
+    size_in = drawing.confusion_size(labels)
+    texts = check(figure_with(size_in, lambda ax: drawing.draw_confusion(ax, counts, labels)))
+    assert "predicted class" in texts
+
+
+def test_the_check_itself_sees_what_is_cut_off_or_covered():
+    figure = Figure(figsize=(2, 2))
+    figure.text(0.95, 0.5, "too long for its place")
+    with pytest.raises(AssertionError, match="cut off"):
+        check(figure)
+    figure = Figure(figsize=(4, 2))
+    figure.text(0.4, 0.5, "one")
+    figure.text(0.42, 0.5, "other")
+    with pytest.raises(AssertionError, match="lies over"):
+        check(figure)
+
+
+def test_long_names_stay_different_and_formulas_text():
+    short = [drawing.shortened(label) for label in LONG]
+    assert len(set(short)) == len(LONG)
+    assert max(map(len, short)) == 20
+    assert drawing.shortened("$a$") == r"\$a\$"
+
+
+def test_what_was_not_evaluated_differs_from_zero():
+    values = np.array([[0.0, np.nan], [0.0, 1.0]])
+    figure = figure_with((3, 3), lambda ax: drawing.draw_matrix(ax, values))
+    image = figure.axes[0].images[0]
+    shades = image.to_rgba(image.get_array())[..., :3].mean(-1)
+    assert shades[0, 0] < 0.97
+    assert image.to_rgba(image.get_array())[0, 1, 3] == 0  # white paper shows through
+    assert shades[1, 1] < 0.3
+
+
+def test_no_colour_is_needed():
+    figure = figure_with(drawing.CURVE_SIZE, lambda ax: drawing.draw_task_curves(ax, triangle(8)))
+    lines = figure.axes[0].lines[:8]
+    looks = {(line.get_linestyle(), line.get_marker()) for line in lines}
+    assert len(looks) == 8
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    assert (pixels.max(-1) - pixels.min(-1)).max() <= 3
+
+
+def test_metrics_plot_themselves():
+    scores = torch.eye(4)
+    for metric in (AccuracyMatrix(2), Forgetting(2), ClassAccuracy(2, 4)):
+        by_class = isinstance(metric, ClassAccuracy)
+        for row in range(2):
+            metric.update(scores, torch.tensor([0, 1, 2, row]), row, *([] if by_class else [0]))
+        figure, ax = metric.plot()
+        check(figure)
+        again, same = metric.plot(metric.compute(), ax=pyplot.figure().subplots())
+        assert again is same.figure is not ax.figure
+    pyplot.close("all")
