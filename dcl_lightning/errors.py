@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigurationError", "DataError", "DatasetNotFoundError", "HorovodNotFoundError", "WorkerError"]
+import difflib
+import os
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "DatasetNotFoundError",
+    "HorovodNotFoundError",
+    "WorkerError",
+    "suggestion",
+]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or resumed."""
+
+    @classmethod
+    def not_written(cls, path: str | os.PathLike[str], error: OSError) -> CheckpointError:
+        """Return the error of a save that failed.
+
+        Args:
+            path: what was written.
+            error: why it was not.
+        """
+        return cls(
+            f"{os.fspath(path)} cannot be written ({error.strerror or error}): what was saved before is whole; make "
+            "room or give another folder, then resume with --ckpt_path last"
+        )
 
 
 class ConfigurationError(ValueError):
@@ -40,3 +69,18 @@ class HorovodNotFoundError(ImportError):
 
 class WorkerError(RuntimeError):
     """A worker is missing or has ended, so that the job cannot go on."""
+
+
+def suggestion(given: str, names: Iterable[str]) -> str:
+    """Return the end of a message that asks for the nearest right name; nothing if none is near, or it is among them.
+
+    >>> suggestion("icrl", ["base", "icarl"])
+    "; did you mean 'icarl'?"
+
+    Args:
+        given: what was given.
+        names: what would have been right.
+    """
+    right = sorted(set(names))
+    near = difflib.get_close_matches(given, right, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near and given not in right else ""

@@ -1,0 +1,1 @@
+"""Parts of the command line: its parser, what it says of mistakes, configuration files and run folders."""

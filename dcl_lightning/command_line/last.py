@@ -1,0 +1,100 @@
+"""``--ckpt_path last``: the run's newest whole checkpoint, found before there is a logger, and its folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from dcl_lightning.distributed.newest import newest_checkpoint
+from dcl_lightning.errors import ConfigurationError
+
+__all__ = ["go_on_from_last"]
+
+
+def go_on_from_last(config: Any, trains: bool) -> None:
+    """Replace ``last`` by the newest whole checkpoint of the run's versions; training goes on in its folder.
+
+    Args:
+        config: of the command, parsed and not instantiated; changed in place.
+        trains: whether the command is ``fit``.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if config.get("ckpt_path") != "last":
+        return
+    trainer = config["trainer"]
+    logger = trainer.get("logger")
+    logger = logger[0] if isinstance(logger, list) and logger else logger
+    folders = [*_folders(trainer, logger), *_dirpaths(trainer.get("callbacks"))]
+    path, problems = newest_checkpoint(folders, trains)
+    for problem in problems:
+        rank_zero_info(f"passed over: {problem}")
+    if path is None:
+        looked = ", ".join(str(folder) for folder in _shown(trainer, logger))
+        found = f" ({len(problems)} cannot be used; {problems[0]})" if problems else ""
+        raise ConfigurationError(
+            f"ckpt_path=last: no {'whole ' if problems else ''}checkpoint in {looked}{found}: leave --ckpt_path out to "
+            "start the run, or give a path"
+        )
+    config["ckpt_path"] = str(path)
+    root = _root(trainer, logger)
+    if (
+        trains
+        and root is not None
+        and path.parent.name == "checkpoints"
+        and path.parent.parent.parent == root.resolve()
+    ):
+        version = path.parent.parent.name
+        number = version.removeprefix("version_")
+        logger["init_args"]["version"] = int(number) if number.isdigit() else version
+        _keep_metrics(path.parent.parent)
+
+
+def _init_args(logger: Any) -> Any:
+    return logger.get("init_args") if hasattr(logger, "get") else None
+
+
+def _root(trainer: Any, logger: Any) -> Path | None:
+    """Return the folder that has one folder for each version; None where that is not known."""
+    args = _init_args(logger)
+    if args is None or "version" not in args or args.get("save_dir", args.get("root_dir")) is None:
+        return None
+    name = args.get("name", "lightning_logs")
+    return Path(args.get("save_dir", args.get("root_dir")), name or "")
+
+
+def _folders(trainer: Any, logger: Any) -> list[Path]:
+    base = Path(trainer.get("default_root_dir") or os.getcwd())
+    if logger is False or logger is None:
+        return [base / "checkpoints"]
+    root = _root(trainer, logger)
+    if root is None:
+        return [base / "checkpoints", *base.glob("lightning_logs/*/checkpoints")]
+    version = _init_args(logger)["version"]
+    if version is not None:
+        return [root / (f"version_{version}" if isinstance(version, int) else version) / "checkpoints"]
+    return sorted(root.glob("*/checkpoints"))
+
+
+def _shown(trainer: Any, logger: Any) -> list[Path]:
+    root = _root(trainer, logger)
+    return [root / "*" / "checkpoints"] if root is not None else _folders(trainer, logger)[:1]
+
+
+def _dirpaths(callbacks: Any) -> list[Path]:
+    given = callbacks if isinstance(callbacks, list) else [callbacks]
+    args = [_init_args(callback) or {} for callback in given if callback is not None]
+    return [Path(a["dirpath"]) for a in args if a.get("dirpath") is not None]
+
+
+@rank_zero_only
+def _keep_metrics(folder: Path) -> None:
+    """Save the figures logged so far from Lightning's CSVLogger, which begins a folder's file anew."""
+    file = folder / "metrics.csv"
+    if file.is_file():
+        number = len(list(folder.glob("metrics_before_*.csv"))) + 1
+        file.rename(folder / f"metrics_before_{number}.csv")

@@ -1,0 +1,114 @@
+"""``fit``, ``validate``, ``test`` and ``predict`` over any agent and data set."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+import dcl_lightning
+from dcl_lightning.callbacks import PredictionWriter
+from dcl_lightning.command_line.configs import last_model, without_other_agent
+from dcl_lightning.command_line.folders import check_place, leave_no_empty, own_folders
+from dcl_lightning.command_line.last import go_on_from_last
+from dcl_lightning.command_line.parser import ContinualParser, memory_help
+
+__all__ = ["ContinualCLI"]
+
+_LOGGER = {
+    "class_path": "lightning.pytorch.loggers.CSVLogger",
+    "init_args": {"save_dir": "runs", "name": "dcl"},
+}
+
+
+_HELP = {
+    "model": "Agent by its short name, or a file with one. `--model.help NAME` lists its keys, `--model.KEY VALUE` "
+    "sets one, `--model.backbone NAME` the network and `--model.rehearsal.KEY VALUE` the memory.",
+    "data": "Data module, or a file with one. `--data.help` lists its keys, `--data.KEY VALUE` sets one; "
+    "`--data.dataset NAME` is all that is needed.",
+    "seed_everything": "Seed of all random numbers, or true for a random one.",
+}
+
+
+class ContinualCLI(LightningCLI):
+    """LightningCLI with a default data module, linked sizes and short names."""
+
+    _folders: dict[str, int] = {}  # never written to
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser with short errors."""
+        kwargs.setdefault("dump_header", [f"dcl_lightning {dcl_lightning.__version__}"])
+        parser = ContinualParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="YAML file; what stands later wins.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set our defaults and give the agent the sizes that the data module knows."""
+        parser.set_defaults(
+            {
+                "model": {
+                    "class_path": "dcl_lightning.agents.presets.base",
+                    "init_args": {"backbone": "mlp"},
+                },
+                "data": {"class_path": "dcl_lightning.data.datamodule.ContinualDataModule"},
+                "trainer.max_epochs": -1,
+                "trainer.logger": _LOGGER,
+                "trainer.num_sanity_val_steps": 0,
+            }
+        )
+        for action in parser._actions:
+            if action.dest in _HELP and not action.dest.endswith("help"):
+                action.help = _HELP[action.dest]
+        for name in ("num_classes", "input_spec"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Find the last checkpoint; take the agent from it only if none is given: Lightning's own lets it win."""
+        subcommand = self.config["subcommand"]  # the attribute is set later
+        go_on_from_last(self.config[subcommand], subcommand == "fit")
+        args = self._args if self._args is not None else sys.argv[1:]
+        if not any(arg.startswith(("--model", "--config", "-c")) for arg in args):
+            super()._parse_ckpt_path()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; where ``--model NAME`` follows a configuration of another agent, drop that agent's own values."""
+        self._args: list[str] | None = args
+        given = list(sys.argv[1:] if args is None else args)
+        if "--model.rehearsal.help" in given:
+            print(memory_help(last_model(given) or "nil"))
+            sys.exit(0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            ContinualParser.given = given
+            super().parse_arguments(parser, without_other_agent(given))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""
+        trainer_config = self._get(self.config_init, "trainer")
+        callbacks = trainer_config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        wanted = trainer_config.get("enable_checkpointing") is not False
+        if wanted and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            self.trainer_defaults.setdefault("callbacks", [ModelCheckpoint(save_last=True)])
+        if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
+            self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), PredictionWriter()]
+        trainer = super().instantiate_trainer(**kwargs)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._folders = own_folders(trainer.loggers)
+        for logger in trainer.loggers:
+            check_place(logger.save_dir, "trainer.logger.save_dir")
+        if not trainer.loggers and self.subcommand == "fit":
+            check_place(trainer.default_root_dir, "trainer.default_root_dir")
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; leave no folder behind where nothing was written: Lightning's profiler asks for it before the data."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception:
+            leave_no_empty(self._folders)
+            raise

@@ -1,0 +1,136 @@
+"""What is said while a stream is trained: on a terminal, elsewhere, and by several workers."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
+
+from dcl_lightning import FineTuning
+from dcl_lightning.callbacks import progress
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "conformance"))
+from streams import make_agent, make_data  # noqa: E402
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clockwork(Callback):
+    """Each training batch takes a second, and nothing else takes any time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+    def on_train_batch_start(self, *args: object) -> None:
+        self.now += 1
+
+
+def fit(folder: Path, callbacks: list[Callback], data=None, **kwargs) -> FineTuning:
+    data = data or make_data()  # three tasks of 14 samples, in batches of 5
+    agent = make_agent("base", data)
+    agent.report.show_table = False
+    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False} | kwargs
+    trainer = pl.Trainer(default_root_dir=folder, accelerator="cpu", callbacks=callbacks, **options)
+    trainer.fit(agent, datamodule=data)
+    return agent
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_lightnings_bars_tell_task_epoch_and_the_time_left_for_the_stream(
+    bar: type[ProgressBar], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "__stdout__", out)
+    told: list[str] = []
+    if bar is RichProgressBar:
+        from rich.progress import Progress
+
+        original = Progress.update
+        monkeypatch.setattr(
+            Progress, "update", lambda self, *a, **k: (told.append(k.get("description", "")), original(self, *a, **k))
+        )
+    fit(tmp_path, [bar(), Clockwork(monkeypatch)])
+    # Rich draws from a thread when it likes.
+    text = out.getvalue() if bar is TQDMProgressBar else "\n".join(told)
+    assert {f"task {t}/3 · epoch {e}/2" for t in (1, 2, 3) for e in (1, 2)} <= set(
+        re.findall(r"task ./. · epoch ./.", text)
+    )
+    # 18 batches in all, of a second each; after the k-th of them 18 - k are left.
+    left = [int(s) for s in re.findall(r"0:00:(\d\d) left", text)]
+    assert set(left) == set(range(18))
+
+
+def test_the_time_left_knows_tasks_that_grow_and_a_limit_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(progress, "print", lambda text, flush: told.append(text), raising=False)
+    # 3, 6 and 9 batches an epoch, two epochs each.
+    fit(tmp_path, [Clockwork(monkeypatch)], make_data(concatenate_tasksets=True))
+    assert [line.split(" · ")[-1] for line in told] == ["2 epochs of 14 samples", "0:00:30 left", "0:00:18 left"]
+    told.clear()
+    fit(tmp_path, [Clockwork(monkeypatch)], make_data(concatenate_tasksets=True), max_steps=10)
+    assert told[1].endswith(f" · {timedelta(seconds=4)} left")
+
+
+def test_elsewhere_than_on_a_terminal_there_is_one_line_a_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, [])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("Report")]
+    assert [line[:8] for line in lines] == ["task 1/3", "task 2/3", "task 3/3"]
+
+
+class Own(ProgressBar):
+    def enable(self) -> None: ...
+
+    def disable(self) -> None:
+        raise AssertionError("a bar of the user's own making is left alone")
+
+
+def test_a_bar_of_the_users_own_making_is_left_alone(tmp_path: Path) -> None:
+    fit(tmp_path, [Own()])
+
+
+def test_embedded_in_a_fit_without_a_stream_it_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 1}
+    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[progress.StreamProgress()], **options)
+    trainer.fit(BoringModel())
+    assert "task" not in capsys.readouterr().out
+
+
+def test_on_a_real_terminal_one_of_two_horovod_workers_shows_a_bar(tmp_path: Path) -> None:
+    main, terminal = pty.openpty()
+    config = str(ROOT / "configs" / "base_digits.yaml")
+    command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", config, "--model.epochs_per_task", "1"]
+    command += ["--trainer.limit_train_batches", "2", "--trainer.strategy", "horovod", "--trainer.devices", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    out = b""
+    try:
+        while chunk := os.read(main, 65536):
+            out += chunk
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0
+    text = out.decode(errors="replace")
+    assert "task 5/5 · epoch 1/1" in text
+    # The other worker's output is no terminal: it would say this.
+    assert " epochs of " not in text
