@@ -1,7 +1,9 @@
-"""Lightning callbacks: the task clock, rehearsal and the report."""
+"""Lightning callbacks: the task clock, rehearsal, the report, progress and predictions."""
 
+from dcl_lightning.callbacks.predictions import PredictionWriter
+from dcl_lightning.callbacks.progress import StreamProgress
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.callbacks.report import TaskReport
 from dcl_lightning.callbacks.tasks import TaskClock
 
-__all__ = ["Rehearsal", "TaskClock", "TaskReport"]
+__all__ = ["PredictionWriter", "Rehearsal", "StreamProgress", "TaskClock", "TaskReport"]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
+from dcl_lightning.callbacks.extras import ExtraColumns
+from dcl_lightning.callbacks.hooks import pass_through
+from dcl_lightning.callbacks.memory_checkpoint import SavedMemories, save_memory
+from dcl_lightning.callbacks.references import AS_EVALUATED, References
 from dcl_lightning.data.seeds import seed_of_run
+from dcl_lightning.data.stream import Stream
+from dcl_lightning.distributed.checkpoint_io import keep_side_files
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
@@ -19,7 +25,7 @@ from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.engine import MemoryEngine
 from dcl_lightning.memory.joining import Rooms, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
-from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows, rebuild
+from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows
 from dcl_lightning.memory.ranges import stage
 from dcl_lightning.memory.storage import RowStore
 from dcl_lightning.types import Batch, Task
@@ -33,8 +39,9 @@ class Rehearsal(pl.Callback):
     """Adds representatives of earlier batches to every training batch.
 
     With an agent and a ``ContinualDataModule`` rows are stored as the loader gives them and augmented
-    anew each time. With any other module, batches may be any nest of tensors with a common first
-    dimension; what the loader gave is stored, and joined to the batch once that is on the device.
+    anew each time, unless ``store`` says otherwise. With any other module, batches may be any nest of
+    tensors with a common first dimension; what the loader gave is stored, and joined to the batch once
+    that is on the device.
 
     Args:
         config: size, policy, scope and execution of the memory.
@@ -57,20 +64,27 @@ class Rehearsal(pl.Callback):
         self.manager: MemoryManager | None = None
         self._engine: MemoryEngine[Representatives | None] | None = None
         self._rooms: Rooms | None = None
+        self._references: References | None = None
+        self._extras: ExtraColumns | None = None
         self._in_flight: Representatives | None = None
         self._offer: Offer | None = None
+        self._real: Tensor | None = None
         self._due = False  # whether this step's work was not given to the engine yet
         self._undo: list[Callable[[], None]] = []
-        self._state: list[Tensor] | None = None
+        self.saved: SavedMemories | None = None
         self._example: Any = None
         self._wait_s = 0.0
 
     # -- life --------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget a state that no fit has used; with ``stage: load`` let the data module prepare batches ahead."""
+        """Refuse a stream that does not fit; with ``stage: load`` let the data module prepare batches ahead."""
+        stream = getattr(getattr(trainer, "datamodule", None), "stream", None)
+        keep_side_files(trainer.strategy)
         if stage == "fit":
-            self._state = None
+            self.saved = self.manager = None
+        if stage == "fit" and isinstance(stream, Stream):
+            self.config.check_stream(stream.classes_come_again, trainer.datamodule.boundaries)  # type: ignore[attr-defined]
         if stage == "fit" and self.config.stage == "load":
             data: Any = getattr(trainer, "datamodule", None)
             if not hasattr(data, "load_ahead"):
@@ -82,10 +96,16 @@ class Rehearsal(pl.Callback):
         self._in_flight = self._offer = None
         self._due = False
         self._wait_s = 0.0
-        self.manager = self._rooms = None
+        self.manager = self._rooms = self._references = None
+        self._extras = ExtraColumns(pl_module)
         self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
-        self._wrap(trainer, pl_module, "on_before_batch_transfer", self._before(trainer, pl_module))
-        self._wrap(trainer, pl_module, "on_after_batch_transfer", self._after(trainer, pl_module))
+        self._undo = [
+            pass_through(trainer, pl_module, "on_before_batch_transfer", self._before(trainer, pl_module)),
+            pass_through(
+                trainer, pl_module, "on_after_batch_transfer", self._after(trainer, pl_module),
+                behind=self.config.store == "transformed",
+            ),
+        ]  # fmt: skip
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish pending work and take the memory out again."""
@@ -108,44 +128,30 @@ class Rehearsal(pl.Callback):
         if engine is not None:
             engine.close()
 
-    def _wrap(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, add: Callable[[Any], Any]) -> None:
-        """Let a hook's batch pass through ``add`` first, on the object whose hook Lightning calls."""
-        data = getattr(trainer, "datamodule", None)
-        # Lightning calls the data module's hook if that has one, else the module's; if neither has, it makes no
-        # difference, but of a module's beside a data module it warns.
-        theirs = data is not None and getattr(type(data), name) is not getattr(pl.LightningDataModule, name)
-        ours = getattr(type(module), name) is not getattr(pl.LightningModule, name) or name in module.__dict__
-        owner: Any = data if data is not None and (theirs or not ours) else module
-        original, own = getattr(owner, name), owner.__dict__.get(name)
-
-        def hook(batch: Any, dataloader_idx: int) -> Any:
-            return original(add(batch) if trainer.training else batch, dataloader_idx)
-
-        def undo() -> None:
-            if own is None:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = own
-
-        owner.__dict__[name] = hook
-        self._undo.append(undo)
-
     # -- one step ----------------------------------------------------------------------------------
 
     def _before(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
         def add(batch: Any) -> Any:
-            if self.manager is None:
-                self._build(trainer, module, batch)
-            self._offer = self._offer_of(batch)
+            if self.config.store != "transformed":
+                self._note(trainer, module, batch)
             return batch
 
         return add
 
+    def _note(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        if self.manager is None:
+            self._build(trainer, module, batch)
+        self._offer = self._offer_of(batch, trainer.current_epoch)
+        self._real = batch.weights > 0 if isinstance(batch, Batch) else None
+
     def _after(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
         def add(batch: Any) -> Any:
+            if self.config.store == "transformed":
+                self._note(trainer, module, batch)
             drawn = self._take(trainer)
             self._due = True
-            if self.config.scope == "global" and self.config.execution != "inline":
+            more = self._extras is not None and self._extras.shapes
+            if self.config.scope == "global" and self.config.execution != "inline" and not more:
                 # What travels between workers does so before the gradients, and behind the whole step.
                 self._submit(trainer)
             if drawn is None or not (len(drawn.labels) or drawn.weight_share):
@@ -164,7 +170,8 @@ class Rehearsal(pl.Callback):
         if not isinstance(batch, Batch):
             return concat(batch, rows)
         inputs = self._rooms.beside(batch.inputs, rows["inputs"]) if self._rooms is not None else None
-        return join(batch, rows, weights, drawn.weight_share, self.config.loss, step, inputs)
+        more = self._extras.shapes if self._extras is not None else ()
+        return join(batch, rows, weights, drawn.weight_share, self.config.loss, step, inputs, more)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let the background begin: while gradients are computed this thread leaves Python, and the GPU, to it."""
@@ -205,6 +212,8 @@ class Rehearsal(pl.Callback):
         draw = not trainer.is_last_batch
         offer = self._offer if self.config.update == "step" else None
         skipped = self._skipped(trainer)
+        if offer is not None and self._extras is not None and self._real is not None:
+            offer = self._extras.with_step(offer, self._real)
         if offer is not None and self._engine.stream is not None:
             _used_on(self._engine.stream, offer)
         self._engine.submit(lambda: self._advance(offer, draw, skipped))
@@ -212,6 +221,8 @@ class Rehearsal(pl.Callback):
     def _advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None) -> Representatives | None:
         assert self.manager is not None
         drawn = self.manager.advance(offer, draw, skipped)
+        if drawn is not None and self._references is not None:
+            drawn = drawn._replace(rows=self._references.complete(drawn.rows))
         if drawn is None or self.config.stage == "sample":
             return drawn
         rows, device = drawn.rows, self.manager.device
@@ -238,19 +249,25 @@ class Rehearsal(pl.Callback):
         if self.config.update != "task_end" or self.manager is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in data.train_eval_loader(_shuffled(data.train_indices(task.index), self.manager.seed + task.index)):
-            offer = self._offer_of(batch)
+        loader = data.train_eval_loader(_shuffled(data.train_indices(task.index), self.manager.seed + task.index))
+        assert self._extras is not None
+        if self._references is not None and not self._extras.shapes:
+            loader.inputs = torch.empty(len(data.train_targets), 0)  # none need be read
+        for batch in loader:
+            offer = self._extras.with_evaluation(self._offer_of(batch), batch, data)
             self.manager.buffer.add(offer.rows, offer.labels, offer.ids)
 
     # -- rows --------------------------------------------------------------------------------------
 
-    def _offer_of(self, batch: Any) -> Offer:
+    def _columns_of(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        return columns_of(batch) if self._references is None else self._references.columns(batch, epoch)
+
+    def _offer_of(self, batch: Any, epoch: int = AS_EVALUATED) -> Offer:
         if isinstance(batch, Batch):
-            real = batch.weights > 0
+            columns, real = self._columns_of(batch, epoch), batch.weights > 0
             if not bool(real.all()):
-                columns = {name: column[real] for name, column in columns_of(batch).items()}
-                return Offer(columns, columns["targets"], columns["sample_ids"])
-            return Offer(columns_of(batch), batch.targets, batch.sample_ids)
+                columns = {name: column[real] for name, column in columns.items()}
+            return Offer(columns, columns["targets"], columns["sample_ids"])
         count = num_rows(batch)
         labels = torch.zeros(count, dtype=torch.int64)
         if self.label is not None:
@@ -268,19 +285,20 @@ class Rehearsal(pl.Callback):
         if not own:
             config.check_without_agent(self.label is not None)
             num_rows(batch)  # what is no tensor is named
-        if own and config.rehearse == "past" and config.update == "step" and _classes_come_again(module.clock.tasks):
-            raise ConfigurationError(
-                "rehearsal.rehearse=past tells tasks by their classes, and here a class comes in several tasks: give "
-                "rehearsal.update=task_end"
-            )
         classes = module.num_classes if own else (self.num_classes or 1)
         samples = len(trainer.datamodule.train_targets) if own else 0  # type: ignore[attr-defined]
         total = config.total(classes, comm.size, samples, _PRESET_ROWS * classes * comm.size)
+        if self.saved is not None:  # also where sizes are given for each worker, and there are others now
+            total = self.saved.capacity
         if total < comm.size or (own and config.policy != "reservoir" and total < classes):
             raise ConfigurationError(
                 f"a memory of {total} rows is smaller than the {classes} classes: enlarge rehearsal.buffer_size"
             )
-        example = columns_of(batch) if own else batch
+        if config.store == "reference":
+            self._references = References(getattr(trainer, "datamodule", None), module.device.type == "cuda")
+        example = self._columns_of(batch, 0) if own else batch
+        if own and self._extras is not None and self._extras.shapes:
+            example = _no_rows(example) | self._extras.no_rows()
         capacity = split_total(total, comm.size, comm.rank)
         seed = seed_of_run(config.seed)
         candidates = config.candidates
@@ -300,10 +318,13 @@ class Rehearsal(pl.Callback):
         labels = torch.zeros(0, dtype=torch.int64)
         self._example = _no_rows(example)
         self.manager = MemoryManager(config, buffer, comm, size, (self._example, labels), module.device, seed)
+        if self._references is not None:
+            self._example = self._references.complete(self._example)
         if own and config.stage != "sample":
             self._rooms = Rooms(size, config.num_samples, module.device)
-        if self._state is not None:
-            self._restore(comm.rank, comm.size)
+        self.manager.total = total
+        if self.saved is not None:
+            self._in_flight, self.saved = self.saved.restore(self.manager, self._example), None
 
     # -- reports -----------------------------------------------------------------------------------
 
@@ -326,44 +347,25 @@ class Rehearsal(pl.Callback):
 
     # -- checkpoint --------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memories of all workers, and what each has drawn for its next step.
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write this worker's memory, and what it has drawn for its next step, beside the checkpoint."""
+        if self.manager is not None:
+            if self._due:  # another callback saves, whose turn comes before ours
+                self._submit(trainer)
+            if self._engine is not None and self._engine.pending:
+                self._in_flight = self._engine.flush()
+            save_memory(trainer, checkpoint, self.config, self.manager, self._in_flight)
+        elif self.saved is not None:
+            self.saved.save_again(trainer, checkpoint)
 
-        Every worker calls it, as Lightning does when a checkpoint is saved.
-        """
-        if self.manager is None:
-            return {} if self._state is None else {"workers": self._state}
-        if self._engine is not None and self._engine.pending:
-            self._in_flight = self._engine.flush()
-        drawn = self._in_flight
-        state = {
-            "manager": self.manager.state_dict(),
-            # Tensors alone: the file holds no class of the user's batches.
-            "in_flight": None if drawn is None else ([t for _, t in flatten(drawn.rows)], *drawn[1:]),
-        }
-        file = io.BytesIO()
-        torch.save(state, file)
-        mine = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-        return {"workers": self.manager.comm.allgather(mine)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state back once the first batch has come."""
-        self._state = state_dict.get("workers")
-
-    def _restore(self, rank: int, size: int) -> None:
-        workers, self._state = self._state, None
-        assert workers is not None
-        assert self.manager is not None
-        if len(workers) != size:
-            raise ConfigurationError(
-                f"the checkpoint has the memories of {len(workers)} workers and this job has {size}: resume on as many"
-            )
-        file = io.BytesIO(workers[rank].numpy().tobytes())
-        state = torch.load(file, map_location="cpu", weights_only=True)  # what was on a GPU may go on without one
-        self.manager.load_state_dict(state["manager"])
-        if state["in_flight"] is not None:
-            rows, *others = state["in_flight"]
-            self._in_flight = Representatives(rebuild(self._example, rows), *others)
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Look at the saved memories, which are taken back once the first batch has come."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.saved = SavedMemories.of(checkpoint, self.config, comm_of(trainer.strategy))
 
 
 def _used_on(stream: torch.cuda.Stream, nest: Any) -> None:
@@ -371,10 +373,6 @@ def _used_on(stream: torch.cuda.Stream, nest: Any) -> None:
     for _, tensor in flatten(nest):
         if tensor.is_cuda:
             tensor.record_stream(stream)
-
-
-def _classes_come_again(tasks: Sequence[Task]) -> bool:
-    return sum(len(task.classes) for task in tasks) > len({c for task in tasks for c in task.classes})
 
 
 def _no_rows(nest: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from dcl_lightning import ContinualDataModule, FineTuning, ICaRL
+from dcl_lightning import ContinualDataModule, FineTuning, ICaRL, TaskReport
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.size import MemorySize
 
@@ -40,7 +40,7 @@ def make_agent(kind: str, data, seed: int = 0, **kwargs):
 def make_trainer(folder: Path, callbacks=(), **kwargs):
     return pl.Trainer(
         default_root_dir=folder,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, TaskReport(pictures=False)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -29,6 +29,9 @@ from dcl_lightning import ContinualDataModule
         ("icarl, 200 exemplars", 85.5, 100),
         ("nil, 50 stored", 73.3, 100),
         ("nil, 200 stored", 81.1, 100),
+        ("er of the tasks' ends, 200 stored", 84.1, 100),
+        ("derpp, 50 stored", 87.2, 100),
+        ("derpp_task_end, 50 stored", 89.8, 100),
     ],
 )
 def test_final_accuracy(case: str, low: float, high: float, tmp_path: Path) -> None:

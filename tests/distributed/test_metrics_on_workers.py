@@ -108,7 +108,7 @@ def run(strategy):
     logged = {k: float(v) for k, v in fitted.callback_metrics.items() if k.startswith("val/")}
     logged |= fitted.test(agent, datamodule=data, verbose=False)[0]
     parts = fitted.predict(agent, datamodule=data)
-    return agent.clock.matrix, logged, sum(len(rows) for part in parts for rows in part)
+    return agent.clock.matrix, logged, sum(len(rows.labels) for part in parts for rows in part)
 
 
 t_size = 1

@@ -1,0 +1,71 @@
+"""Sees that what a run saves can be resumed, and that what it resumes is its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+from dcl_lightning.callbacks.place import move_place, place_schedules
+from dcl_lightning.distributed.checkpoint_folder import ClaimedFolder
+from dcl_lightning.distributed.checkpoint_io import keep_side_files
+from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.distributed.side_files import FORMAT, KEY
+
+__all__ = ["CheckpointCare"]
+
+
+class CheckpointCare(pl.Callback):
+    """Claims the folder of the checkpoints, adds what tells whose they are, and finds a saved place again.
+
+    A run may go on with another number of workers or another batch size: it then goes on after as many samples of the
+    epoch, rounded down to whole steps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = ClaimedFolder()
+        self._moved_to: int | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the strategy check what it loads, and take side files along."""
+        keep_side_files(trainer.strategy)
+        self._moved_to = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a folder that cannot be written or in which another job saves."""
+        self._folder.claim(trainer, comm_of(trainer.strategy))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put schedules to the saved place if a step has another number of samples now."""
+        if self._moved_to is not None:
+            place_schedules(trainer, self._moved_to)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Tell the checkpoint its format, the agent, and how many samples a step has."""
+        ours = checkpoint.setdefault(KEY, {"format": FORMAT})
+        ours |= {"agent": type(pl_module).__name__, "step_samples": _step_samples(trainer)}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Find the place within the epoch again if a step has another number of samples now."""
+        before, now = checkpoint.get(KEY, {}).get("step_samples"), _step_samples(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and before and now and now != before:
+            self._moved_to = move_place(checkpoint["loops"]["fit_loop"], before, now)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the folder free."""
+        self._folder.release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the folder free."""
+        self._folder.release()
+
+
+def _step_samples(trainer: pl.Trainer) -> int | None:
+    batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    return None if batch_size is None else int(trainer.world_size * batch_size)

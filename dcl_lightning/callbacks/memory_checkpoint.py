@@ -1,0 +1,157 @@
+"""The memories of all workers in a checkpoint: a file of each beside it, read again by as many or by others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from dcl_lightning.distributed.checkpoint_folder import checkpoint_folder
+from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.distributed.side_files import FORMAT, KEY, STAGING, check_files, raise_together, stage_files, told
+from dcl_lightning.errors import CheckpointError, ConfigurationError
+from dcl_lightning.memory.comm import Comm
+from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.manager import MemoryManager, Representatives
+from dcl_lightning.memory.nests import flatten, rebuild
+from dcl_lightning.memory.redeal import redeal
+from dcl_lightning.memory.rows_file import RowsFile, write_memory
+
+__all__ = ["SavedMemories", "save_memory"]
+
+# What says how work is done and where rows lie, and not what is stored.
+_HARMLESS = ("execution", "stage", "storage")
+
+
+def save_memory(
+    trainer: pl.Trainer,
+    checkpoint: dict[str, Any],
+    config: RehearsalConfig,
+    manager: MemoryManager,
+    in_flight: Representatives | None,
+) -> None:
+    """Write this worker's memory beside a checkpoint that is being saved, and tell the checkpoint of all of them.
+
+    Args:
+        trainer: every worker's calls this.
+        checkpoint: is told.
+        config: what the memory was told.
+        manager: of the memory, with no work pending.
+        in_flight: what was drawn for the next step.
+    """
+    # Tensors alone: the file holds no class of the user's batches. Copies: one may be part of a larger tensor.
+    drawn = None if in_flight is None else ([t.clone() for _, t in flatten(in_flight.rows)], *in_flight[1:])
+    files = stage_files(comm_of(trainer.strategy), _root(trainer), lambda file: write_memory(file, manager, drawn))
+    ours = checkpoint.setdefault(KEY, {"format": FORMAT})
+    ours["memory"] = {"config": asdict(config), "capacity": manager.total, **files}
+
+
+def _root(trainer: pl.Trainer) -> Path:
+    folder = checkpoint_folder(trainer)
+    if "://" in folder:
+        folder = os.path.join(trainer.default_root_dir, "checkpoints")
+    return Path(os.path.abspath(folder), STAGING)
+
+
+class SavedMemories:
+    """The memories of a checkpoint's workers, until the first batch has come and they can be taken.
+
+    Args:
+        memory: what the checkpoint tells of them.
+    """
+
+    def __init__(self, memory: dict[str, Any]) -> None:
+        self._memory = memory
+        self.folder = Path(memory["folder"])
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any], config: RehearsalConfig, comm: Comm) -> SavedMemories | None:
+        """Return the memories of a checkpoint, whole; None if it was saved before there were any.
+
+        Args:
+            checkpoint: as it was loaded.
+            config: what this run's memory was told.
+            comm: the cluster; every worker calls this.
+
+        Raises:
+            CheckpointError: files are missing or damaged, or there are none though the run had begun.
+            ConfigurationError: this run's memory is another one.
+        """
+        memory = checkpoint.get(KEY, {}).get("memory")
+        if memory is None:
+            if checkpoint["global_step"]:
+                raise CheckpointError(
+                    f"the checkpoint of step {checkpoint['global_step']} has no memory: it is of a run without one; "
+                    "start from its weights with load_from_checkpoint"
+                )
+            return None
+        _refuse_another_memory(memory["config"], asdict(config))
+        files = memory["files"]
+        read = [comm.rank] if len(files) == comm.size else list(range(len(files)))
+        raise_together(comm, check_files(Path(memory["folder"]), files, read))
+        return cls(memory)
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the whole job."""
+        return self._memory["capacity"]
+
+    def restore(self, manager: MemoryManager, example: Any) -> Representatives | None:
+        """Fill this worker's memory; return what it had drawn for its next step.
+
+        On another number of workers the rows are dealt out anew, and the next step draws again.
+
+        Args:
+            manager: of the memory, of this worker's part of the capacity.
+            example: a nest like what is drawn.
+        """
+        files = [RowsFile(self.folder / file["name"]) for file in self._memory["files"]]
+        comm = manager.comm
+        if len(files) != comm.size:
+            dealt = redeal([file.header["manager"] for file in files], comm.size, comm.rank)
+            manager.take_bookkeeping(dealt.manager)
+            for file, (places, slots) in zip(files, dealt.rows, strict=True):
+                file.read_into(manager.buffer.store, places, slots)
+            return None
+        mine = files[comm.rank]
+        manager.take_bookkeeping(mine.header["manager"])
+        places = torch.arange(len(manager.buffer))
+        mine.read_into(manager.buffer.store, places, manager.buffer.slots_at(places))
+        if mine.header["in_flight"] is None:
+            return None
+        rows, *others = mine.header["in_flight"]
+        return Representatives(rebuild(example, rows), *others)
+
+    def save_again(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Give a checkpoint that is saved before the first batch the files that this run began with.
+
+        Args:
+            trainer: every worker's calls this.
+            checkpoint: is told.
+        """
+        comm, error = comm_of(trainer.strategy), ""
+        place = Path(told(comm, str(_root(trainer) / uuid.uuid4().hex) if comm.rank == 0 else "")[0])
+        if comm.rank == 0:
+            try:
+                place.mkdir(parents=True)
+                for file in self._memory["files"]:
+                    shutil.copyfile(self.folder / file["name"], place / file["name"])
+            except OSError as failed:
+                error = str(CheckpointError.not_written(place, failed))
+        raise_together(comm, error)
+        memory = {k: v for k, v in self._memory.items() if k != "folder"} | {"token": place.name, "staged": str(place)}
+        checkpoint.setdefault(KEY, {"format": FORMAT})["memory"] = memory
+
+
+def _refuse_another_memory(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    for name, value in present.items():
+        if name not in _HARMLESS and saved.get(name, value) != value:
+            raise ConfigurationError(
+                f"rehearsal.{name}={value}: the checkpoint's run had {saved[name]}; resume with that"
+            )

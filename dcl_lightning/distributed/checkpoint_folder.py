@@ -1,0 +1,111 @@
+"""The folder that a run saves its checkpoints into: its own, writable, and without what a killed run left half."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import IO
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from dcl_lightning.distributed.side_files import STAGING, raise_together
+from dcl_lightning.errors import CheckpointError
+from dcl_lightning.memory.comm import Comm
+
+__all__ = ["ClaimedFolder", "checkpoint_folder"]
+
+_LOCK = "lock"
+
+
+def checkpoint_folder(trainer: pl.Trainer) -> str:
+    """Return the folder of the trainer's first checkpoint callback, or where Lightning would have it.
+
+    Args:
+        trainer: the trainer.
+    """
+    return _asked_for(trainer) or os.path.join(trainer.default_root_dir, "checkpoints")
+
+
+def _asked_for(trainer: pl.Trainer) -> str | None:
+    folders = (getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks)
+    return next((str(folder) for folder in folders if folder), None)
+
+
+class ClaimedFolder:
+    """A folder in which one job saves; the claim ends with its process, however that ends."""
+
+    def __init__(self) -> None:
+        self._lock: IO[str] | None = None
+        self._folder: Path | None = None
+
+    def claim(self, trainer: pl.Trainer, comm: Comm) -> None:
+        """Take the folder of the trainer's checkpoints, if it saves any; remove what a killed run left half.
+
+        Args:
+            trainer: the trainer, set up.
+            comm: the cluster; every worker calls this.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or another job saves there.
+        """
+        if not any(
+            isinstance(saver, Checkpoint) and hasattr(saver, "dirpath") for saver in trainer.checkpoint_callbacks
+        ):
+            return
+        error, folder = "", _asked_for(trainer)
+        if comm.rank == 0 and folder is not None and "://" not in folder:
+            try:
+                self._claim(Path(folder))
+            except CheckpointError as failed:
+                error = str(failed)
+            except OSError as failed:
+                error = f"checkpoints cannot be saved in {folder} ({failed.strerror}): give a folder for the results"
+        raise_together(comm, error)
+
+    def _claim(self, folder: Path) -> None:
+        staging = folder / STAGING
+        staging.mkdir(parents=True, exist_ok=True)
+        while self._lock is None:
+            lock = open(staging / _LOCK, "a+")  # noqa: SIM115 (open as long as the job runs)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip()
+                lock.close()
+                raise CheckpointError(
+                    f"another job (process {holder or 'unknown'}) saves its checkpoints in {folder}: wait for its end, "
+                    "or give trainer.default_root_dir or a logger of its own"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            if os.path.exists(lock.name) and os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                self._lock = lock
+            else:  # removed by a job that has just ended
+                lock.close()
+                staging.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()} on {os.uname().nodename}")
+        self._lock.flush()
+        for left in staging.iterdir():
+            if left.name != _LOCK:
+                shutil.rmtree(left, ignore_errors=True)
+                left.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Give the folder free; safe to repeat."""
+        lock, self._lock = self._lock, None
+        if lock is None or self._folder is None:
+            return
+        staging = self._folder / STAGING
+        try:
+            os.unlink(lock.name)
+            staging.rmdir()
+            self._folder.rmdir()
+        except OSError:
+            pass  # there is something in it
+        lock.close()

@@ -1,0 +1,56 @@
+"""The newest checkpoint of a run that is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcl_lightning.distributed.checkpoint_io import check_seal, memory_folder
+from dcl_lightning.distributed.side_files import KEY, check_files
+from dcl_lightning.errors import CheckpointError
+
+__all__ = ["newest_checkpoint", "problem_of"]
+
+
+def problem_of(path: Path, resumes: bool = True) -> str:
+    """Return why training cannot go on from a checkpoint, or why it cannot be read; empty if it can.
+
+    Args:
+        path: the checkpoint.
+        resumes: whether its memory and its optimizer are needed, too.
+    """
+    try:
+        check_seal(path)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not resumes:
+            return ""
+        if "optimizer_states" not in checkpoint:
+            return f"{path} has weights alone"
+        memory = checkpoint.get(KEY, {}).get("memory")
+    except CheckpointError as error:
+        return str(error)
+    except Exception as error:  # whatever reading a broken file raises
+        return f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})"
+    if memory is None:
+        return ""
+    return check_files(memory_folder(path) / memory["token"], memory["files"], list(range(len(memory["files"]))))
+
+
+def newest_checkpoint(folders: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint in some folders, and what is wrong with those that are newer.
+
+    Args:
+        folders: where to look, not below.
+        resumes: whether its memory and its optimizer are needed, too.
+    """
+    found = {file.resolve() for folder in folders for file in folder.glob("*.ckpt") if file.is_file()}
+    problems: list[str] = []
+    for path in sorted(found, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
+        problem = problem_of(path, resumes)
+        if not problem:
+            return path, problems
+        problems.append(problem)
+    return None, problems

@@ -1,0 +1,125 @@
+"""Real kills: ``kills.py FOLDER KILLS SEED AGENT ...`` fits each agent, is killed at random moments, and goes on.
+
+Each fit is a process of its own, forked from one that has imported everything, and saves two checkpoints at every step,
+so that most kills come while one is saved. After each kill all checkpoints there must be whole, and the newest must
+resume; at the end weights, matrix and memory must be those of a run without kills. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from agents import STREAMS, make
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rehearsals import same
+from streams import make_data, make_trainer, matrix, weights
+
+from dcl_lightning.distributed.newest import newest_checkpoint, problem_of
+
+PATIENCE_S = 120
+
+
+class Began(pl.Callback):
+    """Tells the process that kills when training begins."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        os.write(self.pipe, b"x")
+
+
+def fit(name: str, folder: Path, pipe: int, ckpt: Path | None) -> None:
+    """Fit an agent, saving at every step; leave what it ended with in ``end.pt``."""
+    data = make_data(batch_size=7, **STREAMS.get(name, {}))
+    agent = make(name, data)
+    saver = ModelCheckpoint(
+        folder / "checkpoints", every_n_train_steps=1, save_top_k=1, save_last=True, filename="{step}"
+    )
+    began = time.monotonic()
+    trainer = make_trainer(folder, [Began(pipe), saver], limit_val_batches=0)
+    trainer.fit(agent, datamodule=data, ckpt_path=ckpt)
+    memory = agent.rehearsal.manager.state_dict() if hasattr(agent, "rehearsal") and name != "icarl" else None
+    memory = memory if not hasattr(memory, "num_bytes") else None
+    end = {"weights": weights(agent), "matrix": matrix(agent).nan_to_num(-1), "memory": memory}
+    torch.save({**end, "seconds": time.monotonic() - began}, folder / "end.pt")
+
+
+def forked(name: str, folder: Path, ckpt: Path | None, kill_after: float | None) -> bool:
+    """Fit in a process of its own; return whether it came to its end before it was killed."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            quiet = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            fit(name, folder, write, ckpt)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    os.close(write)
+    os.read(read, 1)  # nothing if it ended before
+    os.close(read)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitpid(pid, 0)[1]
+    if code not in (0, signal.SIGKILL):
+        raise SystemExit(f"{name}: ended with {code}\n{(folder / 'log').read_text()[-3000:]}")
+    return code == 0
+
+
+def main(root: Path, kills: int, seed: int, names: list[str]) -> dict[str, Any]:
+    """Run it all; return the counts."""
+    draw = random.Random(seed)
+    told: dict[str, Any] = {"kills": 0, "runs": 0, "resumed": 0, "later": 0}
+    for name in names:
+        folder = root / f"{name}_{seed}"
+        (folder / "whole").mkdir(parents=True)
+        forked(name, folder / "whole", None, None)
+        whole = torch.load(folder / "whole" / "end.pt")
+        left = kills // len(names)
+        while left > 0:
+            run = folder / f"killed_{left}"
+            run.mkdir()
+            told["runs"] += 1
+            ended = False
+            while not ended:
+                path, problems = newest_checkpoint([run / "checkpoints"])
+                # At every moment all that is there under its name is whole.
+                assert not problems, problems
+                if path is not None:
+                    told["resumed"] += 1
+                    told["later"] += int(torch.load(path)["global_step"] > 0)
+                wait = draw.uniform(0, whole["seconds"]) if left > 0 else None
+                ended = forked(name, run, path, wait)
+                if not ended:
+                    left -= 1
+                    told["kills"] += 1
+                for file in (run / "checkpoints").glob("*.ckpt"):
+                    assert not problem_of(file), problem_of(file)
+            end = torch.load(run / "end.pt")
+            assert torch.equal(end["weights"], whole["weights"]), f"{name}: other weights"
+            assert torch.equal(end["matrix"], whole["matrix"]), f"{name}: another matrix"
+            assert end["memory"] is None or same(end["memory"], whole["memory"]), f"{name}: another memory"
+            left = left if told["kills"] else 0
+        shutil.rmtree(folder)
+    return told
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])))
