@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: setup demo test test-exhaustive lint bench clean
+.PHONY: setup demo test test-exhaustive lint bench docs wheel clean
 
 setup: $(STAMP)
 	@$(BIN)/python -m dcl_lightning.distributed.install
@@ -12,14 +12,14 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U pip setuptools wheel packaging
 	$(BIN)/python -m pip install -q -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,loggers,rich,timm,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,loggers,rich,timm,docs,dev]'
 	touch $(STAMP)
 
 demo: setup
 	$(BIN)/python cli.py fit --config configs/icarl_digits.yaml --trainer.strategy horovod --trainer.devices 2 --data.init_args.batch_size 8
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-exhaustive: setup
 	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
@@ -32,5 +32,20 @@ lint: setup
 bench: setup
 	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
+
+# Built, checked, and used from an environment that has nothing of this folder.
+wheel:
+	rm -rf dist .wheel
+	$(PYTHON) -m venv .wheel
+	.wheel/bin/python -m pip install -q build twine
+	.wheel/bin/python -m build -q
+	.wheel/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear .wheel
+	.wheel/bin/python -m pip install -q -c constraints.txt dist/*.whl
+	cd .wheel && bin/dcl-lightning fit --data.dataset digits --model nil --trainer.accelerator cpu --trainer.fast_dev_run 2
+	rm -rf .wheel
+
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .wheel dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

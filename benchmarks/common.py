@@ -17,6 +17,8 @@ import torch
 
 from dcl_lightning import ContinualAgent, ContinualDataModule
 from dcl_lightning.callbacks import TaskReport
+from dcl_lightning.memory.buffer import RehearsalBuffer
+from dcl_lightning.memory.manager import MemoryManager
 from dcl_lightning.types import InputSpec
 
 WARM_UP = 4
@@ -54,6 +56,26 @@ class StepTimer(pl.Callback):
             self.started = now
         else:
             self.step_ms = 1e3 * (now - self.started) / self.steps
+
+
+class Filled(pl.Callback):
+    """Gives a fit's memory its rows before the first batch, as a checkpoint's memories would.
+
+    Args:
+        buffer: of one worker, full.
+    """
+
+    def __init__(self, buffer: RehearsalBuffer) -> None:
+        self.capacity, self._offered, self._state = len(buffer), buffer.offered, buffer.state_dict()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Stand where saved memories would."""
+        pl_module.rehearsal.saved = self
+
+    def restore(self, manager: MemoryManager, example: Any) -> None:
+        """Fill the memory."""
+        place = {"seed": 0, "steps": 0, "sizes": [self.capacity], "offered": self._offered}
+        manager.load_state_dict(place | {"buffer": self._state})
 
 
 def quiet_trainer(folder: str, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:

@@ -14,7 +14,6 @@ Plain training has 128 new samples a step, rehearsal 64 new and 64 stored; the s
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import time
@@ -23,9 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from common import CLASSES, SPEC, WARM_UP, Size, report, rounds_of, step_ms, stream
+from common import CLASSES, SPEC, WARM_UP, Filled, Size, report, rounds_of, step_ms, stream
 from torch import nn
 
 from dcl_lightning import NIL, ContinualDataModule, FineTuning
@@ -41,21 +39,6 @@ NEW, DRAWN = 64, 64
 PER_CLASS = 20
 
 
-class Filled(pl.Callback):
-    """Gives a fit's memory its rows before the first batch.
-
-    Args:
-        state: what the rehearsal callback of an earlier fit would have saved.
-    """
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Hand the state over, as a resumed fit does."""
-        pl_module.rehearsal.load_state_dict(self.state)
-
-
 def _rows(count: int, pixels: int) -> dict[str, torch.Tensor]:
     return {
         "inputs": torch.randint(256, (count, 3, pixels, pixels), dtype=torch.uint8),
@@ -65,9 +48,10 @@ def _rows(count: int, pixels: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _full(rows: int, pixels: int) -> RehearsalBuffer:
-    """Return a full memory: all of the rows were candidates once, as many of each class."""
+def full_buffer(rows: int, pixels: int, samples: int) -> RehearsalBuffer:
+    """Return a full memory of a data set of some samples: all rows were candidates once, as many of each class."""
     offered = _rows(rows, pixels)
+    offered["sample_ids"] %= samples
     offered["targets"] = torch.arange(rows) % CLASSES
     buffer = RehearsalBuffer(CLASSES, rows, "nil", "fixed", rows, RowStore(offered, rows))
     buffer.add(offered, offered["targets"], offered["sample_ids"])
@@ -81,7 +65,7 @@ def memory_alone(size: Size) -> dict[str, Any]:
     rows = _rows(NEW, 32)
     config = RehearsalConfig(num_representatives=PER_CLASS, num_candidates=moved, num_samples=moved)
     buffer = RehearsalBuffer(CLASSES, store, "nil", "fixed", moved, RowStore(rows, store))
-    buffer.load_state_dict(_full(store, 32).state_dict())
+    buffer.load_state_dict(full_buffer(store, 32, store).state_dict())
     manager = MemoryManager(config, buffer, SingleProcessComm(), NEW, (rows, rows["targets"]), torch.device("cpu"))
     offers = [Offer(r, r["targets"], r["sample_ids"]) for r in (_rows(NEW, 32) for _ in range(8))]
     column, candidates = torch.zeros(store, 3, 32, 32, dtype=torch.uint8), rows["inputs"][:moved].clone()
@@ -119,13 +103,7 @@ def _rehearsing(
 ) -> Callable[[], float]:
     """Return what trains with a memory that is full from the start; options are the memory's."""
     data.setup()
-    buffer = _full(rows, data.train_inputs.shape[3])
-    memory = {
-        "seed": 0, "steps": 0, "sizes": [rows], "offered": buffer.offered, "buffer": buffer.state_dict(),
-    }  # fmt: skip
-    file = io.BytesIO()
-    torch.save({"manager": memory, "in_flight": None}, file)
-    filled = Filled({"workers": [torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)]})
+    filled = Filled(full_buffer(rows, data.train_inputs.shape[3], len(data.train_targets)))
     config = RehearsalConfig(buffer_size=rows, num_samples=DRAWN, **options)
     spec = InputSpec(*data.train_inputs.shape[1:])
 

@@ -1,21 +1,28 @@
-"""The Python of the README and of the guides runs as it stands there."""
+"""The Python of the README and of the guides runs as it stands there, and so do the README's baselines."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dcl_lightning import cli
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
+_LINE = r"^python cli\.py (fit --config configs/base_digits\.yaml.*)$"
+BASELINES = re.findall(_LINE, PAGES[0].read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -24,3 +31,50 @@ def test_every_python_block_runs(tmp_path: Path, block: str) -> None:
     assert done.returncode == 0, done.stderr
     if "ContinualDataModule" in block:
         assert list(tmp_path.rglob("report/accuracy_matrix.json"))
+
+
+def test_the_agent_of_the_readme_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+    file = re.search(r"```python\n(# my_agents\.py\n.*?)```", text, re.DOTALL)
+    flags = re.search(r"`(--model my_agents\.\S+ .*?)`", text)
+    assert file is not None
+    assert flags is not None
+    assert len(file[1].split("if __name__")[0].splitlines()) <= 20
+    (tmp_path / "my_agents.py").write_text(file[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    few = ["--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "3", "--data.dataset", "digits"]
+    assert cli.main(["fit", *shlex.split(flags[1]), *few]) == 0
+    report = json.loads((tmp_path / "runs/dcl/version_0/report/accuracy_matrix.json").read_text())
+    assert report["agent"] == "Smooth"
+    assert report["samples_seen"]["rehearsed"] > 100
+
+
+def run_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[dict[str, Any]]:
+    """Return the reports of naive, transfer and scratch."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    reports = []
+    for number, line in enumerate(BASELINES):
+        assert cli.main([*shlex.split(line, comments=True), *flags]) == 0
+        report = tmp_path / f"runs/base_digits/version_{number}/report/accuracy_matrix.json"
+        reports.append(json.loads(report.read_text()))
+    return reports
+
+
+def test_the_three_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--model.epochs_per_task", "2", "--model.momentum", "0.9", "--data.batch_size", "64"]
+    reports = run_baselines(tmp_path, monkeypatch, *flags, "--trainer.enable_progress_bar", "false")
+    naive, transfer, scratch = (report["average_accuracy"] for report in reports)
+    # 19, 95 and 94 % after ten epochs a task without momentum.
+    assert naive < 0.4
+    assert min(transfer, scratch) > 0.7
+
+
+def test_the_three_baselines_of_another_network_and_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--model.backbone", "resnet", "--model.backbone.depth", "20", "--model.epochs_per_task", "1"]
+    flags += ["--data.dataset", "synthetic"]
+    flags += ["--data.source_options", '{"size": 12, "num_classes": 4, "per_class": 8}']
+    reports = run_baselines(tmp_path, monkeypatch, *flags)
+    # Two tasks of 16 images; transfer and scratch train on those of both in the second.
+    assert [report["samples_seen"]["new"] for report in reports] == [32, 48, 48]

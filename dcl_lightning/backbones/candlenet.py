@@ -32,7 +32,7 @@ class CandleNet(Backbone):
         filters: channels of both convolutions, at least 1.
         hidden: width of the first linear layer, at least 1.
         features: width of the second, ``feature_dim``, at least 1.
-        in_channels: see ``Backbone``.
+        in_channels: channels of an input; taken from the data if None.
         input_size: see ``Backbone``; ``(1, L)`` for vectors of length L, with height x width at least 38.
 
     Raises:

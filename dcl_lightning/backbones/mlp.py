@@ -19,8 +19,8 @@ class MLP(Backbone):
 
     Args:
         hidden: width of each layer, each at least 1; the last is ``feature_dim``.
-        in_channels: see ``Backbone``.
-        input_size: see ``Backbone``.
+        in_channels: channels of an input; taken from the data if None.
+        input_size: height and width in pixels, one number for squares; taken from the data if None.
 
     Raises:
         ConfigurationError: if ``hidden`` is empty or holds a number below 1.

@@ -19,8 +19,8 @@ class MNISTNet(Backbone):
     ReLU and, in training mode, the dropout. (The original program's feature vector is before the ReLU.)
 
     Args:
-        in_channels: see ``Backbone``.
-        input_size: see ``Backbone``; at least 10 pixels each way.
+        in_channels: channels of an input; taken from the data if None.
+        input_size: height and width in pixels, at least 10 each, one number for squares; taken from the data if None.
 
     Raises:
         ConfigurationError: if the input is smaller than 10 pixels, there or in ``adapt``.

@@ -39,8 +39,8 @@ class ResNet(Backbone):
             pooling, ``cifar`` a 3x3 convolution of stride 1; ``auto`` is ``cifar`` for inputs of at
             most 32 pixels. The CIFAR family has only ``cifar``.
         width: channels of the first stage; 16 (CIFAR family) or 64 if None.
-        in_channels: see ``Backbone``.
-        input_size: see ``Backbone``.
+        in_channels: channels of an input; taken from the data if None.
+        input_size: height and width in pixels, one number for squares; taken from the data if None.
 
     Raises:
         ConfigurationError: if depth or stem is unknown, they do not go together, or width is below 1.

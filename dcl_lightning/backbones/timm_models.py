@@ -25,8 +25,8 @@ class TimmModel(Backbone):
         pretrained: whether to start from timm's weights, which it fetches unless it has them at hand.
         drop_rate: dropout in front of the head, in [0, 1).
         options: further arguments of ``timm.create_model``.
-        in_channels: see ``Backbone``.
-        input_size: see ``Backbone``; in pixels.
+        in_channels: channels of an input; taken from the data if None.
+        input_size: height and width in pixels, one number for squares; taken from the data if None.
 
     Raises:
         ConfigurationError: if timm is not installed, has no such network, or cannot build it for this input,
