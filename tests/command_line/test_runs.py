@@ -158,6 +158,7 @@ def test_selection_within_each_task_on_hold_outs_and_none_on_test_data(
     assert [epoch // 2 for epoch in saved] == [0, 1, 2]
 
 
+@pytest.mark.exhaustive  # neither is among the packages that the set-up installs
 @pytest.mark.parametrize("name", ["WandbLogger", "MLFlowLogger"])
 def test_loggers_that_keep_runs_in_one_folder_leave_each_its_own(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
