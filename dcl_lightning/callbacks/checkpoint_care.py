@@ -42,6 +42,18 @@ class CheckpointCare(pl.Callback):
         if self._moved_to is not None:
             place_schedules(trainer, self._moved_to)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the epoch as begun, which Lightning leaves out after resume from the end of the one before.
+
+        What is saved within this epoch would else be taken for another end of an epoch.
+        """
+        progress: Any = trainer.fit_loop.epoch_progress
+        for counts in (progress.total, progress.current):
+            if counts.ready == counts.processed:
+                counts.ready = counts.started = counts.processed + 1
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

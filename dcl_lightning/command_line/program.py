@@ -16,6 +16,7 @@ from dcl_lightning.command_line.configs import last_model, without_other_agent
 from dcl_lightning.command_line.folders import check_place, leave_no_empty, own_folders
 from dcl_lightning.command_line.last import go_on_from_last
 from dcl_lightning.command_line.parser import ContinualParser, memory_help
+from dcl_lightning.command_line.trust import refuse_foreign_classes
 
 __all__ = ["ContinualCLI"]
 
@@ -72,6 +73,7 @@ class ContinualCLI(LightningCLI):
         go_on_from_last(self.config[subcommand], subcommand == "fit")
         args = self._args if self._args is not None else sys.argv[1:]
         if not any(arg.startswith(("--model", "--config", "-c")) for arg in args):
+            refuse_foreign_classes(self.config[subcommand].get("ckpt_path"))
             super()._parse_ckpt_path()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

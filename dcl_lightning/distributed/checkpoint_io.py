@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 import uuid
 from pathlib import Path
 from typing import IO, Any, cast
@@ -64,6 +65,7 @@ class SideFilesIO(CheckpointIO):
 
     def __init__(self, base: CheckpointIO) -> None:
         self.base = base
+        self._busy = threading.Lock()  # a plugin may save in the background, where nothing must be removed meanwhile
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Make a checkpoint and its side files valid together, in place of what had this name.
@@ -82,6 +84,10 @@ class SideFilesIO(CheckpointIO):
             self._refuse_remote(path, staged)
             self.base.save_checkpoint(checkpoint, path, storage_options)
             return
+        with self._busy:
+            self._save(checkpoint, path, storage_options, staged, token)
+
+    def _save(self, checkpoint: dict[str, Any], path: str | Path, options: Any, staged: str | None, token: str) -> None:
         target = Path(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         folder = Path(f"{target}.memory")
         try:
@@ -90,10 +96,10 @@ class SideFilesIO(CheckpointIO):
                 folder.mkdir(exist_ok=True)
                 shutil.move(staged, folder / token)
                 sync_folder(folder)
-            if type(self.base) is TorchCheckpointIO and storage_options is None:
+            if type(self.base) is TorchCheckpointIO and options is None:
                 _write(checkpoint, target)
             else:
-                self.base.save_checkpoint(checkpoint, path, storage_options)
+                self.base.save_checkpoint(checkpoint, path, options)
         except OSError as error:
             for left in (staged, folder / token if staged is not None else None):
                 if left is not None:
@@ -144,9 +150,10 @@ class SideFilesIO(CheckpointIO):
         Args:
             path: the checkpoint.
         """
-        self.base.remove_checkpoint(path)
-        if "://" not in str(path):
-            shutil.rmtree(f"{path}.memory", ignore_errors=True)
+        with self._busy:
+            self.base.remove_checkpoint(path)
+            if "://" not in str(path):
+                shutil.rmtree(f"{path}.memory", ignore_errors=True)
 
     def teardown(self) -> None:
         """End what the base does in the background."""

@@ -50,8 +50,9 @@ def fit(name: str, folder: Path, pipe: int, ckpt: Path | None) -> None:
     began = time.monotonic()
     trainer = make_trainer(folder, [Began(pipe), saver], limit_val_batches=0)
     trainer.fit(agent, datamodule=data, ckpt_path=ckpt)
-    memory = agent.rehearsal.manager.state_dict() if hasattr(agent, "rehearsal") and name != "icarl" else None
-    memory = memory if not hasattr(memory, "num_bytes") else None
+    # None where there is no memory, or nothing was left to train.
+    manager = getattr(getattr(agent, "rehearsal", None), "manager", None)
+    memory = None if manager is None else manager.state_dict()
     end = {"weights": weights(agent), "matrix": matrix(agent).nan_to_num(-1), "memory": memory}
     torch.save({**end, "seconds": time.monotonic() - began}, folder / "end.pt")
 
@@ -92,8 +93,10 @@ def main(root: Path, kills: int, seed: int, names: list[str]) -> dict[str, Any]:
         forked(name, folder / "whole", None, None)
         whole = torch.load(folder / "whole" / "end.pt")
         left = kills // len(names)
-        while left > 0:
-            run = folder / f"killed_{left}"
+        for number in range(10 * kills):  # a run can come to its end before it is killed
+            if left <= 0:
+                break
+            run = folder / f"killed_{number}"
             run.mkdir()
             told["runs"] += 1
             ended = False
@@ -115,7 +118,6 @@ def main(root: Path, kills: int, seed: int, names: list[str]) -> dict[str, Any]:
             assert torch.equal(end["weights"], whole["weights"]), f"{name}: other weights"
             assert torch.equal(end["matrix"], whole["matrix"]), f"{name}: another matrix"
             assert end["memory"] is None or same(end["memory"], whole["memory"]), f"{name}: another memory"
-            left = left if told["kills"] else 0
         shutil.rmtree(folder)
     return told
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 from rehearsals import assert_same_run, fit
 from streams import make_agent, make_data, make_trainer
 
@@ -227,6 +229,26 @@ def test_another_agent_is_refused_and_harmless_values_are_taken(tmp_path: Path) 
     assert_same_run(other, (whole[0], whole[1][8:]))
 
 
+def test_the_data_set_gone_at_resume_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        for y in range(4):
+            (tmp_path / "d" / split / f"class{y}").mkdir(parents=True)
+            for i in range(6):
+                pixels = np.full((8, 8, 3), 40 * y + i, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "d" / split / f"class{y}" / f"{i}.png")
+    args = ["fit", "--model", "nil", "--data.dataset", "folder", "--data.root", str(tmp_path / "d"), "--data.increment"]
+    args += ["2", "--data.batch_size", "4", "--data.num_workers", "0", "--data.source_options", "{size: 8}"]
+    args += ["--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
+    assert cli.main(args) == 0
+    (tmp_path / "d").rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert cli.main([*args, "--ckpt_path", "last"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert f"data set 'folder' not found in {tmp_path / 'd'}" in errors[0]
+    assert problem_of(tmp_path / "checkpoints" / "last.ckpt") == ""
+
+
 # -- the command line ----------------------------------------------------------------------------------
 
 
@@ -265,3 +287,18 @@ def test_last_finds_the_newest_whole_checkpoint_and_goes_on_in_its_folder(
     errors = capsys.readouterr().err.splitlines()
     assert len([line for line in errors if "error:" in line]) == 1
     assert "is damaged" in errors[-1]
+
+
+def test_a_checkpoint_does_not_choose_what_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("open('was_here', 'w')\nclass Net: ...\n")
+    fit(tmp_path, callbacks=[ModelCheckpoint(tmp_path, save_last=True)], trainer={"max_steps": 3})
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["backbone"] = {"class_path": "evil.Net", "init_args": {}}
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    assert cli.main(["test", "--ckpt_path", "evil.ckpt", "--trainer.logger", "false"]) == 2
+    assert "evil.ckpt names the class evil.Net, which is not imported" in capsys.readouterr().err
+    assert not (tmp_path / "was_here").exists()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
-from agents import NAMES
+import torch
+from agents import NAMES, make
+from lightning.pytorch.callbacks import ModelCheckpoint
+from streams import make_data, make_trainer, matrix, weights
 
 HERE = Path(__file__).parent
 # nil_v2 repeats nothing.
@@ -51,3 +56,40 @@ def test_two_hundred_kills_while_saving(tmp_path: Path) -> None:
 def test_every_agent_killed_and_resumed_equals_uninterrupted(tmp_path: Path, seed: int) -> None:
     counted = kills(tmp_path, len(REPEATING), 100 + seed, *REPEATING, timeout=1700)
     assert counted["kills"] >= 1
+
+
+class Stop(Exception):
+    """Ends a fit where a kill would."""
+
+
+class StopAt(pl.Callback):
+    """Raises before the step after this one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step >= self.step:
+            raise Stop
+
+
+@pytest.mark.parametrize("name", ["nil_v1", "icarl"])
+def test_a_run_that_is_resumed_again_and_again_is_the_run(tmp_path: Path, name: str) -> None:
+    """After each step, so also in the epoch after one from whose end it was resumed."""
+
+    def run(folder: Path, stop: int, ckpt: Path | None):
+        data = make_data(batch_size=7)
+        agent = make(name, data)
+        saver = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        trainer = make_trainer(tmp_path, [StopAt(stop), saver], limit_val_batches=0)
+        with contextlib.suppress(Stop):
+            trainer.fit(agent, datamodule=data, ckpt_path=ckpt)
+        return agent
+
+    whole, last = run(tmp_path / "whole", 10**9, None), None
+    steps = whole.trainer.global_step
+    for step in range(1, steps + 1):
+        again = run(tmp_path / "parts", step if step < steps else 10**9, last)
+        last = tmp_path / "parts" / f"step={step}.ckpt"
+    assert torch.equal(weights(again), weights(whole))
+    assert torch.equal(matrix(again).nan_to_num(-1), matrix(whole).nan_to_num(-1))

@@ -79,7 +79,9 @@ def test_each_checkpoint_has_its_memory_and_both_go_together(tmp_path: Path, plu
     fit(tmp_path, callbacks=savers, trainer=trainer)
     top = list(saved(tmp_path / "top").values())
     assert top == [1] * 4 or (plugin is AsyncCheckpointIO and set(top) == {1})  # the best two of each task
-    assert saved(tmp_path / "one") == {"step=10.ckpt": 1, "last.ckpt": 1}
+    one = saved(tmp_path / "one")
+    assert (one["step=10.ckpt"], one["last.ckpt"], set(one.values())) == (1, 1, {1})
+    assert len(one) == 2 or plugin is AsyncCheckpointIO  # which may remove one before it has written it
     if plugin is not AsyncCheckpointIO:  # Lightning links what is not written yet
         assert saved(tmp_path / "link") == {"step=10.ckpt": 1, "last.ckpt": 0}
         assert (tmp_path / "link" / "last.ckpt").is_symlink()
