@@ -25,10 +25,36 @@ def open_rendezvous(num_workers: int, threads: int) -> tuple[Any, list[dict[str,
     from horovod.runner.http.http_server import RendezvousServer
 
     server = RendezvousServer(verbose=0)
-    port = server.start()
+    port = server.start(_handler())
     slots = get_host_assignments(parse_hosts(f"localhost:{num_workers}"), num_workers)
     server.init(slots)
     return server, [_variables(slot, port, threads) for slot in slots]
+
+
+def _handler() -> type[Any]:
+    """Return Horovod's handler of requests, mended.
+
+    Its own forgets, when one group of workers has met, how far all others have come. So addresses stay where they
+    should be cleared, and workers that meet again, as after a failure, may call at ports that are closed.
+    """
+    from horovod.runner.http.http_server import RendezvousHandler
+
+    class Handler(RendezvousHandler):
+        def do_DELETE(self) -> None:
+            scope, key = self.path.split("/")[1:3]
+            server = self.server
+            if scope not in server.scope_size:
+                super().do_DELETE()
+                return
+            with server.finished_list_lock:
+                server.finished_list[scope].append(key)
+                if len(server.finished_list[scope]) == server.scope_size[scope]:
+                    with server.cache_lock:
+                        server.cache.get(scope, {}).clear()
+                    del server.finished_list[scope]
+            self.send_status_code(200)
+
+    return Handler
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from dcl_lightning.distributed import HorovodStrategy
 from dcl_lightning.distributed.child import Child
 from dcl_lightning.distributed.rendezvous import Rendezvous, wait_for_workers
+from dcl_lightning.distributed.workers import open_rendezvous
 from dcl_lightning.errors import ConfigurationError, WorkerError
 
 
@@ -44,6 +46,31 @@ def test_what_one_worker_puts_another_gets(meeting: Rendezvous) -> None:
 def test_without_a_server_there_is_no_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOROVOD_GLOO_RENDEZVOUS_PORT", raising=False)
     assert Rendezvous.of_job() is None
+
+
+def test_addresses_of_one_meeting_are_gone_before_the_next() -> None:
+    """Worker 0 is done with its own group before worker 1 is done with that of both."""
+    server, places = open_rendezvous(2, 1)
+    host = places[0]["HOROVOD_HOSTNAME"]
+
+    def ask(method: str, path: str, body: bytes | None = None) -> int:
+        connection = HTTPConnection("127.0.0.1", int(places[0]["HOROVOD_GLOO_RENDEZVOUS_PORT"]), timeout=5)
+        connection.request(method, path, body)
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    try:
+        for rank in (0, 1):
+            ask("PUT", f"/local_{host}/{rank}", b"an address")
+        ask("DELETE", f"/local_{host}/0")
+        ask("PUT", "/cross_0/0", b"an address")
+        ask("DELETE", "/cross_0/0")
+        assert ask("GET", f"/local_{host}/1") == 200, "worker 1 has not finished"
+        ask("DELETE", f"/local_{host}/1")
+        assert ask("GET", f"/local_{host}/1") == ask("GET", "/cross_0/0") == 404
+    finally:
+        server.stop()
 
 
 def test_all_go_on_once_the_last_has_come(meeting: Rendezvous) -> None:
