@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from helpers import assert_ended_well, run_workers
 
 
-def test_running_statistics_are_worker_0s_on_all_workers_once_a_task_has_ended() -> None:
+def test_running_statistics_are_worker_0s_on_all_workers_once_a_task_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # for the report
     assert_ended_well(run_workers(STATISTICS, 2))
 
 
