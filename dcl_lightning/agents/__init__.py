@@ -16,7 +16,7 @@ from dcl_lightning.agents.gem import GEM
 from dcl_lightning.agents.icarl import ICaRL
 from dcl_lightning.agents.lwf import LwF
 from dcl_lightning.agents.nil import NIL
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.rehearsing import DarkReplay, RehearsingAgent
 from dcl_lightning.agents.si import SI
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "BiC",
     "ContinualAgent",
     "DERpp",
+    "DarkReplay",
     "FineTuning",
     "GDumb",
     "ICaRL",

@@ -27,12 +27,15 @@ from dcl_lightning.callbacks.contradictions import refuse_another_run
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.parameter_groups import parameter_groups
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, warmup_divisor
 from dcl_lightning.memory.comm import Comm
 from dcl_lightning.types import Batch, InputSpec, Task
 
 __all__ = ["ContinualAgent"]
+
+_ALL = slice(None)
 
 
 class ContinualAgent(pl.LightningModule):
@@ -203,6 +206,11 @@ class ContinualAgent(pl.LightningModule):
             return logits, targets
         return logits[:, columns], (columns.cumsum(0) - 1)[targets]
 
+    def cross_entropy(self, logits: Tensor, batch: Batch, part: slice = _ALL) -> Tensor:
+        """Return the weighted cross entropy of a part of a batch's rows, 0-dim, over the samples of all workers."""
+        trained, targets = self.trained(logits[part], batch.targets[part])
+        return weighted_cross_entropy(trained, targets, batch.weights[part], batch.normaliser)
+
     def mask_unseen(self, scores: Tensor) -> Tensor:
         """Return scores with -inf for classes not seen yet; unchanged before the first task."""
         # Not by asking whether any was: the host would wait for the device.
@@ -323,19 +331,16 @@ class ContinualAgent(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count hits and losses of one batch of one task."""
-        self._count(batch, dataloader_idx)
+        if len(batch.targets):
+            losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
+            self.evaluation_counts.add(dataloader_idx, self.evaluate(batch), losses, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and loss over all tasks seen and for each, over all workers."""
         self._log_counts("val")
 
-    def on_test_epoch_start(self) -> None:
-        """Start counting anew."""
-        self.evaluation_counts.start(getattr(self.trainer, "datamodule", None))
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count hits and losses of one batch of one task."""
-        self._count(batch, dataloader_idx)
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         """Log accuracy and loss over all tasks and for each, over all workers."""
@@ -347,11 +352,6 @@ class ContinualAgent(pl.LightningModule):
         # A worker without rows gets a batch without rows, which not every backbone can take.
         empty = torch.zeros(0, self.num_classes, device=samples.inputs.device)
         return self.inference.prediction(self.evaluate(samples) if len(samples.targets) else empty, samples)
-
-    def _count(self, batch: Batch, column: int) -> None:
-        if len(batch.targets):
-            losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
-            self.evaluation_counts.add(column, self.evaluate(batch), losses, batch.targets)
 
     def _log_counts(self, prefix: str) -> None:
         for name, value in self.evaluation_counts.values(self.comm).items():

@@ -6,12 +6,11 @@ Baseline", NeurIPS 2020, arXiv 2004.07211, algorithm 1.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.rehearsing import DarkReplay
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.losses import logit_matching
 from dcl_lightning.memory.config import RehearsalConfig
@@ -20,7 +19,7 @@ from dcl_lightning.types import Batch
 __all__ = ["DER"]
 
 
-class DER(RehearsingAgent):
+class DER(DarkReplay):
     """Cross entropy on new samples; on representatives the distance to the logits that were stored with them.
 
     Stored are all K raw logits of the augmented view that was trained on. A sample that comes again while it is stored
@@ -37,15 +36,11 @@ class DER(RehearsingAgent):
         ConfigurationError: the factor is below 0.
     """
 
-    boundaries = ("known", "hidden")
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="reservoir", weighting="none", loss="sum")
-    required: ClassVar[dict[str, Any]] = {"weighting": "none", "loss": "sum"}
-
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: RehearsalConfig = memory,
+        rehearsal: RehearsalConfig = DarkReplay.memory,
         alpha: float = 0.5,
         **kwargs: Any,
     ) -> None:
@@ -53,23 +48,13 @@ class DER(RehearsingAgent):
         if alpha < 0:
             raise ConfigurationError(f"model.alpha={alpha}: give at least 0")
         self.alpha = alpha
-        self.row_shapes = {"logits": (num_classes,)}
-        self._logits = torch.zeros(0, num_classes)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
         logits, new = self(batch.inputs), batch.num_new
-        self._logits = logits[:new].detach()
+        self.keep(logits, batch)
         loss = self.cross_entropy(logits, batch, slice(new))
         if batch.rehearsed:
             stored = batch.rehearsed["logits"]
             loss = loss + self.alpha * logit_matching(logits[new:], stored, batch.weights[new:], batch.normaliser)
         return loss, logits
-
-    def columns_of_step(self) -> dict[str, Tensor]:
-        """Return the logits of the step's new samples."""
-        return {"logits": self._logits}
-
-    def columns_of(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the logits of samples as evaluation sees them."""
-        return {"logits": self(batch.inputs)}

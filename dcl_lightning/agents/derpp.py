@@ -6,12 +6,11 @@ Baseline", NeurIPS 2020, arXiv 2004.07211, algorithm 2.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.rehearsing import DarkReplay
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.losses import logit_matching
 from dcl_lightning.memory.config import RehearsalConfig
@@ -20,7 +19,7 @@ from dcl_lightning.types import Batch
 __all__ = ["DERpp"]
 
 
-class DERpp(RehearsingAgent):
+class DERpp(DarkReplay):
     """Cross entropy on new samples; on representatives the distance to their stored logits, and cross entropy.
 
     The paper draws twice at each step, once for either term. Here the one draw serves both, so that ``num_samples``
@@ -40,15 +39,11 @@ class DERpp(RehearsingAgent):
         ConfigurationError: a factor is below 0.
     """
 
-    boundaries = ("known", "hidden")
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="reservoir", weighting="none", loss="sum")
-    required: ClassVar[dict[str, Any]] = {"weighting": "none", "loss": "sum"}
-
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: RehearsalConfig = memory,
+        rehearsal: RehearsalConfig = DarkReplay.memory,
         alpha: float = 0.5,
         beta: float = 0.5,
         **kwargs: Any,
@@ -57,23 +52,13 @@ class DERpp(RehearsingAgent):
         if alpha < 0 or beta < 0:
             raise ConfigurationError(f"model.alpha={alpha} and model.beta={beta}: give at least 0")
         self.alpha, self.beta = alpha, beta
-        self.row_shapes = {"logits": (num_classes,)}
-        self._logits = torch.zeros(0, num_classes)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
         logits, new, old = self(batch.inputs), slice(batch.num_new), slice(batch.num_new, None)
-        self._logits = logits[new].detach()
+        self.keep(logits, batch)
         loss = self.cross_entropy(logits, batch, new)
         if batch.rehearsed:
             distance = logit_matching(logits[old], batch.rehearsed["logits"], batch.weights[old], batch.normaliser)
             loss = loss + self.alpha * distance + self.beta * self.cross_entropy(logits, batch, old)
         return loss, logits
-
-    def columns_of_step(self) -> dict[str, Tensor]:
-        """Return the logits of the step's new samples."""
-        return {"logits": self._logits}
-
-    def columns_of(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the logits of samples as evaluation sees them."""
-        return {"logits": self(batch.inputs)}

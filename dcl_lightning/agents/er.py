@@ -44,4 +44,4 @@ class ER(RehearsingAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy over the step's samples of all workers, and the logits."""
         logits = self(batch.inputs)
-        return self.cross_entropy(logits, batch, slice(None)), logits
+        return self.cross_entropy(logits, batch), logits

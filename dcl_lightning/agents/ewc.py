@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.weights import flat_weights, trained_parameters
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.penalties import merged_fisher, quadratic_penalty
 from dcl_lightning.types import Batch, Task
 
@@ -71,8 +70,7 @@ class EWC(ContinualAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
         logits = self(batch.inputs)
-        trained, targets = self.trained(logits, batch.targets)
-        loss = weighted_cross_entropy(trained, targets, batch.weights, batch.normaliser)
+        loss = self.cross_entropy(logits, batch)
         if self.clock.task_at(self.current_epoch):
             weights = flat_weights(trained_parameters(self))
             loss = loss + self.strength / 2 * quadratic_penalty(weights, self.anchor, self.fisher)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from dcl_lightning.agents.base import ContinualAgent
-from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.types import Batch
 
 __all__ = ["FineTuning"]
@@ -23,4 +22,4 @@ class FineTuning(ContinualAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy, averaged over the step's samples of all workers, and the logits."""
         logits = self(batch.inputs)
-        return weighted_cross_entropy(*self.trained(logits, batch.targets), batch.weights, batch.normaliser), logits
+        return self.cross_entropy(logits, batch), logits

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
+from dcl_lightning.functional.losses import tempered_distillation
 from dcl_lightning.types import Batch, Task
 
 __all__ = ["LwF"]
@@ -57,8 +57,7 @@ class LwF(ContinualAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
         logits = self(batch.inputs)
-        trained, targets = self.trained(logits, batch.targets)
-        loss = weighted_cross_entropy(trained, targets, batch.weights, batch.normaliser)
+        loss = self.cross_entropy(logits, batch)
         if self.clock.task_at(self.current_epoch):
             outputs = self.teacher(batch.inputs)[:, self.taught]
             kept = tempered_distillation(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.callbacks.rehearsal import Rehearsal
-from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
 
@@ -56,4 +55,4 @@ class NIL(ContinualAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the weighted cross entropy over the step's samples of all workers, and the logits."""
         logits = self(batch.inputs)
-        return weighted_cross_entropy(*self.trained(logits, batch.targets), batch.weights, batch.normaliser), logits
+        return self.cross_entropy(logits, batch), logits

@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
 
-__all__ = ["RehearsingAgent"]
+__all__ = ["DarkReplay", "RehearsingAgent"]
 
 
 class RehearsingAgent(ContinualAgent):
@@ -60,13 +60,36 @@ class RehearsingAgent(ContinualAgent):
         """Return clock, report and rehearsal, or adopt those that the trainer has already."""
         return [*super().configure_callbacks(), *self.adopt(Rehearsal, "rehearsal")]
 
-    def cross_entropy(self, logits: Tensor, batch: Batch, part: slice) -> Tensor:
-        """Return the weighted cross entropy of some rows of a batch, 0-dim, over the step's samples of all workers.
 
-        Args:
-            logits: ``(B, K)`` of the whole batch.
-            batch: B samples.
-            part: its rows.
-        """
-        trained, targets = self.trained(logits[part], batch.targets[part])
-        return weighted_cross_entropy(trained, targets, batch.weights[part], batch.normaliser)
+class DarkReplay(RehearsingAgent):
+    """What DER and DER++ share: all K raw logits of the augmented view that was trained on are stored with each sample.
+
+    Args:
+        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
+        num_classes: classes of the whole stream, K.
+        rehearsal: the memory, its draws and who does the work.
+        **kwargs: arguments of ``ContinualAgent``.
+    """
+
+    boundaries = ("known", "hidden")
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="reservoir", weighting="none", loss="sum")
+    required: ClassVar[dict[str, Any]] = {"weighting": "none", "loss": "sum"}
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, rehearsal: RehearsalConfig = memory, **kwargs: Any
+    ) -> None:
+        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+        self.row_shapes = {"logits": (num_classes,)}
+        self._logits = torch.zeros(0, num_classes)
+
+    def keep(self, logits: Tensor, batch: Batch) -> None:
+        """Keep the logits ``(B, K)`` of a step's new samples for the memory."""
+        self._logits = logits[: batch.num_new].detach()
+
+    def columns_of_step(self) -> dict[str, Tensor]:
+        """Return the logits of the step's new samples."""
+        return {"logits": self._logits}
+
+    def columns_of(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the logits of samples as evaluation sees them."""
+        return {"logits": self(batch.inputs)}
