@@ -46,7 +46,7 @@ class HelpFormatter(DefaultHelpFormatter):
         short = [path.rpartition(".")[2] for path in paths if ".backbones.presets." in path]
         short = short or [path.rpartition(".")[2] for path in paths if ".presets." in path]
         if short:
-            return text.replace(extra, f"; short names: {', '.join(short)}; or any class path")
+            return text.replace(extra, f"; short names: {', '.join(sorted(short))}; or any class path")
         return text.replace(extra, f"; classes: {', '.join(path.rpartition('.')[2] for path in paths)}")
 
 
