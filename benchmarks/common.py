@@ -39,13 +39,16 @@ class Size(NamedTuple):
 
 
 class StepTimer(pl.Callback):
-    """Times all steps but those of the warm-up and the last."""
+    """Times all steps but those of the warm-up and the last.
+
+    At the start of a step: of a callback that acts at its end, agents suppose that it reads the step's values.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.started = self.step_ms = 0.0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Start or stop the clock; a GPU ends what it was given first."""
         if trainer.global_step not in (WARM_UP, WARM_UP + self.steps):
             return

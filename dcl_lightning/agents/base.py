@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dcl_lightning.agents.evaluation import EvaluationCounts
 from dcl_lightning.agents.optimisation import KeepUnseenRows, write_rates
 from dcl_lightning.agents.prediction import Inference, Prediction
+from dcl_lightning.agents.step_log import StepLog
 from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
 from dcl_lightning.callbacks.checkpoint_care import CheckpointCare
@@ -143,6 +144,7 @@ class ContinualAgent(pl.LightningModule):
         self.report = TaskReport()
         self.progress = StreamProgress()
         self.inference = Inference()
+        self.step_log = StepLog()
         self.loss_guard = LossGuard()
         self.checkpoint_care = CheckpointCare()
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
@@ -313,15 +315,12 @@ class ContinualAgent(pl.LightningModule):
             self._initial = {k: self.comm.broadcast(v.detach().clone()) for k, v in state.items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss; log it with the accuracy on the batch."""
+        """Return the loss; log it with the accuracy on the batch and the rate, at steps at which someone looks."""
         loss, logits = self.training_loss(batch)
-        hits = (logits.detach().argmax(1) == batch.targets).float() * batch.weights
-        accuracy = hits.sum() / batch.weights.sum().clamp(min=1)
-        values = {"train/loss": loss.detach(), "train/acc": accuracy}
-        self.log_dict(values, prog_bar=True, batch_size=len(batch.targets))
-        # Lightning sets this from another class, where type checkers do not look for it.
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
+        if self.step_log.due(self.trainer, batch_idx):
+            hits = (logits.detach().argmax(1) == batch.targets).float() * batch.weights
+            values = {"train/loss": loss.detach(), "train/acc": hits.sum() / batch.weights.sum().clamp(min=1)}
+            self.log_dict(values, prog_bar=True, batch_size=len(batch.targets))
             self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]), batch_size=1)
         return loss
 

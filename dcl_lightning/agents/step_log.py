@@ -1,0 +1,54 @@
+"""When the values of a training step are given to Lightning: at the steps at which someone looks at them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+__all__ = ["StepLog"]
+
+
+class StepLog:
+    """Decides whether a step's loss and accuracy are computed and logged.
+
+    Lightning's book-keeping of two logged values costs a small network a good part of its step, and most of them are
+    replaced by the next step's before anyone reads them. Each step's are logged where a progress bar shows them, a
+    callback monitors a value of training, or a callback that is neither Lightning's nor ours acts after each batch
+    and may read them; else those that loggers write, the first and the last of an epoch, and the last of the fit.
+    """
+
+    def __init__(self) -> None:
+        self._each_step = True
+        self._looked: tuple[int, int] | None = None  # of which trainer's epoch
+
+    def due(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        """Return whether the present step's values are logged.
+
+        Args:
+            trainer: of the fit, within a training step.
+            batch_idx: 0-based place of the batch in its epoch.
+        """
+        if batch_idx == 0 or self._looked != (id(trainer), trainer.current_epoch):  # also resumed amid an epoch
+            self._looked = (id(trainer), trainer.current_epoch)
+            self._each_step = _is_read_each_step(trainer)
+            return True
+        return (
+            self._each_step
+            or trainer.is_last_batch
+            # Counts batches that stepped, as loggers do; ``global_step`` counts each optimizer's steps.
+            or trainer._logger_connector.should_update_logs
+            or trainer.global_step + 1 == trainer.max_steps
+        )
+
+
+def _is_read_each_step(trainer: Any) -> bool:
+    bar = trainer.progress_bar_callback
+    shown = bar is not None and getattr(bar, "is_enabled", True)
+    return bool(shown or trainer.fast_dev_run or any(_reads(callback) for callback in trainer.callbacks))
+
+
+def _reads(callback: pl.Callback) -> bool:
+    monitored = str(getattr(callback, "monitor", None) or "").startswith("train/")
+    known = type(callback).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "dcl_lightning")
+    return monitored or (not known and type(callback).on_train_batch_end is not pl.Callback.on_train_batch_end)
