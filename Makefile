@@ -45,6 +45,7 @@ wheel:
 	$(PYTHON) -m venv --clear .wheel
 	.wheel/bin/python -m pip install -q -c constraints.txt dist/*.whl
 	cd .wheel && bin/dcl-lightning fit --data.dataset digits --model nil --trainer.accelerator cpu --trainer.fast_dev_run 2
+	cd .wheel && bin/dcl-lightning cite --model nil --data.dataset digits
 	rm -rf .wheel
 
 clean:

@@ -18,7 +18,8 @@ _USER_ERRORS = (CheckpointError, ConfigurationError, DataError, HorovodNotFoundE
 STUDIES = ("compare", "repeat", "sweep")
 _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of tasks, as in
 `fit --model nil --data.dataset digits --data.increment 2`. Studies of several runs: `compare RUN RUN ...`,
-`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help."""
+`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `cite --model NAME --data.dataset NAME` prints
+BibTeX."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -38,6 +39,10 @@ def main(args: list[str] | None = None) -> int:
             from dcl_lightning import studies
 
             return studies.main(given)
+        if given and given[0] == "cite":
+            from dcl_lightning.command_line import cite
+
+            return cite.main(given[1:])
         _run(args)
     except Exception as error:
         told = _user_error(error)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.callbacks.memory_log import MemoryLog
+from dcl_lightning.citations import DATASETS, METHODS, method_of, references
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import Task
@@ -62,6 +63,7 @@ def facts_of(
         "peak_device_bytes": peak,
         "wall_time_s": getattr(clock, "wall_time", None),
         "config_hash": _hash(folder / "config.yaml"),
+        **_citations(type(agent), getattr(data, "dataset_name", None)),
         "versions": {
             **{name: _version(name) for name in ("torch", "lightning", "dcl_lightning")},
             "python": platform.python_version(),
@@ -91,6 +93,15 @@ def figures_of(matrix: AccuracyMatrix, baseline: Tensor | None = None) -> dict[s
         "backward_transfer": _number(matrix.backward_transfer),
         "forward_transfer": None if forward is None else _number(forward),
     }
+
+
+def _citations(kind: type, dataset: str | None) -> dict[str, Any]:
+    """Return the papers of method and data set, and the command that prints their BibTeX; None if there are none."""
+    method = method_of(kind)
+    keys = [*METHODS.get(method or "", ()), *DATASETS.get(dataset or "", ())]
+    command = f"dcl-lightning cite{f' --model {method}' if method else ''}"
+    command += f" --data.dataset {dataset}" if dataset in DATASETS else ""
+    return {"references": [reference.short for reference in references(keys)], "cite": command if keys else None}
 
 
 def _comes_again(tasks: Sequence[Task]) -> bool:

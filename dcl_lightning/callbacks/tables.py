@@ -135,6 +135,9 @@ def summary_text(facts: Mapping[str, Any], files: Sequence[str], pictures: Seque
     for key, name in _FACTS.items():
         if facts.get(key) is not None:
             lines.append(f"| {name} | {_escape(_words(facts[key]))} |")
+    if facts["references"]:
+        lines += ["", f"To cite (`{facts['cite']}` prints BibTeX):", ""]
+        lines += [f"- {reference}" for reference in facts["references"]]
     lines += ["", "Numbers: " + ", ".join(f"[{name}]({name})" for name in files) + "."]
     return "\n".join(lines) + "\n"
 

@@ -110,14 +110,36 @@ def cifar(root: Path, num_classes: int, per_file: int = 20, test_rows: int | Non
 
 
 def mnist(root: Path, rows: int = 20, test_rows: int = 10) -> list[np.ndarray]:
-    """Write the four idx files; return the pixels of both splits."""
+    """Write the four idx files, of noise; return the pixels of both splits."""
+    pixels = [RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8) for count in (rows, test_rows)]
+    _idx(root, *((images, np.arange(len(images)) % 10) for images in pixels))
+    return pixels
+
+
+def mnist_of_digits(root: Path, times: int) -> None:
+    """Write the four idx files, of scikit-learn's digits at random places: each training image so many times."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits, rng = load_digits(), np.random.default_rng(0)
+    small = np.kron(digits.images * 255 / 16, np.ones((3, 3)))
+    train, test, labels, test_labels = train_test_split(
+        small, digits.target, test_size=0.2, stratify=digits.target, random_state=0
+    )
+    train, labels = np.tile(train, (times, 1, 1)), np.tile(labels, times)
+    splits = []
+    for images in (train, test):
+        padded = np.zeros((len(images), 28, 28), np.uint8)
+        for place, (top, left) in enumerate(rng.integers(0, 5, (len(images), 2))):
+            padded[place, top : top + 24, left : left + 24] = images[place]
+        splits.append(padded)
+    _idx(root, (splits[0], labels), (splits[1], test_labels))
+
+
+def _idx(root: Path, *splits: tuple[np.ndarray, np.ndarray]) -> None:
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    pixels = []
-    for part, count in (("train", rows), ("t10k", test_rows)):
-        pixels.append(RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8))
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        for kind, magic, array in (("images-idx3", 2051, pixels[-1]), ("labels-idx1", 2049, labels)):
+    for part, (images, labels) in zip(("train", "t10k"), splits, strict=True):
+        for kind, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels.astype(np.uint8))):
             head = np.array([magic, *array.shape], dtype=">i4").tobytes()
             (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
-    return pixels

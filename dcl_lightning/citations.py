@@ -1,0 +1,116 @@
+"""What to cite: the papers of methods and data sets, whose BibTeX lies in ``references.bib`` beside this file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["DATASETS", "METHODS", "PROJECT", "Reference", "method_of", "references"]
+
+PROJECT = "dcl_lightning"
+# Keys of references.bib by the class of the method, which short names stem from; none where there is no paper.
+METHODS: dict[str, tuple[str, ...]] = {
+    "FineTuning": (),
+    "NIL": ("munoz2020", "bouvier2024"),
+    "ICaRL": ("rebuffi2017",),
+    "ER": ("chaudhry2019er",),
+    "ERACE": ("caccia2022",),
+    "DER": ("buzzega2020",),
+    "DERpp": ("buzzega2020",),
+    "AGEM": ("chaudhry2019agem",),
+    "GEM": ("lopezpaz2017",),
+    "GDumb": ("prabhu2020",),
+    "BiC": ("wu2019",),
+    "LwF": ("li2018",),
+    "EWC": ("kirkpatrick2017", "schwarz2018"),
+    "SI": ("zenke2017",),
+}
+# By the name of ``data.dataset``.
+DATASETS: dict[str, tuple[str, ...]] = {
+    "digits": ("alpaydin1998",),
+    "digits_dev": ("alpaydin1998",),
+    "synthetic": (),
+    "mnist": ("lecun1998",),
+    "cifar10": ("krizhevsky2009",),
+    "cifar100": ("krizhevsky2009",),
+    "tinyimagenet": ("le2015", "russakovsky2015"),
+    "imagenet": ("russakovsky2015",),
+    "imagenet_blurred": ("yang2022", "russakovsky2015"),
+    "imagenet100": ("russakovsky2015",),
+    "imagenet100small": ("russakovsky2015",),
+    "core50": ("lomonaco2017",),
+    "folder": (),
+    "candle": ("grossman2016",),
+}
+
+_ENTRY = re.compile(r"@(\w+)\{([\w-]+),\n((?:  \w+ = \{.*\},\n)+)\}\n")
+_FIELD = re.compile(r"  (\w+) = \{(.*)\},\n")
+
+
+class Reference(NamedTuple):
+    """One entry of ``references.bib``.
+
+    Args:
+        key: by which it is cited.
+        kind: BibTeX's type of entry, such as ``article``.
+        fields: values by name, as they stand in the file.
+        bibtex: the whole entry.
+    """
+
+    key: str
+    kind: str
+    fields: dict[str, str]
+    bibtex: str
+
+    @property
+    def names(self) -> list[str]:
+        """Family names of the authors."""
+        return [author.partition(",")[0].strip("{}") for author in self.fields["author"].split(" and ")]
+
+    @property
+    def title(self) -> str:
+        """The title without TeX's braces and backslashes."""
+        return re.sub(r"[{}\\]", "", self.fields["title"])
+
+    @property
+    def short(self) -> str:
+        """Authors, title, venue and year in one line of plain text."""
+        *others, last = self.names
+        who = f"{', '.join(others)} and {last}" if others else last
+        if len(others) > 2:
+            who = f"{others[0]} et al."
+        venue = next((self.fields[key] for key in ("booktitle", "journal", "institution") if key in self.fields), None)
+        venue = venue or self.fields.get("howpublished") or f"arXiv {self.fields['eprint']}"
+        brief = re.search(r"\(([A-Za-z]+)\)$", venue)
+        return f"{who}, {self.title}, {brief[1] if brief else venue} {self.fields['year']}"
+
+
+@cache
+def _bibliography() -> dict[str, Reference]:
+    text = Path(__file__).with_name("references.bib").read_text(encoding="utf-8")
+    found = {}
+    for match in _ENTRY.finditer(text):
+        kind, key, body = match.groups()
+        found[key] = Reference(key, kind, dict(_FIELD.findall(body)), match[0])
+    return found
+
+
+def references(keys: Iterable[str]) -> list[Reference]:
+    """Return entries of ``references.bib``, each once.
+
+    Args:
+        keys: of ``METHODS``, ``DATASETS`` or ``PROJECT``.
+    """
+    return [_bibliography()[key] for key in dict.fromkeys(keys)]
+
+
+def method_of(kind: type) -> str | None:
+    """Return the name in ``METHODS`` of an agent's method, or of the one that it builds on; None if there is none.
+
+    Args:
+        kind: class of the agent; the nearest of its bases counts.
+    """
+    return next((base.__name__ for base in kind.__mro__ if base.__name__ in METHODS), None)

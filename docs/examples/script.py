@@ -1,0 +1,32 @@
+"""Two agents on one stream: what is forgotten without a memory, what is kept with one, and a prediction at the end.
+
+python script.py
+"""
+
+import lightning.pytorch as pl
+
+from dcl_lightning import ERACE, ContinualDataModule, FineTuning
+from dcl_lightning.backbones import MLP
+
+
+def train(kind, folder, **options):
+    """Train an agent of this kind on five tasks of two digits each; return it with its trainer and its data."""
+    pl.seed_everything(0)
+    data = ContinualDataModule("digits", scenario="class", increment=2, batch_size=16)
+    agent = kind(MLP(), data.num_classes, input_spec=data.input_spec, epochs_per_task=3, lr=0.05, **options)
+    # Any options of Lightning's: strategy="horovod", devices=4, precision="bf16-mixed", loggers, callbacks.
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False)
+    trainer.fit(agent, datamodule=data)
+    return agent, trainer, data
+
+
+if __name__ == "__main__":
+    forgetful, *_ = train(FineTuning, "runs/without_memory")
+    agent, trainer, data = train(ERACE, "runs/with_memory", rehearsal={"buffer_size": 200, "num_samples": 16})
+    for name, trained in (("without a memory", forgetful), ("with 200 stored samples", agent)):
+        matrix = trained.clock.matrix  # R[i, j]: accuracy on task j after task i
+        figures = f"average accuracy {matrix.average_accuracy:.2f}, forgetting {matrix.forgetting:.2f}"
+        print(f"{name}: {figures}")
+
+    predictions = trainer.predict(agent, datamodule=data)
+    print("first test images are predicted to be", predictions[0][0].labels[:5])  # of test set 0, batch 0
