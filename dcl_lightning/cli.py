@@ -18,8 +18,8 @@ _USER_ERRORS = (CheckpointError, ConfigurationError, DataError, HorovodNotFoundE
 STUDIES = ("compare", "repeat", "sweep")
 _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of tasks, as in
 `fit --model nil --data.dataset digits --data.increment 2`. Studies of several runs: `compare RUN RUN ...`,
-`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `cite --model NAME --data.dataset NAME` prints
-BibTeX."""
+`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `run --max-restarts 3 -- fit ...` starts a lost
+job again from its newest checkpoint. `cite --model NAME --data.dataset NAME` prints BibTeX."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -43,6 +43,10 @@ def main(args: list[str] | None = None) -> int:
             from dcl_lightning.command_line import cite
 
             return cite.main(given[1:])
+        if given and given[0] == "run":
+            from dcl_lightning.command_line import supervisor
+
+            return supervisor.main(given[1:])
         _run(args)
     except Exception as error:
         told = _user_error(error)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from dcl_lightning.distributed.newest import newest_checkpoint
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["go_on_from_last"]
+__all__ = ["checkpoint_folders", "go_on_from_last"]
 
 
 def go_on_from_last(config: Any, trains: bool) -> None:
@@ -27,10 +27,8 @@ def go_on_from_last(config: Any, trains: bool) -> None:
     if config.get("ckpt_path") != "last":
         return
     trainer = config["trainer"]
-    logger = trainer.get("logger")
-    logger = logger[0] if isinstance(logger, list) and logger else logger
-    folders = [*_folders(trainer, logger), *_dirpaths(trainer.get("callbacks"))]
-    path, problems = newest_checkpoint(folders, trains)
+    logger = _first_logger(trainer)
+    path, problems = newest_checkpoint(checkpoint_folders(trainer), trains)
     for problem in problems:
         rank_zero_info(f"passed over: {problem}")
     if path is None:
@@ -52,6 +50,20 @@ def go_on_from_last(config: Any, trains: bool) -> None:
         number = version.removeprefix("version_")
         logger["init_args"]["version"] = int(number) if number.isdigit() else version
         _keep_metrics(path.parent.parent)
+
+
+def checkpoint_folders(trainer: Any) -> list[Path]:
+    """Return the folders in which a run's checkpoints lie, of all its versions.
+
+    Args:
+        trainer: the trainer's part of a command's configuration.
+    """
+    return [*_folders(trainer, _first_logger(trainer)), *_dirpaths(trainer.get("callbacks"))]
+
+
+def _first_logger(trainer: Any) -> Any:
+    logger = trainer.get("logger")
+    return logger[0] if isinstance(logger, list) and logger else logger
 
 
 def _init_args(logger: Any) -> Any:
