@@ -19,7 +19,8 @@ demo: setup
 	$(BIN)/python cli.py fit --config configs/icarl_digits.yaml --trainer.strategy horovod --trainer.devices 2 --data.init_args.batch_size 8
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes on two cores: threads of their own would wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-exhaustive: setup
 	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"

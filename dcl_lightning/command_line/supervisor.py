@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,14 +80,17 @@ class Supervisor:
         """Run the job to its end; return the exit code of its last start."""
         before = {signum: signal.signal(signum, self._pass_on) for signum in _PASSED_ON}
         try:
-            return self._run()
+            code = self._run()
+            return code if code >= 0 else 128 - code  # as a shell has it
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
     def _run(self) -> int:
         began = time.time_ns()
-        words, fruitless, newest, workers = self.job, 0, None, None
+        words, newest = self.job, None
+        # A job that cannot go on with fewer is told so now, not after its first loss.
+        workers = None if self.min_workers is None else _workers(self.job, self._trainer())
         for restart in range(self.max_restarts + 1):
             code = self._start(words)
             if self._stopped or code in _ENDS:
@@ -94,24 +99,21 @@ class Supervisor:
             if restart == self.max_restarts:
                 _say(f"the job ended with {how}; that was the last of {restart + 1} starts")
                 break
-            trainer = self._trainer()
-            path = _newest(trainer, began)
-            # A second loss with nothing saved in between would be followed by a third.
-            fruitless = fruitless + 1 if path == newest and restart else 0
-            newest = path
-            if fruitless:
+            saved = _newest(self._trainer(), began)
+            if restart and saved == newest:
                 _say(f"the job ended with {how} twice without a new checkpoint in between: see what it said before")
                 break
-            words = self.job if path is None else [*self.job, "--ckpt_path", "last"]
-            if self.min_workers is not None:
-                workers = max((workers or _workers(self.job, trainer)) - 1, self.min_workers)
+            newest = saved
+            words = self.job if saved is None else [*self.job, "--ckpt_path", "last"]
+            if workers is not None and self.min_workers is not None:
+                workers = max(workers - 1, self.min_workers)
                 words = with_workers(words, workers)
-            what = "from the beginning" if path is None else f"from {path[0]}"
+            what = "from the beginning" if saved is None else f"from {saved[0]}"
             on = "" if workers is None else f", on {workers} worker{'s' * (workers > 1)}"
             _say(f"the job ended with {how}; restart {restart + 1} of {self.max_restarts}, {what}{on}")
             if self._stopped:
                 return code
-        return code if code > 0 else 128 - code
+        return code
 
     def _start(self, words: Sequence[str]) -> int:
         # A session of its own: what a terminal signals comes once, through this process.
@@ -129,8 +131,10 @@ class Supervisor:
         """Return the job's configuration of the trainer."""
         ours = self.job[self.job.index("fit") :]
         command = [sys.executable, "-m", "dcl_lightning", *ours, "--print_config"]
-        printed = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        return dict(yaml.safe_load(printed)["trainer"])
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if printed.returncode:
+            raise SystemExit(printed.returncode)  # it has said why
+        return dict(yaml.safe_load(printed.stdout)["trainer"])
 
 
 def with_workers(words: Sequence[str], workers: int) -> list[str]:
@@ -168,9 +172,12 @@ def _newest(trainer: dict[str, Any], began: int) -> tuple[Path, int] | None:
     from dcl_lightning.distributed.newest import newest_checkpoint
 
     path, _ = newest_checkpoint(checkpoint_folders(trainer))
-    if path is None or path.stat().st_mtime_ns < began:
+    if path is None:
         return None
-    return path, path.stat().st_mtime_ns
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        ahead = os.fstat(file.fileno()).st_mtime_ns - time.time_ns()  # a file server has a clock of its own
+    saved = path.stat().st_mtime_ns
+    return (path, saved) if saved >= began + ahead else None
 
 
 def _command(words: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,23 @@ def test_mistakes_are_told_in_one_line(args: list[str], told: str, capsys: pytes
     err = capsys.readouterr().err
     assert told in err
     assert err.count("\n") == 1
+
+
+def test_fewer_workers_need_a_number_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    from dcl_lightning import cli
+
+    assert cli.main(["run", "--min-workers", "1", "--", "fit", "--model", "base", "--data.dataset", "digits"]) == 2
+    assert "--min-workers needs a number of workers, trainer.devices is auto" in capsys.readouterr().err
+
+
+def test_an_earlier_run_of_the_name_is_not_gone_on_with(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = place / "runs" / "dcl" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    shutil.copytree(ROOT / "tests" / "data" / "checkpoint_v1", folder, dirs_exist_ok=True)
+    assert started(place, monkeypatch, 1, "raise SystemExit(7)") == 7
+    assert "restart 1 of 1, from the beginning" in capfd.readouterr().err
 
 
 def test_the_number_of_workers_is_told_to_whoever_starts_them() -> None:
