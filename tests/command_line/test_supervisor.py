@@ -36,7 +36,8 @@ class Dies(pl.Callback):
 JOB = ["fit", "--model", "nil", "--data.dataset", "digits", "--data.increment", "5", "--model.epochs_per_task", "1"]
 JOB += ["--trainer.limit_train_batches", "6", "--trainer.accelerator", "cpu", "--trainer.logger.name", "job"]
 JOB += ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", "2"]
-JOB += ["--trainer.callbacks.save_last", "true"]
+JOB += ["--trainer.callbacks.save_last", "true", "--trainer.callbacks+=TaskReport"]
+JOB += ["--trainer.callbacks.pictures=false"]
 
 
 @pytest.fixture
