@@ -63,12 +63,11 @@ def last(place: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@pytest.mark.exhaustive
 def test_a_killed_job_ends_as_if_it_had_not_been(place: Path) -> None:
     done = supervised(place, [], [*JOB, *dies(step=9)])
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("run: the job ended with signal 9; restart 1 of 3, from ") == 1
-    assert not (place / "runs/job/version_1").exists()
-    assert (place / "runs/job/version_0/report/summary.md").exists()
     lost = last(place)
     (place / "runs").rename(place / "lost")
     whole = supervised(place, [], JOB)
@@ -84,6 +83,8 @@ def test_a_lost_worker_does_not_lose_the_run(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "restart 1 of 3, from " in done.stderr
     assert ", on 1 worker\n" in done.stderr
+    assert not (place / "runs/job/version_1").exists()
+    assert last(place)
     assert (place / "runs/job/version_0/report/summary.md").exists()
 
 
@@ -97,6 +98,8 @@ def started(place: Path, monkeypatch: pytest.MonkeyPatch, max_restarts: int, scr
 def test_without_progress_it_ends(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    earlier = place / "runs" / "dcl" / "version_0" / "checkpoints"  # another run of the name, not gone on with
+    shutil.copytree(ROOT / "tests" / "data" / "checkpoint_v1", earlier)
     assert started(place, monkeypatch, 5, "import os; os.kill(os.getpid(), 9)") == 137
     assert capfd.readouterr().err.splitlines() == [
         "run: the job ended with signal 9; restart 1 of 5, from the beginning",
@@ -172,16 +175,6 @@ def test_fewer_workers_need_a_number_of_them(capsys: pytest.CaptureFixture[str])
 
     assert cli.main(["run", "--min-workers", "1", "--", "fit", "--model", "base", "--data.dataset", "digits"]) == 2
     assert "--min-workers needs a number of workers, trainer.devices is auto" in capsys.readouterr().err
-
-
-def test_an_earlier_run_of_the_name_is_not_gone_on_with(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = place / "runs" / "dcl" / "version_0" / "checkpoints"
-    folder.mkdir(parents=True)
-    shutil.copytree(ROOT / "tests" / "data" / "checkpoint_v1", folder, dirs_exist_ok=True)
-    assert started(place, monkeypatch, 1, "raise SystemExit(7)") == 7
-    assert "restart 1 of 1, from the beginning" in capfd.readouterr().err
 
 
 def test_the_number_of_workers_is_told_to_whoever_starts_them() -> None:
