@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from common import CLASSES, SPEC, Filled, quiet_trainer, report, stream
+from common import CLASSES, HEADER, SPEC, Filled, quiet_trainer, report, stream
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rehearsal import full_buffer
 
@@ -97,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rounds, every, size = (2, 2, 2) if options.quick else (options.rounds, options.every, options.megabytes)
     trained, saved, written, resumed = measure(rounds, every, size)
-    print("| what | value | baseline | ratio [95 %] | target | pairs |\n|---|---|---|---|---|---|")
+    print(HEADER)
     both = [a + b for a, b in zip(trained, saved, strict=True)]
     report(f"{every} steps of ResNet-32 and a save with {size} MB stored", "s", both, trained, "<= 1.05")
     print(f"\na save: {statistics.median(saved):.3f} s for {written / 1e6:.1f} MB; a fit that had nothing left to do, "

@@ -24,6 +24,8 @@ from dcl_lightning.types import InputSpec
 WARM_UP = 4
 CLASSES = 100
 SPEC = InputSpec(3, 32, 32)
+# Of the rows that ``report`` prints.
+HEADER = "| what | value | baseline | ratio [95 %] | target | pairs |\n|---|---|---|---|---|---|"
 
 
 class Size(NamedTuple):

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import CLASSES, report, rounds_of, stream
+from common import CLASSES, HEADER, report, rounds_of, stream
 from torch.utils.data import DataLoader
 
 from dcl_lightning import ContinualDataModule
@@ -172,7 +172,7 @@ def main() -> None:
         "a": lambda: [first_batch("arrays", _arrays(2_000 if few else 50_000), rounds(15))],
         "f": lambda: [first_batch_of_files(rounds(7), 60 if few else 420)],
     }
-    print("| what | value | baseline | ratio [95 %] | target | pairs |\n|---|---|---|---|---|---|")
+    print(HEADER)
     rows = [row for key, part in parts.items() if not options.only or key in options.only for row in part()]
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLASSES, SPEC, WARM_UP, Filled, Size, report, rounds_of, step_ms, stream
+from common import CLASSES, HEADER, SPEC, WARM_UP, Filled, Size, report, rounds_of, step_ms, stream
 from torch import nn
 
 from dcl_lightning import NIL, ContinualDataModule, FineTuning
@@ -199,7 +199,7 @@ def main() -> None:
             "a": lambda: against_plain_on_gpu(32, size(9, 200)),
             "b": lambda: against_plain_on_gpu(224, size(5, 60)),
         }
-    print("| what | value | baseline | ratio [95 %] | target | pairs |\n|---|---|---|---|---|---|")
+    print(HEADER)
     rows = [row for key, part in parts.items() if not options.only or key in options.only for row in part()]
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

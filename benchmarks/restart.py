@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import report
+from common import HEADER, report
 
 EVERY, KILLED = 50, 125
 _CALLBACK = """
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
+    print(HEADER)
     whole, lost, waits, twice = [], [], [], []
     for _ in range(rounds):
         whole.append(job(0)[0])

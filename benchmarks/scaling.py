@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLASSES, SPEC, WARM_UP, Size, report, rounds_of, step_ms, stream
+from common import CLASSES, HEADER, SPEC, WARM_UP, Size, report, rounds_of, step_ms, stream
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -108,7 +108,7 @@ def main() -> None:
             options.json.write_text(json.dumps(found))
         return
     two, one = launch(2, options.quick), launch(1, options.quick)
-    print("| what | value | baseline | ratio [95 %] | target | pairs |\n|---|---|---|---|---|---|")
+    print(HEADER)
     rows: list[dict[str, Any]] = []
     for name in NETWORKS:
         target = "<= 1.1" if name == "ResNet-32" else "reported"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import sys
@@ -15,7 +16,14 @@ from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError,
 __all__ = ["main"]
 
 _USER_ERRORS = (CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, MisconfigurationException)
-STUDIES = ("compare", "repeat", "sweep")
+# Commands besides those of Lightning, each in a module of its own.
+COMMANDS = {
+    "compare": "studies.compare",
+    "repeat": "studies.repeat",
+    "sweep": "studies.sweep",
+    "cite": "command_line.cite",
+    "run": "command_line.supervisor",
+}
 _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of tasks, as in
 `fit --model nil --data.dataset digits --data.increment 2`. Studies of several runs: `compare RUN RUN ...`,
 `repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `run --max-restarts 3 -- fit ...` starts a lost
@@ -35,18 +43,8 @@ def main(args: list[str] | None = None) -> int:
     given = sys.argv[1:] if args is None else args
     _quieten()
     try:
-        if given and given[0] in STUDIES:
-            from dcl_lightning import studies
-
-            return studies.main(given)
-        if given and given[0] == "cite":
-            from dcl_lightning.command_line import cite
-
-            return cite.main(given[1:])
-        if given and given[0] == "run":
-            from dcl_lightning.command_line import supervisor
-
-            return supervisor.main(given[1:])
+        if given and given[0] in COMMANDS:
+            return int(importlib.import_module(f"dcl_lightning.{COMMANDS[given[0]]}").main(given[1:]))
         _run(args)
     except Exception as error:
         told = _user_error(error)
@@ -67,7 +65,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _run(args: list[str] | None) -> None:
-    # What studies do not need, and what takes seconds to import.
+    # What the other commands do not need, and what takes seconds to import.
     from dcl_lightning.agents import ContinualAgent
     from dcl_lightning.command_line.folders import SaveConfig
     from dcl_lightning.command_line.program import ContinualCLI

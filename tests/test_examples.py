@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from documents import ROOT
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "data"))
-import written  # noqa: E402
+import written
 
 EXAMPLES = ROOT / "docs" / "examples"
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
 
+from dcl_lightning.distributed.child import end_with_parent
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = ["Supervisor", "main", "with_workers"]
@@ -25,7 +25,8 @@ __all__ = ["Supervisor", "main", "with_workers"]
 # Done; wrong usage, which would be as wrong again; the user's own stop.
 _ENDS = (0, 2, 130, 143)
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
+# What launchers are told the number of workers by.
+_NUMBER = ("-np", "--num-proc", "-n")
 
 
 def main(args: Sequence[str]) -> int:
@@ -90,7 +91,7 @@ class Supervisor:
         began = time.time_ns()
         words, newest = self.job, None
         # A job that cannot go on with fewer is told so now, not after its first loss.
-        workers = None if self.min_workers is None else _workers(self.job, self._trainer())
+        workers = None if self.min_workers is None else _workers(self.job, self._trainer)
         for restart in range(self.max_restarts + 1):
             code = self._start(words)
             if self._stopped or code in _ENDS:
@@ -99,7 +100,7 @@ class Supervisor:
             if restart == self.max_restarts:
                 _say(f"the job ended with {how}; that was the last of {restart + 1} starts")
                 break
-            saved = _newest(self._trainer(), began)
+            saved = _newest(self._trainer, began)
             if restart and saved == newest:
                 _say(f"the job ended with {how} twice without a new checkpoint in between: see what it said before")
                 break
@@ -117,7 +118,7 @@ class Supervisor:
 
     def _start(self, words: Sequence[str]) -> int:
         # A session of its own: what a terminal signals comes once, through this process.
-        self._process = subprocess.Popen(_command(words), start_new_session=True, preexec_fn=_end_with_parent)
+        self._process = subprocess.Popen(_command(words), start_new_session=True, preexec_fn=end_with_parent())
         code = self._process.wait()
         self._process = None
         return code
@@ -127,11 +128,11 @@ class Supervisor:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signum)
 
+    @cached_property
     def _trainer(self) -> dict[str, Any]:
-        """Return the job's configuration of the trainer."""
+        """The job's configuration of the trainer; to find it is the start of a process."""
         ours = self.job[self.job.index("fit") :]
-        command = [sys.executable, "-m", "dcl_lightning", *ours, "--print_config"]
-        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        printed = subprocess.run(_command([*ours, "--print_config"]), stdout=subprocess.PIPE, text=True)
         if printed.returncode:
             raise SystemExit(printed.returncode)  # it has said why
         return dict(yaml.safe_load(printed.stdout)["trainer"])
@@ -144,26 +145,24 @@ def with_workers(words: Sequence[str], workers: int) -> list[str]:
         words: of the job.
         workers: their number: what ``horovodrun`` and ``mpirun`` are told, else ``trainer.devices``.
     """
-    words = list(words)
+    place = _place_of_number(words)
+    if place is None:
+        return [*words, "--trainer.devices", str(workers)]
+    return [*words[:place], str(workers), *words[place + 1 :]]
+
+
+def _place_of_number(words: Sequence[str]) -> int | None:
+    """Return where among the words the launcher's number of workers stands; None if it is told none."""
     launcher = words[: words.index("fit")]
-    for flag in ("-np", "--num-proc", "-n"):
-        if flag in launcher:
-            words[launcher.index(flag) + 1] = str(workers)
-            return words
-    return [*words, "--trainer.devices", str(workers)]
+    return next((place + 1 for place, word in enumerate(launcher[:-1]) if word in _NUMBER), None)
 
 
 def _workers(words: Sequence[str], trainer: dict[str, Any]) -> int:
-    launcher = " ".join(words[: words.index("fit")])
-    told = re.search(r"(?:^| )(?:-np|--num-proc|-n) (\d+)", launcher)
-    if told:
-        return int(told[1])
-    devices = trainer["devices"]
-    if isinstance(devices, int) or str(devices).isdigit():
-        return int(devices)
-    raise ConfigurationError(
-        f"run: --min-workers needs a number of workers, trainer.devices is {devices}: give a number"
-    )
+    place = _place_of_number(words)
+    key, told = ("trainer.devices", trainer["devices"]) if place is None else (words[place - 1], words[place])
+    if str(told).isdigit():
+        return int(told)
+    raise ConfigurationError(f"run: --min-workers needs a number of workers, {key} is {told}: give a number")
 
 
 def _newest(trainer: dict[str, Any], began: int) -> tuple[Path, int] | None:
@@ -182,11 +181,6 @@ def _newest(trainer: dict[str, Any], began: int) -> tuple[Path, int] | None:
 
 def _command(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "dcl_lightning", *words] if words[0] == "fit" else list(words)
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _say(what: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["Child", "launching_process"]
+__all__ = ["Child", "end_with_parent", "launching_process"]
 
 _LAST_LINES = 150  # holds a traceback through all of Lightning
 _LINES_KEPT = 5000  # until the run's folder is known
@@ -55,7 +55,7 @@ class Child:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=end_with_parent(),
         )
         self._readers = [
             threading.Thread(target=self._pass_on, args=(stream, name), daemon=True)
@@ -153,8 +153,8 @@ class Child:
             out.flush()
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """Return what the child runs before its program: Linux shall kill it when this process is gone."""
+def end_with_parent() -> Callable[[], None] | None:
+    """Return what a child runs before its program, ``preexec_fn``: Linux shall kill it when this process is gone."""
     # The kernel means the thread that forked; a thread of the user's may end long before the process.
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcl_lightning import cli
 from dcl_lightning.command_line.supervisor import Supervisor, with_workers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,6 +121,9 @@ def test_starts_are_counted(place: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert capfd.readouterr().err == "run: the job ended with code 7; that was the last of 1 starts\n"
 
 
+SUPERVISED = [sys.executable, "-m", "dcl_lightning", "run", "--", sys.executable, "job.py", "fit"]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_job_and_end_the_run(place: Path, signum: int) -> None:
     (place / "job.py").write_text(
@@ -128,8 +132,7 @@ def test_signals_reach_the_job_and_end_the_run(place: Path, signum: int) -> None
         "for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1): signal.signal(s, end)\n"
         "print('ready', flush=True); time.sleep(100)"
     )
-    run = [sys.executable, "-m", "dcl_lightning", "run", "--", sys.executable, "job.py", "fit"]
-    with subprocess.Popen(run, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(SUPERVISED, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signum)
@@ -141,8 +144,7 @@ def test_signals_reach_the_job_and_end_the_run(place: Path, signum: int) -> None
 
 def test_the_job_ends_with_its_supervisor(place: Path) -> None:
     (place / "job.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(100)")
-    run = [sys.executable, "-m", "dcl_lightning", "run", "--", sys.executable, "job.py", "fit"]
-    with subprocess.Popen(run, cwd=place, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(SUPERVISED, cwd=place, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         pid = int(process.stdout.readline())
         process.kill()
@@ -162,8 +164,6 @@ def test_the_job_ends_with_its_supervisor(place: Path) -> None:
     ],
 )
 def test_mistakes_are_told_in_one_line(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from dcl_lightning import cli
-
     assert cli.main(["run", *args]) == 2
     err = capsys.readouterr().err
     assert told in err
@@ -171,8 +171,6 @@ def test_mistakes_are_told_in_one_line(args: list[str], told: str, capsys: pytes
 
 
 def test_fewer_workers_need_a_number_of_them(capsys: pytest.CaptureFixture[str]) -> None:
-    from dcl_lightning import cli
-
     assert cli.main(["run", "--min-workers", "1", "--", "fit", "--model", "base", "--data.dataset", "digits"]) == 2
     assert "--min-workers needs a number of workers, trainer.devices is auto" in capsys.readouterr().err
 
