@@ -1,4 +1,4 @@
-"""Hooks of a module or its data module through which batches are passed on, and those that tell of tasks."""
+"""Hooks through which batches are passed on, a place near the end of a backward pass, and hooks that tell of tasks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
 from dcl_lightning.types import Task
 
-__all__ = ["call_callbacks", "call_task_hook", "pass_through"]
+__all__ = ["before_first_layer", "call_callbacks", "call_task_hook", "pass_through"]
 
 
 def pass_through(
@@ -48,6 +49,19 @@ def pass_through(
 
     owner.__dict__[name] = hook
     return undo
+
+
+def before_first_layer(module: nn.Module) -> nn.Parameter | None:
+    """Return the parameter behind whose gradient a backward pass has the first layer left, None if there is one layer.
+
+    Layers are the parts with parameters of their own that are trained, and supposed to be used in their order.
+
+    Args:
+        module: that is trained.
+    """
+    layers = [[p for p in part.parameters(recurse=False) if p.requires_grad] for part in module.modules()]
+    layers = [parameters for parameters in layers if parameters]
+    return layers[1][0] if len(layers) > 1 else None
 
 
 def call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task) -> None:

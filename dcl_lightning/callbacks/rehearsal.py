@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from dcl_lightning.callbacks.extras import ExtraColumns
-from dcl_lightning.callbacks.hooks import pass_through
+from dcl_lightning.callbacks.hooks import before_first_layer, pass_through
 from dcl_lightning.callbacks.memory_checkpoint import SavedMemories, save_memory
 from dcl_lightning.callbacks.references import AS_EVALUATED, References
 from dcl_lightning.data.seeds import seed_of_run
@@ -71,6 +71,7 @@ class Rehearsal(pl.Callback):
         self._real: Tensor | None = None
         self._due = False  # whether this step's work was not given to the engine yet
         self._undo: list[Callable[[], None]] = []
+        self._begins_late = False
         self.saved: SavedMemories | None = None
         self._example: Any = None
         self._wait_s = 0.0
@@ -106,6 +107,17 @@ class Rehearsal(pl.Callback):
                 behind=self.config.store == "transformed",
             ),
         ]  # fmt: skip
+        # On a CPU the background begins when the backward pass has the first layer left. As PyTorch frees what the
+        # forward pass made, layer by layer, it asks for Python, which the background holds while it works: it would be
+        # waited for. The first layer's gradients are the last long stretch of a step that needs no Python.
+        last = before_first_layer(pl_module) if pl_module.device.type == "cpu" else None
+        self._begins_late = last is not None and self.config.execution != "inline"
+        if last is not None and self._begins_late:
+            self._undo.append(last.register_post_accumulate_grad_hook(lambda _: self._begin(trainer)).remove)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        if self._due:
+            self._submit(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish pending work and take the memory out again."""
@@ -174,17 +186,16 @@ class Rehearsal(pl.Callback):
         return join(batch, rows, weights, drawn.weight_share, self.config.loss, step, inputs, more)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Let the background begin: while gradients are computed this thread leaves Python, and the GPU, to it."""
-        if self._due and self.config.execution != "inline":
-            self._submit(trainer)
+        """Let the background begin, its kernels under the backward pass, where it does not begin late."""
+        if self.config.execution != "inline" and not self._begins_late:
+            self._begin(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Do the memory's work now if it was not begun; at the end of an epoch leave nothing pending."""
         assert self._engine is not None
-        if self._due:
-            self._submit(trainer)
+        self._begin(trainer)
         if trainer.is_last_batch:
             self._engine.flush()
             self._in_flight = None
@@ -352,8 +363,7 @@ class Rehearsal(pl.Callback):
     ) -> None:
         """Write this worker's memory, and what it has drawn for its next step, beside the checkpoint."""
         if self.manager is not None:
-            if self._due:  # another callback saves, whose turn comes before ours
-                self._submit(trainer)
+            self._begin(trainer)  # another callback saves, whose turn comes before ours
             if self._engine is not None and self._engine.pending:
                 self._in_flight = self._engine.flush()
             save_memory(trainer, checkpoint, self.config, self.manager, self._in_flight)

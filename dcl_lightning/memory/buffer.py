@@ -124,9 +124,12 @@ class RehearsalBuffer:
         if classes.shape != (count,) or (places is not None and places.shape != (count,)):
             raise DataError(f"{count} rows come with labels of shape {classes.shape}: give one for each row")
         if count:
-            low, high = int(classes.min()), int(classes.max())
-            if low < 0 or high >= self.state.num_classes:
-                raise DataError(f"labels from {low} to {high}: the memory is for 0 to {self.state.num_classes - 1}")
+            # Without a sign one below 0 is the largest; ``max`` would take another call in Python.
+            if np.maximum.reduce(classes.view(np.uint64)) >= self.state.num_classes:
+                raise DataError(
+                    f"labels from {classes.min()} to {classes.max()}: the memory is for 0 to "
+                    f"{self.state.num_classes - 1}"
+                )
             if self._by_class and self.quota == "adaptive":
                 self.state.admit(classes, self.generator, oldest_leave=isinstance(self.policy, Fifo))
         assignment = self.policy.assign(self.state, classes, places, self.generator)

@@ -100,13 +100,13 @@ def num_rows(nest: Nest) -> int:
     leaves = flatten(nest)
     if not leaves:
         raise ValueError("rows: the nest holds no tensor")
+    sizes = {tensor.shape[:1] for _, tensor in leaves}
+    if len(sizes) == 1 and (size := sizes.pop()):
+        return size[0]
     scalars = [name for name, tensor in leaves if tensor.ndim == 0]
     if scalars:
         raise ValueError(f"rows: leaf '{scalars[0]}' has no dimension; each tensor needs one row a sample")
-    if len({tensor.shape[0] for _, tensor in leaves}) > 1:
-        sizes = {name: tensor.shape[0] for name, tensor in leaves}
-        raise ValueError(f"rows: first dimensions differ: {sizes}")
-    return leaves[0][1].shape[0]
+    raise ValueError(f"rows: first dimensions differ: { {name: tensor.shape[0] for name, tensor in leaves} }")
 
 
 def concat(first: Nest, second: Nest) -> Nest:

@@ -50,7 +50,8 @@ def _last(keys: Integers) -> tuple[Integers, Integers]:
     """Return the distinct keys, ascending, and the last place of each."""
     order = keys.argsort(kind="stable")
     ordered = keys[order]
-    last = np.ones(ordered.size, dtype=np.bool_)
+    last = np.empty(ordered.size, dtype=np.bool_)
+    last[-1:] = True
     np.not_equal(ordered[1:], ordered[:-1], out=last[:-1])
     return ordered[last], order[last]
 

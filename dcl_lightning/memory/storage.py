@@ -126,6 +126,7 @@ class RowStore:
                 file = str(folder / f"column{index}.bin")
                 column = torch.from_file(file, shared=True, size=math.prod(shape), dtype=tensor.dtype).view(shape)
             self._columns.append(column)
+        self._row_types = [(column.shape[1:], column.dtype) for column in self._columns]
         # The same memory in words, of columns whose rows have bytes at all.
         self._words = [_word(column) for column in self._columns]
         self._targets = [
@@ -160,16 +161,16 @@ class RowStore:
         leaves = flatten(rows)
         if [name for name, _ in leaves] != self.names:
             raise ValueError(f"rows have the columns {[name for name, _ in leaves]}, the memory has {self.names}")
-        for (name, tensor), column in zip(leaves, self._columns, strict=True):
-            if tensor.shape[1:] != column.shape[1:] or tensor.dtype != column.dtype:
+        for (name, tensor), (shape, dtype) in zip(leaves, self._row_types, strict=True):
+            if tensor.shape[1:] != shape or tensor.dtype != dtype:
                 raise ValueError(
-                    f"column '{name}' holds rows of {tuple(column.shape[1:])} {column.dtype}, "
+                    f"column '{name}' holds rows of {tuple(shape)} {dtype}, "
                     f"given {tuple(tensor.shape[1:])} {tensor.dtype}"
                 )
         if not slots.numel():
             return
         places, picked = slots.cpu().numpy(), slice(None) if chosen is None else chosen.cpu().numpy()
-        there = _moved(slots, self.device)
+        there = slots if self.device.type == "cpu" else _moved(slots, self.device)
         for (_, tensor), target, word, array in zip(leaves, self._targets, self._words, self._arrays, strict=True):
             source = tensor.detach()
             if target is None:

@@ -12,9 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from rehearsals import assert_same_run, buffer_of, fit, stored_rows
 from streams import make_data, matrix
+from torch import nn
 from torch.nn import functional as F
 
 from dcl_lightning import ContinualDataModule
+from dcl_lightning.callbacks.hooks import before_first_layer
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.errors import ConfigurationError
@@ -46,6 +48,37 @@ def test_blocking_is_inline_bit_for_bit(tmp_path: Path, policy: str, mode: str) 
     assert_same_run(inline, fit(tmp_path, execution="blocking", **config))
     assert len(buffer_of(inline[0])) > 6
     assert inline[0].clock.samples_seen["rehearsed"] > 30
+
+
+def test_the_background_begins_when_the_first_layer_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[bool, bool]] = []
+    submit = Rehearsal._submit
+
+    def spy(callback: Rehearsal, trainer: Any) -> None:
+        network = trainer.lightning_module
+        begun.append((network.backbone.layers[1].weight.grad is None, network.head.weight.grad is None))
+        submit(callback, trainer)
+
+    monkeypatch.setattr(Rehearsal, "_submit", spy)
+    agent, losses = fit(tmp_path, execution="blocking")
+    assert begun == [(True, False)] * len(losses)
+    assert not agent.head.weight._post_accumulate_grad_hooks
+    begun.clear()
+    fit(tmp_path, execution="inline")
+    assert begun == [(False, False)] * len(losses)
+
+
+def test_first_layer_is_found_among_those_that_are_trained() -> None:
+    first, second, third = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    network = nn.Sequential(nn.Flatten(), nn.Sequential(first, nn.ReLU()), second, third)
+    assert before_first_layer(network) is second.weight
+    first.requires_grad_(False)
+    assert before_first_layer(network) is third.weight
+    second.weight.requires_grad_(False)
+    assert before_first_layer(network) is third.weight
+    second.requires_grad_(False)
+    assert before_first_layer(network) is None
+    assert before_first_layer(nn.Flatten()) is None
 
 
 def test_stages_equal_sample_runs_repeat_and_seeds_differ(tmp_path: Path) -> None:
