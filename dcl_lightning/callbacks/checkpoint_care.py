@@ -12,6 +12,7 @@ from dcl_lightning.distributed.checkpoint_folder import ClaimedFolder
 from dcl_lightning.distributed.checkpoint_io import keep_side_files
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.distributed.side_files import FORMAT, KEY
+from dcl_lightning.distributed.slurm import requeue_between_steps
 
 __all__ = ["CheckpointCare"]
 
@@ -29,8 +30,9 @@ class CheckpointCare(pl.Callback):
         self._moved_to: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the strategy check what it loads, and take side files along."""
+        """Let the strategy check what it loads and take side files along, and SLURM's signal wait for a step's end."""
         keep_side_files(trainer.strategy)
+        requeue_between_steps(trainer)
         self._moved_to = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

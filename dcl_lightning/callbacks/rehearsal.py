@@ -19,6 +19,7 @@ from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.stream import Stream
 from dcl_lightning.distributed.checkpoint_io import keep_side_files
 from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.distributed.slurm import requeue_between_steps
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig
@@ -82,6 +83,7 @@ class Rehearsal(pl.Callback):
         """Refuse a stream that does not fit; with ``stage: load`` let the data module prepare batches ahead."""
         stream = getattr(getattr(trainer, "datamodule", None), "stream", None)
         keep_side_files(trainer.strategy)
+        requeue_between_steps(trainer)
         if stage == "fit":
             self.saved = self.manager = None
         if stage == "fit" and isinstance(stream, Stream):

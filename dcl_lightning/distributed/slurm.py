@@ -1,4 +1,4 @@
-"""Horovod's place inside a SLURM allocation, where Lightning requeues jobs."""
+"""Inside a SLURM allocation: Horovod's place, and when Lightning saves and requeues jobs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from dcl_lightning.distributed.environment import HorovodEnvironment
 from dcl_lightning.distributed.place import launched_by_horovod, place
-from dcl_lightning.distributed.step_message import StepMessage, callbacks_of, set_callbacks
+from dcl_lightning.distributed.step_message import StepMessage, callbacks_of, set_callbacks, step_is_whole
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["HorovodSLURMEnvironment", "accept_allocation", "check_srun", "horovod_environment", "requeue_together"]
+__all__ = [
+    "HorovodSLURMEnvironment",
+    "accept_allocation",
+    "check_srun",
+    "horovod_environment",
+    "requeue_between_steps",
+    "requeue_together",
+]
 
 
 class HorovodSLURMEnvironment(HorovodEnvironment, SLURMEnvironment):
@@ -86,22 +93,41 @@ def requeue_together(trainer: pl.Trainer, environment: HorovodEnvironment) -> No
         trainer: the trainer of several workers, before its set-up hooks are called.
         environment: the cluster.
     """
-    signum = environment.requeue_signal if isinstance(environment, HorovodSLURMEnvironment) else None
-    if isinstance(environment, HorovodSLURMEnvironment) and environment.auto_requeue and signum is not None:
+    _requeue(trainer, environment, StepMessage("requeue"))
+
+
+def requeue_between_steps(trainer: pl.Trainer) -> None:
+    """Let a worker save after the step in which SLURM signals that the job's time is over.
+
+    Lightning saves at once, in the signal's handler: a step that is not done would count as done, or its samples would
+    enter the memory again. Where ``requeue_together`` was called it stands.
+
+    Args:
+        trainer: the trainer, as its set-up hooks are called.
+    """
+    if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
+        _requeue(trainer, trainer._accelerator_connector.cluster_environment, None)
+
+
+def _requeue(trainer: pl.Trainer, environment: ClusterEnvironment | None, message: StepMessage | None) -> None:
+    signum = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and signum is not None:
         others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _Requeue)]
-        set_callbacks(trainer, [_Requeue(signum), *others])
+        set_callbacks(trainer, [_Requeue(signum, message), *others])
 
 
 class _Requeue(pl.Callback):
-    """Notes the signal in place of Lightning's handler, and calls that one when all workers know of it.
+    """Notes the signal in place of Lightning's handler, and calls that one at the end of a step.
 
     Args:
         signum: the signal.
+        message: by which all workers hear of it; None where each saves when it has heard of it.
     """
 
-    def __init__(self, signum: signal.Signals) -> None:
+    def __init__(self, signum: signal.Signals, message: StepMessage | None) -> None:
         self._signum = signum
-        self._message = StepMessage("requeue")
+        self._message = message
+        self._step = 0
         self._lightnings: Any = None
         self._due = False
 
@@ -112,14 +138,16 @@ class _Requeue(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._message.start(trainer, [int(self._due)])
+        self._step = trainer.global_step
+        if self._message is not None:
+            self._message.start(trainer, [int(self._due)])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        due = any(self._message.read() or ())
+        due = self._due if self._message is None else any(self._message.read() or ())
         # Within an accumulation those who know tell it again.
-        if due and self._message.may_stop(trainer) and self._lightnings is not None:
+        if due and step_is_whole(trainer, self._step) and self._lightnings is not None:
             self._due = False
             self._lightnings(self._signum, None)
 
@@ -127,7 +155,8 @@ class _Requeue(pl.Callback):
         self._give_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._message.forget()
+        if self._message is not None:
+            self._message.forget()
         self._give_back()
 
     def _note(self, signum: int, frame: Any) -> None:

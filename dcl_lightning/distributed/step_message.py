@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-__all__ = ["StepMessage", "callbacks_of", "set_callbacks"]
+__all__ = ["StepMessage", "callbacks_of", "set_callbacks", "step_is_whole"]
 
 
 class StepMessage:
@@ -51,12 +51,22 @@ class StepMessage:
         self._pending = None
 
     def may_stop(self, trainer: pl.Trainer) -> bool:
-        """Return whether the step is whole: within an accumulation the gradients so far would be lost.
+        """Return whether the step is whole.
 
         Args:
             trainer: the trainer.
         """
-        return trainer.accumulate_grad_batches == 1 or trainer.global_step != self._step
+        return step_is_whole(trainer, self._step)
+
+
+def step_is_whole(trainer: pl.Trainer, began_at: int) -> bool:
+    """Return whether the step that ends is whole: within an accumulation the gradients so far would be lost.
+
+    Args:
+        trainer: the trainer.
+        began_at: ``global_step`` when the batch came.
+    """
+    return trainer.accumulate_grad_batches == 1 or trainer.global_step != began_at
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

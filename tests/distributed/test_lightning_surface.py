@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 import dcl_lightning
@@ -103,6 +104,14 @@ CALLS = {
     "SLURM requeues by the class of the environment": (
         _SignalConnector.register_signal_handlers,
         "isinstance(environment, SLURMEnvironment) and environment.auto_requeue",
+    ),
+    "the signal's environment is the connector's": (
+        _SignalConnector.register_signal_handlers,
+        "self.trainer._accelerator_connector.cluster_environment",
+    ),
+    "a step's values are written when the connector says so": (
+        _LoggerConnector.should_update_logs.fget,
+        "loop.epoch_loop._batches_that_stepped + 1",
     ),
     "pre_backward comes before backward": (ParallelStrategy.backward, "self.pre_backward(closure_loss)"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -96,7 +97,26 @@ def stored(checkpoint: Path) -> Counter[int]:
     ],
 )
 def test_a_job_goes_on_with_other_workers(tmp_path: Path, scope: str, jobs: list[tuple[int, str, int]]) -> None:
-    """Tasks of 40 samples, two a step and worker: 10 steps an epoch of two workers, 7 of three, 20 of one."""
+    check_jobs(tmp_path, scope, jobs)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(20))
+def test_from_two_to_three_workers_to_one(tmp_path: Path, seed: int) -> None:
+    """At any step."""
+    draw = random.Random(seed)
+    first = draw.randint(12, 34)
+    second = first + draw.randint(1, 12)
+    scope, strategy = draw.choice(["local", "global"]), draw.choice(["horovod", "ddp"])
+    print(f"seed {seed}: {scope}, two workers to step {first}, three ({strategy}) to step {second}, then one")
+    check_jobs(tmp_path, scope, [(2, "horovod", first), (3, strategy, second), (1, "auto", 0)])
+
+
+def check_jobs(tmp_path: Path, scope: str, jobs: list[tuple[int, str, int]]) -> None:
+    """Run jobs of so many workers, each up to a step, one after another: each goes on where the last one stopped.
+
+    Tasks of 40 samples, two a step and worker: 10 steps an epoch of two workers, 7 of three, 20 of one.
+    """
     ckpt, before, capacity, size, done = "", Counter(), None, None, 0
     for number, (workers, strategy, stop) in enumerate(jobs):
         ran = run(tmp_path, str(number), workers, strategy, stop, ckpt, scope)
@@ -128,7 +148,7 @@ def test_a_job_goes_on_with_other_workers(tmp_path: Path, scope: str, jobs: list
             # Steps of the stream as this job counts them, for the samples that were trained on.
             done, size = last[1] * (40 // (2 * workers)) + last[2] + 1, workers
             if workers == 3:
-                done, size = (last[1] * 40 + (last[2] + 1) * 6) / 2, 1
+                done, size = (last[1] * 40 + min((last[2] + 1) * 6, 40)) / 2, 1
         else:
             assert [s[1:3] for s in steps][-1] == [5, per_epoch - 1]
             assert all(min(row[: i + 1]) >= 0 for i, row in enumerate(ran[0][4]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from helpers import assert_ended_well, run_workers
+from helpers import HERE, assert_ended_well, run_workers
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dcl_lightning import HorovodStrategy
@@ -63,14 +63,19 @@ def test_several_tasks_of_srun_that_do_not_know_of_each_other_are_refused(alloca
     assert pl.Trainer(strategy=HorovodStrategy(), accelerator="cpu", devices=1, logger=False).world_size == 1
 
 
+def stub_scontrol(folder: Path, allocation: pytest.MonkeyPatch) -> None:
+    """Let what is asked of SLURM be written into ``requeued``."""
+    (folder / "bin").mkdir()
+    command = folder / "bin" / "scontrol"
+    command.write_text(f"#!/bin/sh\necho $@ >> {folder}/requeued\n")
+    command.chmod(0o755)
+    allocation.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+
+
 def test_a_signal_to_one_worker_saves_and_requeues_once_and_the_job_goes_on_from_there(
     tmp_path: Path, allocation: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "scontrol"
-    command.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/requeued\n")
-    command.chmod(0o755)
-    allocation.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    stub_scontrol(tmp_path, allocation)
     assert_ended_well(run_workers(REQUEUE.replace("FOLDER", str(tmp_path)), 2))
     assert (tmp_path / "requeued").read_text() == "requeue 123\n"
     assert [file.name for file in tmp_path.glob("**/*.ckpt")] == ["hpc_ckpt_1.ckpt"]
@@ -112,4 +117,51 @@ trainer("horovod", **options).fit(again, shard(rank, 2, 8))
 assert min(steps) == 3, steps
 both = t.strategy.all_gather(weights(again))
 assert torch.equal(both[0], both[1])
+"""
+
+
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "auto"), (2, "horovod")])
+def test_a_requeued_job_with_a_memory_ends_as_one_that_was_not(
+    workers: int, strategy: str, tmp_path: Path, allocation: pytest.MonkeyPatch
+) -> None:
+    stub_scontrol(tmp_path, allocation)
+    source = f"FOLDER, STRATEGY, CONFORMANCE = {str(tmp_path)!r}, {strategy!r}, {str(HERE.parent / 'conformance')!r}\n"
+    assert_ended_well(run_workers(source + REQUEUE_MEMORY, workers))
+    assert (tmp_path / "requeued").read_text() == "requeue 123\n"
+    assert len(list(tmp_path.glob("hpc_ckpt_1.ckpt.memory/*/rank_*"))) == workers
+
+
+REQUEUE_MEMORY = """
+import os, signal, sys, torch
+sys.path.insert(0, CONFORMANCE)
+import lightning.pytorch as pl
+from agents import make
+from rehearsals import same
+from streams import make_data, make_trainer, matrix, weights
+
+rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
+
+class Tell(pl.Callback):
+    def __init__(self, signal_at):
+        self.signal_at, self.steps = signal_at, []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.steps.append(trainer.global_step)
+        # In the second task; the last worker alone is told.
+        if trainer.global_step == self.signal_at and rank == size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+def fit(signal_at):
+    data = make_data(batch_size=2)
+    agent, tell = make("nil_global", data), Tell(signal_at)
+    make_trainer(FOLDER, [tell], strategy=STRATEGY, enable_checkpointing=False, limit_val_batches=0).fit(agent, data)
+    return agent, tell.steps
+
+told, steps = fit(11 if size == 2 else 20)
+saved = torch.load(f"{FOLDER}/hpc_ckpt_1.ckpt", weights_only=True)["global_step"]
+again, later = fit(None)
+assert steps[0] == 0 and steps[-1] == later[-1] and later == steps[saved:] and saved > 10, (saved, later)
+assert torch.equal(weights(told), weights(again))
+assert torch.equal(matrix(told).nan_to_num(-1), matrix(again).nan_to_num(-1))
+assert same(told.rehearsal.manager.state_dict(), again.rehearsal.manager.state_dict())
 """

@@ -1,0 +1,73 @@
+"""``killed.py FOLDER AGENT WORKERS``: fits an agent on Horovod workers, saves at each step, and goes on where it was.
+
+Each worker writes its process id into ``FOLDER/pids`` when it trains, and what it ended with into
+``FOLDER/end_RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
+
+from agents import make
+from streams import make_data, matrix, weights
+
+from dcl_lightning.callbacks import TaskReport
+from dcl_lightning.distributed.newest import newest_checkpoint
+
+
+class Tell(pl.Callback):
+    """Tells when training begins, and at which step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.first = folder, -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first = trainer.global_step
+        with (self.folder / "pids").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def main(folder: Path, name: str, workers: int) -> None:
+    """Fit."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, problems = newest_checkpoint([folder / "checkpoints"])
+    assert not problems, problems
+    data: Any = make_data(batch_size=2)
+    agent = make(name, data)
+    tell = Tell(folder)
+    saver = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1, save_last=True, filename="{step}")
+    trainer = pl.Trainer(
+        strategy="horovod",
+        devices=workers,
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[tell, saver, TaskReport(pictures=False)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(agent, datamodule=data, ckpt_path=path)
+    manager = getattr(agent.rehearsal, "manager", None)
+    end = {
+        "weights": weights(agent),
+        "matrix": matrix(agent).nan_to_num(-1),
+        "memory": None if manager is None else manager.state_dict(),
+        "first": tell.first,
+    }
+    torch.save(end, folder / f"end_{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
