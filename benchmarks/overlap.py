@@ -37,7 +37,9 @@ Spans = list[tuple[float, float]]
 
 
 class Profile(pl.Callback):
-    """Profiles some steps and writes their trace.
+    """Profiles some steps, each from the start of its batch to that of the next, and writes their trace.
+
+    It acts at no end of a batch: of a callback that does, agents suppose that it reads the step's values.
 
     Args:
         file: of the trace, in Chrome's format.
@@ -49,13 +51,21 @@ class Profile(pl.Callback):
         self._marks: list[Any] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Begin with the first step after the warm-up."""
-        if trainer.global_step == WARM_UP:
+        """Begin with the first step after the warm-up; write the trace after the last."""
+        step = trainer.global_step - WARM_UP
+        if step == 0:
             torch.cuda.synchronize()
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             self._profile = torch.profiler.profile(activities=activities)
             self._profile.__enter__()
-        self._mark(_STEP)
+        if 0 < step <= STEPS:
+            self._unmark()
+        if step == STEPS:
+            torch.cuda.synchronize()
+            self._profile.__exit__(None, None, None)
+            self._profile.export_chrome_trace(str(self.file))
+        if 0 <= step < STEPS:
+            self._mark(_STEP)
 
     def on_before_backward(self, *args: Any) -> None:
         """Mark the backward pass on the host."""
@@ -64,14 +74,6 @@ class Profile(pl.Callback):
     def on_after_backward(self, *args: Any) -> None:
         """End the mark."""
         self._unmark()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Write the trace after the last step."""
-        self._unmark()
-        if trainer.global_step == WARM_UP + STEPS:
-            torch.cuda.synchronize()
-            self._profile.__exit__(None, None, None)
-            self._profile.export_chrome_trace(str(self.file))
 
     def _mark(self, name: str) -> None:
         self._marks.append(torch.profiler.record_function(name))

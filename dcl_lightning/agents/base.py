@@ -320,8 +320,10 @@ class ContinualAgent(pl.LightningModule):
         if self.step_log.due(self.trainer, batch_idx):
             hits = (logits.detach().argmax(1) == batch.targets).float() * batch.weights
             values = {"train/loss": loss.detach(), "train/acc": hits.sum() / batch.weights.sum().clamp(min=1)}
-            self.log_dict(values, prog_bar=True, batch_size=len(batch.targets))
-            self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]), batch_size=1)
+            self.log_dict(values, prog_bar=self.step_log.shown, batch_size=len(batch.targets))
+            # A tensor of the host: a number would be copied to the device, and the host would wait for it.
+            rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.log("train/lr", torch.tensor(rate, dtype=torch.float32, device="cpu"), batch_size=1)
         return loss
 
     def on_validation_epoch_start(self) -> None:

@@ -16,9 +16,13 @@ class StepLog:
     replaced by the next step's before anyone reads them. Each step's are logged where a progress bar shows them, a
     callback monitors a value of training, or a callback that is neither Lightning's nor ours acts after each batch
     and may read them; else those that loggers write, the first and the last of an epoch, and the last of the fit.
+
+    ``shown`` says whether a progress bar shows them, as ``due`` found it. Only then are they logged for one: at every
+    step of an epoch Lightning makes numbers of what was, also steps before, and on a GPU the host waits for each.
     """
 
     def __init__(self) -> None:
+        self.shown = False
         self._each_step = True
         self._looked: tuple[int, int] | None = None  # of which trainer's epoch
 
@@ -31,7 +35,8 @@ class StepLog:
         """
         if batch_idx == 0 or self._looked != (id(trainer), trainer.current_epoch):  # also resumed amid an epoch
             self._looked = (id(trainer), trainer.current_epoch)
-            self._each_step = _is_read_each_step(trainer)
+            self.shown = _is_shown(trainer)
+            self._each_step = self.shown or _is_read_each_step(trainer)
             return True
         return (
             self._each_step
@@ -42,10 +47,13 @@ class StepLog:
         )
 
 
-def _is_read_each_step(trainer: Any) -> bool:
+def _is_shown(trainer: Any) -> bool:
     bar = trainer.progress_bar_callback
-    shown = bar is not None and getattr(bar, "is_enabled", True)
-    return bool(shown or trainer.fast_dev_run or any(_reads(callback) for callback in trainer.callbacks))
+    return bar is not None and bool(getattr(bar, "is_enabled", True))
+
+
+def _is_read_each_step(trainer: Any) -> bool:
+    return bool(trainer.fast_dev_run) or any(_reads(callback) for callback in trainer.callbacks)
 
 
 def _reads(callback: pl.Callback) -> bool:

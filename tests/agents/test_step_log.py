@@ -61,6 +61,8 @@ def test_where_no_one_looks_at_every_step_few_are_logged(tmp_path: Path) -> None
     assert steps == 17
     assert logged == sorted({i for i in range(17) if i % 3 in (0, 2)} | {4, 9, 14} | {16})
     assert {"train/loss", "train/acc", "train/lr"} <= set(trainer.callback_metrics)
+    # What is logged for a bar Lightning turns into a number after every step.
+    assert not {"train/loss", "train/acc"} & set(trainer.progress_bar_metrics)
 
 
 @pytest.mark.parametrize("kind", ["reader", "monitor", "bar", "fast_dev_run"])
@@ -74,10 +76,11 @@ def test_where_someone_looks_every_step_is_logged(kind: str, tmp_path: Path, mon
     }
     options: dict[str, Any] = {"log_every_n_steps": 50, "enable_progress_bar": kind == "bar"}
     options |= {"fast_dev_run": 3} if kind == "fast_dev_run" else {}
-    logged, _, steps = fit(tmp_path, callbacks.get(kind, []), **options)
+    logged, trainer, steps = fit(tmp_path, callbacks.get(kind, []), **options)
     assert logged == list(range(steps))
     assert steps >= 3
     assert reader.values == reader.losses
+    assert ("train/loss" in trainer.progress_bar_metrics) == (kind == "bar")
 
 
 def test_loggers_get_the_values_of_their_steps(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rehearsals import assert_same_run, buffer_of, fit, stored_rows
 from streams import weights
 
-from dcl_lightning import ContinualDataModule
+from dcl_lightning import NIL, ContinualDataModule
 from dcl_lightning.memory.manager import MemoryManager
 
 pytestmark = [
@@ -108,4 +109,25 @@ def test_the_host_waits_for_nobody_and_the_memory_works_beside_the_network(tmp_p
         assert figures[f"cudaDeviceSynchronize calls, {case}"] == 0
         assert figures[f"waits of the training thread, {case}"] == 0
         assert figures[f"memory's operations on its own stream, {case}"] >= 1
-        assert figures[f"of it beside the network's kernels, %, {case}"] > 0
+        assert figures[f"of it within a backward pass, %, {case}"] > 90
+        if "224" in case:  # with small images the device idles between kernels
+            assert figures[f"of it beside the network's kernels, %, {case}"] > 0
+
+
+def test_a_step_whose_values_are_read_waits_for_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, rates = NIL.training_step, []
+
+    def watched(self: NIL, batch: Any, batch_idx: int) -> Any:
+        torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")
+        try:
+            return step(self, batch, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    class Reads(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            rates.append(float(trainer.callback_metrics["train/lr"]))
+
+    monkeypatch.setattr(NIL, "training_step", watched)
+    agent, losses = fit(tmp_path, trainer=GPU, callbacks=[Reads()])
+    assert rates == [pytest.approx(agent.lr)] * len(losses)
