@@ -24,6 +24,16 @@ from dcl_lightning.types import InputSpec
 WARM_UP = 4
 CLASSES = 100
 SPEC = InputSpec(3, 32, 32)
+# Options of a trainer, if not told otherwise on the CPU, that trains and does no more.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+}
 # Of the rows that ``report`` prints.
 HEADER = "| what | value | baseline | ratio [95 %] | target | pairs |\n|---|---|---|---|---|---|"
 
@@ -85,17 +95,8 @@ class Filled(pl.Callback):
 
 def quiet_trainer(folder: str, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """Return a trainer, if not told otherwise on the CPU, that trains, reports into the folder, and does no more."""
-    common: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
-    }
     callbacks = (*callbacks, TaskReport(show_table=False))
-    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **(common | options))
+    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **(QUIET | options))
 
 
 def step_ms(

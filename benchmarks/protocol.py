@@ -8,6 +8,8 @@ is compared seed by seed: the mean of the differences and its 90 % interval.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import statistics
@@ -50,8 +52,8 @@ class Case(NamedTuple):
     scenario: str = "class"
 
 
-def icarl(size: int) -> Case:
-    """Return iCaRL with so many exemplars."""
+def icarl(size: int, **options: Any) -> Case:
+    """Return iCaRL with so many exemplars; options are the agent's."""
     return Case(
         lambda data: ICaRL(
             MLP(),
@@ -62,6 +64,7 @@ def icarl(size: int) -> Case:
             momentum=0.9,
             epochs_per_task=10,
             input_spec=data.input_spec,
+            **options,
         )
     )
 
@@ -115,6 +118,9 @@ CASES: dict[str, Case] = {
     "scratch": finetuning(reset=True, concatenate=True),
     "icarl, 50 exemplars": icarl(50),
     "icarl, 200 exemplars": icarl(200),
+    # As many exemplars a step as the protocol's other agents rehearse, in place of each once an epoch.
+    "icarl, 16 a step, 50 exemplars": icarl(50, exemplars="per_step", num_samples=16),
+    "icarl, 16 a step, 200 exemplars": icarl(200, exemplars="per_step", num_samples=16),
 }
 for stored in (50, 200):
     one = f"nil, {stored} stored"
@@ -155,7 +161,8 @@ def final_accuracy(case: Case, seed: int, folder: str, dataset: str = "digits") 
     )
     learner = case.build(data)
     several = {"strategy": "horovod", "devices": case.workers} if case.workers > 1 else {}
-    quiet_trainer(folder, **several).fit(learner, datamodule=data)
+    with contextlib.redirect_stdout(io.StringIO()):
+        quiet_trainer(folder, **several).fit(learner, datamodule=data)
     return 100 * float(learner.clock.matrix.pooled[-1])
 
 

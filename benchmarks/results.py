@@ -36,7 +36,7 @@ PEERS = {
     "icarl": "79.6 / 79.8 (Avalanche)",
 }
 # Cases with an optimizer of their own: what is joint under it.
-JOINT = {"icarl": "joint, momentum 0.9"}
+JOINT = {"icarl": "joint, momentum 0.9", "icarl, 16 a step": "joint, momentum 0.9"}
 JOINT |= {
     name: "joint, lr 0.02, momentum 0.9"
     for name in ("nil, tuned", "er of the tasks' ends, sum, tuned", "derpp_task_end, tuned")

@@ -1,0 +1,157 @@
+"""Benchmarks run, their sides do the same work, and one that fails is named; no test looks at a time."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.metadata
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from documents import ROOT
+
+from dcl_lightning import FineTuning
+from dcl_lightning.backbones import MLP
+from dcl_lightning.functional.nil import nil_weights
+from dcl_lightning.memory.exchange import plan_draws, plan_of
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import end_to_end
+import plain
+import scale
+from common import quiet_trainer
+
+run_all = importlib.import_module("all")
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Benchmarks set these for a process of their own."""
+    logger, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+    level = logger.level
+    torch.set_num_threads(1)
+    yield
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("cost", [], 6),
+        # The steps of the residual network are those of the perceptron, and take a minute.
+        ("end_to_end", ["--only", "mcs"], 12),
+        ("scale", ["--images-per-s", "1000"], 6),
+        ("time_to_accuracy", ["--increment", "5"], 9),
+    ],
+)
+def test_a_quick_run_writes_its_rows(
+    name: str, options: list[str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", [name, "--quick", "--json", str(file), *options])
+    monkeypatch.setattr(end_to_end, "has_avalanche", lambda: False)
+    importlib.import_module(name).main()
+    rows = json.loads(file.read_text())
+    assert len({row["name"] for row in rows}) == count
+    assert all(row["value"] > 0 and row["ratio"] > 0 and row["unit"] for row in rows)
+    printed = capsys.readouterr().out
+    assert all(f"| {row['name']} | " in printed for row in rows)
+
+
+def test_the_sides_of_a_step_train_to_the_same_weights(tmp_path: Path) -> None:
+    data = end_to_end.one_task(6)
+    batches = end_to_end.made(data)
+    agent = FineTuning(MLP(), data.num_classes, input_spec=data.input_spec, lr=plain.LR)
+    before = torch.nn.utils.parameters_to_vector(agent.parameters()).clone()
+    networks = [torch.nn.Sequential(*copy.deepcopy([agent.backbone, agent.head])) for _ in range(2)]
+    quiet_trainer(str(tmp_path)).fit(agent, datamodule=data)
+    plain.by_hand(networks[0], end_to_end.cropped, [batches], None)
+    module = plain.Plain(networks[1], end_to_end.cropped, [batches], None)
+    quiet_trainer(str(tmp_path), max_epochs=1).fit(module)
+    ours = torch.nn.utils.parameters_to_vector(agent.parameters())
+    assert (ours - before).abs().max() > 1e-3
+    for network in networks:
+        torch.testing.assert_close(torch.nn.utils.parameters_to_vector(network.parameters()), ours)
+
+
+def test_the_memory_by_hand_keeps_its_labels_and_weighs_as_ours() -> None:
+    torch.manual_seed(0)
+    memory = plain.Memory(torch.zeros(1, 1), stored=30, classes=3)
+    assert len(memory.draw()[1]) == 0
+    for _ in range(40):
+        targets = torch.randint(3, (plain.NEW,))
+        memory.add(targets[:, None].float(), targets)
+    assert memory.size == 30
+    rows, labels, weights, slots = memory.draw()
+    assert len(slots.unique()) == 30
+    assert rows[:, 0].tolist() == labels.tolist()
+    assert int(memory.offered.sum()) == 40 * plain.CANDIDATES
+    expected = nil_weights(memory.offered, labels, 30, plain.NEW, plain.CANDIDATES)
+    assert expected.max() > 1
+    torch.testing.assert_close(weights, expected)
+
+
+NETWORK = scale.Network(spread=0.0, latency=0.001, bandwidth=1000.0, classes=0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        # A third is forward; a ring of 4 workers has 6 messages of 1 ms, and 6 parts of 100 / 4 bytes.
+        (scale.Costs(), 0.1 + 6 * (0.001 + 0.025)),
+        (scale.Costs(rows=0.09), 0.1 + 6 * (0.001 + 0.025)),  # there before the gradients begin
+        (scale.Costs(rows=0.15), 0.15 + 6 * (0.001 + 0.025)),
+        (scale.Costs(plan=0.05, messages=0.02, headers=0.05), 0.12 + 6 * (0.001 + 0.025)),
+        (scale.Costs(memory=0.4), 0.4),
+    ],
+)
+def test_a_simulated_step_by_hand(costs: scale.Costs, expected: float) -> None:
+    assert scale.step_seconds(0.3, 4, 100, NETWORK, costs) == pytest.approx(max(expected, 0.3))
+
+
+def test_simulated_workers_send_what_the_plan_says() -> None:
+    sizes, step = [50] * 6, 3
+    draws = plan_draws(sizes, scale.DRAWN, 0, step)
+    sent = [len(plan_of(rank, sizes, draws).positions) for rank in range(6)]
+    assert scale.most_sent(6, 50, step) == max(sent)
+    assert sum(sent) == 6 * scale.DRAWN
+
+
+def test_rehearsal_is_seen_first_where_its_messages_are_many() -> None:
+    seen = scale.first_seen(
+        lambda workers: scale.simulate(workers, (1000, 2), NETWORK._replace(bandwidth=1e12), 0.0, 0.0, 2, 50)
+    )
+    # b + r images take 63 ms, forward 21 of them, and a message 1 ms: the ring is seen from 32 on, the exchange then.
+    assert seen == (32, "messages")
+
+
+def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, main = '"""{}\n\nMore."""\nimport os, sys\n', "\ndef main():\n    {}\nmain()\n"
+    scripts = {
+        "a": head.format("First.") + main.format("print(sys.argv[1:])") + 'KNOWN = "--quick"\n',
+        "b": head.format("Second.")
+        + main.format("print('| x |\\n|---|\\n| 1 |\\nbelow', flush=True); sys.exit('broken')"),
+        "c": head.format("Third.") + main.format("os.kill(os.getpid(), 9)"),
+        "d": head.format("Fourth.") + main.format("print(sys.argv[1:], 'the last')"),
+        "helper": "raise RuntimeError\n",
+        "protocol": main.format("raise RuntimeError"),
+    }
+    for name, text in scripts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["all.py", "--quick"])
+    assert run_all.main(tmp_path) == 1
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {name}.py" for name in "abcd"]
+    assert "First.\n\n`python benchmarks/a.py --quick`\n\n['--quick']\n" in text
+    assert "| x |\n|---|\n| 1 |\n\nbelow\n\n**Failed** with exit code 1: `broken`\n" in text
+    assert "**Failed** with exit code 137" in text
+    assert "`python benchmarks/d.py`\n\n[] the last\n" in text
+    versions = f"torch {importlib.metadata.version('torch')}, lightning {importlib.metadata.version('lightning')}"
+    assert all(word in text for word in ("cores", "GiB", "python 3", versions, " UTC", *run_all.HOURS))
