@@ -266,15 +266,15 @@ def main() -> None:
             what = f"{name}, {workers} workers, rehearsal over"
             rows.append(report(f"{what} b + r images without", "ms", found.rehearsal, found.free, "reported"))
             rows.append(report(f"{what} plain b images", "ms", found.rehearsal, found.plain, "reported"))
-    print(f"\nMeasured: the memory's own work {1e3 * memory:.3f} ms. A row has {row_bytes()} bytes.")
+    print(f"\n- Measured: the memory's own work {1e3 * memory:.3f} ms. A row has {row_bytes()} bytes.")
     for workers in WORKERS:
         paid = costs(workers, most_sent(workers, options.held, 0), plan(workers), memory, network)
         parts = ", ".join(f"{part} {1e3 * value:.3f}" for part, value in zip(PARTS, paid, strict=True))
-        print(f"{workers} workers, ms of a step, hidden or not: {parts}.")
+        print(f"- {workers} workers, ms of a step, hidden or not: {parts}.")
     for name, gpu in [] if options.quick else gpus.items():
         workers, part = first_seen(lambda workers, gpu=gpu: simulated(gpu, workers, 5))
         place = f"from {workers} workers on; the largest part: {part}" if workers else f"nowhere up to {MOST} workers"
-        print(f"{name}: seen by more than {SEEN:.0%} of a step {place}.")
+        print(f"- {name}: seen by more than {SEEN:.0%} of a step {place}.")
         rows.append({"name": f"{name}, first seen, {part}", "value": workers, "unit": "workers"})
         rows[-1] |= {"baseline": None, "ratio": None}
     if options.json:

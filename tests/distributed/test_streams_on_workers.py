@@ -30,8 +30,9 @@ for shard, update in (("fixed", "step"), ("fixed", "task_end"), ("epoch", "step"
         met.append(new[batch.weights[: batch.num_new] > 0])
         return inner(batch)
     agent.training_loss = spy
-    trainer = pl.Trainer(strategy="horovod", devices=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+    trainer = pl.Trainer(strategy="horovod", devices=2, accelerator="cpu", logger=False, default_root_dir=FOLDER,
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                         num_sanity_val_steps=0)
     trainer.fit(agent, datamodule=data)
     buffer = agent.rehearsal.manager.buffer
     rows = buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))
