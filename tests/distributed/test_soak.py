@@ -35,11 +35,11 @@ class Watch(pl.Callback):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.tasks.append({"task": task.index, "rss": pages * os.sysconf("SC_PAGE_SIZE"),
                            "threads": len(os.listdir("/proc/self/task")), "files": len(os.listdir("/proc/self/fd")),
-                           "step_ms": 1e3 * sorted(self.times)[len(self.times) // 2], "steps": len(self.times)})
+                           "step_ms": 1e3 * sorted(self.times)[len(self.times) // 10]})
         self.times = []
 
 g = torch.Generator().manual_seed(0)
-y = torch.arange(TASKS).repeat(64)
+y = torch.arange(TASKS).repeat(512)
 x = torch.randn(TASKS, 1, 8, 8, generator=g)[y] + torch.randn(len(y), 1, 8, 8, generator=g)
 data = ContinualDataModule((x, y, x[:200], y[:200]), increment=1, batch_size=8, seed=0)
 pl.seed_everything(0)
@@ -64,7 +64,10 @@ def test_nothing_piles_up_over_twenty_tasks(tmp_path: Path) -> None:
     for rank in range(2):
         told = json.loads((tmp_path / f"{rank}.json").read_text())
         second, last = told["tasks"][1], told["tasks"][-1]
+        # Times are printed, not tested: the tenth percentile of a task's steps, which other work delays the least.
+        early, late = (sum(task["step_ms"] for task in tasks) / 5 for tasks in (told["tasks"][1:6], told["tasks"][-5:]))
         print(f"worker {rank}, task 1: {second}\nworker {rank}, task 19: {last}")
+        print(f"worker {rank}: a step {early:.2f} ms in tasks 1 to 5, {late:.2f} ms in tasks 15 to 19")
         assert last["task"] == 19
         assert last["rss"] <= 1.05 * second["rss"]
         assert last["threads"] <= second["threads"]
