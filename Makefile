@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U pip setuptools wheel packaging
 	$(BIN)/python -m pip install -q -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,loggers,rich,timm,sweep,docs,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,loggers,rich,timm,mnist5k,sweep,docs,dev]'
 	touch $(STAMP)
 
 demo: setup

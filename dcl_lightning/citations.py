@@ -34,6 +34,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "digits_dev": ("alpaydin1998",),
     "synthetic": (),
     "mnist": ("lecun1998",),
+    "mnist5k": ("lecun1998",),
     "cifar10": ("krizhevsky2009",),
     "cifar100": ("krizhevsky2009",),
     "tinyimagenet": ("le2015", "russakovsky2015"),

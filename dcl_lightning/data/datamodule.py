@@ -31,11 +31,11 @@ class ContinualDataModule(pl.LightningDataModule):
     """Steps through the tasks of a data set; images travel as uint8 and become float on the device.
 
     Args:
-        dataset: ``digits``, ``digits_dev``, ``synthetic``, ``mnist``, ``cifar10``, ``cifar100``, ``tinyimagenet``,
-            ``imagenet``, ``imagenet_blurred``, ``imagenet100``, ``imagenet100small``, ``core50``, ``candle``;
-            ``folder`` for images in ``<root>/train/<class>/`` and ``<root>/test/<class>/`` (or ``val``); the class
-            path of a continuum data set of arrays; or in Python ``(x_train, y_train, x_test, y_test)``, or with task
-            ids as third of each split, or two continuum data sets, of training and of test.
+        dataset: ``digits``, ``digits_dev``, ``synthetic``, ``mnist``, ``mnist5k``, ``cifar10``, ``cifar100``,
+            ``tinyimagenet``, ``imagenet``, ``imagenet_blurred``, ``imagenet100``, ``imagenet100small``, ``core50``,
+            ``candle``; ``folder`` for images in ``<root>/train/<class>/`` and ``<root>/test/<class>/`` (or ``val``);
+            the class path of a continuum data set of arrays; or in Python ``(x_train, y_train, x_test, y_test)``, or
+            with task ids as third of each split, or two continuum data sets, of training and of test.
         root: folder of the data sets, or of the images for ``folder``; symbolic links are followed.
         download: whether a missing data set may be fetched.
         scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (all classes in every

@@ -17,7 +17,7 @@ from dcl_lightning.data.continuum_sets import arrays_of_class
 from dcl_lightning.data.files import core50, listed, per_class
 from dcl_lightning.data.images import ImageFiles
 from dcl_lightning.data.mnist import FILES as MNIST_FILES
-from dcl_lightning.data.mnist import fetch_mnist, read_mnist
+from dcl_lightning.data.mnist import fetch_mnist, read_mnist, read_mnist5k
 from dcl_lightning.data.splits import Reader, Source, Splits, from_arrays
 from dcl_lightning.data.tinyimagenet import read_tinyimagenet
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
@@ -112,6 +112,10 @@ def _digit_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     x = (digits.images / 16).astype(np.float32)
     parts = train_test_split(x, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
     return parts[0], parts[2], parts[1], parts[3]
+
+
+def _mnist5k(path: str, download: bool, options: Mapping[str, int]) -> Splits:
+    return from_arrays(read_mnist5k())
 
 
 def _synthetic(path: str, download: bool, options: Mapping[str, int]) -> Splits:
@@ -236,6 +240,7 @@ SOURCES: dict[str, Source] = {
         files=MNIST_FILES,
         downloadable=True,
     ),
+    "mnist5k": Source(10, InputSpec(1, 28, 28), _mnist5k, (0.1307,), (0.3081,)),
     "cifar10": Source(
         10,
         InputSpec(3, 32, 32),

