@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -30,6 +31,7 @@ def job(folder: Path, name: str, kill: tuple[int, float] | None = None, workers:
     pids = folder / "pids"
     pids.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "killed.py"), str(folder), name, str(workers)]
+    killed = False
     with (folder / "log").open("a") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
     try:
@@ -40,11 +42,13 @@ def job(folder: Path, name: str, kill: tuple[int, float] | None = None, workers:
                 time.sleep(0.01)
             time.sleep(kill[1])
             if process.poll() is None:
-                os.kill(int(pids.read_text().split()[kill[0]]), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # a worker that came to its end first
+                    os.kill(int(pids.read_text().split()[kill[0]]), signal.SIGKILL)
+                    killed = True
         code = process.wait(PATIENCE_S)
     finally:
         process.kill()
-    assert code == 0 or kill is not None, (folder / "log").read_text()[-5000:]
+    assert code == 0 or killed, (folder / "log").read_text()[-5000:]
     return code == 0
 
 
@@ -64,7 +68,7 @@ def kill_and_compare(tmp_path: Path, names: list[str], kills: int, seed: int) ->
         trained = max((tmp_path / f"{name}_whole" / "end_0.pt").stat().st_mtime - began, 0.1)
         folder, left = tmp_path / f"{name}_killed", kills
         while left:
-            if job(folder, name, (draw.randrange(2), draw.uniform(0, trained))):
+            if job(folder, name, (draw.randrange(2), draw.uniform(0.2, 1) * trained)):
                 break  # at its end before the kill
             left -= 1
             told["kills"] += 1
@@ -89,4 +93,4 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
 def test_killed_workers_of_every_memory_change_nothing(tmp_path: Path) -> None:
     told = kill_and_compare(tmp_path, ["nil", "nil_v1", "nil_v4", "nil_global", "icarl", "derpp", "er"], 3, 1)
     assert told["kills"] >= 14
-    assert told["later"] >= 10
+    assert told["later"] >= 8
