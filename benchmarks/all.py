@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 # Run by themselves: each trains hundreds of networks.
-HOURS = ("protocol.py", "results.py")
+HOURS = ("peers.py", "protocol.py", "results.py")
 PACKAGES = ("torch", "lightning", "horovod", "dcl-lightning")
 
 
@@ -115,7 +115,7 @@ def versions() -> str:
 
 def page(outcomes: Iterable[Outcome]) -> str:
     """Return the page: the machine, then each benchmark with its command and what it printed."""
-    left_out = " and ".join(f"`{name}`" for name in HOURS)
+    left_out = ", ".join(f"`{name}`" for name in HOURS)
     now = datetime.datetime.now(datetime.timezone.utc)
     parts = [
         "# Benchmarks",

@@ -40,7 +40,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from common import CLASSES, HEADER, QUIET, WARM_UP, Filled, Size, StepTimer, report, rounds_of, step_ms
-from plain import CANDIDATES, DRAWN, LR, NEW, Made, Memory, Plain, Samples, by_hand
+from plain import CANDIDATES, DRAWN, LR, NEW, Made, Memory, Plain, Samples, by_hand, plain_network
 from rehearsal import full_buffer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -79,12 +79,6 @@ TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
 CROP = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), TO_FLOAT, v2.Normalize(MEAN, STD)])
 MNIST_SIZED = Work("1x28x28", 10, 500, TO_FLOAT, ">= 1.5")
 CIFAR_SIZED = Work("3x32x32 augmented", CLASSES, STORED, CROP, ">= 3")
-
-
-def plain_network(backbone: Backbone, data: ContinualDataModule) -> nn.Module:
-    """Return the network of the sides that are not ours: the same backbone, one linear layer behind it."""
-    backbone.adapt(data.input_spec)
-    return nn.Sequential(backbone, nn.Linear(backbone.feature_dim, data.num_classes))
 
 
 def agent_of(backbone: Backbone, data: ContinualDataModule, stored: int) -> ContinualAgent:

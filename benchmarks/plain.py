@@ -15,9 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from dcl_lightning import ContinualDataModule
+from dcl_lightning.backbones import Backbone
+
 NEW, DRAWN, CANDIDATES, LR = 64, 64, 20, 0.05
 # Makes of a batch, and the ids of its samples if there are any, what the network takes.
 Look = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def plain_network(backbone: Backbone, data: ContinualDataModule) -> nn.Sequential:
+    """Return the network of the sides that are not ours: the same backbone, one linear layer behind it."""
+    backbone.adapt(data.input_spec)
+    return nn.Sequential(backbone, nn.Linear(backbone.feature_dim, data.num_classes))
 
 
 class Samples(Dataset[tuple[Tensor, int]]):

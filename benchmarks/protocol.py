@@ -52,8 +52,8 @@ class Case(NamedTuple):
     scenario: str = "class"
 
 
-def icarl(size: int, **options: Any) -> Case:
-    """Return iCaRL with so many exemplars; options are the agent's."""
+def icarl(size: int, workers: int = 1, beside: str = "", **options: Any) -> Case:
+    """Return iCaRL with so many exemplars in all; options are the agent's."""
     return Case(
         lambda data: ICaRL(
             MLP(),
@@ -65,7 +65,9 @@ def icarl(size: int, **options: Any) -> Case:
             epochs_per_task=10,
             input_spec=data.input_spec,
             **options,
-        )
+        ),
+        workers=workers,
+        beside=beside,
     )
 
 
@@ -87,14 +89,24 @@ def nil(size: int, workers: int = 1, beside: str = "", lr: float = 0.05, momentu
     )
 
 
-def agent(name: str, size: int | None = None, memory: dict[str, Any] | None = None, **options: Any) -> Case:
+def agent(
+    name: str,
+    size: int | None = None,
+    memory: dict[str, Any] | None = None,
+    workers: int = 1,
+    beside: str = "",
+    **options: Any,
+) -> Case:
     """Return the agent of a short name, with so many stored samples in all and 16 rehearsed beside each batch."""
-    stored = {} if size is None else {"rehearsal": {"buffer_size": size, "num_samples": 16} | (memory or {})}
+    drawn = {"buffer_size": size, "num_samples": 16 // workers}
+    stored = {} if size is None else {"rehearsal": drawn | (memory or {})}
     return Case(
         lambda data: getattr(presets, name)(
             MLP(), data.num_classes, epochs_per_task=10, input_spec=data.input_spec, **stored, **options
         ),
         concatenate=name == "cumulative",
+        workers=workers,
+        beside=beside,
         scenario="none" if name == "joint" else "class",
     )
 
@@ -124,27 +136,36 @@ CASES: dict[str, Case] = {
 }
 for stored in (50, 200):
     one = f"nil, {stored} stored"
+    at_ends, summed = f"er of the tasks' ends, {stored} stored", f"er of the tasks' ends, sum, {stored} stored"
+    derpp, derpp_ends = f"derpp, {stored} stored", f"derpp_task_end, {stored} stored"
+    few = f"icarl, 16 a step, {stored} exemplars"
+    two: dict[str, Any] = {"workers": 2}
     CASES |= {
         one: nil(stored),
         f"{one}, weighting none": nil(stored, weighting="none"),
         f"{one}, tuned": nil(stored, **TUNED, beside=one),
         f"nil_global, {stored} stored, two workers": nil(stored, workers=2, beside=one, scope="global"),
         f"er, {stored} stored": agent("er", stored),
-        f"er of the tasks' ends, {stored} stored": agent("er", stored, AT_TASK_ENDS),
-        f"er of the tasks' ends, sum, {stored} stored": agent("er", stored, AT_TASK_ENDS | {"loss": "sum"}),
+        at_ends: agent("er", stored, AT_TASK_ENDS),
+        summed: agent("er", stored, AT_TASK_ENDS | {"loss": "sum"}),
         f"er of the tasks' ends, sum, tuned, {stored} stored": agent(
             "er", stored, AT_TASK_ENDS | {"loss": "sum"}, **TUNED
         ),
         f"er_ace, {stored} stored": agent("er_ace", stored),
         # Factors chosen on digits_dev among 0.5 and 1.
         f"der, {stored} stored": agent("der", stored, alpha=1.0),
-        f"derpp, {stored} stored": agent("derpp", stored, alpha=1.0, beta=1.0),
-        f"derpp_task_end, {stored} stored": agent("derpp_task_end", stored, alpha=1.0, beta=1.0),
+        derpp: agent("derpp", stored, alpha=1.0, beta=1.0),
+        derpp_ends: agent("derpp_task_end", stored, alpha=1.0, beta=1.0),
         f"derpp_task_end, tuned, {stored} stored": agent("derpp_task_end", stored, alpha=1.0, beta=1.0, **TUNED),
         f"agem, {stored} stored": agent("agem", stored),
         f"gem, {stored} stored": agent("gem", stored),
         f"gdumb, {stored} stored": agent("gdumb", stored),
         f"bic, {stored} stored": agent("bic", stored, held_out=0.2),
+        f"{at_ends}, two workers": agent("er", stored, AT_TASK_ENDS, **two, beside=at_ends),
+        f"{summed}, two workers": agent("er", stored, AT_TASK_ENDS | {"loss": "sum"}, **two, beside=summed),
+        f"{derpp}, two workers": agent("derpp", stored, alpha=1.0, beta=1.0, **two, beside=derpp),
+        f"{derpp_ends}, two workers": agent("derpp_task_end", stored, alpha=1.0, beta=1.0, **two, beside=derpp_ends),
+        f"{few}, two workers": icarl(stored, **two, beside=few, exemplars="per_step", num_samples=8),
     }
 CASES |= {name: agent(name) for name in ("lwf", "ewc", "si", "joint", "cumulative")}
 # The bound of what has another optimizer.

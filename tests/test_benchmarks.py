@@ -22,7 +22,10 @@ from dcl_lightning.memory.exchange import plan_draws, plan_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import end_to_end
+import peers
 import plain
+import protocol
+import results
 import scale
 from common import quiet_trainer
 
@@ -155,3 +158,35 @@ def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch:
     assert "`python benchmarks/d.py`\n\n[] the last\n" in text
     versions = f"torch {importlib.metadata.version('torch')}, lightning {importlib.metadata.version('lightning')}"
     assert all(word in text for word in ("cores", "GiB", "python 3", versions, " UTC", *run_all.HOURS))
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+def test_peers_stand_beside_cases_that_there_are() -> None:
+    assert set(peers.cases()) <= set(protocol.CASES)
+
+
+def test_the_page_of_results_has_ours_a_peer_and_two_workers_seed_by_seed() -> None:
+    def rows(*finals: float) -> results.Rows:
+        common = {"incremental": 95.0, "forgetting": None, "train_s": 1.0, "peak_mib": 900.0}
+        return [common | {"seed": 100 + k, "final": final} for k, final in enumerate(finals)]
+
+    one, two = "derpp, 50 stored", "derpp, 50 stored, two workers"
+    digits = {one: rows(90.0, 92.0), two: rows(91.0, 94.0), "joint": rows(95.0)}
+    page = results.page({"digits": digits}, {"digits": {one: [80.0, 82.0]}})
+    beside = "81.0 ± 1.4 (Avalanche, 2); 85.3 (Mammoth)"
+    assert f"| `derpp` | 50 | 91.0 ± 1.4 | 95.0 ± 0.0 |  | +4.0 | 1.0 ± 0.0 | 900 | 2 | {beside} |" in page
+    # Differences 1 and 2; Student's t with one degree of freedom at 95 % is 6.314.
+    half = 6.314 * 0.5
+    assert (
+        f"| `derpp, two workers` | 50 | 92.5 ± 2.1 | 95.0 ± 0.0 | +1.5 [{1.5 - half:+.1f}, {1.5 + half:+.1f}] | 2 |"
+        in page
+    )
+    assert "`joint`" in page
+
+
+def test_on_other_data_nothing_is_called_tuned() -> None:
+    ours = [case for case in protocol.CASES if results.is_of(case, "mnist5k")]
+    assert "derpp_task_end, 50 stored" in ours
+    assert not [case for case in ours if "tuned" in case or protocol.CASES[case].workers > 1]
