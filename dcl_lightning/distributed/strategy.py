@@ -31,6 +31,7 @@ from dcl_lightning.distributed.loaders import warn_of_fork
 from dcl_lightning.distributed.place import launched_by_horovod, set_rank_from_environment
 from dcl_lightning.distributed.sharing import share_buffers, share_tensors
 from dcl_lightning.distributed.slurm import accept_allocation, check_srun, horovod_environment, requeue_together
+from dcl_lightning.distributed.waiting import rest_while_waiting
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 
@@ -191,6 +192,7 @@ class HorovodStrategy(ParallelStrategy):
             trainer = self.lightning_module.trainer if self.lightning_module is not None else None
             self._care.meet(trainer, self._launcher)
         hvd.init()
+        rest_while_waiting()
         self._failed = False
         self._comm = HorovodComm() if hvd.size() > 1 else SingleProcessComm()
         set_rank_from_environment()

@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 from dcl_lightning.distributed.child import launching_process
 from dcl_lightning.distributed.launcher import HorovodLauncher
 from dcl_lightning.distributed.rendezvous import Rendezvous
+from dcl_lightning.distributed.waiting import handle_waited_for, is_within_wait
 from dcl_lightning.types import Clock
 
 __all__ = ["Watchdog"]
@@ -156,7 +157,7 @@ class Watchdog:
             words.append(f"task {clock.task_at(trainer.current_epoch)}")
         words += [f"epoch {trainer.current_epoch}", f"batch {trainer.fit_loop.batch_idx}"]
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        while frame is not None and f"{os.sep}horovod{os.sep}" in frame.f_code.co_filename:
+        while frame is not None and is_within_wait(frame):
             frame = frame.f_back
         if frame is not None:
             code = frame.f_code
@@ -169,12 +170,8 @@ def _waits() -> Iterator[tuple[int, int]]:
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = top
         while frame is not None:
-            if _waits_here(frame):
-                yield thread, int(frame.f_locals.get("handle", -1))
+            handle = handle_waited_for(frame)
+            if handle is not None:
+                yield thread, handle
                 break
             frame = frame.f_back
-
-
-def _waits_here(frame: FrameType) -> bool:
-    code = frame.f_code
-    return code.co_name == "synchronize" and code.co_filename.endswith(os.path.join("horovod", "torch", "mpi_ops.py"))

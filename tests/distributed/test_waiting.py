@@ -1,0 +1,61 @@
+"""A worker that waits leaves its core to others, and one that is interrupted leaves no operation behind."""
+
+from __future__ import annotations
+
+from helpers import assert_ended_well, run_workers
+
+PROGRAM = """
+import signal, time
+import horovod.torch as hvd, torch
+from dcl_lightning.distributed.waiting import rest_while_waiting
+hvd.init()
+rest_while_waiting()
+first = hvd.synchronize
+rest_while_waiting()
+assert hvd.synchronize is first, "once is enough"
+
+# Worker 1 comes two seconds later. What counts is the core's time, on however busy a machine.
+late = hvd.rank() == 1
+for meet in (lambda: hvd.allreduce(torch.ones(3), name="a"), hvd.barrier,
+             lambda: hvd.synchronize(hvd.allreduce_async_(torch.ones(3), name="b")),
+             lambda: hvd.broadcast_object([1], root_rank=1)):
+    hvd.barrier()
+    begun = time.process_time()
+    if late:
+        time.sleep(2)
+    meet()
+    assert time.process_time() - begun < 1, meet
+
+class Ended(Exception):
+    pass
+
+def end(*args):
+    raise Ended
+
+# A signal whose handler raises, while worker 0 waits for an operation that worker 1 joins a second later.
+def end(*args):
+    raise Ended
+
+signal.signal(signal.SIGALRM, end)
+hvd.barrier()
+if late:
+    time.sleep(1)
+    hvd.allreduce(torch.ones(1), op=hvd.Sum, name="c")
+else:
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        hvd.allreduce(torch.ones(1), op=hvd.Sum, name="c")
+    except Ended:
+        pass
+    else:
+        raise AssertionError("the signal did not come")
+# The name is free again, and both mean the same operation by it.
+assert hvd.allreduce(torch.ones(1), op=hvd.Sum, name="c").item() == 2
+handle = hvd.allreduce_async_(torch.ones(1), name="d")
+hvd.synchronize(handle)
+assert hvd.synchronize(handle) is None, "waited for already"
+"""
+
+
+def test_waiting_leaves_the_core_and_ends_with_the_operation() -> None:
+    assert_ended_well(run_workers(PROGRAM, 2, deadline=120))
