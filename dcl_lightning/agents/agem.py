@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
-from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, trained_parameters, write_gradient
+from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_dtype, trained_parameters, write_gradient
 from dcl_lightning.functional.projections import agem_projection
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
@@ -51,12 +51,13 @@ class AGEM(RehearsingAgent):
         if self.clock.task_at(self.current_epoch):
             # Every worker takes part, also one that has nothing to rehearse yet.
             parameters = trained_parameters(self)
-            own = torch.zeros(sum(p.numel() for p in parameters), device=self.device)
+            own = torch.zeros(sum(p.numel() for p in parameters), dtype=sum_dtype(parameters), device=self.device)
             if len(batch.targets) > batch.num_new:
                 seen = self(batch.inputs[old])
                 trained, targets = self.trained(seen, batch.targets[old])
                 losses = nn.functional.cross_entropy(trained, targets, reduction="none")
-                own = flat_gradients_of((batch.weights[old] * losses).sum() / batch.normaliser, parameters)
+                loss = (batch.weights[old] * losses).sum() / batch.normaliser
+                own = flat_gradients_of(loss, parameters).to(own)
             self._reference = self.comm.allreduce(own, "mean")
         logits = self(batch.inputs[new])
         return self.cross_entropy(logits, batch, new), torch.cat([logits, seen.detach().to(logits)])
@@ -65,5 +66,5 @@ class AGEM(RehearsingAgent):
         """Project the gradient, which is that of all workers by now."""
         if self._reference is not None:
             parameters = trained_parameters(self)
-            write_gradient(parameters, agem_projection(flat_gradient(parameters), self._reference))
+            write_gradient(parameters, agem_projection(flat_gradient(parameters).to(self._reference), self._reference))
             self._reference = None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
-from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, trained_parameters, write_gradient
+from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_dtype, trained_parameters, write_gradient
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.projections import gem_projection
 from dcl_lightning.memory.config import RehearsalConfig
@@ -74,7 +74,8 @@ class GEM(RehearsingAgent):
             return None, seen
         parameters = trained_parameters(self)
         # The last column counts samples; every worker takes part, also one that has nothing to rehearse.
-        sums = torch.zeros(past, sum(p.numel() for p in parameters) + 1, device=self.device)
+        width = sum(p.numel() for p in parameters) + 1
+        sums = torch.zeros(past, width, dtype=sum_dtype(parameters), device=self.device)
         if len(batch.targets) > batch.num_new:
             seen = self(batch.inputs[old])
             losses = F.cross_entropy(*self.trained(seen, batch.targets[old]), reduction="none")
@@ -90,5 +91,6 @@ class GEM(RehearsingAgent):
         """Project the gradient, which is that of all workers by now."""
         if self._references is not None:
             parameters = trained_parameters(self)
-            write_gradient(parameters, gem_projection(flat_gradient(parameters), self._references, self.margin))
+            gradient = flat_gradient(parameters).to(self._references)
+            write_gradient(parameters, gem_projection(gradient, self._references, self.margin))
             self._references = None

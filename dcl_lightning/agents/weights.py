@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["flat_gradient", "flat_gradients_of", "flat_weights", "trained_parameters", "write_gradient"]
+__all__ = ["flat_gradient", "flat_gradients_of", "flat_weights", "sum_dtype", "trained_parameters", "write_gradient"]
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that are trained, in the module's order."""
     return [p for p in module.parameters() if p.requires_grad]
+
+
+def sum_dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
+    """Return the dtype in which gradients are summed over samples and workers: the parameters', at least float32."""
+    return torch.promote_types(parameters[0].dtype, torch.float32)
 
 
 def flat_weights(parameters: Iterable[nn.Parameter]) -> Tensor:

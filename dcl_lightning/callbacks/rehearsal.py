@@ -266,7 +266,7 @@ class Rehearsal(pl.Callback):
         assert self._extras is not None
         if self._references is not None and not self._extras.shapes:
             loader.inputs = torch.empty(len(data.train_targets), 0)  # none need be read
-        for batch in loader:
+        for batch in map(trainer.precision_plugin.convert_input, loader):
             offer = self._extras.with_evaluation(self._offer_of(batch), batch, data)
             self.manager.buffer.add(offer.rows, offer.labels, offer.ids)
 

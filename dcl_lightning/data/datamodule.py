@@ -384,5 +384,9 @@ class ContinualDataModule(pl.LightningDataModule):
             pad = self._source.pad if self._source is not None else 4
             inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch, pad)
         if self._source is None:
-            return batch._replace(inputs=transforms.to_float(inputs))
-        return batch._replace(inputs=transforms.normalise(inputs, self._source.mean, self._source.std))
+            inputs = transforms.to_float(inputs)
+        else:
+            inputs = transforms.normalise(inputs, self._source.mean, self._source.std)
+        if self.trainer is not None:  # its precision is asked before these are floats
+            inputs = self.trainer.precision_plugin.convert_input(inputs)
+        return batch._replace(inputs=inputs)

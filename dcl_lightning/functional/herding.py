@@ -73,9 +73,11 @@ def nearest_mean_scores(features: Tensor, means: Tensor, known: Tensor) -> Tenso
         known: ``(K,)`` bool, the classes that have a mean.
 
     Returns:
-        ``(B, K)`` scores in the means' dtype, highest for the nearest class; -inf for unknown classes.
+        ``(B, K)`` scores in the means' dtype, at least float32, highest for the nearest class; -inf for unknown
+        classes.
     """
     # The expansion of the square that cdist may take loses digits where two means are close.
+    means = means.to(torch.promote_types(means.dtype, torch.float32))
     distances = torch.cdist(features.to(means), means, compute_mode="donot_use_mm_for_euclid_dist")
     return (-distances).masked_fill(~known, -float("inf"))
 

@@ -143,6 +143,17 @@ def test_mixed_precision_and_a_hand_made_trainer(name: str, tmp_path: Path) -> N
     assert (tmp_path / "lightning_logs/version_0/report/accuracy_matrix.json").exists()
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+@pytest.mark.parametrize("name", METHODS)
+def test_true_precision(name: str, precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    data, watch = data_of(name), Watch()
+    agent = make(name, data, epochs_per_task=1)
+    make_trainer(tmp_path, [watch], limit_val_batches=0, precision=precision).fit(agent, datamodule=data)
+    assert all(torch.isfinite(torch.tensor(watch.losses)))
+    assert all(p.dtype == dtype for p in agent.parameters())
+    assert torch.isfinite(weights(agent)).all()
+
+
 def test_every_name_is_in_the_package_and_has_its_file(tmp_path: Path) -> None:
     kinds = {base for n in NAMES for base in getattr(presets, n).__mro__ if base.__module__.startswith("dcl_light")}
     kinds = {kind for kind in kinds if kind.__module__ != presets.__name__ and not inspect.isabstract(kind)}

@@ -34,12 +34,14 @@ def test_two_workers_equal_one_with_the_double_batch(agent: str, strategy: str, 
     one.mkdir()
     two.mkdir()
     common = ["--config", str(ROOT / f"configs/{agent}_digits.yaml"), "--model.epochs_per_task", "2"]
+    # In float32 the order of a sum may decide which of two samples, about as near to a mean, is an exemplar.
+    common += ["--trainer.precision", "64-true"]
     report1, ckpt1 = fit(one, *common, "--data.init_args.batch_size", "16")
     workers = ["--trainer.strategy", strategy, "--trainer.devices", "2"]
     report2, ckpt2 = fit(two, *common, "--data.init_args.batch_size", "8", *workers)
     assert report2["world_size"] == 2
     for name, value in ckpt1["state_dict"].items():
-        torch.testing.assert_close(ckpt2["state_dict"][name], value, atol=1e-5, rtol=1e-5, msg=name)
+        torch.testing.assert_close(ckpt2["state_dict"][name], value, atol=1e-10, rtol=1e-10, msg=name)
     assert report1["matrix"] == report2["matrix"]
     if agent == "icarl":
         for y, ids in ckpt1["exemplars"].items():
