@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.plugins.precision import Precision
 
 from dcl_lightning.data import ContinualDataModule, scenarios, transforms
 from dcl_lightning.data.loader import TaskLoader
@@ -33,8 +34,9 @@ def make(labels=T10, **kwargs) -> ContinualDataModule:
 def in_trainer(data, epoch: int, rank: int = 0, size: int = 1, training: bool = True):
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(
-        current_epoch=epoch, global_rank=rank, world_size=size, training=training, strategy=strategy
-    )
+        current_epoch=epoch, global_rank=rank, world_size=size, training=training, strategy=strategy,
+        precision_plugin=Precision(),
+    )  # fmt: skip
     return data
 
 
