@@ -14,7 +14,7 @@ first = hvd.synchronize
 rest_while_waiting()
 assert hvd.synchronize is first, "once is enough"
 
-# Worker 1 comes two seconds later. What counts is the core's time, on however busy a machine.
+# Worker 1 comes three seconds later. What counts is the core's time, on however busy a machine.
 late = hvd.rank() == 1
 for meet in (lambda: hvd.allreduce(torch.ones(3), name="a"), hvd.barrier,
              lambda: hvd.synchronize(hvd.allreduce_async_(torch.ones(3), name="b")),
@@ -22,9 +22,9 @@ for meet in (lambda: hvd.allreduce(torch.ones(3), name="a"), hvd.barrier,
     hvd.barrier()
     begun = time.process_time()
     if late:
-        time.sleep(2)
+        time.sleep(3)
     meet()
-    assert time.process_time() - begun < 1, meet
+    assert time.process_time() - begun < 2, (meet, time.process_time() - begun)
 
 class Ended(Exception):
     pass
@@ -32,17 +32,17 @@ class Ended(Exception):
 def end(*args):
     raise Ended
 
-# A signal whose handler raises, while worker 0 waits for an operation that worker 1 joins a second later.
+# A signal whose handler raises, while worker 0 waits for an operation that worker 1 joins four seconds later.
 def end(*args):
     raise Ended
 
 signal.signal(signal.SIGALRM, end)
 hvd.barrier()
 if late:
-    time.sleep(1)
+    time.sleep(4)
     hvd.allreduce(torch.ones(1), op=hvd.Sum, name="c")
 else:
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         hvd.allreduce(torch.ones(1), op=hvd.Sum, name="c")
     except Ended:
