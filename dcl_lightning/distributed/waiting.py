@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["handle_waited_for", "is_within_wait", "rest_while_waiting"]
 
-# What Linux makes of it is about 70 us. A job of two workers on two cores took 1.5 times as long without naps.
+# A job of two workers on two cores that had other work, too, took 1.5 times as long without naps.
 _NAP_S = 2e-5
 
 

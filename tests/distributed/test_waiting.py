@@ -29,9 +29,6 @@ for meet in (lambda: hvd.allreduce(torch.ones(3), name="a"), hvd.barrier,
 class Ended(Exception):
     pass
 
-def end(*args):
-    raise Ended
-
 # A signal whose handler raises, while worker 0 waits for an operation that worker 1 joins four seconds later.
 def end(*args):
     raise Ended
