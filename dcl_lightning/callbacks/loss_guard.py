@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,7 +37,7 @@ class LossGuard(pl.Callback):
             return
         step = trainer.global_step
         if not loss.is_cuda:
-            if not bool(torch.isfinite(loss)):
+            if not math.isfinite(loss.item()):
                 self._bad_step.fill_(step)
                 self._look(trainer, pl_module)
             return

@@ -10,6 +10,8 @@ from dcl_lightning.types import Batch
 
 __all__ = ["SampleCounts"]
 
+_STEPS_AT_ONCE = 256
+
 
 class SampleCounts:
     """Samples in training steps, each as often as it was trained on; rows that only pad a shard are none.
@@ -20,20 +22,29 @@ class SampleCounts:
 
     def __init__(self) -> None:
         self.seen = {"new": 0, "rehearsed": 0}
+        self._steps: list[tuple[Tensor, int, Tensor | None]] = []
         self._since: Tensor | None = None
 
     def add(self, batch: Batch, task: int | None) -> None:
-        """Count a step's batch on its device, for which the host does not wait.
+        """Note a step's batch on its device, for which the host does not wait.
 
         Args:
             batch: new samples first.
             task: the present one, where earlier tasks' samples among the new ones are rehearsed; None where they are
                 not.
         """
-        real = batch.weights > 0
-        new = real[: batch.num_new]
-        again = torch.zeros_like(new) if task is None else new & (batch.task_ids[: batch.num_new] != task)
-        counts = torch.stack([new.sum(), again.sum(), real.sum()])
+        real, new = batch.weights > 0, batch.num_new
+        again = None if task is None else real[:new] & (batch.task_ids[:new] != task)
+        # Counted for many steps at once: a few small sums are seen in the step of a small network.
+        self._steps.append((real, new, again))
+        if len(self._steps) == _STEPS_AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        steps, self._steps = self._steps, []
+        parts = [real[:new] for real, new, _ in steps], [a for *_, a in steps if a is not None], [r for r, *_ in steps]
+        none = steps[0][0][:0]
+        counts = torch.stack([torch.cat([none, *part]).sum() for part in parts])
         self._since = counts if self._since is None else self._since + counts
 
     def settle(self, comm: Comm) -> dict[str, int]:
@@ -45,6 +56,8 @@ class SampleCounts:
         Returns:
             ``seen``.
         """
+        if self._steps:
+            self._count()
         since = torch.zeros(3, dtype=torch.int64) if self._since is None else self._since.cpu()
         new, again, every = comm.allreduce(since).tolist()
         self._since = None

@@ -372,6 +372,10 @@ class ContinualDataModule(pl.LightningDataModule):
 
     # -- on the device -----------------------------------------------------------------------------
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch, which on a CPU is there already."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn a batch into float and normalise it; augment it in training."""
         assert self.trainer is not None

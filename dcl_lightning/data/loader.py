@@ -125,12 +125,12 @@ class TaskLoader:
             mine = torch.cat([mine, order[: count - real]])
         for step in range(start, len(self)):
             low = step * self.batch_size
-            rows = mine[low : low + self.batch_size]
+            rows = draw_ids = mine[low : low + self.batch_size]
             num_new = len(rows)
             weights = torch.ones(num_new + self.num_rehearsed)
-            weights[max(real - low, 0) : num_new] = 0
+            if low + num_new > real:
+                weights[max(real - low, 0) : num_new] = 0
             in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
-            draw_ids = rows
             if self.num_rehearsed:
                 again = self._draw(step)
                 # Another draw at each step: an exemplar comes again and again within one epoch.
@@ -138,8 +138,8 @@ class TaskLoader:
                 rows = torch.cat([rows, again])
             yield Batch(
                 inputs=_NONE,
-                targets=self.targets[rows],
-                task_ids=self.task_ids[rows],
+                targets=self.targets.index_select(0, rows),
+                task_ids=self.task_ids.index_select(0, rows),
                 sample_ids=rows,
                 weights=weights,
                 normaliser=torch.tensor(in_step if self.train else float(len(rows))),

@@ -50,7 +50,9 @@ def test_blocking_is_inline_bit_for_bit(tmp_path: Path, policy: str, mode: str) 
     assert inline[0].clock.samples_seen["rehearsed"] > 30
 
 
-def test_the_background_begins_when_the_first_layer_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_background_begins_on_a_cpu_when_the_first_layer_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun: list[tuple[bool, bool]] = []
     submit = Rehearsal._submit
 
@@ -60,11 +62,12 @@ def test_the_background_begins_when_the_first_layer_is_left(tmp_path: Path, monk
         submit(callback, trainer)
 
     monkeypatch.setattr(Rehearsal, "_submit", spy)
-    agent, losses = fit(tmp_path, execution="blocking")
+    on_cpu = {"accelerator": "cpu"}
+    agent, losses = fit(tmp_path, trainer=on_cpu, execution="blocking")
     assert begun == [(True, False)] * len(losses)
     assert not agent.head.weight._post_accumulate_grad_hooks
     begun.clear()
-    fit(tmp_path, execution="inline")
+    fit(tmp_path, trainer=on_cpu, execution="inline")
     assert begun == [(False, False)] * len(losses)
 
 
