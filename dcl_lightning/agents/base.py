@@ -25,6 +25,7 @@ from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
 from dcl_lightning.callbacks.checkpoint_care import CheckpointCare
 from dcl_lightning.callbacks.contradictions import refuse_another_run
+from dcl_lightning.callbacks.hooks import leave_out_idle_hooks
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
@@ -275,7 +276,7 @@ class ContinualAgent(pl.LightningModule):
         present = [c for c in self.trainer.callbacks if type(c) is kind]  # type: ignore[attr-defined]
         if present:
             setattr(self, name, present[0])
-        return [] if present else [getattr(self, name)]
+        return [] if present else [leave_out_idle_hooks(getattr(self, name))]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and a schedule that is counted from the start of each task."""
@@ -312,8 +313,7 @@ class ContinualAgent(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Keep the initial weights if tasks start from them."""
         if self.reset_state_dict and self._initial is None:
-            state = self._network_state()
-            self._initial = {k: self.comm.broadcast(v.detach().clone()) for k, v in state.items()}
+            self._initial = {k: self.comm.broadcast(v.detach().clone()) for k, v in self._network_state().items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss; log it with the accuracy on the batch and the rate, at steps at which someone looks."""

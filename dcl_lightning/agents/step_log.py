@@ -43,7 +43,7 @@ class StepLog:
             or trainer.is_last_batch
             # Counts batches that stepped, as loggers do; ``global_step`` counts each optimizer's steps.
             or trainer._logger_connector.should_update_logs
-            or trainer.global_step + 1 == trainer.max_steps
+            or 0 < trainer.max_steps == trainer.global_step + 1
         )
 
 

@@ -35,12 +35,12 @@ class LossGuard(pl.Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor) or self._bad_step is None:
             return
-        step = trainer.global_step
         if not loss.is_cuda:
             if not math.isfinite(loss.item()):
-                self._bad_step.fill_(step)
+                self._bad_step.fill_(trainer.global_step)
                 self._look(trainer, pl_module)
             return
+        step = trainer.global_step
         bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
         self._bad_step.masked_fill_(bad, step)
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]

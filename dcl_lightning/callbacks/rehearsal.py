@@ -156,7 +156,8 @@ class Rehearsal(pl.Callback):
         if self.manager is None:
             self._build(trainer, module, batch)
         self._offer = self._offer_of(batch, trainer.current_epoch)
-        self._real = batch.weights > 0 if isinstance(batch, Batch) else None
+        more = self._extras is not None and self._extras.shapes
+        self._real = batch.weights > 0 if more and isinstance(batch, Batch) else None
 
     def _after(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
         def add(batch: Any) -> Any:
@@ -277,9 +278,9 @@ class Rehearsal(pl.Callback):
 
     def _offer_of(self, batch: Any, epoch: int = AS_EVALUATED) -> Offer:
         if isinstance(batch, Batch):
-            columns, real = self._columns_of(batch, epoch), batch.weights > 0
-            if not bool(real.all()):
-                columns = {name: column[real] for name, column in columns.items()}
+            columns = self._columns_of(batch, epoch)
+            if len(batch.weights) and batch.weights.min() <= 0:
+                columns = {name: column[batch.weights > 0] for name, column in columns.items()}
             return Offer(columns, columns["targets"], columns["sample_ids"])
         count = num_rows(batch)
         labels = torch.zeros(count, dtype=torch.int64)

@@ -22,7 +22,7 @@ class SampleCounts:
 
     def __init__(self) -> None:
         self.seen = {"new": 0, "rehearsed": 0}
-        self._steps: list[tuple[Tensor, int, Tensor | None]] = []
+        self._steps: list[tuple[Tensor, Tensor, int, int | None]] = []
         self._since: Tensor | None = None
 
     def add(self, batch: Batch, task: int | None) -> None:
@@ -33,18 +33,21 @@ class SampleCounts:
             task: the present one, where earlier tasks' samples among the new ones are rehearsed; None where they are
                 not.
         """
-        real, new = batch.weights > 0, batch.num_new
-        again = None if task is None else real[:new] & (batch.task_ids[:new] != task)
-        # Counted for many steps at once: a few small sums are seen in the step of a small network.
-        self._steps.append((real, new, again))
+        # Counted for many steps at once: a few operations more are seen in the step of a small network.
+        self._steps.append((batch.weights, batch.task_ids, batch.num_new, task))
         if len(self._steps) == _STEPS_AT_ONCE:
             self._count()
 
     def _count(self) -> None:
-        steps, self._steps = self._steps, []
-        parts = [real[:new] for real, new, _ in steps], [a for *_, a in steps if a is not None], [r for r, *_ in steps]
-        none = steps[0][0][:0]
-        counts = torch.stack([torch.cat([none, *part]).sum() for part in parts])
+        new, again, every = [], [], []
+        for weights, task_ids, num_new, task in self._steps:
+            every.append(weights)
+            new.append(weights[:num_new])
+            if task is not None:
+                again.append(new[-1] * (task_ids[:num_new] != task))
+        self._steps = []
+        none = every[0][:0]
+        counts = torch.stack([(torch.cat([none, *part]) > 0).sum() for part in (new, again, every)])
         self._since = counts if self._since is None else self._since + counts
 
     def settle(self, comm: Comm) -> dict[str, int]:

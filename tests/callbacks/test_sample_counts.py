@@ -1,0 +1,28 @@
+"""Samples seen, whatever number of steps is counted at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dcl_lightning.callbacks.sample_counts import SampleCounts
+from dcl_lightning.memory.comm import SingleProcessComm
+from dcl_lightning.types import Batch
+
+
+@pytest.mark.parametrize("steps", [1, 255, 256, 600])
+def test_steps_are_counted_each_as_it_was(steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts, expected = SampleCounts(), {"new": 0, "rehearsed": 0}
+    for step in range(steps):
+        weights = torch.randint(2, (5,), generator=generator).float() * 2.5
+        task_ids, num_new = torch.randint(3, (5,), generator=generator), step % 6
+        task = None if step % 4 else 1
+        for row in range(5):
+            if weights[row]:
+                is_new = row < num_new and (task is None or task_ids[row] == task)
+                expected["new" if is_new else "rehearsed"] += 1
+        ids = torch.arange(5)
+        counts.add(Batch(ids, ids, task_ids, ids, weights, weights.sum(), ids, num_new), task)
+    assert counts.settle(SingleProcessComm()) == expected
+    assert counts.settle(SingleProcessComm()) == expected, "nothing is counted twice"
