@@ -16,6 +16,8 @@ sides: evaluation (what ours spends on it is taken off), loggers, checkpoints, p
 Steps (milliseconds; one task, the memory full from the start): ours within ``Trainer.fit`` over plain Lightning and a
 loop by hand that take the very same batches, made beforehand, and do the same work on them: the same crops of the
 whole batch, the weighted loss, the SGD step, for ``nil`` the memory by hand. A warm-up and the last step are left out.
+One row has Lightning's bar on on both sides, written to a file, and plain Lightning's loss logged for it at each step:
+there ours shows no bar, and computes and logs loss and accuracy at the steps that a logger would write.
 
 One thread; the sides of a round follow each other in an order that rotates; a row is the median over the rounds of the
 ratio within a round, with the 95 % interval of that median from a bootstrap.
@@ -273,11 +275,7 @@ def steps(
         return Memory(batches.batches[0][0], stored, CLASSES, full=True) if stored else None
 
     def lightning() -> float:
-        timer = StepTimer(size.steps)
-        module = Plain(plain_network(backbone(), data), cropped, [batches], memory())
-        with tempfile.TemporaryDirectory() as folder:
-            pl.Trainer(callbacks=[timer], max_epochs=1, default_root_dir=folder, **QUIET).fit(module)
-        return timer.step_ms
+        return lightning_ms(Plain(plain_network(backbone(), data), cropped, [batches], memory()), size.steps)
 
     def loop() -> float:
         return by_hand(plain_network(backbone(), data), cropped, [batches], memory(), size.steps)
@@ -287,6 +285,29 @@ def steps(
     return [report(f"{what} {peer}", "ms", measured["ours"], measured[peer], goal) for peer, goal in targets.items()]
 
 
+def lightning_ms(module: Plain, steps: int, **options: Any) -> float:
+    """Return the mean time of a step of plain Lightning; options are the trainer's."""
+    timer = StepTimer(steps)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        pl.Trainer(callbacks=[timer], max_epochs=1, default_root_dir=folder, **(QUIET | options)).fit(module)
+    return timer.step_ms
+
+
+def steps_with_a_bar(size: Size) -> dict[str, Any]:
+    """Return the row of single steps of the MLP where a bar is asked for, and its output goes to a file."""
+    data, bar = one_task(WARM_UP + size.steps + 2), {"enable_progress_bar": True}
+    batches = made(data)
+    sides = {
+        "ours": lambda: step_ms(agent_of(MLP(), data, 0), data, size.steps, **bar),
+        "plain Lightning": lambda: lightning_ms(
+            Plain(plain_network(MLP(), data), cropped, [batches], None, logs=True), size.steps, **bar
+        ),
+    }
+    ours, lightning = rounds_of(sides, size.rounds).values()
+    name = "step, MLP, base, ours over plain Lightning with a bar and its loss logged for it"
+    return report(name, "ms", ours, lightning, "reported")
+
+
 def main() -> None:
     """Print the table; with --json also write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -294,7 +315,8 @@ def main() -> None:
     parser.add_argument(
         "--only",
         default="",
-        help="parts to run: letters of fits on 1x28x28 (m) and 3x32x32 (c), of steps of an MLP (s) and a ResNet (r)",
+        help="parts to run: letters of fits on 1x28x28 (m) and 3x32x32 (c), of steps of an MLP (s), of the same where "
+        "a bar is asked for (b), of a ResNet (r)",
     )
     parser.add_argument("--rounds", type=int, help="instead of each part's own number")
     parser.add_argument("--json", type=Path)
@@ -314,6 +336,7 @@ def main() -> None:
         "m": lambda: fits_of(MNIST_SIZED, size(9, 0).rounds, images),
         "c": lambda: fits_of(CIFAR_SIZED, size(9, 0).rounds, images),
         "s": lambda: [row for stored in both for row in steps("MLP", MLP, stored, size(15, 100), small)],
+        "b": lambda: [steps_with_a_bar(size(15, 100))],
         "r": lambda: [
             row for stored in both for row in steps("ResNet-32", lambda: ResNet(32), stored, size(7, 6), large)
         ],

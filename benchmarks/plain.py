@@ -129,11 +129,14 @@ class Plain(pl.LightningModule):
         look: makes of a batch what the network takes.
         loaders: one for each epoch.
         memory: None without rehearsal.
+        logs: whether each step's loss is logged for the bar.
     """
 
-    def __init__(self, network: nn.Module, look: Look, loaders: list[Any], memory: Memory | None) -> None:
+    def __init__(
+        self, network: nn.Module, look: Look, loaders: list[Any], memory: Memory | None, logs: bool = False
+    ) -> None:
         super().__init__()
-        self.network, self.look, self.loaders, self.memory = network, look, loaders, memory
+        self.network, self.look, self.loaders, self.memory, self.logs = network, look, loaders, memory, logs
 
     def train_dataloader(self) -> Iterable[Any]:
         """Return the loader of this epoch's task."""
@@ -141,7 +144,10 @@ class Plain(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss."""
-        return plain_loss(self.network, self.look, batch, self.memory, batch_idx)
+        loss = plain_loss(self.network, self.look, batch, self.memory, batch_idx)
+        if self.logs:
+            self.log("train/loss", loss, prog_bar=True)
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return plain SGD."""

@@ -1,7 +1,8 @@
 """RESULTS.md, made anew: every agent under the reference protocol, beside published and peers' figures.
 
 Each case runs in a process of its own, over seeds from 100 on; what it measured goes to benchmarks/results.json, from
-which the tables are written. ``--only`` measures some cases again and leaves the others as they were.
+which the tables are written. ``--only`` measures some cases again and leaves the others as they were, ``--missing``
+adds the seeds that a case has not yet.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ def family(case: str) -> tuple[str, str]:
     return ", ".join(word for word in words if not word.endswith(UNITS)), "".join(sizes)
 
 
-def measure(case: str, seeds: int, dataset: str) -> Rows:
+def measure(case: str, seeds: range, dataset: str) -> Rows:
     """Return what the report of each seed says; on other workers than the first, nothing."""
     found = []
-    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             protocol.final_accuracy(protocol.CASES[case], seed, folder, dataset)
             if rank_zero_only.rank:
@@ -134,14 +135,23 @@ def table(figures: dict[str, Rows], peers: dict[str, list[float]], mammoth: dict
         name, size = family(case)
         best = [] if name.startswith("joint") else figures.get(JOINT.get(name, "joint"), [])
         gap = f"{_mean(best) - _mean(rows):+.1f}" if best else ""
-        peer = f"{_spread(peers[case])} (Avalanche, {len(peers[case])})" if case in peers else ""
-        beside = "; ".join(filter(None, (peer, mammoth.get(f"{name}, {size}"))))
+        beside = "; ".join(filter(None, (against(peers.get(case, []), rows), mammoth.get(f"{name}, {size}"))))
         lines.append(
             f"| `{name}` | {size} | {spread(rows, 'final')} | {spread(rows, 'incremental')} | "
             f"{spread(rows, 'forgetting')} | {gap} | {spread(rows, 'train_s')} | "
             f"{max(r['peak_mib'] for r in rows):.0f} | {len(rows)} | {beside} |"
         )
     return "\n".join(lines)
+
+
+def against(peer: list[float], rows: Rows) -> str:
+    """Return Avalanche's accuracy, of seeds from 100 on, and ours less that, seed by seed; empty if there is none."""
+    ours = {row["seed"]: row["final"] for row in rows}
+    pairs = [(ours[seed], value) for seed, value in enumerate(peer, FIRST_SEED) if seed in ours]
+    if not pairs:
+        return ""
+    compared = protocol.compared([one for one, _ in pairs], [other for _, other in pairs])
+    return f"{_spread(peer)} (Avalanche, {len(peer)}): {compared}"
 
 
 def table_of_two(figures: dict[str, Rows]) -> str:
@@ -195,8 +205,12 @@ ones in `configs/NAME_digits.yaml`. Accuracies in %, over all test images: final
 ± deviation over seeds from {FIRST_SEED} on. The gap is to all data at once under the same optimizer and as many epochs.
 Peak memory is the process's, PyTorch included; times depend on what else ran.
 
+Every row is verified here; what is not yet run stands under its table with the command that will.
+
 Peers: Avalanche's strategies on the same split, order, network, optimizer and seeds, as many as the number in brackets
-(`python benchmarks/peers.py`); Mammoth's figures are of seeds of its own.
+(`python benchmarks/peers.py`), and ours less theirs, seed by seed, with its 90 % interval; Mammoth's figures are of seeds
+of its own. Where both are the paper's method and memory they should agree; Avalanche's ER-ACE has a class-balanced memory
+in place of a reservoir.
 
 ## Digits
 
@@ -236,27 +250,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--dataset", choices=("digits", "mnist5k"), default="digits")
     parser.add_argument("--only", default="", help="cases whose name starts so; the others keep their figures")
-    parser.add_argument("--missing", action="store_true", help="only cases that have fewer seeds")
+    parser.add_argument("--missing", action="store_true", help="only seeds that a case has not yet")
     parser.add_argument("--json", type=Path, help="where the final accuracies go, too, as every benchmark's figures")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=FIRST_SEED, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a network this small only loses by more
     if options.case:
-        rows = measure(options.case, options.seeds, options.dataset)
+        rows = measure(options.case, range(options.first, options.first + options.seeds), options.dataset)
         rank_zero_only(options.json.write_text)(json.dumps(rows))
         return
 
     for case in protocol.CASES:
         if not (case.startswith(options.only) and is_of(case, options.dataset)):
             continue
-        if options.missing and len(kept(FIGURES).get(options.dataset, {}).get(case, [])) >= options.seeds:
+        rows = kept(FIGURES).get(options.dataset, {}).get(case, []) if options.missing else []
+        if len(rows) >= options.seeds:
             continue
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "case.json")
             command = [sys.executable, __file__, "--case", case, "--dataset", options.dataset]
-            command += ["--seeds", str(options.seeds), "--json", str(file)]
+            command += ["--first", str(FIRST_SEED + len(rows)), "--seeds", str(options.seeds - len(rows))]
+            command += ["--json", str(file)]
             subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-            rows = json.loads(file.read_text())
+            rows += json.loads(file.read_text())
         print(f"{case}: {spread(rows, 'final')}", flush=True)
         keep(FIGURES, options.dataset, case, rows)
     figures = kept(FIGURES)

@@ -48,7 +48,7 @@ def as_before() -> Iterator[None]:
     [
         ("cost", [], 6),
         # The steps of the residual network are those of the perceptron, and take a minute.
-        ("end_to_end", ["--only", "mcs"], 12),
+        ("end_to_end", ["--only", "mcsb"], 13),
         ("scale", ["--images-per-s", "1000"], 6),
         ("time_to_accuracy", ["--increment", "5"], 9),
     ],
@@ -175,7 +175,7 @@ def test_the_page_of_results_has_ours_a_peer_and_two_workers_seed_by_seed() -> N
     one, two = "derpp, 50 stored", "derpp, 50 stored, two workers"
     digits = {one: rows(90.0, 92.0), two: rows(91.0, 94.0), "joint": rows(95.0)}
     page = results.page({"digits": digits}, {"digits": {one: [80.0, 82.0]}})
-    beside = "81.0 ± 1.4 (Avalanche, 2); 85.3 (Mammoth)"
+    beside = "81.0 ± 1.4 (Avalanche, 2): +10.0 [+10.0, +10.0]; 85.3 (Mammoth)"
     assert f"| `derpp` | 50 | 91.0 ± 1.4 | 95.0 ± 0.0 |  | +4.0 | 1.0 ± 0.0 | 900 | 2 | {beside} |" in page
     # Differences 1 and 2; Student's t with one degree of freedom at 95 % is 6.314.
     half = 6.314 * 0.5
