@@ -1,7 +1,7 @@
 """Runs the benchmarks one after the other, each in a process of its own, and writes what they print to RESULTS.md here.
 
 One that fails is named on the page, the others run all the same, and the exit code is that of the first that failed.
-Left out are those that take hours.
+Left out are those that take hours. ``--only`` leaves the other parts of the page as they are.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,38 +113,49 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def page(outcomes: Iterable[Outcome]) -> str:
-    """Return the page: the machine, then each benchmark with its command and what it printed."""
-    left_out = ", ".join(f"`{name}`" for name in HOURS)
+def section(outcome: Outcome) -> str:
+    """Return the part of a benchmark: its command, when and where it ran, and what it printed."""
+    title = (ast.get_docstring(ast.parse(outcome.path.read_text(encoding="utf-8"))) or "").splitlines()[:1]
     now = datetime.datetime.now(datetime.timezone.utc)
-    parts = [
-        "# Benchmarks",
-        "Made by `make bench`; nothing here is written by hand. What the sides of each are, how many rounds it takes "
-        "and what it leaves out stands at its top; how numbers are compared, in `docs/measured.md`. "
-        f"{left_out} take hours and are run by themselves: their figures stand in README and the root's RESULTS.md.",
-        f"- machine: {machine()}\n- versions: {versions()}\n- date: {now:%Y-%m-%d %H:%M} UTC",
-    ]
-    for outcome in outcomes:
-        title = (ast.get_docstring(ast.parse(outcome.path.read_text(encoding="utf-8"))) or "").splitlines()[:1]
-        parts += [f"## {outcome.path.name}", *title, f"`{outcome.command}`"]
-        parts += [spaced(outcome.text)] if outcome.text.strip() else []
-        parts += [f"**Failed** with exit code {outcome.code}: `{outcome.error}`"] if outcome.code else []
+    where = f"{now:%Y-%m-%d %H:%M} UTC, {machine()}, {versions()}"
+    parts = [f"## {outcome.path.name}", *title, f"`{outcome.command}`, {where}"]
+    parts += [spaced(outcome.text)] if outcome.text.strip() else []
+    parts += [f"**Failed** with exit code {outcome.code}: `{outcome.error}`"] if outcome.code else []
     return "\n\n".join(parts) + "\n"
+
+
+def sections(page: str) -> dict[str, str]:
+    """Return the parts of a page by the names of their files."""
+    parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]
+    return {part.split(maxsplit=2)[1]: part.rstrip() + "\n" for part in parts}
+
+
+def page(parts: dict[str, str]) -> str:
+    """Return the page of parts by the names of their files."""
+    left_out = ", ".join(f"`{name}`" for name in HOURS)
+    head = (
+        "# Benchmarks\n\nMade by `make bench`; nothing here is written by hand. What the sides of each are, how many "
+        "rounds it takes and what it leaves out stands at its top; how numbers are compared, in `docs/measured.md`. "
+        f"{left_out} take hours and are run by themselves: their figures stand in README and the root's RESULTS.md.\n"
+    )
+    return "\n".join([head, *(parts[name] for name in sorted(parts))])
 
 
 def main(folder: Path = FOLDER) -> int:
     """Run the benchmarks of a folder, write its RESULTS.md, and return the first exit code that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="whether they run, no figures: to those that know --quick")
-    parser.add_argument("--only", nargs="+", help="names of files")
+    parser.add_argument("--only", nargs="+", help="names of files; the page keeps its other parts")
     parser.add_argument("--out", type=Path, default=folder / "RESULTS.md")
     options = parser.parse_args()
     outcomes: list[Outcome] = []
+    parts = sections(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {}
     for path in benchmarks(folder):
         if options.only is None or path.name in options.only:
             outcomes.append(run(path, options.quick))
             # After each: what is interrupted keeps what there is.
-            options.out.write_text(page(outcomes), encoding="utf-8")
+            parts[path.name] = section(outcomes[-1])
+            options.out.write_text(page(parts), encoding="utf-8")
     failed = [outcome for outcome in outcomes if outcome.code]
     for outcome in failed:
         print(f"{outcome.path.name} failed with exit code {outcome.code}", file=sys.stderr)

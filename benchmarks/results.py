@@ -208,9 +208,9 @@ Peak memory is the process's, PyTorch included; times depend on what else ran.
 Every row is verified here; what is not yet run stands under its table with the command that will.
 
 Peers: Avalanche's strategies on the same split, order, network, optimizer and seeds, as many as the number in brackets
-(`python benchmarks/peers.py`), and ours less theirs, seed by seed, with its 90 % interval; Mammoth's figures are of seeds
-of its own. Where both are the paper's method and memory they should agree; Avalanche's ER-ACE has a class-balanced memory
-in place of a reservoir.
+(`python benchmarks/peers.py`), and ours less theirs, seed by seed, with its 90 % interval; Mammoth's figures are of
+seeds of its own. Where both are the paper's method and memory they should agree; Avalanche's ER-ACE has a
+class-balanced memory in place of a reservoir.
 
 ## Digits
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,12 +153,20 @@ def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch:
     assert run_all.main(tmp_path) == 1
     text = (tmp_path / "RESULTS.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {name}.py" for name in "abcd"]
-    assert "First.\n\n`python benchmarks/a.py --quick`\n\n['--quick']\n" in text
+    assert re.search(r"First.\n\n`python benchmarks/a.py --quick`, .* UTC, .*\n\n\['--quick'\]\n", text)
     assert "| x |\n|---|\n| 1 |\n\nbelow\n\n**Failed** with exit code 1: `broken`\n" in text
     assert "**Failed** with exit code 137" in text
-    assert "`python benchmarks/d.py`\n\n[] the last\n" in text
+    assert re.search(r"`python benchmarks/d.py`, .*\n\n\[\] the last\n", text)
     versions = f"torch {importlib.metadata.version('torch')}, lightning {importlib.metadata.version('lightning')}"
     assert all(word in text for word in ("cores", "GiB", "python 3", versions, " UTC", *run_all.HOURS))
+
+    monkeypatch.setattr(sys, "argv", ["all.py", "--only", "d.py"])
+    (tmp_path / "d.py").write_text(head.format("Anew.") + main.format("print('measured anew')"))
+    assert run_all.main(tmp_path) == 0
+    anew = (tmp_path / "RESULTS.md").read_text()
+    before, after = text.split("## d.py")[0], "measured anew\n"
+    assert anew.startswith(before)
+    assert anew.endswith(after)
 
 
 # -- results ---------------------------------------------------------------------------------------

@@ -295,8 +295,7 @@ class ContinualAgent(pl.LightningModule):
         if self.logits == "seen":
             KeepUnseenRows(self).attach(optimizer)
         scheduler = LambdaLR(optimizer, self._factor)
-        interval = "step" if self.milestones or self.warmup_epochs else "epoch"  # a constant rate needs no steps
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _factor(self, step: int) -> float:
         batches = self.trainer.num_training_batches
