@@ -65,16 +65,16 @@ class StreamProgress(pl.Callback):
     ) -> None:
         """Say once a second how long it will take, and log how fast it goes."""
         if isinstance(batch, Batch):
-            self._samples += len(batch.targets) * trainer.world_size
-        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        passed = time.monotonic() - self._mark
-        if every and self._samples and passed and trainer.global_step % every == 0:
-            pl_module.log("throughput/samples_per_s", self._samples / passed, batch_size=1)
-            self._samples, self._mark = 0, time.monotonic()
+            self._samples += len(batch.targets)
+        now, every = time.monotonic(), int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if every and self._samples and now > self._mark and trainer.global_step % every == 0:
+            rate = self._samples * trainer.world_size / (now - self._mark)
+            pl_module.log("throughput/samples_per_s", rate, batch_size=1)
+            self._samples, self._mark = 0, now
         if not self._told_memory:
             self._told_memory = True
             _tell_memory(trainer, pl_module)
-        if time.monotonic() - self._shown >= _SECONDS_BETWEEN_UPDATES:
+        if now - self._shown >= _SECONDS_BETWEEN_UPDATES:
             self._tell(trainer, self._done(trainer, (batch_idx + 1) / max(trainer.num_training_batches, 1)))
 
     def _tell(self, trainer: pl.Trainer, done: float) -> None:
