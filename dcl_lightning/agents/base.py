@@ -294,9 +294,9 @@ class ContinualAgent(pl.LightningModule):
             optimizer = torch.optim.SGD(parameters, rate, self.momentum, weight_decay=self.weight_decay)
         if self.logits == "seen":
             KeepUnseenRows(self).attach(optimizer)
-        frequency = 1 if self.milestones or self.warmup_epochs else 2**62  # a constant rate is never set again
-        schedule = {"scheduler": LambdaLR(optimizer, self._factor), "interval": "step", "frequency": frequency}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        schedule = LambdaLR(optimizer, self._factor)
+        every = 1 if self.milestones or self.warmup_epochs else 2**62  # a constant rate is never set again
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": every}}
 
     def _factor(self, step: int) -> float:
         batches = self.trainer.num_training_batches

@@ -123,26 +123,35 @@ class TaskLoader:
         real = len(mine)
         if real < count:
             mine = torch.cat([mine, order[: count - real]])
+        # Made for the whole epoch, and once for steps of the same size: a batch is a part of each, which costs little.
+        weights = torch.ones(len(mine))
+        weights[real:] = 0
+        columns = mine, self.targets[mine], self.task_ids[mine], weights
+        normaliser, told = torch.zeros(()), 0.0
         for step in range(start, len(self)):
             low = step * self.batch_size
-            rows = draw_ids = mine[low : low + self.batch_size]
-            num_new = len(rows)
-            weights = torch.ones(num_new + self.num_rehearsed)
-            if low + num_new > real:
-                weights[max(real - low, 0) : num_new] = 0
+            rows, *others = (column[low : low + self.batch_size] for column in columns)
+            draw_ids, num_new = rows, len(rows)
             in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
+            if not self.train:
+                in_step = float(num_new)
+            if in_step != told:
+                normaliser, told = torch.tensor(in_step), in_step
             if self.num_rehearsed:
                 again = self._draw(step)
                 # Another draw at each step: an exemplar comes again and again within one epoch.
                 draw_ids = torch.cat([rows, again + ((step + 1) << 32)])
                 rows = torch.cat([rows, again])
+                more = self.targets[again], self.task_ids[again], torch.ones(len(again))
+                others = [torch.cat(pair) for pair in zip(others, more, strict=True)]
+            targets, task_ids, row_weights = others
             yield Batch(
                 inputs=_NONE,
-                targets=self.targets.index_select(0, rows),
-                task_ids=self.task_ids.index_select(0, rows),
+                targets=targets,
+                task_ids=task_ids,
                 sample_ids=rows,
-                weights=weights,
-                normaliser=torch.tensor(in_step if self.train else float(len(rows))),
+                weights=row_weights,
+                normaliser=normaliser,
                 draw_ids=draw_ids,
                 num_new=num_new,
             )
