@@ -279,7 +279,7 @@ class Rehearsal(pl.Callback):
     def _offer_of(self, batch: Any, epoch: int = AS_EVALUATED) -> Offer:
         if isinstance(batch, Batch):
             columns = self._columns_of(batch, epoch)
-            if not batch.weights.cpu().numpy().all():  # in NumPy, which takes a tenth of the time
+            if not batch.weights.all():
                 columns = {name: column[batch.weights > 0] for name, column in columns.items()}
             return Offer(columns, columns["targets"], columns["sample_ids"])
         count = num_rows(batch)
