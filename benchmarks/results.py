@@ -144,14 +144,17 @@ def table(figures: dict[str, Rows], peers: dict[str, list[float]], mammoth: dict
     return "\n".join(lines)
 
 
+def less(rows: Rows, others: dict[int, float]) -> tuple[str, int]:
+    """Return the final accuracies less others of the same seeds, empty if there are none, and the number of seeds."""
+    pairs = [(row["final"], others[row["seed"]]) for row in rows if row["seed"] in others]
+    compared = protocol.compared([ours for ours, _ in pairs], [other for _, other in pairs]) if pairs else ""
+    return compared, len(pairs)
+
+
 def against(peer: list[float], rows: Rows) -> str:
     """Return Avalanche's accuracy, of seeds from 100 on, and ours less that, seed by seed; empty if there is none."""
-    ours = {row["seed"]: row["final"] for row in rows}
-    pairs = [(ours[seed], value) for seed, value in enumerate(peer, FIRST_SEED) if seed in ours]
-    if not pairs:
-        return ""
-    compared = protocol.compared([one for one, _ in pairs], [other for _, other in pairs])
-    return f"{_spread(peer)} (Avalanche, {len(peer)}): {compared}"
+    compared, _ = less(rows, dict(enumerate(peer, FIRST_SEED)))
+    return f"{_spread(peer)} (Avalanche, {len(peer)}): {compared}" if compared else ""
 
 
 def table_of_two(figures: dict[str, Rows]) -> str:
@@ -161,14 +164,13 @@ def table_of_two(figures: dict[str, Rows]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for case, how in protocol.CASES.items():
-        rows, others = figures.get(case, []), {row["seed"]: row["final"] for row in figures.get(how.beside, [])}
-        pairs = [(row["final"], others[row["seed"]]) for row in rows if row["seed"] in others]
-        if how.workers < 2 or not pairs:
+        rows = figures.get(case, [])
+        compared, seeds = less(rows, {row["seed"]: row["final"] for row in figures.get(how.beside, [])})
+        if how.workers < 2 or not compared:
             continue
         name, size = family(case)
-        compared = protocol.compared([ours for ours, _ in pairs], [other for _, other in pairs])
         means = f"{spread(rows, 'final')} | {spread(rows, 'incremental')}"
-        lines.append(f"| `{name}` | {size} | {means} | {compared} | {len(pairs)} |")
+        lines.append(f"| `{name}` | {size} | {means} | {compared} | {seeds} |")
     return "\n".join(lines)
 
 

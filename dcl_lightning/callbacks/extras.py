@@ -30,17 +30,18 @@ class ExtraColumns:
         """Return the columns without rows."""
         return {name: torch.zeros(0, *shape) for name, shape in self.shapes.items()}
 
-    def with_step(self, offer: Offer, real: Tensor) -> Offer:
+    def with_step(self, offer: Offer, weights: Tensor) -> Offer:
         """Return an offer with the columns of the step that it comes from.
 
         Args:
             offer: new samples that count.
-            real: ``(b,)`` bool on the host, which samples of the batch count.
+            weights: ``(b,)`` on the host, of the batch's samples; those of weight 0 do not count.
         """
         if not self.shapes:
             return offer
         columns = self._checked(self._agent.columns_of_step())
-        if not bool(real.all()):
+        if not weights.all():
+            real = weights > 0
             columns = {name: column[real.to(column.device)] for name, column in columns.items()}
         return offer._replace(rows={**offer.rows, **columns})
 

@@ -66,7 +66,9 @@ class StreamProgress(pl.Callback):
         """Say once a second how long it will take, and log how fast it goes."""
         if isinstance(batch, Batch):
             self._samples += len(batch.targets)
-        now, every = time.monotonic(), int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        now = time.monotonic()
+        # One of Lightning's connectors puts it on the trainer, which does not declare it.
+        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if every and self._samples and now > self._mark and trainer.global_step % every == 0:
             rate = self._samples * trainer.world_size / (now - self._mark)
             pl_module.log("throughput/samples_per_s", rate, batch_size=1)

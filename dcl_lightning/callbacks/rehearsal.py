@@ -69,7 +69,7 @@ class Rehearsal(pl.Callback):
         self._extras: ExtraColumns | None = None
         self._in_flight: Representatives | None = None
         self._offer: Offer | None = None
-        self._real: Tensor | None = None
+        self._weights: Tensor | None = None
         self._due = False  # whether this step's work was not given to the engine yet
         self._undo: list[Callable[[], None]] = []
         self._begins_late = False
@@ -156,8 +156,7 @@ class Rehearsal(pl.Callback):
         if self.manager is None:
             self._build(trainer, module, batch)
         self._offer = self._offer_of(batch, trainer.current_epoch)
-        more = self._extras is not None and self._extras.shapes
-        self._real = batch.weights > 0 if more and isinstance(batch, Batch) else None
+        self._weights = batch.weights if isinstance(batch, Batch) else None
 
     def _after(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
         def add(batch: Any) -> Any:
@@ -226,8 +225,8 @@ class Rehearsal(pl.Callback):
         draw = not trainer.is_last_batch
         offer = self._offer if self.config.update == "step" else None
         skipped = self._skipped(trainer)
-        if offer is not None and self._extras is not None and self._real is not None:
-            offer = self._extras.with_step(offer, self._real)
+        if offer is not None and self._extras is not None and self._weights is not None:
+            offer = self._extras.with_step(offer, self._weights)
         if offer is not None and self._engine.stream is not None:
             _used_on(self._engine.stream, offer)
         self._engine.submit(lambda: self._advance(offer, draw, skipped))

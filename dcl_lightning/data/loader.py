@@ -132,9 +132,9 @@ class TaskLoader:
             low = step * self.batch_size
             rows, *others = (column[low : low + self.batch_size] for column in columns)
             draw_ids, num_new = rows, len(rows)
-            in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
-            if not self.train:
-                in_step = float(num_new)
+            in_step = float(num_new)
+            if self.train:
+                in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
             if in_step != told:
                 normaliser, told = torch.tensor(in_step), in_step
             if self.num_rehearsed:
