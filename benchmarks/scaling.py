@@ -1,10 +1,13 @@
-"""Weak scaling on this machine: step times of one and of two workers, under Horovod and under ddp.
+"""Weak scaling on this machine: step times of one to four workers, under Horovod and under ddp, and with rehearsal.
 
-Two processes of one thread each hold a Horovod job and a torch.distributed group at once, and fit the same network in
-turn under either strategy; so both sides of a ratio meet the same noise. Each fit is Lightning's own, with the real
-data module and agent; a callback times its steps after a warm-up. Each worker has the same number of samples whatever
-the number of workers. A row is the median over the rounds of the ratio within a round, with the 95 % interval of that
-median from a bootstrap; the rows of one worker against two are of two runs, one after the other.
+Processes of one thread each hold a Horovod job and a torch.distributed group at once, and fit the same network in turn
+under either strategy, with a memory that is drawn from globally, and each alone, without any exchange, all at the same
+time; so the sides of a ratio meet the same noise and share the same cores. Each fit is Lightning's own, with the real
+data module and agent; a callback times its steps after a warm-up, and what counts is the mean over the workers. Each
+worker has the same number of samples a step, whatever the number of workers; where a memory is, half of them come out
+of it. A row is the median over the rounds of the ratio within a round, with the 95 % interval of that median from a
+bootstrap; the rows of several workers over one are of two runs, one after the other. More workers than cores take
+turns: what they cost beside as many fits alone is what the exchange costs, and waiting for the slowest.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import logging
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,15 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLASSES, HEADER, SPEC, WARM_UP, Size, report, rounds_of, step_ms, stream
+from common import CLASSES, HEADER, SPEC, WARM_UP, Filled, Size, report, rounds_of, step_ms, stream
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from rehearsal import full_buffer
 from torch import nn
 
-from dcl_lightning import FineTuning, HorovodStrategy
+from dcl_lightning import NIL, FineTuning, HorovodStrategy
 from dcl_lightning.backbones import MLP, ResNet
+from dcl_lightning.memory.config import RehearsalConfig
 
-BATCH = 32
+WORKERS = (1, 2, 3, 4)
+BATCH, DRAWN = 32, 16
+STORED = 2_000  # rows of each worker
 # Network, and how much is measured of it.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Size]] = {
     "ResNet-32": (lambda: ResNet(32), Size(9, 8)),
@@ -39,32 +47,52 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Size]] = {
 }
 
 
-def fit_ms(strategy: Any, network: Callable[[], nn.Module], steps: int, workers: int) -> float:
-    """Return the mean time of a step of one fit on this worker."""
-    data = stream((WARM_UP + steps + 1) * BATCH * workers, 32, BATCH)
-    agent = FineTuning(network(), CLASSES, input_spec=SPEC)
-    return step_ms(agent, data, steps, strategy=strategy, devices=workers)
+def fits(network: Callable[[], nn.Module], steps: int, workers: int) -> dict[str, Callable[[], float]]:
+    """Return the sides: each fits once on this worker, beside the others, and returns the mean step time of all."""
+    samples = (WARM_UP + steps + 2) * BATCH * workers
+    data, fewer = stream(samples, 32, BATCH), stream(samples // 2, 32, BATCH - DRAWN)
+    filled = Filled(full_buffer(STORED, 32, samples // 2), workers)
+    config = RehearsalConfig(
+        buffer_size=STORED * workers, num_samples=DRAWN, scope="global", execution="blocking", stage="assemble"
+    )
+
+    def alone() -> float:
+        return step_ms(FineTuning(network(), CLASSES, input_spec=SPEC), data, steps, devices=1)
+
+    def under(strategy: Callable[[], Any]) -> float:
+        agent = FineTuning(network(), CLASSES, input_spec=SPEC)
+        return step_ms(agent, data, steps, strategy=strategy(), devices=workers)
+
+    def rehearsing() -> float:
+        agent = NIL(network(), CLASSES, config, input_spec=SPEC)
+        return step_ms(agent, fewer, steps, filled, strategy=HorovodStrategy(), devices=workers)
+
+    def ddp() -> DDPStrategy:
+        # Gloo's group of torch lives as long as the process; Lightning takes the one that is there.
+        return DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+
+    sides = {"alone": alone, "horovod": lambda: under(HorovodStrategy), "rehearsing": rehearsing}
+    if workers > 1:
+        sides["ddp"] = lambda: under(ddp)
+    return {name: lambda fit=fit: mean_over_workers(fit()) for name, fit in sides.items()}
+
+
+def mean_over_workers(value: float) -> float:
+    """Return the mean of what the workers measured; they go on together."""
+    import horovod.torch as hvd
+
+    return statistics.mean(hvd.allgather_object(value))
 
 
 def measure(quick: bool) -> dict[str, dict[str, list[float]]]:
-    """Be one worker; return for each network the step times of each strategy."""
-    workers = int(os.environ.get("HOROVOD_SIZE", 1))
-    strategies: dict[str, Callable[[], Any]] = {"horovod": HorovodStrategy}
-    if workers > 1:
-        # Gloo's group of torch lives as long as the process; Lightning takes the one that is there.
-        strategies["ddp"] = lambda: DDPStrategy(
-            cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"
-        )
-    else:
-        strategies["auto"] = lambda: "auto"
+    """Be one worker; return for each network the step times of each side."""
+    import horovod.torch as hvd
+
+    hvd.init()
     found = {}
     for name, (network, (rounds, steps)) in NETWORKS.items():
         rounds, steps = (2, 3) if quick else (rounds, steps)
-        sides = {
-            key: lambda make=make, network=network, steps=steps: fit_ms(make(), network, steps, workers)
-            for key, make in strategies.items()
-        }
-        found[name] = rounds_of(sides, rounds)
+        found[name] = rounds_of(fits(network, steps, hvd.size()), rounds)
     return found
 
 
@@ -92,10 +120,35 @@ def launch(workers: int, quick: bool) -> dict[str, dict[str, list[float]]]:
         return json.loads(file.read_text())
 
 
+def rows_of(
+    name: str, workers: int, sides: dict[str, list[float]], one: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    """Print the rows of so many workers and return them; the sides of one worker are those of another run."""
+    group = "one worker" if workers == 1 else f"{workers} workers"
+
+    def row(what: str, value: list[float], baseline: list[float], target: str = "reported") -> dict[str, Any]:
+        return report(f"{name}, {group}, {what}", "ms", value, baseline, target)
+
+    plain, alone = sides["horovod"], sides["alone"]
+    rows = [
+        row("horovod over as many fits alone", plain, alone),
+        row("with a memory drawn from globally over horovod", sides["rehearsing"], plain),
+    ]
+    if workers > 1:
+        goal = "<= 1.1" if (name, workers) == ("ResNet-32", 2) else "reported"
+        rows += [
+            row("horovod over ddp", plain, sides["ddp"], goal),
+            row("horovod over one worker", plain, one["horovod"]),
+            row("fits alone over one fit alone", alone, one["alone"]),
+        ]
+    return rows
+
+
 def main() -> None:
     """Print the table; with --json also write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds of few steps: whether it runs, no figures")
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="numbers of workers, the first 1")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -107,18 +160,14 @@ def main() -> None:
         if os.environ["HOROVOD_RANK"] == "0":
             options.json.write_text(json.dumps(found))
         return
-    two, one = launch(2, options.quick), launch(1, options.quick)
     print(HEADER)
+    one: dict[str, dict[str, list[float]]] = {}
     rows: list[dict[str, Any]] = []
-    for name in NETWORKS:
-        target = "<= 1.1" if name == "ResNet-32" else "reported"
-        rows += [
-            report(f"{name}, two workers, horovod over ddp", "ms", two[name]["horovod"], two[name]["ddp"], target),
-            report(
-                f"{name}, horovod, two workers over one", "ms", two[name]["horovod"], one[name]["horovod"], "reported"
-            ),
-            report(f"{name}, ddp over one process", "ms", two[name]["ddp"], one[name]["auto"], "reported"),
-        ]
+    for workers in options.workers:
+        found = launch(workers, options.quick)
+        one = one or found
+        for name, sides in found.items():
+            rows += rows_of(name, workers, sides, one[name])
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
