@@ -42,8 +42,8 @@ BATCH, DRAWN = 32, 16
 STORED = 2_000  # rows of each worker
 # Network, and how much is measured of it.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Size]] = {
-    "ResNet-32": (lambda: ResNet(32), Size(9, 8)),
-    "MLP": (MLP, Size(15, 60)),
+    "ResNet-32": (lambda: ResNet(32), Size(9, 6)),
+    "MLP": (MLP, Size(11, 40)),
 }
 
 
