@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dcl_lightning.memory.comm import Comm, Pending
+from dcl_lightning.memory.nests import Nest, flatten, rebuild
 
 __all__ = [
     "HEADER_BYTES", "Drawn", "Exchanged", "GlobalExchange", "Plan", "RowLayout", "Served", "plan_draws", "plan_of",
@@ -111,49 +111,50 @@ class RowLayout:
     """Turns a nest of columns into rows of bytes and back.
 
     Args:
-        columns: a nest (tuples, lists, dicts) of tensors with a common first dimension, as the memory
-            returns them; only structure, dtypes and shapes are kept, so that it may have no rows.
+        columns: a nest of tensors with a common first dimension, as the memory returns them; only structure, dtypes
+            and shapes are kept, so that it may have no rows.
     """
 
-    def __init__(self, columns: Any) -> None:
-        leaves, self._nest = _flatten(columns)
-        self._dtypes = [leaf.dtype for leaf in leaves]
-        self._shapes = [leaf.shape[1:] for leaf in leaves]
-        self._widths = [shape.numel() * dtype.itemsize for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
+    def __init__(self, columns: Nest) -> None:
+        leaves = _leaves(columns)
+        self._names = [name for name, _ in leaves]
+        self._example = rebuild(columns, [leaf[:0].detach().to("meta") for _, leaf in leaves])
+        self._types = [(leaf.dtype, leaf.shape[1:]) for _, leaf in leaves]
+        self._widths = [shape.numel() * dtype.itemsize for dtype, shape in self._types]
         self.row_bytes = sum(self._widths)
 
-    def pack(self, columns: Any) -> Tensor:
+    def pack(self, columns: Nest) -> Tensor:
         """Return the rows as contiguous uint8 ``(n, row_bytes)``, on the device of the columns.
 
         Args:
             columns: a nest like the one given at the start, with any number of rows.
         """
-        leaves, nest = _flatten(columns)
-        if nest != self._nest:
-            raise ValueError(f"rows have the structure {nest}, the memory has {self._nest}")
-        parts = []
-        for leaf, dtype, shape in zip(leaves, self._dtypes, self._shapes, strict=True):
-            if leaf.dtype != dtype or leaf.shape[1:] != shape or len(leaf) != len(leaves[0]):
-                found = f"{len(leaf)} rows of {leaf.dtype} {list(leaf.shape[1:])}"
-                raise ValueError(f"a column has {found}, not {len(leaves[0])} of {dtype} {list(shape)}")
-            if shape.numel():
-                parts.append(_bytes(leaf.detach().reshape(len(leaf), shape.numel())))
-        return torch.cat(parts, dim=1).contiguous() if parts else _bytes(leaves[0].new_empty((len(leaves[0]), 0)))
+        leaves = _leaves(columns)
+        if [name for name, _ in leaves] != self._names:
+            raise ValueError(f"rows have the columns {[name for name, _ in leaves]}, the memory has {self._names}")
+        count, parts = leaves[0][1].shape[0], []
+        for (name, leaf), (dtype, shape), width in zip(leaves, self._types, self._widths, strict=True):
+            if leaf.dtype != dtype or leaf.shape[1:] != shape or leaf.shape[0] != count:
+                found = f"{leaf.shape[0]} rows of {leaf.dtype} {list(leaf.shape[1:])}"
+                raise ValueError(f"column '{name}' has {found}, not {count} of {dtype} {list(shape)}")
+            if width and count:
+                parts.append(leaf.detach().reshape(count, shape.numel()).contiguous().view(torch.uint8))
+        return torch.cat(parts, 1) if parts else leaves[0][1].new_empty((count, self.row_bytes), dtype=torch.uint8)
 
-    def unpack(self, rows: Tensor) -> Any:
+    def unpack(self, rows: Tensor) -> Nest:
         """Return the nest of columns that ``pack`` was given.
 
         Args:
             rows: what ``pack`` returned.
         """
-        leaves = []
-        for part, dtype, shape in zip(rows.split(self._widths, dim=1), self._dtypes, self._shapes, strict=True):
-            if part.numel():
+        count, leaves = rows.shape[0], []
+        for part, (dtype, shape), width in zip(rows.split(self._widths, dim=1), self._types, self._widths, strict=True):
+            if width:
                 # A copy: a column inside the rows need not start where its dtype may.
-                leaves.append(part.clone(memory_format=torch.contiguous_format).view(dtype).view(-1, *shape))
+                leaves.append(part.clone(memory_format=torch.contiguous_format).view(dtype).view(count, *shape))
             else:
-                leaves.append(torch.empty((len(rows), *shape), dtype=dtype, device=rows.device))
-        return tree_unflatten(leaves, self._nest)
+                leaves.append(torch.empty((count, *shape), dtype=dtype, device=rows.device))
+        return rebuild(self._example, leaves)
 
 
 @dataclass(frozen=True)
@@ -335,15 +336,8 @@ class GlobalExchange:
         return self.collect().sizes if self._plan is not None else None
 
 
-def _flatten(columns: Any) -> tuple[list[Tensor], TreeSpec]:
-    leaves, nest = tree_flatten(columns)
-    if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves):
+def _leaves(columns: Nest) -> list[tuple[str, Tensor]]:
+    leaves = flatten(columns)
+    if not leaves or not all(leaf.ndim for _, leaf in leaves):
         raise ValueError("rows are a nest of tensors with a first dimension, at least one")
-    return leaves, nest
-
-
-def _bytes(rows: Tensor) -> Tensor:
-    """Return ``(n, bytes)`` of ``(n, values)``."""
-    if not rows.numel():
-        return rows.new_empty((len(rows), rows.shape[1] * rows.element_size()), dtype=torch.uint8)
-    return rows.contiguous().view(torch.uint8)
+    return leaves
