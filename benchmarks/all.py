@@ -1,7 +1,7 @@
 """Runs the benchmarks one after the other, each in a process of its own, and writes what they print to RESULTS.md here.
 
 One that fails is named on the page, the others run all the same, and the exit code is that of the first that failed.
-Left out are those that take hours. ``--only`` leaves the other parts of the page as they are.
+Left out are those that take long. ``--only`` leaves the other parts of the page as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 # Run by themselves: each trains hundreds of networks.
-HOURS = ("peers.py", "protocol.py", "results.py")
+LONG = ("peers.py", "protocol.py", "results.py", "search.py")
 PACKAGES = ("torch", "lightning", "horovod", "dcl-lightning")
 
 
@@ -44,8 +44,8 @@ class Outcome(NamedTuple):
 
 
 def benchmarks(folder: Path) -> list[Path]:
-    """Return the benchmarks of a folder that do not take hours: the scripts that have a ``main``."""
-    paths = [path for path in sorted(folder.glob("*.py")) if path.name not in (*HOURS, Path(__file__).name)]
+    """Return the benchmarks of a folder that do not take long: the scripts that have a ``main``."""
+    paths = [path for path in sorted(folder.glob("*.py")) if path.name not in (*LONG, Path(__file__).name)]
     return [path for path in paths if "\ndef main(" in path.read_text(encoding="utf-8")]
 
 
@@ -132,11 +132,11 @@ def sections(page: str) -> dict[str, str]:
 
 def page(parts: dict[str, str]) -> str:
     """Return the page of parts by the names of their files."""
-    left_out = ", ".join(f"`{name}`" for name in HOURS)
+    left_out = ", ".join(f"`{name}`" for name in LONG)
     head = (
         "# Benchmarks\n\nMade by `make bench`; nothing here is written by hand. What the sides of each are, how many "
         "rounds it takes and what it leaves out stands at its top; how numbers are compared, in `docs/measured.md`. "
-        f"{left_out} take hours and are run by themselves: their figures stand in README and the root's RESULTS.md.\n"
+        f"{left_out} take long and are run by themselves: their figures stand in README and the root's RESULTS.md.\n"
     )
     return "\n".join([head, *(parts[name] for name in sorted(parts))])
 

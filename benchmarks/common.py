@@ -54,6 +54,12 @@ def keep(file: Path, dataset: str, case: str, values: list[Any]) -> None:
     file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def mean_and_deviation(values: list[float]) -> str:
+    """Return mean and deviation in words, empty if there are no values."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}" if values else ""
+
+
 class Size(NamedTuple):
     """How much is measured.
 

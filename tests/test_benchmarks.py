@@ -16,7 +16,7 @@ import pytest
 import torch
 from documents import ROOT
 
-from dcl_lightning import FineTuning
+from dcl_lightning import ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
 from dcl_lightning.functional.nil import nil_weights
 from dcl_lightning.memory.exchange import plan_draws, plan_of
@@ -28,6 +28,7 @@ import plain
 import protocol
 import results
 import scale
+import search
 from common import quiet_trainer
 
 run_all = importlib.import_module("all")
@@ -158,7 +159,7 @@ def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch:
     assert "**Failed** with exit code 137" in text
     assert re.search(r"`python benchmarks/d.py`, .*\n\n\[\] the last\n", text)
     versions = f"torch {importlib.metadata.version('torch')}, lightning {importlib.metadata.version('lightning')}"
-    assert all(word in text for word in ("cores", "GiB", "python 3", versions, " UTC", *run_all.HOURS))
+    assert all(word in text for word in ("cores", "GiB", "python 3", versions, " UTC", *run_all.LONG))
 
     monkeypatch.setattr(sys, "argv", ["all.py", "--only", "d.py"])
     (tmp_path / "d.py").write_text(head.format("Anew.") + main.format("print('measured anew')"))
@@ -183,7 +184,8 @@ def test_the_page_of_results_has_ours_a_peer_and_two_workers_seed_by_seed() -> N
 
     one, two = "derpp, 50 stored", "derpp, 50 stored, two workers"
     digits = {one: rows(90.0, 92.0), two: rows(91.0, 94.0), "joint": rows(95.0)}
-    page = results.page({"digits": digits}, {"digits": {one: [80.0, 82.0]}})
+    found = {"derpp, factors": {f"alpha 1.0, beta 1.0, {size} stored": [88.0, 90.0] for size in (50, 200)}}
+    page = results.page({"digits": digits}, {"digits": {one: [80.0, 82.0]}}, found)
     beside = "81.0 ± 1.4 (Avalanche, 2): +10.0 [+10.0, +10.0]; 85.3 (Mammoth)"
     assert f"| `derpp` | 50 | 91.0 ± 1.4 | 95.0 ± 0.0 |  | +4.0 | 1.0 ± 0.0 | 900 | 2 | {beside} |" in page
     # Differences 1 and 2; Student's t with one degree of freedom at 95 % is 6.314.
@@ -193,6 +195,21 @@ def test_the_page_of_results_has_ours_a_peer_and_two_workers_seed_by_seed() -> N
         in page
     )
     assert "`joint`" in page
+    assert "| `derpp, factors` | alpha 1.0, beta 1.0 | 89.0 ± 1.4 | 89.0 ± 1.4 | yes | 2 |" in page
+    assert "alpha 0.5" not in page
+
+
+def test_what_the_cases_have_is_among_the_candidates() -> None:
+    builds = search.candidates()
+    assert all(any(choice in choices for choices in builds.values()) for choice in search.CHOSEN)
+    assert set(builds) == {
+        "nil", "er of the tasks' ends, sum", "derpp_task_end", "der, factors", "derpp, factors",
+        "derpp_task_end, factors",
+    }  # fmt: skip
+    data = ContinualDataModule("digits_dev", increment=2, batch_size=16)
+    for name, case in (("nil", "nil, 50 stored, tuned"), ("derpp_task_end", "derpp_task_end, tuned, 50 stored")):
+        ours, theirs = (made.build(data) for made in (builds[name][search.CHOSEN[0]](50), protocol.CASES[case]))
+        assert (ours.lr, ours.momentum, ours.rehearsal.config) == (theirs.lr, theirs.momentum, theirs.rehearsal.config)
 
 
 def test_on_other_data_nothing_is_called_tuned() -> None:
