@@ -141,7 +141,9 @@ def test_horovodrun_ends_at_once(signum: signal.Signals, tmp_path: Path) -> None
         job.wait_for("PID", 2)
         time.sleep(1)
         job.process.send_signal(signum)
-        assert job.end() != 0
+        # Now and then with 0: two threads of Horovod wait for a worker, and the second one is told that it ended well.
+        job.end()
+        assert "DONE" not in job.text
         assert job.check_saved() >= 2
     finally:
         job.kill()
