@@ -131,7 +131,7 @@ def table(figures: dict[str, Rows], peers: dict[str, list[float]], mammoth: dict
         name, size = family(case)
         best = [] if name.startswith("joint") else figures.get(JOINT.get(name, "joint"), [])
         gap = f"{_mean(best) - _mean(rows):+.1f}" if best else ""
-        peer = peers.get(case, peers.get(how.beside, []) if "lr 0.01" in case else [])
+        peer = peers.get(case, peers.get(how.beside, []))
         beside = "; ".join(filter(None, (against(peer, rows), mammoth.get(f"{name}, {size}"))))
         lines.append(
             f"| `{name}` | {size} | {spread(rows, 'final')} | {spread(rows, 'incremental')} | "

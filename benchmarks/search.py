@@ -79,7 +79,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a network this small only loses by more
     folder, rows = tempfile.mkdtemp(), []
-    print("| agent | candidate | stored | mean | deviation |\n|---|---|---|---|---|")
+    print("| agent | candidate | stored | accuracy in % |\n|---|---|---|---|")
     for name, builds in candidates().items():
         if not name.startswith(options.only):
             continue
@@ -88,9 +88,8 @@ def main() -> None:
                 seeds = range(options.seeds)
                 values = [final_accuracy(build(size), seed, folder, "digits_dev") for seed in seeds]
                 keep(FIGURES, name, f"{choice}, {size} stored", [round(value, 3) for value in values])
-                mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-                print(f"| {name} | {choice} | {size} | {mean:.1f} | {spread:.1f} |", flush=True)
-                told = {"name": f"{name}, {choice}, {size} stored", "value": mean, "unit": "%"}
+                print(f"| {name} | {choice} | {size} | {mean_and_deviation(values)} |", flush=True)
+                told = {"name": f"{name}, {choice}, {size} stored", "value": statistics.mean(values), "unit": "%"}
                 rows.append(told | {"baseline": None, "ratio": None})
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -1,4 +1,4 @@
-"""Hooks through which batches are passed on, a place near the end of a backward pass, and hooks that tell of tasks."""
+"""Hooks that pass batches on, that come near the end of a backward pass, that tell of tasks; how often is logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import nn
 
 from dcl_lightning.types import Task
 
-__all__ = ["before_first_layer", "call_callbacks", "call_task_hook", "leave_out_idle_hooks", "pass_through"]
+__all__ = [
+    "before_first_layer", "call_callbacks", "call_task_hook", "leave_out_idle_hooks", "log_interval", "pass_through",
+]  # fmt: skip
 
 _OF_A_STEP = (
     "on_train_batch_start",
@@ -20,6 +22,12 @@ _OF_A_STEP = (
     "on_before_optimizer_step",
     "on_train_batch_end",
 )
+
+
+def log_interval(trainer: pl.Trainer) -> int:
+    """Return the steps from one writing of the loggers to the next; 0 for never."""
+    # One of Lightning's connectors puts it on the trainer, which does not declare it.
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 def pass_through(

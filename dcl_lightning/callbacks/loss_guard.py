@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from dcl_lightning.callbacks.hooks import log_interval
 from dcl_lightning.errors import DataError
 
 __all__ = ["LossGuard"]
@@ -43,7 +44,7 @@ class LossGuard(pl.Callback):
         step = trainer.global_step
         bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
         self._bad_step.masked_fill_(bad, step)
-        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        every = log_interval(trainer)
         if trainer.is_last_batch or (every and step % every == 0):
             self._look(trainer, pl_module)
 

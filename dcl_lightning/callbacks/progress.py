@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, Timer, TQ
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from dcl_lightning.callbacks.hooks import log_interval
 from dcl_lightning.callbacks.memory_log import rows_of
 from dcl_lightning.callbacks.tasks import TaskClock
 from dcl_lightning.types import Batch
@@ -66,9 +67,7 @@ class StreamProgress(pl.Callback):
         """Say once a second how long it will take, and log how fast it goes."""
         if isinstance(batch, Batch):
             self._samples += len(batch.targets)
-        now = time.monotonic()
-        # One of Lightning's connectors puts it on the trainer, which does not declare it.
-        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        now, every = time.monotonic(), log_interval(trainer)
         if every and self._samples and now > self._mark and trainer.global_step % every == 0:
             rate = self._samples * trainer.world_size / (now - self._mark)
             pl_module.log("throughput/samples_per_s", rate, batch_size=1)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from dcl_lightning.callbacks.extras import ExtraColumns
-from dcl_lightning.callbacks.hooks import before_first_layer, pass_through
+from dcl_lightning.callbacks.hooks import before_first_layer, log_interval, pass_through
 from dcl_lightning.callbacks.memory_checkpoint import SavedMemories, save_memory
 from dcl_lightning.callbacks.references import AS_EVALUATED, References
 from dcl_lightning.data.seeds import seed_of_run
@@ -201,7 +201,7 @@ class Rehearsal(pl.Callback):
         if trainer.is_last_batch:
             self._engine.flush()
             self._in_flight = None
-        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        every = log_interval(trainer)
         if trainer.loggers and every and trainer.global_step % every == 0:
             self._log(trainer, every)
 

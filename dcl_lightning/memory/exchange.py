@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.memory.comm import Comm, Pending
-from dcl_lightning.memory.nests import Nest, flatten, rebuild
+from dcl_lightning.memory.nests import Nest, flatten, map_tensors, rebuild
 
 __all__ = [
     "HEADER_BYTES", "Drawn", "Exchanged", "GlobalExchange", "Plan", "RowLayout", "Served", "plan_draws", "plan_of",
@@ -118,7 +118,7 @@ class RowLayout:
     def __init__(self, columns: Nest) -> None:
         leaves = _leaves(columns)
         self._names = [name for name, _ in leaves]
-        self._example = rebuild(columns, [leaf[:0].detach().to("meta") for _, leaf in leaves])
+        self._example = map_tensors(lambda leaf: leaf[:0].detach().to("meta"), columns)
         self._types = [(leaf.dtype, leaf.shape[1:]) for _, leaf in leaves]
         self._widths = [shape.numel() * dtype.itemsize for dtype, shape in self._types]
         self.row_bytes = sum(self._widths)

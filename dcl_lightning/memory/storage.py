@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.nests import Nest, flatten, rebuild
+from dcl_lightning.memory.nests import Nest, flatten, map_tensors, rebuild
 
 __all__ = ["RowStore", "available_bytes"]
 
@@ -101,7 +101,7 @@ class RowStore:
         leaves = flatten(example)
         self.capacity = capacity
         self.names = [name for name, _ in leaves]
-        self._example = rebuild(example, [tensor[:0].detach().to("meta") for _, tensor in leaves])
+        self._example = map_tensors(lambda tensor: tensor[:0].detach().to("meta"), example)
         shapes = [(capacity, *tensor.shape[1:]) for _, tensor in leaves]
         self.num_bytes = sum(math.prod(s) * t.element_size() for s, (_, t) in zip(shapes, leaves, strict=True))
 
