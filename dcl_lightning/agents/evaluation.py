@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcl_lightning.functional.scores import restricted
+from dcl_lightning.functional.scores import restricted, top_k_hits
 from dcl_lightning.memory.comm import Comm
 
 __all__ = ["EvaluationCounts"]
@@ -51,11 +51,11 @@ class EvaluationCounts:
             losses: 0-dim, the sum of the samples' losses.
             targets: ``(B,)`` int64.
         """
-        hits = (scores.argmax(1) == targets).sum()
+        hits = top_k_hits(scores, targets, 1).sum()
         aware = torch.zeros_like(hits)
         if self._masks is not None:
             self._masks = self._masks.to(scores.device)
-            aware = (restricted(scores, self._masks[column]).argmax(1) == targets).sum()
+            aware = top_k_hits(restricted(scores, self._masks[column]), targets, 1).sum()
         if self._counts is None:
             self._counts = torch.zeros(max(column + 1, self._width), 4, dtype=torch.float64, device=hits.device)
         row = [hits.double(), losses.double(), aware.double(), torch.full_like(hits, len(targets)).double()]

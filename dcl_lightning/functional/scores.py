@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 __all__ = ["restricted", "top_k_hits"]
@@ -10,10 +11,14 @@ __all__ = ["restricted", "top_k_hits"]
 def top_k_hits(scores: Tensor, targets: Tensor, k: int) -> Tensor:
     """Return whether each sample's class is among the k highest scores.
 
+    Only finite scores count: a class that was not learnt yet has the score -inf and is never a hit, however few classes
+    are scored; neither is a class whose score is NaN or infinite, as after training has diverged. Of equal scores the
+    class with the smaller number comes first, so that ``k=1`` is ``argmax`` and a hit for k is one for every larger k.
+
     Args:
         scores: ``(B, K)`` floating.
-        targets: ``(B,)`` int64.
-        k: at least 1; with k of K or more everything is right.
+        targets: ``(B,)`` int64 in ``[0, K)``.
+        k: at least 1.
 
     Returns:
         ``(B,)`` bool.
@@ -22,11 +27,13 @@ def top_k_hits(scores: Tensor, targets: Tensor, k: int) -> Tensor:
         >>> import torch
         >>> top_k_hits(torch.tensor([[3.0, 2.0, 1.0]]).repeat(3, 1), torch.tensor([0, 1, 2]), k=2)
         tensor([ True,  True, False])
+        >>> top_k_hits(torch.tensor([[3.0, 2.0, -torch.inf]]).repeat(3, 1), torch.tensor([0, 1, 2]), k=3)
+        tensor([ True,  True, False])
     """
-    if k == 1:
-        return scores.argmax(1) == targets
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return (best == targets[:, None]).any(1)
+    own = scores.gather(1, targets[:, None])
+    earlier = torch.arange(scores.shape[1], device=scores.device) < targets[:, None]
+    ahead = (scores > own) | ((scores == own) & earlier) | scores.isnan()
+    return (ahead.sum(1) < k) & own[:, 0].isfinite()
 
 
 def restricted(scores: Tensor, classes: Tensor) -> Tensor:

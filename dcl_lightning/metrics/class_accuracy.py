@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 import dcl_lightning.metrics.drawing as drawing
 from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.functional.scores import top_k_hits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ class ClassAccuracy(Metric):
             raise ValueError(
                 f"preds is (B, K) or (B,) and target (B,), got {tuple(preds.shape)} and {tuple(target.shape)}"
             )
-        hits = (preds.argmax(1) if preds.ndim == 2 else preds) == target
+        hits = preds == target if preds.ndim == 1 else top_k_hits(preds, target, 1)
         self.correct[row].index_add_(0, target, hits.long())
         self.total[row].index_add_(0, target, torch.ones_like(target))
 

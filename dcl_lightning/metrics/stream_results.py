@@ -113,12 +113,12 @@ class Tally:
             scores: ``(B, K)``.
             targets: ``(B,)`` int64.
         """
-        best = scores.argmax(1)
+        best, hit = scores.argmax(1), top_k_hits(scores, targets, 1).long()
         top = top_k_hits(scores, targets, _TOP).long() if self.num_classes > _TOP else torch.zeros_like(targets)
         aware = torch.zeros_like(targets)
         if self.task_aware:
-            aware = (restricted(scores, self._mask(column, scores)).argmax(1) == targets).long()
-        self._found[column].append(torch.stack([targets, best, top, aware]))
+            aware = top_k_hits(restricted(scores, self._mask(column, scores)), targets, 1).long()
+        self._found[column].append(torch.stack([targets, best, hit, top, aware]))
 
     def _mask(self, column: int, scores: Tensor) -> Tensor:
         if column not in self._masks:
@@ -130,13 +130,11 @@ class Tally:
     def counts(self) -> Tensor:
         """Return all counts as one ``(n,)`` int64 on the host, which workers add up."""
         k = self.num_classes
-        nothing = torch.zeros(4, 0, dtype=torch.int64)
+        nothing = torch.zeros(5, 0, dtype=torch.int64)
         found = [torch.cat(parts, 1).cpu() if parts else nothing for parts in self._found]
-        columns = torch.stack(
-            [torch.stack([torch.tensor(f.shape[1]), (f[0] == f[1]).sum(), f[2].sum(), f[3].sum()]) for f in found]
-        )
-        targets, best = torch.cat(found, 1)[:2]
-        right = torch.bincount(targets[targets == best], minlength=k)
+        columns = torch.stack([torch.cat([torch.tensor([f.shape[1]]), f[2:].sum(1)]) for f in found])
+        targets, best, hit = torch.cat(found, 1)[:3]
+        right = torch.bincount(targets[hit > 0], minlength=k)
         parts = [columns.flatten(), right, torch.bincount(targets, minlength=k)]
         if self.confused and k > 1:
             parts.append(multiclass_confusion_matrix(best, targets, k, validate_args=False).flatten())
