@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, suggestion
+from dcl_lightning.paths import expanded
 
 __all__ = ["main"]
 
@@ -44,7 +45,7 @@ def main(args: list[str] | None = None) -> int:
     _quieten()
     try:
         if given and given[0] in COMMANDS:
-            return int(importlib.import_module(f"dcl_lightning.{COMMANDS[given[0]]}").main(given[1:]))
+            return int(importlib.import_module(f"dcl_lightning.{COMMANDS[given[0]]}").main(expanded(given[1:])))
         _run(args)
     except Exception as error:
         told = _user_error(error)

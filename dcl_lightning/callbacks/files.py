@@ -9,6 +9,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
+from dcl_lightning.paths import expanded
+
 __all__ = ["replacing", "run_folder"]
 
 
@@ -26,9 +28,9 @@ def run_folder(trainer: pl.Trainer) -> Path:
     logger = trainer.loggers[0]
     own = getattr(logger, "log_dir", None)
     if own is not None:
-        return Path(own)
+        return Path(expanded(str(own)))
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return Path(expanded(str(logger.save_dir or trainer.default_root_dir))) / str(logger.name) / version
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from dcl_lightning.callbacks.files import replacing, run_folder
 from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.paths import absolute
 
 __all__ = ["PredictionWriter"]
 
@@ -29,7 +30,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self, folder: str | None = None) -> None:
         super().__init__("epoch")
-        self.folder = folder
+        self.folder = None if folder is None else absolute(folder)
 
     def write_on_epoch_end(
         self,

@@ -70,6 +70,7 @@ def _places_of_model(args: list[str]) -> list[int]:
 
 def _kept_config(path: str, name: str) -> str | None:
     """Return the file's content less what belonged to another agent than ``name``; None if nothing did."""
+    path = os.path.expanduser(path)
     if not os.path.isfile(path):
         return None
     with open(path, encoding="utf-8") as file:

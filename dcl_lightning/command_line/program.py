@@ -17,6 +17,7 @@ from dcl_lightning.command_line.folders import check_place, leave_no_empty, own_
 from dcl_lightning.command_line.last import go_on_from_last
 from dcl_lightning.command_line.parser import ContinualParser, memory_help
 from dcl_lightning.command_line.trust import refuse_foreign_classes
+from dcl_lightning.paths import expanded
 
 __all__ = ["ContinualCLI"]
 
@@ -87,6 +88,7 @@ class ContinualCLI(LightningCLI):
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             ContinualParser.given = given
             super().parse_arguments(parser, without_other_agent(given))
+        self.config = expanded(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""

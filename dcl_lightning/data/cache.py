@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dcl_lightning.errors import DataError
+from dcl_lightning.paths import absolute
 
 __all__ = ["VARIABLE", "NoRoomError", "cached", "fill", "fingerprint", "mapped", "one_at_a_time", "write_array"]
 
@@ -54,7 +55,7 @@ def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> s
         NoRoomError: no place can be written.
         Exception: what ``build`` raises.
     """
-    given = os.environ.get(VARIABLE)
+    given = os.environ.get(VARIABLE) and absolute(os.environ[VARIABLE])
     home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dcl_lightning")
     away = f"{name}-{mark}-{fingerprint(os.path.realpath(folder))}"
     beside = os.path.join(folder, ".dcl_lightning", f"{name}-{mark}")

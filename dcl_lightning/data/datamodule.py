@@ -22,6 +22,7 @@ from dcl_lightning.data.stream import Stream, refuse_another_stream
 from dcl_lightning.data.transformed import TransformedInputs
 from dcl_lightning.distributed.place import place, worker_threads
 from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.paths import absolute
 from dcl_lightning.types import Batch, Clock, InputSpec, Task
 
 __all__ = ["ContinualDataModule"]
@@ -117,7 +118,7 @@ class ContinualDataModule(pl.LightningDataModule):
         ):
             if word not in words:
                 raise ConfigurationError(f"data.{name}={word!r}: give {' or '.join(words)}")
-        self.root, self.download, self.boundaries, self.shard = root, download, boundaries, shard
+        self.root, self.download, self.boundaries, self.shard = absolute(root), download, boundaries, shard
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
         self.val_ratio, self.batch_size = val_ratio, batch_size
         self.seed = seed_of_run(seed)
@@ -138,8 +139,8 @@ class ContinualDataModule(pl.LightningDataModule):
         self._splits = sources.from_arrays(dataset) if not isinstance(dataset, str) else None
         if stage_to is not None and self.dataset_name == "arrays":
             raise ConfigurationError(f"data.stage_to={stage_to} copies files: leave it out with data in memory")
-        self.stage_to = stage_to
-        self._root_here = root if stage_to is None else None
+        self.stage_to = None if stage_to is None else absolute(stage_to)
+        self._root_here = self.root if stage_to is None else None
         if given:
             kept = self._splits
             # How many tasks and classes it makes shows when it has made them.
@@ -148,7 +149,7 @@ class ContinualDataModule(pl.LightningDataModule):
             # The class of a continuum data set says nothing of its size: it has to be looked at, as a folder has.
             self._splits = self._read()
         if self._splits is None and self._source is not None and self._source.num_classes is None:
-            self._splits = sources.load(self.dataset_name, root, download, source_options)
+            self._splits = sources.load(self.dataset_name, self.root, download, source_options)
         made = self._splits is not None and isinstance(self._splits.train_inputs, TransformedInputs)
         self.augment = augment if augment is not None else bool(self._source and self._source.augment and not made)
         self.num_classes = self._count_classes()

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from dcl_lightning.distributed.side_files import STAGING, raise_together
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.memory.comm import Comm
+from dcl_lightning.paths import expanded
 
 __all__ = ["ClaimedFolder", "checkpoint_folder"]
 
@@ -31,7 +32,7 @@ def checkpoint_folder(trainer: pl.Trainer) -> str:
 
 def _asked_for(trainer: pl.Trainer) -> str | None:
     folders = (getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks)
-    return next((str(folder) for folder in folders if folder), None)
+    return next((expanded(str(folder)) for folder in folders if folder), None)
 
 
 class ClaimedFolder:

@@ -20,6 +20,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
 from dcl_lightning.distributed.side_files import FORMAT, KEY, STAGING, Hashed, sync_folder
 from dcl_lightning.errors import CheckpointError
+from dcl_lightning.paths import expanded
 
 __all__ = ["SideFilesIO", "check_seal", "keep_side_files", "memory_folder"]
 
@@ -35,7 +36,7 @@ def memory_folder(path: str | os.PathLike[str]) -> Path:
     Args:
         path: the checkpoint.
     """
-    return Path(f"{os.path.realpath(path)}.memory")
+    return Path(f"{os.path.realpath(expanded(os.fspath(path)))}.memory")
 
 
 def keep_side_files(strategy: Any) -> None:
@@ -84,6 +85,7 @@ class SideFilesIO(CheckpointIO):
             self._refuse_remote(path, staged)
             self.base.save_checkpoint(checkpoint, path, storage_options)
             return
+        path = expanded(os.fspath(path))
         with self._busy:
             self._save(checkpoint, path, storage_options, staged, token)
 
@@ -127,6 +129,7 @@ class SideFilesIO(CheckpointIO):
         """
         if "://" in str(path):
             return self.base.load_checkpoint(path, *args, **kwargs)
+        path = expanded(os.fspath(path))
         if type(self.base) is TorchCheckpointIO:
             check_seal(path)
         try:
@@ -150,6 +153,7 @@ class SideFilesIO(CheckpointIO):
         Args:
             path: the checkpoint.
         """
+        path = expanded(os.fspath(path))
         with self._busy:
             self.base.remove_checkpoint(path)
             if "://" not in str(path):

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from dcl_lightning.errors import ConfigurationError, suggestion
+from dcl_lightning.paths import expanded
 from dcl_lightning.studies import fits
 
 __all__ = ["main", "nested", "validation_accuracy"]
@@ -55,7 +56,7 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
     except ImportError as error:
         raise ConfigurationError("sweep needs Optuna: pip install 'dcl-lightning[sweep]'") from error
     folder = Path(given.out or Path("runs") / Path(given.file).stem)
-    config = str(Path(given.file).parent / plan["config"])
+    config = str(Path(given.file).parent / expanded(plan["config"]))
     fits.check_config(config)
     what = {key: plan[key] for key in _KEYS if key != "trials"} | {"options": more}
     fits.keep_to(folder, what | {"config": Path(config).read_text(encoding="utf-8")})
