@@ -1,0 +1,70 @@
+"""Whole configurations drawn at random, in one process; ``lattice.py`` says what has to hold of each.
+
+``LATTICE_SEED=n`` draws others. A draw that fails prints the line that repeats it alone, which also looks for a smaller
+draw that fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lattice
+import pytest
+import torch
+
+SEED = int(os.environ.get("LATTICE_SEED", 20))
+ALONE = json.loads(os.environ.get("LATTICE_DRAW", "null"))
+FAST, ALL, PART = 300, 5_000, 10
+
+counts: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(drawn: lattice.Draw, folder: Path) -> list[str]:
+    """Run a draw, count it, and return its faults below the line that repeats it."""
+    found = lattice.examine(drawn, folder)
+    if found.refused is None:
+        counts["run"] += 1
+    else:
+        counts["refused"] += 1
+        counts[f"refused for {', '.join(lattice.named_axes(found.refused, drawn))}"] += 1
+    return [lattice.recipe(drawn), *found.faults] if found.faults else []
+
+
+def parts(first: int, last: int, *marks: Any) -> list[Any]:
+    return [pytest.param(range(k, k + PART), id=f"from_{k}", marks=marks) for k in range(first, last, PART)]
+
+
+if ALONE is None:
+
+    @pytest.mark.parametrize("numbers", [*parts(0, FAST), *parts(FAST, ALL, pytest.mark.exhaustive)])
+    def test_draws(numbers: range, tmp_path: Path) -> None:
+        faults = [fault for number in numbers for fault in check(lattice.draw(SEED, number), tmp_path)]
+        if faults:
+            pytest.fail("\n".join(faults), pytrace=False)
+
+    def test_most_draws_ran(capsys: pytest.CaptureFixture[str]) -> None:
+        """Comes last, and prints the counts of the draws before it."""
+        with capsys.disabled():
+            print(f"\nlattice, seed {SEED}:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+        assert counts["run"] >= 0.6 * (counts["run"] + counts["refused"])
+
+else:
+
+    @pytest.mark.timeout(1200)
+    def test_one_draw(tmp_path: Path) -> None:
+        faults = check(ALONE, tmp_path)
+        if faults:
+            smaller = lattice.shrunk(ALONE, tmp_path)
+            pytest.fail("\n".join([*faults, "smaller:", *check(smaller, tmp_path)]), pytrace=False)
