@@ -556,7 +556,7 @@ def run_fit(
         left.append(f"callbacks {names[0]} became {names[1]}")
     if dict(os.environ) != environment:
         left.append(f"environment {sorted(set(os.environ.items()) ^ set(environment.items()))}")
-    new = [t.name for t in threading.enumerate() if t not in threads and t.is_alive()]
+    new = [t.name for t in threading.enumerate() if t not in threads and t.name.startswith("rehearsal")]
     if new:
         left.append(f"threads {new}")
     if fit.error is None:

@@ -7,6 +7,7 @@ draw that fails.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ ALONE = json.loads(os.environ.get("LATTICE_DRAW", "null"))
 FAST, ALL, PART = 300, 5_000, 10
 
 counts: Counter[str] = Counter()
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # as its import has set it lower
 
 
 @pytest.fixture(autouse=True)
