@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
@@ -38,6 +39,8 @@ from dcl_lightning.types import Batch, InputSpec, Task
 __all__ = ["ContinualAgent"]
 
 _ALL = slice(None)
+# What agents have brought to a trainer, to leave with the end of its work, or after an error with its next.
+_BROUGHT: WeakKeyDictionary[pl.Trainer, list[pl.Callback]] = WeakKeyDictionary()
 
 
 class ContinualAgent(pl.LightningModule):
@@ -269,14 +272,33 @@ class ContinualAgent(pl.LightningModule):
             "clock": TaskClock, "report": TaskReport, "progress": StreamProgress, "loss_guard": LossGuard,
             "checkpoint_care": CheckpointCare,
         }  # fmt: skip
+        _withdraw(self.trainer)
         return [callback for name, kind in kinds.items() for callback in self.adopt(kind, name)]
 
     def adopt(self, kind: type[pl.Callback], name: str) -> list[pl.Callback]:
-        """Return this agent's own callback of a kind; nothing, but the trainer's as ``self.name``, if it has one."""
-        present = [c for c in self.trainer.callbacks if type(c) is kind]  # type: ignore[attr-defined]
+        """Return this agent's own callback of a kind; nothing, but the trainer's as ``self.name``, if it has one.
+
+        Args:
+            kind: class of the callback, of which the trainer may have a subclass.
+            name: attribute of this agent.
+
+        Raises:
+            ConfigurationError: the trainer has several.
+        """
+        present = [c for c in self.trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
+        if len(present) > 1:
+            names = ", ".join(type(c).__name__ for c in present)
+            raise ConfigurationError(f"trainer.callbacks has {names}: give one {kind.__name__}")
         if present:
             setattr(self, name, present[0])
-        return [] if present else [leave_out_idle_hooks(getattr(self, name))]
+            return []
+        own = leave_out_idle_hooks(getattr(self, name))
+        _BROUGHT.setdefault(self.trainer, []).append(own)
+        return [own]
+
+    def teardown(self, stage: str) -> None:
+        """Take this agent's callbacks from the trainer, which another agent may use next."""
+        _withdraw(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and a schedule that is counted from the start of each task."""
@@ -389,6 +411,11 @@ class ContinualAgent(pl.LightningModule):
         self._initial = checkpoint.get("initial_weights")
         if "inference" in checkpoint:
             self.inference.load_state_dict(checkpoint["inference"])
+
+
+def _withdraw(trainer: pl.Trainer) -> None:
+    brought = {id(callback) for callback in _BROUGHT.pop(trainer, [])}
+    trainer.callbacks = [c for c in trainer.callbacks if id(c) not in brought]  # type: ignore[attr-defined]
 
 
 def _plain(value: Any) -> Any:

@@ -3,20 +3,66 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-__all__ = ["forget_best", "forget_best_checkpoints", "hyperparameters", "reset_optimizers", "stopped"]
+__all__ = [
+    "begin_anew", "forget_best", "forget_best_checkpoints", "hyperparameters", "keep_limits", "keep_order",
+    "reset_optimizers",
+]  # fmt: skip
 
 
-def stopped(stopper: EarlyStopping, epoch: int) -> bool:
-    """Return whether a callback stopped in this epoch."""
-    # ``stopped_epoch`` is 0 both for "never" and for epoch 0.
-    return stopper.stopped_epoch == epoch and (epoch > 0 or stopper.wait_count > 0)
+def begin_anew(trainer: pl.Trainer) -> None:
+    """Let a trainer that has been used before count epochs and steps from 0.
+
+    Args:
+        trainer: in set-up of a fit; a checkpoint that it goes on from is loaded later.
+    """
+    loop = trainer.fit_loop
+    if not loop.epoch_progress.total.ready:
+        return
+    loop.load_state_dict(type(loop)(trainer).state_dict())
+    for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        part.on_iteration_done()  # nothing is resumed
+
+
+def keep_limits(trainer: pl.Trainer) -> Callable[[], None]:
+    """Return what gives a trainer its present limits back.
+
+    Args:
+        trainer: in set-up of a fit.
+    """
+    owners: list[tuple[Any, str]] = [
+        (trainer.fit_loop, "max_epochs"),
+        (trainer.fit_loop, "min_epochs"),
+        (trainer.fit_loop.epoch_loop, "max_steps"),
+        (trainer, "reload_dataloaders_every_n_epochs"),
+    ]
+    values = [getattr(owner, name) for owner, name in owners]
+
+    def undo() -> None:
+        for (owner, name), value in zip(owners, values, strict=True):
+            setattr(owner, name, value)
+
+    return undo
+
+
+def keep_order(trainer: pl.Trainer) -> Callable[[], None]:
+    """Return what puts a trainer's callbacks into their present order again.
+
+    Args:
+        trainer: in set-up of a fit.
+    """
+    order = {id(callback): i for i, callback in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
+
+    def undo() -> None:
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda c: order.get(id(c), len(order)))  # type: ignore[attr-defined]
+
+    return undo
 
 
 def forget_best(stoppers: Sequence[EarlyStopping]) -> None:

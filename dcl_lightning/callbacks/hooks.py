@@ -12,6 +12,7 @@ from dcl_lightning.types import Task
 
 __all__ = [
     "before_first_layer", "call_callbacks", "call_task_hook", "leave_out_idle_hooks", "log_interval", "pass_through",
+    "wrap_hook",
 ]  # fmt: skip
 
 _OF_A_STEP = (
@@ -51,12 +52,31 @@ def pass_through(
     theirs = data is not None and getattr(type(data), name) is not getattr(pl.LightningDataModule, name)
     ours = getattr(type(module), name) is not getattr(pl.LightningModule, name) or name in module.__dict__
     owner: Any = data if data is not None and (theirs or not ours) else module
-    original, own = getattr(owner, name), owner.__dict__.get(name)
 
-    def hook(batch: Any, dataloader_idx: int) -> Any:
-        if not trainer.training:
-            return original(batch, dataloader_idx)
-        return add(original(batch, dataloader_idx)) if behind else original(add(batch), dataloader_idx)
+    def wrapper(original: Any) -> Any:
+        def hook(batch: Any, dataloader_idx: int) -> Any:
+            if not trainer.training:
+                return original(batch, dataloader_idx)
+            return add(original(batch, dataloader_idx)) if behind else original(add(batch), dataloader_idx)
+
+        return hook
+
+    return wrap_hook(owner, name, wrapper)
+
+
+def wrap_hook(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put a function around a hook of one object.
+
+    Args:
+        owner: has the hook.
+        name: of the hook.
+        wrapper: takes the hook and returns what is called in its place.
+
+    Returns:
+        What restores the hook.
+    """
+    own = owner.__dict__.get(name)
+    owner.__dict__[name] = wrapper(getattr(owner, name))
 
     def undo() -> None:
         if own is None:
@@ -64,7 +84,6 @@ def pass_through(
         else:
             owner.__dict__[name] = own
 
-    owner.__dict__[name] = hook
     return undo
 
 

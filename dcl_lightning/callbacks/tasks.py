@@ -5,25 +5,27 @@ from __future__ import annotations
 import copy
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from dcl_lightning.callbacks.boundaries import (
+    begin_anew,
     forget_best,
     forget_best_checkpoints,
     hyperparameters,
+    keep_limits,
+    keep_order,
     reset_optimizers,
-    stopped,
 )
 from dcl_lightning.callbacks.checks import refuse_early_stopping, refuse_rare_validation, refuse_selection_on_test
-from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook
+from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
 from dcl_lightning.callbacks.sample_counts import SampleCounts
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.distributed.sharing import share_buffers
@@ -40,12 +42,16 @@ _UNSET_MAX_EPOCHS = (None, -1, 1000)
 _BEYOND_ANY_EPOCH = 2**60
 
 
-class TaskClock(Checkpoint):
+class TaskClock(pl.Callback):
     """Turns epochs into tasks, calls the task hooks and fills the accuracy matrix.
 
     The task is found from the epoch counter by bisection and never advanced by a hook, so that a
-    checkpoint of any step resumes right. It derives from ``Checkpoint`` because Lightning runs such
-    callbacks last: it sees whether an ``EarlyStopping`` stopped, and ends the task instead of the fit.
+    checkpoint of any step resumes right. An ``EarlyStopping`` ends the task instead of the fit; whatever else sets
+    ``trainer.should_stop`` ends the fit. ``trainer.min_epochs`` holds for each task. Every fit without ``ckpt_path``
+    trains the whole stream, also with a trainer that has been used before.
+
+    During a fit it stands behind all other callbacks but those that save checkpoints: what is saved at a boundary holds
+    the boundary's work.
 
     With ``data.boundaries: hidden`` no hook is called and nothing is reset at a boundary; the matrix is filled all the
     same.
@@ -90,9 +96,13 @@ class TaskClock(Checkpoint):
         self.wall_time = {"train": 0.0, "select": 0.0, "eval": 0.0}
         self._hidden = False
         self._snapshot: dict[str, Any] | None = None
-        self._state: dict[str, Any] | None = None
         self._started_tasks = self._ended_tasks = 0
         self._mark = 0.0
+        self._fitting = self._begun = False
+        self._min_epochs = 0
+        # An EarlyStopping has asked for the task's end; the trainer was told to stop for it; so did someone else.
+        self._stopping = self._raised = self._others = False
+        self._undo: list[Callable[[], None]] = []
 
     @property
     def matrix(self) -> AccuracyMatrix:
@@ -101,13 +111,18 @@ class TaskClock(Checkpoint):
 
     @property
     def samples_seen(self) -> dict[str, int]:
-        """Samples trained on, ``new`` and ``rehearsed``, over all workers, as of the last epoch's end."""
+        """Samples trained on, ``new`` and ``rehearsed``, over all workers, as of the last epoch's end or save."""
         return self._samples.seen
 
     # -- the stream ------------------------------------------------------------------------------
 
     def task_at(self, epoch: int) -> int:
-        """Return the 0-based task of an epoch; the last task for later epochs."""
+        """Return the 0-based task of an epoch; the last task for later epochs.
+
+        What is tried out before training, as by ``LearningRateFinder``, is tried on task 0.
+        """
+        if not self._begun:
+            return 0
         return min(max(bisect_right(self.boundaries, epoch) - 1, 0), max(len(self.tasks) - 1, 0))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -128,7 +143,6 @@ class TaskClock(Checkpoint):
         if dev_batches:
             num_tasks = min(num_tasks, 2)
             epochs = [1] * data.num_tasks
-            trainer.fit_loop.epoch_loop.max_steps = dev_batches * num_tasks
         total = sum(epochs[:num_tasks])
         if not dev_batches and trainer.fit_loop.max_epochs not in (*_UNSET_MAX_EPOCHS, total):
             raise ConfigurationError(
@@ -141,18 +155,50 @@ class TaskClock(Checkpoint):
         self.results = StreamResults([task.tested for task in stream], data.num_classes, self.task_aware)
         self.baseline = None
         self.evaluated_rows = self._started_tasks = self._ended_tasks = 0
+        self._samples = SampleCounts()
+        self.wall_time = dict.fromkeys(self.wall_time, 0.0)
         self._snapshot = None
-        trainer.fit_loop.max_epochs = total
-        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        data.attach_clock(self)
+        self._begun = False
+        self._stopping = self._raised = self._others = False
         refuse_selection_on_test(trainer, data)
         refuse_rare_validation(trainer, self.tasks, data)
-        # A checkpoint written at a boundary must hold the boundary's work: the clock goes first.
+        self._attach(trainer, data)
+        trainer.fit_loop.max_epochs = total
+        if dev_batches:
+            trainer.fit_loop.epoch_loop.max_steps = dev_batches * num_tasks
+
+    def _attach(self, trainer: pl.Trainer, data: Any) -> None:
+        """Take trainer, callbacks and data module into use until the fit has ended."""
+        self._release()
+        begin_anew(trainer)
+        self._fitting, self._min_epochs = True, trainer.fit_loop.min_epochs or 0
+        self._undo = [keep_limits(trainer), keep_order(trainer)]
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
-        place = next((i for i, c in enumerate(others) if isinstance(c, ModelCheckpoint)), len(others))
+        place = next((i for i, c in enumerate(others) if isinstance(c, Checkpoint)), len(others))
         trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
-        if self._state is not None:
-            self._restore()
+        stoppers = trainer.early_stopping_callbacks
+        for stopper in stoppers:
+            self._undo += [
+                wrap_hook(stopper, name, self._watched) for name in ("on_validation_end", "on_train_epoch_end")
+            ]
+        if stoppers:  # Lightning calls this hook of theirs after everyone's but those that save
+            self._undo.append(wrap_hook(stoppers[-1], "on_train_epoch_end", self._then_end_task))
+        data.attach_clock(self)
+        self._undo.append(lambda: data.attach_clock(None))
+
+    def _release(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._fitting = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave trainer, callbacks and data module as they were."""
+        self._release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave trainer, callbacks and data module as they were."""
+        self._release()
 
     def _epochs(self, num_tasks: int) -> list[int]:
         if isinstance(self.epochs_per_task, int):
@@ -176,7 +222,24 @@ class TaskClock(Checkpoint):
             self._finish_epoch(trainer, pl_module)
             # Lightning sees the end of an epoch by comparing its batches with the next epoch's, which can be longer.
             loop.batch_progress.current.completed = _BEYOND_ANY_EPOCH
+        elif self._stopping and trainer.fit_loop.restarted_mid_epoch and self._may_end(trainer, epoch_is_over=False):
+            self._close_epoch(trainer)
         self._end_tasks_owed(trainer, pl_module)
+        self._hold_min_epochs(trainer)
+
+    def _close_epoch(self, trainer: pl.Trainer) -> None:
+        """End the epoch amid which an ``EarlyStopping`` stopped before the checkpoint was saved."""
+        fit_loop, self._raised = trainer.fit_loop, True
+        fit_loop.epoch_loop.reset()
+        fit_loop.on_advance_end()
+        for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
+            loop.on_iteration_done()
+
+    def _hold_min_epochs(self, trainer: pl.Trainer) -> None:
+        """Let Lightning count ``min_epochs`` from the task's start."""
+        if self._min_epochs:
+            first = self.boundaries[self.task_at(trainer.current_epoch)]
+            trainer.fit_loop.min_epochs = first + self._min_epochs
 
     def _end_tasks_owed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End tasks that a limit of steps or time cut off: a resumed run begins with the epoch after."""
@@ -199,11 +262,11 @@ class TaskClock(Checkpoint):
             trainer.training = True
         for stopper in trainer.early_stopping_callbacks:
             stopper.on_train_epoch_end(trainer, pl_module)
-        self._end_stopped_task(trainer, pl_module)
         progress.completed += 1
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a task in its first epoch."""
+        self._hold_min_epochs(trainer)
         self._start_task(trainer, pl_module)
 
     def on_train_batch_start(
@@ -222,6 +285,7 @@ class TaskClock(Checkpoint):
         if self._hidden:
             return
         if task.index:
+            forget_best(trainer.early_stopping_callbacks)
             forget_best_checkpoints(trainer)
         if task.index and self.optimizer_reset and self._snapshot is not None:
             reset_optimizers(trainer, self._snapshot)
@@ -256,24 +320,44 @@ class TaskClock(Checkpoint):
             self.wall_time["train"] += self._lap()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the task if an ``EarlyStopping`` stopped in this epoch."""
-        self._end_stopped_task(trainer, pl_module)
+        """Add up what the workers have counted."""
         self._samples.settle(self._comm)
         self.wall_time["train"] += self._lap()
 
-    def _end_stopped_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _watched(self, check: Callable[..., None]) -> Callable[..., None]:
+        """Return a hook of an ``EarlyStopping`` that asks for the task's end where the callback asks for the fit's."""
+
+        def hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self._others |= trainer.should_stop and not self._raised
+            trainer.should_stop = False
+            check(trainer, pl_module)
+            self._stopping |= trainer.should_stop
+            over = not trainer.validating or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            self._raised = self._stopping and self._may_end(trainer, over)
+            trainer.should_stop = self._others or self._raised
+
+        return hook
+
+    def _may_end(self, trainer: pl.Trainer, epoch_is_over: bool) -> bool:
         epoch = trainer.current_epoch
-        stoppers = trainer.early_stopping_callbacks
-        if not trainer.should_stop or not any(stopped(s, epoch) for s in stoppers):
-            if epoch + 1 in self.boundaries:
-                forget_best(stoppers)
+        return epoch + epoch_is_over - self.boundaries[self.task_at(epoch)] >= self._min_epochs
+
+    def _then_end_task(self, check: Callable[..., None]) -> Callable[..., None]:
+        def hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            check(trainer, pl_module)
+            self._end_stopped_task(trainer, pl_module)
+
+        return hook
+
+    def _end_stopped_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._raised:
             return
+        epoch = trainer.current_epoch
         task = self.task_at(epoch)
         shift = self.boundaries[task + 1] - (epoch + 1)
         self.boundaries[task + 1 :] = [b - shift for b in self.boundaries[task + 1 :]]
         trainer.fit_loop.max_epochs = self.boundaries[-1]
-        trainer.should_stop = False
-        forget_best(stoppers)
+        trainer.should_stop, self._stopping, self._raised = self._others, False, False
         self._end_task(trainer, pl_module)
 
     def _end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -337,34 +421,37 @@ class TaskClock(Checkpoint):
     # -- checkpoint ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, in plain types and tensors; every worker calls it."""
+        """Return everything that a resumed run needs, in plain types and tensors."""
         return {
             "boundaries": list(self.boundaries),
             "started_tasks": self._started_tasks,
             "ended_tasks": self._ended_tasks,
+            "stopping": self._stopping,
             "evaluated_rows": self.evaluated_rows,
             "results": self.results.state_dict(),
             "baseline": self.baseline,
-            "samples_seen": dict(self._samples.settle(self._comm)),
+            "samples_seen": dict(self.samples_seen),
             "wall_time": dict(self.wall_time),
             "snapshot": copy.deepcopy(self._snapshot),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state back; Lightning calls this after ``setup``."""
-        self._state = state_dict
-        if self.boundaries:
-            self._restore()
+        """Take the state back in a fit, which sets up first; evaluation and prediction leave the results alone."""
+        if self._fitting:
+            self._restore(state_dict)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add up what the workers have counted: unlike ``state_dict``, every worker's trainer calls this."""
+        checkpoint["callbacks"][self.state_key]["samples_seen"] = dict(self._samples.settle(self._comm))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the fit the length that early stopping left it with."""
-        self._comm = comm_of(trainer.strategy)
-        if self.boundaries:
-            trainer.fit_loop.max_epochs = self.boundaries[-1]
+        self._comm, self._begun = comm_of(trainer.strategy), True
+        trainer.fit_loop.max_epochs = self.boundaries[-1]
 
-    def _restore(self) -> None:
-        state, self._state = self._state, None
-        assert state is not None
+    def _restore(self, state: dict[str, Any]) -> None:
         if len(state["boundaries"]) != len(self.boundaries):
             raise ConfigurationError(
                 f"the checkpoint has {len(state['boundaries']) - 1} tasks and the data {len(self.boundaries) - 1}: "
@@ -372,6 +459,7 @@ class TaskClock(Checkpoint):
             )
         self.boundaries = list(state["boundaries"])
         self._started_tasks, self._ended_tasks = state["started_tasks"], state["ended_tasks"]
+        self._stopping = state.get("stopping", False)
         self.evaluated_rows = state["evaluated_rows"]
         self.results.load_state_dict(state["results"])
         self.baseline = state["baseline"]
@@ -382,6 +470,8 @@ class TaskClock(Checkpoint):
 def _validation_is_due(trainer: pl.Trainer) -> bool:
     """Whether Lightning validates after the last batch of this epoch."""
     every = trainer.check_val_every_n_epoch
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        return False  # Lightning starts measuring the time again
     if every is not None:
         return (trainer.current_epoch + 1) % every == 0
     batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready

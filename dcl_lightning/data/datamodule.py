@@ -259,8 +259,8 @@ class ContinualDataModule(pl.LightningDataModule):
         local = max(place("local_size"), getattr(self.trainer, "num_devices", 1))
         return min(worker_threads(local), 8)
 
-    def attach_clock(self, clock: Clock) -> None:
-        """Let the clock say which task an epoch belongs to."""
+    def attach_clock(self, clock: Clock | None) -> None:
+        """Let the clock say which task an epoch belongs to; None once its fit has ended."""
         self._clock = clock
 
     def tasks(self, epochs: list[int]) -> list[Task]:

@@ -1,0 +1,216 @@
+"""The task clock among Lightning's callbacks and limits: what ends a task, what ends the run, what is left behind."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
+from streams import make_agent, make_data, make_trainer, matrix, weights
+
+from dcl_lightning import ER, RehearsalConfig, TaskClock, TaskReport
+from dcl_lightning.backbones import MLP
+from dcl_lightning.callbacks import Rehearsal, StreamProgress
+from dcl_lightning.errors import ConfigurationError
+
+TASKS, EPOCHS, BATCHES = 3, 3, 3  # of the stream of streams.py: 14 samples a task in batches of 5
+
+
+class Metric(pl.Callback):
+    """Logs the same value at every validation, and notes the task of every step."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value, self.steps = value, []
+
+    def on_validation_epoch_end(self, trainer, module):
+        module.log("metric", torch.tensor(self.value))
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.steps.append((int(batch.task_ids[0]), trainer.current_epoch))
+
+
+# How an EarlyStopping of a metric that stays at 1 stops, and after how many steps of each task, counted by hand.
+WAYS = {
+    "patience 0": ({"patience": 0}, 1.0, {}, 2 * BATCHES),  # the first check improves on infinity
+    "patience 1": ({"patience": 1}, 1.0, {}, 2 * BATCHES),
+    "patience 2": ({"patience": 2}, 1.0, {}, 3 * BATCHES),
+    "threshold": ({"stopping_threshold": 2.0}, 1.0, {}, BATCHES),
+    "divergence": ({"divergence_threshold": 0.5}, 1.0, {}, BATCHES),
+    "not finite": ({}, math.nan, {}, BATCHES),
+    "after each batch": ({"patience": 1}, 1.0, {"val_check_interval": 1}, 2),
+    "threshold after the first batch": ({"stopping_threshold": 2.0}, 1.0, {"val_check_interval": 1}, 1),
+    "patience over epochs": ({"patience": 4}, 1.0, {"val_check_interval": 1}, BATCHES + 2),
+    "never": ({"patience": 9}, 1.0, {}, EPOCHS * BATCHES),
+    "metric not there": ({"monitor": "none", "strict": False, "patience": 0}, 1.0, {}, EPOCHS * BATCHES),
+    "min_epochs": ({"stopping_threshold": 2.0}, 1.0, {"min_epochs": 2}, 2 * BATCHES),
+    "min_epochs, amid an epoch": (
+        {"stopping_threshold": 2.0},
+        1.0,
+        {"min_epochs": 2, "val_check_interval": 1},
+        2 * BATCHES,
+    ),
+}
+
+
+def stopping_run(folder: Path, way: str, check: bool | None, savers=(), ckpt_path=None, seed: int = 0):
+    options, value, limits, _ = WAYS[way]
+    metric, data = Metric(value), make_data()
+    agent = make_agent("base", data, epochs_per_task=EPOCHS, seed=seed)
+    stopper = EarlyStopping(**{"monitor": "metric", "check_on_train_epoch_end": check} | options)
+    trainer = make_trainer(folder, [metric, stopper, *savers], enable_checkpointing=bool(savers), **limits)
+    trainer.fit(agent, datamodule=data, ckpt_path=ckpt_path)
+    return agent, trainer, metric, stopper
+
+
+@pytest.mark.parametrize("check", [None, True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_early_stop_ends_its_task(tmp_path: Path, way: str, check: bool | None) -> None:
+    steps = WAYS[way][3]
+    if check is not False and "val_check_interval" in WAYS[way][2]:  # looks at the end of each epoch only
+        patience = WAYS[way][0].get("patience", 0)
+        steps = BATCHES * min(EPOCHS, max(patience + 1 if patience else 1, WAYS[way][2].get("min_epochs", 1)))
+    agent, trainer, metric, _ = stopping_run(tmp_path, way, check)
+    assert [task for task, _ in metric.steps] == [t for t in range(TASKS) for _ in range(steps)]
+    assert agent.clock.evaluated_rows == TASKS
+    assert not trainer.should_stop
+
+
+@pytest.mark.parametrize("way", ["threshold", "after each batch", "patience over epochs", "min_epochs"])
+def test_an_early_stop_resumes_from_every_checkpoint(tmp_path: Path, way: str) -> None:
+    options = {"save_top_k": -1, "filename": "{epoch}-{step}"}
+    after_validation = "val_check_interval" in WAYS[way][2]
+    # Lightning leaves out a validation that is due after the batch at whose end was saved, except an epoch's last.
+    each_step = [] if after_validation else [ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, **options)]
+    savers = [
+        *each_step,
+        ModelCheckpoint(tmp_path / "checks", monitor="metric", save_on_train_epoch_end=not after_validation, **options),
+        ModelCheckpoint(tmp_path / "epochs", save_on_train_epoch_end=True, **options),
+    ]
+    whole, trainer, _, _ = stopping_run(tmp_path, way, not after_validation, savers)
+    paths = sorted(tmp_path.glob("*/*.ckpt"))
+    assert len({path.parent for path in paths}) == len(savers)
+    for path in paths:
+        again, trainer2, _, _ = stopping_run(tmp_path / "again", way, not after_validation, ckpt_path=path, seed=5)
+        name = path.relative_to(tmp_path)
+        assert trainer2.global_step == trainer.global_step, name
+        assert torch.equal(weights(again), weights(whole)), name
+        assert torch.equal(matrix(again).nan_to_num(-1), matrix(whole).nan_to_num(-1)), name
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+def test_a_users_own_stop_ends_the_run_also_where_early_stopping_stops(tmp_path: Path, hook: str) -> None:
+    def stop(trainer, *_):
+        trainer.should_stop = True
+
+    metric, data = Metric(), make_data()
+    agent = make_agent("base", data, epochs_per_task=EPOCHS)
+    user = type("User", (pl.Callback,), {hook: lambda self, trainer, *_: stop(trainer)})()
+    stoppers = [EarlyStopping("metric", stopping_threshold=2.0), EarlyStopping("metric", mode="max")]
+    make_trainer(tmp_path, [metric, user, *stoppers]).fit(agent, datamodule=data)
+    assert {epoch for _, epoch in metric.steps} == {0}
+
+
+def test_what_early_stopping_says_of_the_last_task_stays(tmp_path: Path) -> None:
+    _, _, _, stopper = stopping_run(tmp_path, "patience 1", None)
+    assert (stopper.wait_count, stopper.stopped_epoch) == (1, 2 * TASKS - 1)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_fit_leaves_trainer_and_data_module_as_they_were(tmp_path: Path, fail: bool) -> None:
+    def state():
+        loop = trainer.fit_loop
+        limits = loop.max_epochs, loop.min_epochs, loop.max_steps, trainer.reload_dataloaders_every_n_epochs
+        return list(trainer.callbacks), limits, data._clock
+
+    class Fail(pl.Callback):
+        def on_train_end(self, trainer, module):
+            if fail:
+                raise RuntimeError
+
+    mine, stopper = TaskClock(2), EarlyStopping("metric", patience=9)
+    data = make_data()
+    trainer = make_trainer(tmp_path, [mine, ModelCheckpoint(tmp_path), stopper, Fail(), Metric()], max_epochs=6)
+    before = state()
+    if fail:
+        with pytest.raises(RuntimeError):
+            trainer.fit(make_agent("base", data), datamodule=data)
+        trainer.validate(make_agent("base", data), datamodule=data, verbose=False)  # what an error left, leaves now
+    else:
+        trainer.fit(make_agent("base", data), datamodule=data)
+        assert stopper.__dict__.keys() == EarlyStopping("metric").__dict__.keys() | {"log", "log_dict"}
+    assert state() == (before[0], (6, 0, -1, 0), None)
+
+
+def test_a_second_agent_on_the_same_trainer_has_a_clock_of_its_own(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    first, second = (make_agent("base", make_data(), epochs_per_task=n) for n in (2, 1))
+    trainer.fit(first, datamodule=make_data())
+    trainer.fit(second, datamodule=make_data())
+    fresh = make_agent("base", make_data(), epochs_per_task=1)
+    make_trainer(tmp_path).fit(fresh, datamodule=make_data())
+    assert trainer.global_step == TASKS * BATCHES
+    assert torch.equal(weights(second), weights(fresh))
+    assert second.clock.samples_seen == fresh.clock.samples_seen
+
+
+def test_the_checkpoint_callback_is_lightnings(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")
+    data = make_data(val_ratio=0.3)
+    agent = make_agent("base", data)
+    trainer = make_trainer(tmp_path, [TaskClock(2), saver])
+    trainer.fit(agent, datamodule=data)
+    before = matrix(agent)
+    assert trainer.checkpoint_callback is saver
+    trainer.test(datamodule=data, verbose=False)  # the best weights
+    trainer.test(ckpt_path="best", datamodule=data, verbose=False)
+    trainer.test(agent, ckpt_path=saver.best_model_path, datamodule=data, verbose=False)
+    assert torch.equal(matrix(agent).nan_to_num(-1), before.nan_to_num(-1))
+
+
+def test_a_clock_of_ones_own_needs_no_checkpoints(tmp_path: Path) -> None:
+    data = make_data()
+    trainer = make_trainer(tmp_path, [TaskClock(1)], enable_checkpointing=False)
+    trainer.fit(make_agent("base", data), datamodule=data)
+    assert trainer.global_step == TASKS * BATCHES
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    (TaskClock, "clock"), (TaskReport, "report"), (StreamProgress, "progress"), (Rehearsal, "rehearsal"),
+])  # fmt: skip
+def test_a_subclass_among_the_callbacks_takes_the_place_of_ours(tmp_path: Path, kind: type, name: str) -> None:
+    calls: list[str] = []
+
+    class Mine(kind):
+        def on_train_start(self, trainer, module):
+            calls.append("start")
+            super().on_train_start(trainer, module)
+
+    data = make_data()
+    config = RehearsalConfig(buffer_size=12, policy="reservoir", weighting="none")
+    mine = Mine(config) if kind is Rehearsal else Mine()
+    agent = ER(MLP([8]), data.num_classes, rehearsal=config, input_spec=data.input_spec)
+    present: list[pl.Callback] = []
+    agent.on_train_epoch_start = lambda: present.extend(c for c in agent.trainer.callbacks if isinstance(c, kind))
+    trainer = pl.Trainer(
+        callbacks=[mine], default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, max_epochs=TASKS,
+    )  # fmt: skip
+    trainer.fit(agent, datamodule=data)
+    assert getattr(agent, name) is mine
+    assert set(present) == {mine}
+    assert calls == ["start"]
+
+
+def test_two_clocks_are_refused(tmp_path: Path) -> None:
+    class Mine(TaskClock):
+        pass
+
+    data = make_data()
+    with pytest.raises(ConfigurationError, match="TaskClock, Mine: give one TaskClock"):
+        make_trainer(tmp_path, [TaskClock(), Mine()]).fit(make_agent("base", data), datamodule=data)
