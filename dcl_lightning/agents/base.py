@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -19,12 +20,14 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from dcl_lightning.agents.evaluation import EvaluationCounts
-from dcl_lightning.agents.optimisation import KeepUnseenRows, write_rates
+from dcl_lightning.agents.optimisation import KeepUnseenRows
 from dcl_lightning.agents.prediction import Inference, Prediction
 from dcl_lightning.agents.step_log import StepLog
 from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
+from dcl_lightning.callbacks.boundaries import scale_rates
 from dcl_lightning.callbacks.checkpoint_care import CheckpointCare
+from dcl_lightning.callbacks.checks import refuse_changing_accumulation, refuse_tuning
 from dcl_lightning.callbacks.contradictions import refuse_another_run
 from dcl_lightning.callbacks.hooks import leave_out_idle_hooks
 from dcl_lightning.callbacks.loss_guard import LossGuard
@@ -180,8 +183,6 @@ class ContinualAgent(pl.LightningModule):
             with torch.no_grad():
                 for name, tensor in self._network_state().items():
                     tensor.copy_(self._initial[name])
-        for scheduler in self._schedulers():
-            write_rates(scheduler)
 
     def on_task_end(self, task: Task) -> None:
         """Do what is owed at the end of a task; here nothing."""
@@ -203,7 +204,8 @@ class ContinualAgent(pl.LightningModule):
 
     def trained_columns(self) -> Tensor | None:
         """Return the mask of the outputs that are trained, or None for all."""
-        return self.seen if self.logits == "seen" else None
+        # What is tried out before training, as by LearningRateFinder, is before any class was seen.
+        return self.seen if self.logits == "seen" and self.clock.has_started else None
 
     def trained(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the columns of the logits that are trained, and the targets as places among them."""
@@ -232,6 +234,11 @@ class ContinualAgent(pl.LightningModule):
                 ``boundaries`` or contradict a value of this agent.
         """
         data, name = getattr(self.trainer, "datamodule", None), type(self).__name__
+        if stage == "fit":
+            self.step_log.start(self.trainer)
+            refuse_tuning(self.trainer, self.scale_lr)
+            if self.milestones or self.warmup_epochs:
+                refuse_changing_accumulation(self.trainer)
         if stage == "fit" or not self.inference.labels:
             self.inference.note(data)
         scenario = getattr(data, "scenario", None)
@@ -329,9 +336,6 @@ class ContinualAgent(pl.LightningModule):
         start = warmup_divisor(self.scale_lr, self.trainer.world_size)
         return lr_factor(progress, self.milestones, self.gamma, self.warmup_epochs, start)
 
-    def _schedulers(self) -> list[LambdaLR]:
-        return [c.scheduler for c in self.trainer.lr_scheduler_configs if isinstance(c.scheduler, LambdaLR)]
-
     def on_fit_start(self) -> None:
         """Keep the initial weights if tasks start from them."""
         if self.reset_state_dict and self._initial is None:
@@ -402,12 +406,18 @@ class ContinualAgent(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs, and the initial weights if tasks start from them."""
         checkpoint["inference"] = self.inference.state_dict()
+        checkpoint["lr_scale"] = lr_scale(self.scale_lr, self.trainer.world_size)
         if self._initial is not None:
             checkpoint["initial_weights"] = self._initial
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what is of another run; take the initial weights back."""
         refuse_another_run(self, checkpoint)
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "lr_scale" in checkpoint:
+            factor = lr_scale(self.scale_lr, trainer.world_size) / checkpoint["lr_scale"]
+            if factor != 1:  # now on another number of workers
+                scale_rates(checkpoint, self.clock.state_key, factor)
         self._initial = checkpoint.get("initial_weights")
         if "inference" in checkpoint:
             self.inference.load_state_dict(checkpoint["inference"])

@@ -1,4 +1,4 @@
-"""What agents do to an optimizer and its schedule beside stepping them."""
+"""What agents do to an optimizer beside stepping it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["KeepUnseenRows", "write_rates"]
-
-
-def write_rates(scheduler: LambdaLR) -> None:
-    """Write a schedule's present rates into its optimizer, whose schedule was reset between two steps.
-
-    Args:
-        scheduler: schedule of one optimizer.
-    """
-    groups = scheduler.optimizer.param_groups
-    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        group["lr"] = base * factor(scheduler.last_epoch)
+__all__ = ["KeepUnseenRows"]
 
 
 class _HasHead(Protocol):
@@ -30,9 +18,8 @@ class _HasHead(Protocol):
         """The one layer of outputs."""
         ...
 
-    @property
-    def seen(self) -> Tensor:
-        """Mask of the classes seen so far ``(K,)`` bool."""
+    def trained_columns(self) -> Tensor | None:
+        """Return the mask of the outputs that are trained ``(K,)`` bool, None for all."""
         ...
 
 
@@ -40,11 +27,12 @@ class KeepUnseenRows:
     """Undoes what momentum and weight decay do to rows of the head that no loss has touched.
 
     Args:
-        agent: has the head and the mask ``seen`` of its rows ``(K,)``.
+        agent: has the head, and says which of its rows are trained.
     """
 
     def __init__(self, agent: _HasHead) -> None:
         self.agent = agent
+        self.untouched: Tensor | None = None
         self.kept: list[Tensor] = []
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -54,9 +42,13 @@ class KeepUnseenRows:
 
     def keep(self, *_: Any) -> None:
         """Keep the rows before a step."""
-        self.kept = [p.detach()[~self.agent.seen] for p in self.agent.head.parameters()]
+        trained = self.agent.trained_columns()
+        self.untouched = None if trained is None else ~trained
+        self.kept = [p.detach()[self.untouched] for p in self.agent.head.parameters()] if trained is not None else []
 
     def restore(self, *_: Any) -> None:
         """Put them back after it."""
+        if self.untouched is None:
+            return
         for parameter, rows in zip(self.agent.head.parameters(), self.kept, strict=True):
-            parameter.data[~self.agent.seen] = rows
+            parameter.data[self.untouched] = rows

@@ -17,14 +17,23 @@ class StepLog:
     callback monitors a value of training, or a callback that is neither Lightning's nor ours acts after each batch
     and may read them; else those that loggers write, the first and the last of an epoch, and the last of the fit.
 
-    ``shown`` says whether a progress bar shows them, as ``due`` found it. Only then are they logged for one: at every
-    step of an epoch Lightning makes numbers of what was, also steps before, and on a GPU the host waits for each.
+    ``shown`` says whether a progress bar shows them, as set-up found it. Only then are they logged for one: at every
+    step of an epoch Lightning makes numbers of what was, also steps before, and on a GPU the host waits for each. It
+    stays so for the fit, as Lightning asks: ``LearningRateFinder`` puts the bar away for a while.
     """
 
     def __init__(self) -> None:
         self.shown = False
         self._each_step = True
         self._looked: tuple[int, int] | None = None  # of which trainer's epoch
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Look whether there is a progress bar.
+
+        Args:
+            trainer: in set-up of a fit, after the callbacks'.
+        """
+        self.shown = _is_shown(trainer)
 
     def due(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         """Return whether the present step's values are logged.
@@ -35,7 +44,6 @@ class StepLog:
         """
         if batch_idx == 0 or self._looked != (id(trainer), trainer.current_epoch):  # also resumed amid an epoch
             self._looked = (id(trainer), trainer.current_epoch)
-            self.shown = _is_shown(trainer)
             self._each_step = self.shown or _is_read_each_step(trainer)
             return True
         return (

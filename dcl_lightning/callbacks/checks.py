@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
 
-__all__ = ["refuse_early_stopping", "refuse_rare_validation", "refuse_selection_on_test"]
+__all__ = [
+    "refuse_changing_accumulation", "refuse_early_stopping", "refuse_limits", "refuse_rare_validation",
+    "refuse_selection_on_test", "refuse_tuning", "refuse_tuning_on_resume",
+]  # fmt: skip
 
 
 def refuse_selection_on_test(trainer: pl.Trainer, data: Any) -> None:
@@ -61,7 +66,7 @@ def refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: Any
     Raises:
         ConfigurationError: with the remedy.
     """
-    interval = trainer.val_check_interval
+    interval = getattr(trainer, "val_check_interval", None)  # not there where the interval is a time
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.enable_validation:
         return
     samples, rows = 0, trainer.world_size * data.batch_size
@@ -72,4 +77,78 @@ def refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: Any
             raise ConfigurationError(
                 f"trainer.val_check_interval={interval}, but task {task.index} has only {batches} batches an epoch: "
                 "give trainer.check_val_every_n_epoch=null to count over epochs and tasks"
+            )
+
+
+def refuse_limits(trainer: pl.Trainer) -> None:
+    """Refuse limits of the trainer that mean nothing over tasks.
+
+    Args:
+        trainer: has them.
+
+    Raises:
+        ConfigurationError: with the remedy.
+    """
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            f"trainer.overfit_batches={trainer.overfit_batches} needs the same batches in every epoch, and a "  # type: ignore[attr-defined]
+            "ContinualDataModule shuffles: give trainer.limit_train_batches, or a small data set"
+        )
+    if trainer.min_steps and trainer.early_stopping_callbacks:
+        raise ConfigurationError(
+            f"trainer.min_steps={trainer.min_steps} counts steps of the whole stream, and EarlyStopping ends tasks: "
+            "give trainer.min_epochs, which counts each task's epochs"
+        )
+
+
+def refuse_tuning(trainer: pl.Trainer, scale_lr: str) -> None:
+    """Refuse a search for the rate of all workers where the rate is given for one.
+
+    Args:
+        trainer: has the callbacks.
+        scale_lr: how the rate grows with the number of workers.
+
+    Raises:
+        ConfigurationError: with the remedy.
+    """
+    if scale_lr != "none" and any(isinstance(c, LearningRateFinder) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            f"model.scale_lr={scale_lr} scales the rate of one worker, and LearningRateFinder finds that of all: give "
+            "model.scale_lr=none, or leave the callback out"
+        )
+
+
+def refuse_tuning_on_resume(trainer: pl.Trainer) -> None:
+    """Refuse a search before a resumed run goes on: Lightning forgets the checkpoint's place over it.
+
+    Args:
+        trainer: has loaded a checkpoint.
+
+    Raises:
+        ConfigurationError: with the remedy.
+    """
+    if Path(trainer.ckpt_path or "").name.startswith((".lr_find_", ".scale_batch_size_")):
+        return  # the search's own
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+            raise ConfigurationError(
+                f"{type(callback).__name__} would start a resumed run anew: leave it out, and give the value that it "
+                "found, which the checkpoint's run has"
+            )
+
+
+def refuse_changing_accumulation(trainer: pl.Trainer) -> None:
+    """Refuse that the number of batches in a step changes where a schedule counts steps.
+
+    Args:
+        trainer: has the callbacks.
+
+    Raises:
+        ConfigurationError: with the remedy.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
+            raise ConfigurationError(
+                f"{type(callback).__name__}({callback.scheduling}) changes the steps of an epoch, by which "
+                "model.milestones and model.warmup_epochs are counted: give trainer.accumulate_grad_batches"
             )

@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim.lr_scheduler import LambdaLR
 
+from dcl_lightning.callbacks.boundaries import write_rates
+
 __all__ = ["move_place", "place_schedules"]
 
 _BEYOND_ANY_EPOCH = 2**60
@@ -52,7 +54,4 @@ def place_schedules(trainer: pl.Trainer, done: int) -> None:
         scheduler = config.scheduler
         if config.interval == "step" and isinstance(scheduler, LambdaLR):
             scheduler.last_epoch = steps
-            for group, base, factor in zip(
-                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * factor(steps)
+            write_rates(scheduler)

@@ -16,15 +16,22 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from dcl_lightning.callbacks.boundaries import (
+    adopt_rates,
     begin_anew,
+    extend_schedules,
     forget_best,
     forget_best_checkpoints,
-    hyperparameters,
     keep_limits,
     keep_order,
     reset_optimizers,
 )
-from dcl_lightning.callbacks.checks import refuse_early_stopping, refuse_rare_validation, refuse_selection_on_test
+from dcl_lightning.callbacks.checks import (
+    refuse_early_stopping,
+    refuse_limits,
+    refuse_rare_validation,
+    refuse_selection_on_test,
+    refuse_tuning_on_resume,
+)
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
 from dcl_lightning.callbacks.sample_counts import SampleCounts
 from dcl_lightning.distributed.comm import comm_of
@@ -98,7 +105,7 @@ class TaskClock(pl.Callback):
         self._snapshot: dict[str, Any] | None = None
         self._started_tasks = self._ended_tasks = 0
         self._mark = 0.0
-        self._fitting = self._begun = False
+        self._fitting = self._begun = self._adopted = False
         self._min_epochs = 0
         # An EarlyStopping has asked for the task's end; the trainer was told to stop for it; so did someone else.
         self._stopping = self._raised = self._others = False
@@ -108,6 +115,11 @@ class TaskClock(pl.Callback):
     def matrix(self) -> AccuracyMatrix:
         """Accuracy on task j after task i, the same on all workers."""
         return self.results.matrix
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the first task has started."""
+        return self._started_tasks > 0
 
     @property
     def samples_seen(self) -> dict[str, int]:
@@ -160,6 +172,7 @@ class TaskClock(pl.Callback):
         self._snapshot = None
         self._begun = False
         self._stopping = self._raised = self._others = False
+        refuse_limits(trainer)
         refuse_selection_on_test(trainer, data)
         refuse_rare_validation(trainer, self.tasks, data)
         self._attach(trainer, data)
@@ -213,10 +226,9 @@ class TaskClock(pl.Callback):
     # -- training --------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember what optimizers and schedules look like before any step."""
+        """Finish what a resumed run's checkpoint left unfinished."""
         self._mark = time.monotonic()
-        if self._snapshot is None:
-            self._snapshot = hyperparameters(trainer)
+        self._adopted = False
         loop = trainer.fit_loop.epoch_loop
         if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
             self._finish_epoch(trainer, pl_module)
@@ -268,6 +280,8 @@ class TaskClock(pl.Callback):
         """Start a task in its first epoch."""
         self._hold_min_epochs(trainer)
         self._start_task(trainer, pl_module)
+        if self._snapshot is not None:
+            extend_schedules(trainer, self._snapshot)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -276,6 +290,9 @@ class TaskClock(pl.Callback):
         self._start_task(trainer, pl_module)
 
     def _start_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._adopted:
+            self._adopted = True
+            self._snapshot = adopt_rates(trainer, self._snapshot)
         task = self.tasks[self.task_at(trainer.current_epoch)]
         if self._started_tasks > task.index:
             return
@@ -434,6 +451,13 @@ class TaskClock(pl.Callback):
             "wall_time": dict(self.wall_time),
             "snapshot": copy.deepcopy(self._snapshot),
         }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse searches before a resumed run goes on."""
+        if self._fitting:
+            refuse_tuning_on_resume(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state back in a fit, which sets up first; evaluation and prediction leave the results alone."""

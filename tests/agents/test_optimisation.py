@@ -98,8 +98,8 @@ class Rates(pl.Callback):
     def __init__(self):
         self.seen, self.logged, self.decays = [], [], set()
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        groups = trainer.optimizers[0].param_groups
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        groups = optimizer.param_groups
         assert len({group["lr"] for group in groups}) == 1
         self.seen.append(groups[0]["lr"])
         self.decays.add(tuple(group["weight_decay"] for group in groups))
@@ -164,3 +164,124 @@ def test_two_groups_resume_as_if_never_interrupted(reset, tmp_path):
 def test_contradictions_are_refused(kwargs, message):
     with pytest.raises(ConfigurationError, match=message):
         make_agent("base", make_data(), **{"momentum": 0.0, **kwargs})
+
+
+class SetsRate(pl.Callback):
+    """Writes a rate into the optimizer in one of Lightning's hooks before training."""
+
+    def __init__(self, hook):
+        def write(trainer, *_):
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = 0.4
+
+        setattr(self, hook, write)
+
+
+HOOKS = ["on_fit_start", "on_train_start", "on_train_epoch_start of epoch 0"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_rate_that_a_callback_sets_before_training_is_every_tasks(hook, tmp_path):
+    def run(callbacks, **kwargs):
+        rates, setter = Rates(), SetsRate(hook.partition(" ")[0])
+        if hook == HOOKS[2]:
+            write = setter.on_train_epoch_start
+            setter.on_train_epoch_start = lambda trainer, module: trainer.current_epoch or write(trainer, module)
+        data = make_data()
+        agent = make_agent("base", data, epochs_per_task=2, lr=0.05, milestones=[1], gamma=0.5)
+        trainer = make_trainer(tmp_path, [setter, rates, *callbacks], log_every_n_steps=1)
+        trainer.fit(agent, datamodule=data, **kwargs)
+        return rates.seen
+
+    whole = run([ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")])
+    assert whole == pytest.approx(([0.4] * 3 + [0.2] * 3) * 3)
+    if hook != HOOKS[0]:  # what is set before a checkpoint is loaded, is loaded
+        assert run([], ckpt_path=tmp_path / "step=5.ckpt") == pytest.approx(whole[5:])
+
+
+def test_the_rate_found_is_the_one_trained_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("dcl_lightning.callbacks.progress.is_watched", lambda: True)
+    monkeypatch.setattr("dcl_lightning.callbacks.tasks.is_watched", lambda: True, raising=False)
+    rates, data = Rates(), make_data()
+    agent = make_agent("base", data, lr=0.05, milestones=[1], gamma=0.5, logits="seen")
+    tried, inner = set(), agent.training_loss
+
+    def spy(batch):
+        if not agent.clock.has_started:
+            tried.update(batch.targets.tolist())
+        return inner(batch)
+
+    agent.training_loss = spy
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=16, early_stop_threshold=None)
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, callbacks=[finder, rates, pl.callbacks.TQDMProgressBar()], accelerator="cpu",
+        logger=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(agent, datamodule=data)
+    found = finder.optimal_lr.suggestion()
+    assert found != pytest.approx(0.05)
+    assert rates.seen == pytest.approx(([found] * 3 + [found / 2] * 3) * 3)
+    assert tried == {0, 1}, "tried on the first task alone"
+    assert {"train/loss", "train/acc"} <= set(trainer.progress_bar_metrics)
+
+
+def test_a_batch_size_is_found_with_a_progress_bar(tmp_path):
+    data = make_data(batch_size=2)
+    finder = pl.callbacks.BatchSizeFinder(steps_per_trial=1, init_val=2, max_trials=2)
+    sizes = []
+
+    class Sizes(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            sizes.append(len(batch.targets))
+
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, callbacks=[finder, Sizes(), pl.callbacks.TQDMProgressBar()], accelerator="cpu",
+        logger=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(make_agent("base", data, epochs_per_task=1), datamodule=data)
+    assert data.batch_size == finder.optimal_batch_size > 2
+    assert len(sizes) == trainer.global_step
+    assert max(sizes) == data.batch_size
+
+
+def test_a_search_before_a_resumed_run_is_refused(tmp_path):
+    data = make_data()
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    make_trainer(tmp_path, [saver], max_steps=2).fit(make_agent("base", data), datamodule=data)
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=16)
+    trainer = make_trainer(tmp_path, [finder])
+    with pytest.raises(ConfigurationError, match="LearningRateFinder would start a resumed run anew"):
+        trainer.fit(make_agent("base", data), datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_run_that_goes_on_with_other_workers_has_their_rate(tmp_path, monkeypatch):
+    def run(workers, callbacks=(), **kwargs):
+        monkeypatch.setattr("dcl_lightning.agents.base.lr_scale", lambda rule, _: float(workers))
+        rates, data = Rates(), make_data()
+        agent = make_agent("base", data, lr=0.1, milestones=[1], gamma=0.5, scale_lr="linear")
+        make_trainer(tmp_path, [rates, *callbacks], log_every_n_steps=1).fit(agent, datamodule=data, **kwargs)
+        return rates.seen
+
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    assert run(2, [saver]) == pytest.approx(([0.2] * 3 + [0.1] * 3) * 3)
+    assert run(3, ckpt_path=tmp_path / "step=2.ckpt") == pytest.approx((([0.3] * 3 + [0.15] * 3) * 3)[2:])
+
+
+@pytest.mark.parametrize("milestones", [[], [1]])
+def test_parameters_added_later_keep_their_rate(milestones, tmp_path):
+    # By hand: the backbone joins at epoch 1 of 6 with rate 0.01, and doubles it at each epoch after that.
+    seen, data = [], make_data()
+    agent = make_agent("base", data, lr=0.1, milestones=milestones, gamma=0.5)
+    tuning = pl.callbacks.BackboneFinetuning(
+        unfreeze_backbone_at_epoch=1, lambda_func=lambda _: 2.0, backbone_initial_lr=0.01, should_align=False
+    )
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    before = agent.backbone.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    make_trainer(tmp_path, [tuning, Spy()]).fit(agent, datamodule=data)
+    assert [rates[1:] for rates in seen[::3]] == [[], *([0.01 * 2**i] for i in range(5))]
+    assert any(not torch.equal(tensor, agent.backbone.state_dict()[name]) for name, tensor in before.items())
