@@ -58,8 +58,3 @@ def test_importing_the_package_brings_nothing_heavy() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     # matplotlib is not in the list: torchmetrics, and so Lightning, imports it where it is installed.
     assert not {"horovod", "continuum", "sklearn"} & set(loaded)
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_files_stay_under_400_lines(file: Path) -> None:
-    assert len(file.read_text().splitlines()) <= 400
