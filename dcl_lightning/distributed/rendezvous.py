@@ -1,38 +1,133 @@
-"""What workers can tell each other before Horovod runs, and while its operations wait."""
+"""Where workers meet: what they can tell each other before Horovod runs, and while its operations wait."""
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
+import secrets
+import threading
 import time
 from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException
-from typing import Any
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from typing import Any, cast
 
 from dcl_lightning.errors import WorkerError
 
-__all__ = ["Rendezvous", "wait_for_workers"]
+__all__ = ["Rendezvous", "RendezvousServer", "wait_for_workers"]
 
 _SCOPE = "dcl_lightning"
 _ANSWER_S = 5.0
+_ADDRESS, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
+
+
+class RendezvousServer:
+    """The key-value server at which Gloo workers of this machine meet, in place of Horovod's own.
+
+    Horovod's listens on every network address and serves whoever asks. This one listens on 127.0.0.1, and a request
+    must begin with the job's secret, which the workers find in their environment. A worker's address is forgotten
+    when that worker says that it has met the others, so workers that meet again never call at closed ports.
+    """
+
+    def __init__(self) -> None:
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        threading.Thread(target=self._server.serve_forever, name="rendezvous", daemon=True).start()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables by which Horovod, and ``Rendezvous.of_job``, find the server."""
+        port = self._server.server_address[1]
+        # Horovod asks for http://ADDRESS:PORT/scope/key. So what follows the slash becomes the beginning of the path.
+        return {_ADDRESS: f"127.0.0.1:{port}/{self._server.secret}", _PORT: str(port)}
+
+    def stop(self) -> None:
+        """Close the server."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 128  # all workers call at once
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self.secret = secrets.token_hex(16)
+        self.root = f"{self.secret}:{self.server_address[1]}"
+        self.values: dict[str, bytes] = {}  # single operations on it are atomic
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing: whoever hangs up in the middle of a request is no failure of this job."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 10
+
+    def do_GET(self) -> None:
+        key = self._key()
+        value = self._values.get(key) if key else None
+        if key:
+            self._answer(404 if value is None else 200, value or b"")
+
+    def do_PUT(self) -> None:
+        key = self._key()
+        if key:
+            self._values[key] = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self._answer(200)
+
+    def do_DELETE(self) -> None:
+        key = self._key()
+        if key:
+            self._values.pop(key, None)
+            self._answer(200)
+
+    @property
+    def _values(self) -> dict[str, bytes]:
+        return cast(_Server, self.server).values
+
+    def _key(self) -> str:
+        """Return scope and key that are asked for; refuse who does not know the secret, or asks for something else."""
+        root, _, key = self.path.removeprefix("/").partition("/")
+        if not hmac.compare_digest(root.encode(), cast(_Server, self.server).root.encode()):
+            self._answer(403)
+        elif key.count("/") != 1:
+            self._answer(400)
+        else:
+            return key
+        return ""
+
+    def _answer(self, status: int, body: bytes = b"") -> None:
+        self.send_response_only(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None: ...
 
 
 class Rendezvous:
-    """The key-value server at which Horovod's Gloo workers meet; MPI has none.
+    """A worker's access to the key-value server at which Horovod's Gloo workers meet; MPI has none.
 
     Args:
         host: address of the server.
         port: its port.
+        root: what its paths begin with.
     """
 
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
+    def __init__(self, host: str, port: int, root: str = "") -> None:
+        self.host, self.port, self.root = host, port, root
 
     @classmethod
     def of_job(cls) -> Rendezvous | None:
         """Return the server that the launcher named in the environment, or None."""
-        host, port = (os.environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{name}") for name in ("ADDR", "PORT"))
-        return cls(host, int(port)) if host and port and port.isdigit() else None
+        address, port = os.environ.get(_ADDRESS), os.environ.get(_PORT)
+        if not address or not port or not port.isdigit():
+            return None
+        # Put together and taken apart as Horovod does it.
+        server, slash, root = f"{address}:{port}".partition("/")
+        return cls(server.partition(":")[0], int(port), slash + root)
 
     def put(self, key: str, value: Any) -> None:
         """Store a value for all workers.
@@ -62,7 +157,7 @@ class Rendezvous:
         # Not urllib: a proxy of the environment must not stand between workers.
         connection = HTTPConnection(self.host, self.port, timeout=_ANSWER_S)
         try:
-            connection.request(method, f"/{_SCOPE}/{key}", body)
+            connection.request(method, f"{self.root}/{_SCOPE}/{key}", body)
             answer = connection.getresponse()
             return answer.read() if answer.status == 200 else None
         except HTTPException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 import time
@@ -13,28 +14,77 @@ import pytest
 
 from dcl_lightning.distributed import HorovodStrategy
 from dcl_lightning.distributed.child import Child
-from dcl_lightning.distributed.rendezvous import Rendezvous, wait_for_workers
+from dcl_lightning.distributed.rendezvous import Rendezvous, RendezvousServer, wait_for_workers
 from dcl_lightning.distributed.workers import open_rendezvous
 from dcl_lightning.errors import ConfigurationError, WorkerError
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    http_server = pytest.importorskip("horovod.runner.http.http_server")
-    server = http_server.RendezvousServer(verbose=0)
-    port = server.start()
-    yield port
+def server() -> Iterator[dict[str, str]]:
+    """Environment variables that name a server."""
+    server = RendezvousServer()
+    yield server.variables
     server.stop()
 
 
 @pytest.fixture
-def meeting(server: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Rendezvous:
+def meeting(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Rendezvous:
     monkeypatch.setattr("dcl_lightning.distributed.rendezvous._SCOPE", request.node.name)
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(server))
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
     meeting = Rendezvous.of_job()
     assert meeting is not None
     return meeting
+
+
+def request_of(variables: dict[str, str], method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    """Ask as Horovod does, which puts address and port before the path."""
+    url = f"{variables['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{variables['HOROVOD_GLOO_RENDEZVOUS_PORT']}{path}"
+    host, _, path = url.partition("/")
+    connection = HTTPConnection(host, timeout=5)
+    connection.request(method, f"/{path}", body)
+    answer = connection.getresponse()
+    try:
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_the_server_is_reached_at_one_address_of_this_machine_only(server: dict[str, str]) -> None:
+    port = int(server["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)  # as any other address of a server that listens on all
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+def test_the_server_serves_those_who_know_the_secret(server: dict[str, str]) -> None:
+    port = server["HOROVOD_GLOO_RENDEZVOUS_PORT"]
+    for start in ("127.0.0.1", f"127.0.0.1:{port}/{'0' * 32}", f"127.0.0.1:{port}/"):
+        foreign = {**server, "HOROVOD_GLOO_RENDEZVOUS_ADDR": start}
+        assert request_of(foreign, "PUT", "/dcl_lightning/verdict", b"{}") == (403, b"")
+        assert request_of(foreign, "GET", "/dcl_lightning/verdict") == (403, b"")
+        assert request_of(foreign, "DELETE", "/dcl_lightning/verdict") == (403, b"")
+    assert request_of(server, "GET", "/dcl_lightning/verdict") == (404, b""), "somebody else's value was kept"
+    assert request_of(server, "PUT", "/dcl_lightning/verdict", b"{}")[0] == 200
+    assert request_of(server, "GET", "/dcl_lightning/verdict") == (200, b"{}")
+
+
+def test_the_server_shows_no_files(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/etc")
+    for method in ("HEAD", "POST", "OPTIONS"):
+        assert request_of(server, method, "/passwd")[0] == 501
+    assert request_of(server, "GET", "/passwd")[0] == 400
+    assert request_of(server, "GET", "/../etc/passwd")[0] == 400
+    assert request_of(server, "GET", "/etc/passwd") == (404, b"")
+
+
+def test_two_jobs_have_two_secrets() -> None:
+    one, two = RendezvousServer(), RendezvousServer()
+    secrets = {server.variables["HOROVOD_GLOO_RENDEZVOUS_ADDR"].partition("/")[2] for server in (one, two)}
+    one.stop()
+    two.stop()
+    assert len(secrets) == 2
+    assert all(len(secret) == 32 for secret in secrets)
 
 
 def test_what_one_worker_puts_another_gets(meeting: Rendezvous) -> None:
@@ -54,11 +104,7 @@ def test_addresses_of_one_meeting_are_gone_before_the_next() -> None:
     host = places[0]["HOROVOD_HOSTNAME"]
 
     def ask(method: str, path: str, body: bytes | None = None) -> int:
-        connection = HTTPConnection("127.0.0.1", int(places[0]["HOROVOD_GLOO_RENDEZVOUS_PORT"]), timeout=5)
-        connection.request(method, path, body)
-        status = connection.getresponse().status
-        connection.close()
-        return status
+        return request_of(places[0], method, path, body)[0]
 
     try:
         for rank in (0, 1):
