@@ -12,7 +12,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from dcl_lightning.distributed.environment import HorovodEnvironment
-from dcl_lightning.distributed.place import launched_by_horovod, place
+from dcl_lightning.distributed.place import launched_by_horovod
 from dcl_lightning.distributed.step_message import StepMessage, callbacks_of, set_callbacks, step_is_whole
 from dcl_lightning.errors import ConfigurationError
 
@@ -60,13 +60,20 @@ def horovod_environment() -> HorovodEnvironment:
 
 
 def accept_allocation() -> None:
-    """Spare a worker Lightning's refusal of ``sbatch --ntasks``, which is for tasks that ``srun`` starts.
+    """Spare Horovod's workers Lightning's refusal of ``sbatch --ntasks``, which is for tasks that ``srun`` starts.
 
-    Given a strategy's name, Lightning makes an environment of its own before there is a strategy that has
-    one, and that one insists on SLURM_NTASKS_PER_NODE.
+    Given a strategy's name, Lightning makes an environment of its own before there is a strategy that has one, and that
+    one insists on ``--ntasks-per-node``. Safe to repeat.
     """
-    if launched_by_horovod() and "SLURM_NTASKS" in os.environ:
-        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(place("local_size")))
+    lightnings = SLURMEnvironment._validate_srun_variables
+    if lightnings.__module__ == __name__:
+        return
+
+    def validate() -> None:
+        if not launched_by_horovod():
+            lightnings()
+
+    SLURMEnvironment._validate_srun_variables = staticmethod(validate)  # type: ignore[method-assign]
 
 
 def check_srun() -> None:

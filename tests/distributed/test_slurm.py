@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from helpers import HERE, assert_ended_well, run_workers
+from helpers import HERE, assert_ended_well, environment, run_workers
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dcl_lightning import HorovodStrategy
 from dcl_lightning.distributed.environment import HorovodEnvironment
-from dcl_lightning.distributed.slurm import HorovodSLURMEnvironment, accept_allocation
+from dcl_lightning.distributed.slurm import HorovodSLURMEnvironment
 from dcl_lightning.errors import ConfigurationError
 
 
@@ -23,8 +25,7 @@ def allocation(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     given = "JOB_ID=123 JOB_NAME=train NTASKS=8 NNODES=2 PROCID=0 LOCALID=0 NODEID=0"
     for name, value in (pair.split("=") for pair in given.split()):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "")  # so that what is set from here on is taken back
-    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     return monkeypatch
 
 
@@ -32,7 +33,6 @@ def test_the_place_is_horovods_and_the_environment_slurms(allocation: pytest.Mon
     given = "RANK=5 SIZE=6 LOCAL_RANK=1 LOCAL_SIZE=2 CROSS_RANK=2 CROSS_SIZE=3"
     for name, value in (pair.split("=") for pair in given.split()):
         allocation.setenv(f"HOROVOD_{name}", value)
-    accept_allocation()  # as the import of the package does
     trainer = pl.Trainer(strategy="horovod", accelerator="cpu", devices="auto", logger=False)
     place = trainer.strategy.cluster_environment
     assert isinstance(place, SLURMEnvironment)
@@ -42,6 +42,34 @@ def test_the_place_is_horovods_and_the_environment_slurms(allocation: pytest.Mon
     assert (trainer.node_rank, trainer.num_nodes) == (2, 3)
     assert place.creates_processes_externally
     place.validate_settings(num_devices=3, num_nodes=7)
+
+
+def test_an_import_leaves_the_environment_as_it_is(allocation: pytest.MonkeyPatch) -> None:
+    """What a worker starts, as another ``srun``, would else see what this package has made of the allocation."""
+    for name in ("HOROVOD_RANK", "HOROVOD_LOCAL_RANK"):
+        allocation.setenv(name, "0")
+    for name in ("HOROVOD_SIZE", "HOROVOD_LOCAL_SIZE"):
+        allocation.setenv(name, "2")
+    variables = {**environment(), **os.environ}
+    done = subprocess.run([sys.executable, "-c", IMPORTED], env=variables, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+
+
+IMPORTED = """
+import os, pkgutil
+import lightning.pytorch, torchmetrics
+before = dict(os.environ)
+import dcl_lightning
+for name in dir(dcl_lightning):
+    getattr(dcl_lightning, name)
+import dcl_lightning.distributed.strategy, dcl_lightning.command_line.program
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+"""
+
+
+def test_lightning_alone_still_refuses_tasks_that_srun_did_not_place(allocation: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="ntasks-per-node"):
+        pl.Trainer(accelerator="cpu", devices=1, logger=False)
 
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
