@@ -167,6 +167,8 @@ class HorovodStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         check_srun()
+        if self.world_size > 1 and self.parallel_devices:
+            _check_build(self.parallel_devices[0].type)
         devices = len(self.parallel_devices or [None])
         if not launched_by_horovod():
             if devices > 1:
@@ -364,6 +366,28 @@ def _horovod_is_installed() -> bool:
     spec = importlib.util.find_spec("horovod")
     folders = spec.submodule_search_locations if spec is not None else None
     return any(next(Path(folder, "torch").glob("mpi_lib*"), None) for folder in folders or ())
+
+
+def _check_build(device: str) -> None:
+    """Refuse devices whose tensors Horovod would take for the CPU's: its thread aborts the process on the first one.
+
+    Args:
+        device: type of the workers' devices.
+
+    Raises:
+        ConfigurationError: the installed Horovod cannot reach them.
+    """
+    if device == "cpu":
+        return
+    if device != "cuda":
+        raise ConfigurationError(f"strategy=horovod works on cpu and gpu, not on {device}: set trainer.accelerator=cpu")
+    import horovod.torch as hvd
+
+    if not (hvd.nccl_built() or hvd.cuda_built() or hvd.rocm_built()):
+        raise ConfigurationError(
+            "trainer.accelerator=gpu: the installed Horovod was built for CPUs; run "
+            "`python -m dcl_lightning.distributed.install --gpu cuda`, or set trainer.accelerator=cpu"
+        )
 
 
 def _counted(count: int, noun: str) -> str:

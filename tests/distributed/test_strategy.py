@@ -11,7 +11,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from helpers import assert_ended_well, environment, run_script, run_workers
+from lightning.pytorch.accelerators import CUDAAccelerator
 
 from dcl_lightning.distributed import HorovodStrategy
 from dcl_lightning.distributed.environment import HorovodEnvironment
@@ -50,6 +52,38 @@ def test_open_mpi_variables_give_the_place(monkeypatch: pytest.MonkeyPatch) -> N
     place = HorovodEnvironment()
     assert (place.global_rank(), place.world_size(), place.local_rank()) == (5, 6, 1)
     assert (place.node_rank(), place.num_nodes()) == (2, 3)
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_gpus_need_a_horovod_that_was_built_for_them(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before a worker is started: Horovod's own thread would end the process on the first tensor."""
+    import horovod.torch as hvd
+
+    devices = [torch.device("cuda", k) for k in range(2)]
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(CUDAAccelerator, "auto_device_count", staticmethod(lambda: 2))
+    monkeypatch.setattr(CUDAAccelerator, "parse_devices", staticmethod(lambda given: [0, 1][: int(given)]))
+    monkeypatch.setattr(CUDAAccelerator, "get_parallel_devices", staticmethod(lambda given: devices[: len(given)]))
+    if launched:
+        for name, value in {"RANK": 0, "SIZE": 2, "LOCAL_RANK": 0, "LOCAL_SIZE": 2}.items():
+            monkeypatch.setenv(f"HOROVOD_{name}", str(value))
+
+    def trainer(devices: int = 1 if launched else 2) -> pl.Trainer:
+        return pl.Trainer(strategy="horovod", accelerator="gpu", devices=devices, logger=False)
+
+    for name in ("nccl_built", "cuda_built", "rocm_built"):
+        monkeypatch.setattr(hvd, name, lambda: 0)
+    with pytest.raises(ConfigurationError, match=r"install --gpu cuda`, or set trainer\.accelerator=cpu"):
+        trainer()
+    if not launched:
+        assert trainer(devices=1).world_size == 1, "a worker alone asks nothing of Horovod"
+    monkeypatch.setattr(hvd, "nccl_built", lambda: 21003)
+    assert trainer().world_size == 2
+
+
+def test_other_accelerators_are_refused_where_workers_would_exchange_tensors() -> None:
+    with pytest.raises(ConfigurationError, match="works on cpu and gpu, not on mps"):
+        HorovodStrategy(parallel_devices=[torch.device("mps", k) for k in range(2)])._configure_launcher()
 
 
 def test_devices_other_than_the_launchers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
