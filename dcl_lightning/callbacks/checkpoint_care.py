@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dcl_lightning.callbacks.place import move_place, place_schedules
-from dcl_lightning.distributed.checkpoint_folder import ClaimedFolder
+from dcl_lightning.distributed.checkpoint_folder import ClaimedFolders
 from dcl_lightning.distributed.checkpoint_io import keep_side_files
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.distributed.side_files import FORMAT, KEY
@@ -18,7 +18,7 @@ __all__ = ["CheckpointCare"]
 
 
 class CheckpointCare(pl.Callback):
-    """Claims the folder of the checkpoints, adds what tells whose they are, and finds a saved place again.
+    """Claims the folders of the checkpoints, adds what tells whose they are, and finds a saved place again.
 
     A run may go on with another number of workers or another batch size: it then goes on after as many samples of the
     epoch, rounded down to whole steps.
@@ -26,7 +26,7 @@ class CheckpointCare(pl.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._folder = ClaimedFolder()
+        self._folders = ClaimedFolders()
         self._moved_to: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -36,8 +36,9 @@ class CheckpointCare(pl.Callback):
         self._moved_to = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a folder that cannot be written or in which another job saves."""
-        self._folder.claim(trainer, comm_of(trainer.strategy))
+        """Refuse a folder that cannot be written or in which another job saves; take the others."""
+        claimed = self._folders.claim(trainer, comm_of(trainer.strategy))
+        keep_side_files(trainer.strategy).folders = claimed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put schedules to the saved place if a step has another number of samples now."""
@@ -72,12 +73,12 @@ class CheckpointCare(pl.Callback):
             self._moved_to = move_place(checkpoint["loops"]["fit_loop"], before, now)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the folder free."""
-        self._folder.release()
+        """Release the folders."""
+        self._folders.release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the folder free."""
-        self._folder.release()
+        """Release the folders."""
+        self._folders.release()
 
 
 def _step_samples(trainer: pl.Trainer) -> int | None:

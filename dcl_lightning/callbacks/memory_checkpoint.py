@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,16 @@ import torch
 
 from dcl_lightning.distributed.checkpoint_folder import checkpoint_folder
 from dcl_lightning.distributed.comm import comm_of
-from dcl_lightning.distributed.side_files import FORMAT, KEY, STAGING, check_files, raise_together, stage_files, told
+from dcl_lightning.distributed.side_files import (
+    FORMAT,
+    KEY,
+    STAGING,
+    check_files,
+    copy_file,
+    raise_together,
+    stage_files,
+    told,
+)
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 from dcl_lightning.memory.comm import Comm
 from dcl_lightning.memory.config import RehearsalConfig
@@ -141,7 +149,7 @@ class SavedMemories:
             try:
                 place.mkdir(parents=True)
                 for file in self._memory["files"]:
-                    shutil.copyfile(self.folder / file["name"], place / file["name"])
+                    copy_file(self.folder / file["name"], place / file["name"])
             except OSError as failed:
                 error = str(CheckpointError.not_written(place, failed))
         raise_together(comm, error)

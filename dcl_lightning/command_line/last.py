@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from dcl_lightning.distributed.newest import newest_checkpoint
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["checkpoint_folders", "go_on_from_last"]
+__all__ = ["checkpoint_files", "go_on_from_last"]
 
 
 def go_on_from_last(config: Any, trains: bool) -> None:
@@ -28,7 +31,7 @@ def go_on_from_last(config: Any, trains: bool) -> None:
         return
     trainer = config["trainer"]
     logger = _first_logger(trainer)
-    path, problems = newest_checkpoint(checkpoint_folders(trainer), trains)
+    path, problems = newest_checkpoint(checkpoint_files(trainer), trains)
     for problem in problems:
         rank_zero_info(f"passed over: {problem}")
     if path is None:
@@ -40,25 +43,28 @@ def go_on_from_last(config: Any, trains: bool) -> None:
         )
     config["ckpt_path"] = str(path)
     root = _root(trainer, logger)
-    if (
-        trains
-        and root is not None
-        and path.parent.name == "checkpoints"
-        and path.parent.parent.parent == root.resolve()
-    ):
-        version = path.parent.parent.name
-        number = version.removeprefix("version_")
-        logger["init_args"]["version"] = int(number) if number.isdigit() else version
-        _keep_metrics(path.parent.parent)
+    version = None if root is None else _version_of(path, root.resolve())
+    if trains and version is not None:
+        number = version.name.removeprefix("version_")
+        logger["init_args"]["version"] = int(number) if number.isdigit() else version.name
+        _keep_metrics(version)
 
 
-def checkpoint_folders(trainer: Any) -> list[Path]:
-    """Return the folders in which a run's checkpoints lie, of all its versions.
+def checkpoint_files(trainer: Any) -> list[Path]:
+    """Return the checkpoints of a run, of all its versions.
 
     Args:
         trainer: the trainer's part of a command's configuration.
     """
-    return [*_folders(trainer, _first_logger(trainer)), *_dirpaths(trainer.get("callbacks"))]
+    # A metric's slash in the name of a checkpoint makes folders, "epoch=1-val/acc=0.9.ckpt". Everything below the run's
+    # own folders is the run's; below a folder that the user named other runs may save, so the name has to fit.
+    own = [file for folder in _folders(trainer, _first_logger(trainer)) for file in folder.rglob("*.ckpt")]
+    return own + [Path(file) for pattern in _patterns(trainer.get("callbacks")) for file in glob(pattern)]
+
+
+def _version_of(path: Path, root: Path) -> Path | None:
+    """Return the folder of the run's version that a checkpoint belongs to."""
+    return next((p.parent for p in path.parents if p.name == "checkpoints" and p.parent.parent == root), None)
 
 
 def _first_logger(trainer: Any) -> Any:
@@ -97,10 +103,19 @@ def _shown(trainer: Any, logger: Any) -> list[Path]:
     return [root / "*" / "checkpoints"] if root is not None else _folders(trainer, logger)[:1]
 
 
-def _dirpaths(callbacks: Any) -> list[Path]:
-    given = callbacks if isinstance(callbacks, list) else [callbacks]
-    args = [_init_args(callback) or {} for callback in given if callback is not None]
-    return [Path(a["dirpath"]) for a in args if a.get("dirpath") is not None]
+def _patterns(callbacks: Any) -> Iterator[str]:
+    """Yield patterns of the files that checkpoint callbacks save in the folders that they were given."""
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        args = (_init_args(callback) if callback is not None else None) or {}
+        if args.get("dirpath") is None:
+            continue
+        folder = escape(str(args["dirpath"]))
+        yield os.path.join(folder, "*.ckpt")
+        if args.get("filename"):
+            # Lightning replaces "{val/acc:.2f}" by "val/acc=0.90", and by "0.90" without auto_insert_metric_name.
+            for value in (r"\1=*", "*"):
+                name = re.sub(r"\{([^}:]*)[^}]*\}", value, escape(args["filename"]))
+                yield os.path.join(folder, f"{name}*.ckpt")
 
 
 @rank_zero_only

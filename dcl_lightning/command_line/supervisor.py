@@ -167,10 +167,10 @@ def _workers(words: Sequence[str], trainer: dict[str, Any]) -> int:
 
 def _newest(trainer: dict[str, Any], began: int) -> tuple[Path, int] | None:
     """Return the newest whole checkpoint since the job began, with its time in ns: names are used again."""
-    from dcl_lightning.command_line.last import checkpoint_folders
+    from dcl_lightning.command_line.last import checkpoint_files
     from dcl_lightning.distributed.newest import newest_checkpoint
 
-    path, _ = newest_checkpoint(checkpoint_folders(trainer))
+    path, _ = newest_checkpoint(checkpoint_files(trainer))
     if path is None:
         return None
     with tempfile.TemporaryFile(dir=path.parent) as file:

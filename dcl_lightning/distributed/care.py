@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from dcl_lightning.distributed.gradients import GradientAverager
 from dcl_lightning.distributed.launcher import HorovodLauncher
 from dcl_lightning.distributed.place import place
 from dcl_lightning.distributed.rendezvous import Rendezvous, wait_for_workers
@@ -27,18 +29,20 @@ class JobCare:
     Args:
         start_timeout: seconds that workers wait for each other at the start, at least 1.
         collective_timeout: seconds that a worker waits within one operation before the job ends; 0 for ever.
+        gradients: knows which parameters' gradients are waited for.
 
     Raises:
         ConfigurationError: a time that cannot be.
     """
 
-    def __init__(self, start_timeout: float, collective_timeout: float) -> None:
+    def __init__(self, start_timeout: float, collective_timeout: float, gradients: GradientAverager) -> None:
         if start_timeout < 1 or collective_timeout < 0:
             raise ConfigurationError(
                 f"start_timeout={start_timeout} must be at least 1 second and collective_timeout={collective_timeout} "
                 "at least 0, which is for ever"
             )
-        self.start_timeout, self.collective_timeout = start_timeout, collective_timeout
+        self.start_timeout, self.collective_timeout = start_timeout, collective_timeout or math.inf
+        self._gradients = gradients
         self._watchdog: Watchdog | None = None
 
     def meet(self, trainer: pl.Trainer | None, launcher: Any) -> None:
@@ -70,7 +74,7 @@ class JobCare:
             comm: the cluster.
         """
         if trainer is not None and comm.size > 1:
-            keep_together(trainer, comm)
+            keep_together(trainer, comm, self._gradients)
 
     def watch(self, trainer: pl.Trainer, comm: Comm, launcher: Any) -> None:
         """Look for workers that hang from now on; let the launcher write the others' logs into the run's folder.
@@ -81,8 +85,8 @@ class JobCare:
             launcher: the strategy's.
         """
         self.end()
-        if comm.size > 1 and self.collective_timeout:
-            self._watchdog = Watchdog(trainer, self.collective_timeout, comm.rank, comm.size, launcher)
+        if comm.size > 1:
+            self._watchdog = Watchdog(trainer, self.collective_timeout, comm.rank, comm.size, launcher, self._gradients)
         folder = getattr(trainer.logger, "log_dir", None)
         if isinstance(launcher, HorovodLauncher) and isinstance(folder, (str, Path)):
             launcher.log_to(Path(folder) / "logs")

@@ -1,4 +1,4 @@
-"""The folder that a run saves its checkpoints into: its own, writable, and without what a killed run left half."""
+"""The folders that a run saves its checkpoints into: its own, writable, and without what a killed run left half."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dcl_lightning.errors import CheckpointError
 from dcl_lightning.memory.comm import Comm
 from dcl_lightning.paths import expanded
 
-__all__ = ["ClaimedFolder", "checkpoint_folder"]
+__all__ = ["ClaimedFolders", "checkpoint_folder"]
 
 _LOCK = "lock"
 
@@ -27,49 +27,56 @@ def checkpoint_folder(trainer: pl.Trainer) -> str:
     Args:
         trainer: the trainer.
     """
-    return _asked_for(trainer) or os.path.join(trainer.default_root_dir, "checkpoints")
+    return next(iter(_asked_for(trainer)), os.path.join(trainer.default_root_dir, "checkpoints"))
 
 
-def _asked_for(trainer: pl.Trainer) -> str | None:
+def _asked_for(trainer: pl.Trainer) -> list[str]:
     folders = (getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks)
-    return next((expanded(str(folder)) for folder in folders if folder), None)
+    return [expanded(str(folder)) for folder in folders if folder]
 
 
-class ClaimedFolder:
-    """A folder in which one job saves; the claim ends with its process, however that ends."""
+class ClaimedFolders:
+    """The folders in which one job saves; the claim ends with its process, however that ends."""
 
     def __init__(self) -> None:
-        self._lock: IO[str] | None = None
-        self._folder: Path | None = None
+        self._locks: dict[Path, IO[str]] = {}
 
-    def claim(self, trainer: pl.Trainer, comm: Comm) -> None:
-        """Take the folder of the trainer's checkpoints, if it saves any; remove what a killed run left half.
+    def claim(self, trainer: pl.Trainer, comm: Comm) -> list[Path]:
+        """Take the folders of the trainer's checkpoints, if it saves any; remove what a killed run left half.
 
         Args:
             trainer: the trainer, set up.
             comm: the cluster; every worker calls this.
 
+        Returns:
+            The folders, on worker 0.
+
         Raises:
-            CheckpointError: the folder cannot be written, or another job saves there.
+            CheckpointError: a folder cannot be written, or another job saves there.
         """
         if not any(
             isinstance(saver, Checkpoint) and hasattr(saver, "dirpath") for saver in trainer.checkpoint_callbacks
         ):
-            return
-        error, folder = "", _asked_for(trainer)
-        if comm.rank == 0 and folder is not None and "://" not in folder:
-            try:
-                self._claim(Path(folder))
-            except CheckpointError as failed:
-                error = str(failed)
-            except OSError as failed:
-                error = f"checkpoints cannot be saved in {folder} ({failed.strerror}): give a folder for the results"
+            return []
+        error = ""
+        if comm.rank == 0:
+            for folder in _asked_for(trainer):
+                try:
+                    if "://" not in folder:
+                        self._claim(Path(os.path.realpath(folder)))
+                except CheckpointError as failed:
+                    error = str(failed)
+                except OSError as failed:
+                    error = (
+                        f"checkpoints cannot be saved in {folder} ({failed.strerror}): give a folder for the results"
+                    )
         raise_together(comm, error)
+        return list(self._locks)
 
     def _claim(self, folder: Path) -> None:
         staging = folder / STAGING
-        staging.mkdir(parents=True, exist_ok=True)
-        while self._lock is None:
+        while folder not in self._locks:
+            staging.mkdir(parents=True, exist_ok=True)
             lock = open(staging / _LOCK, "a+")  # noqa: SIM115 (open as long as the job runs)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,29 +91,26 @@ class ClaimedFolder:
             except OSError:
                 pass  # a file system without locks
             if os.path.exists(lock.name) and os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-                self._lock = lock
+                self._locks[folder] = lock
             else:  # removed by a job that has just ended
                 lock.close()
-                staging.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()} on {os.uname().nodename}")
-        self._lock.flush()
+        held = self._locks[folder]
+        held.truncate(0)
+        held.write(f"{os.getpid()} on {os.uname().nodename}")
+        held.flush()
         for left in staging.iterdir():
             if left.name != _LOCK:
                 shutil.rmtree(left, ignore_errors=True)
                 left.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Give the folder free; safe to repeat."""
-        lock, self._lock = self._lock, None
-        if lock is None or self._folder is None:
-            return
-        staging = self._folder / STAGING
-        try:
-            os.unlink(lock.name)
-            staging.rmdir()
-            self._folder.rmdir()
-        except OSError:
-            pass  # there is something in it
-        lock.close()
+        """Release the locks; safe to repeat."""
+        while self._locks:
+            folder, lock = self._locks.popitem()
+            try:
+                os.unlink(lock.name)
+                (folder / STAGING).rmdir()
+                folder.rmdir()
+            except OSError:
+                pass  # there is something in it
+            lock.close()

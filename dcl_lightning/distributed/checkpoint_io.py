@@ -18,11 +18,11 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
-from dcl_lightning.distributed.side_files import FORMAT, KEY, STAGING, Hashed, sync_folder
+from dcl_lightning.distributed.side_files import FORMAT, KEY, STAGING, Hashed, side_folder, sync_folder
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.paths import expanded
 
-__all__ = ["SideFilesIO", "check_seal", "keep_side_files", "memory_folder"]
+__all__ = ["SideFilesIO", "check_seal", "keep_side_files"]
 
 _SEAL = b"dcl_lightning sha256 "
 _SEALED = len(_SEAL) + 64
@@ -30,31 +30,27 @@ _ZIP_END = 22  # bytes of a zip file's last record, whose last two are the lengt
 _CHUNK = 1 << 20
 
 
-def memory_folder(path: str | os.PathLike[str]) -> Path:
-    """Return where the memories of a checkpoint are; of a link, those of what it points to.
-
-    Args:
-        path: the checkpoint.
-    """
-    return Path(f"{os.path.realpath(expanded(os.fspath(path)))}.memory")
-
-
-def keep_side_files(strategy: Any) -> None:
+def keep_side_files(strategy: Any) -> SideFilesIO:
     """Let a strategy save, load and remove checkpoints together with their side files; safe to repeat.
 
     Args:
         strategy: the trainer's. What it saved with so far, the user's plugin too, still writes the checkpoint.
+
+    Returns:
+        What saves, loads and removes them.
     """
     holder, io = None, strategy.checkpoint_io
     while not isinstance(io, SideFilesIO) and isinstance(getattr(io, "checkpoint_io", None), CheckpointIO):
         holder, io = io, io.checkpoint_io
     if isinstance(io, SideFilesIO):
-        return
+        return io
+    ours = SideFilesIO(io)
     if holder is None:
-        strategy.checkpoint_io = SideFilesIO(io)
+        strategy.checkpoint_io = ours
     else:
         # Within one that saves in the background, so that all is done in one order there. It lets nobody set this.
-        holder._checkpoint_io = SideFilesIO(io)
+        holder._checkpoint_io = ours
+    return ours
 
 
 class SideFilesIO(CheckpointIO):
@@ -62,10 +58,14 @@ class SideFilesIO(CheckpointIO):
 
     Args:
         base: writes and reads the checkpoint itself; Lightning's own is done without, to write in one go.
+
+    Attributes:
+        folders: that the job has claimed; what a killed job leaves half is looked for there.
     """
 
     def __init__(self, base: CheckpointIO) -> None:
         self.base = base
+        self.folders: list[Path] = []
         self._busy = threading.Lock()  # a plugin may save in the background, where nothing must be removed meanwhile
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -97,9 +97,11 @@ class SideFilesIO(CheckpointIO):
             if staged is not None:
                 folder.mkdir(exist_ok=True)
                 shutil.move(staged, folder / token)
-                sync_folder(folder)
+                # From the inside out: the checkpoint must not be there, after a crash, before all that it needs is.
+                for entered in (folder / token, folder, target.parent):
+                    sync_folder(entered)
             if type(self.base) is TorchCheckpointIO and options is None:
-                _write(checkpoint, target)
+                _write(checkpoint, target, self._staging(target))
             else:
                 self.base.save_checkpoint(checkpoint, path, options)
         except OSError as error:
@@ -108,6 +110,14 @@ class SideFilesIO(CheckpointIO):
                     shutil.rmtree(left, ignore_errors=True)
             raise CheckpointError.not_written(path, error) from error
         _keep_only(folder, token)
+
+    def _staging(self, target: Path) -> Path:
+        """Return the folder in which a checkpoint is written: a rename brings it from there to its place."""
+        for folder in self.folders:
+            # A name with a metric's slash in it, "epoch=1-val/acc=0.9", makes folders below the claimed one.
+            if target.is_relative_to(folder) and folder.stat().st_dev == target.parent.stat().st_dev:
+                return folder / STAGING
+        return target.parent / STAGING
 
     def _refuse_remote(self, path: Any, staged: Any) -> None:
         if staged is not None:
@@ -127,14 +137,15 @@ class SideFilesIO(CheckpointIO):
         Raises:
             CheckpointError: there is none, it is damaged, or a later version of this package wrote it.
         """
-        if "://" in str(path):
-            return self.base.load_checkpoint(path, *args, **kwargs)
-        path = expanded(os.fspath(path))
-        if type(self.base) is TorchCheckpointIO:
+        remote = "://" in str(path)
+        path = path if remote else expanded(os.fspath(path))
+        if type(self.base) is TorchCheckpointIO and not remote:
             check_seal(path)
         try:
             checkpoint: dict[str, Any] = self.base.load_checkpoint(path, *args, **kwargs)
         except Exception as error:
+            if remote:
+                raise
             told = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(f"{path} cannot be read as a checkpoint ({told[0]})") from error
         ours = checkpoint.get(KEY)
@@ -144,7 +155,7 @@ class SideFilesIO(CheckpointIO):
                     f"{path} has format {ours['format']}, and this version reads up to {FORMAT}: update dcl_lightning"
                 )
             if ours.get("memory"):
-                ours["memory"]["folder"] = str(memory_folder(path) / ours["memory"]["token"])
+                ours["memory"]["folder"] = str(side_folder(path, ours["memory"]))
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -164,9 +175,9 @@ class SideFilesIO(CheckpointIO):
         self.base.teardown()
 
 
-def _write(checkpoint: dict[str, Any], target: Path) -> None:
+def _write(checkpoint: dict[str, Any], target: Path, staging: Path) -> None:
     """Write a sealed checkpoint under another name and rename it."""
-    part = target.parent / STAGING / f"{uuid.uuid4().hex}.part"
+    part = staging / f"{uuid.uuid4().hex}.part"
     part.parent.mkdir(exist_ok=True)
     try:
         with open(part, "wb") as file:

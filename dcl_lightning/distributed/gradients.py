@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["GradientAverager"]
+__all__ = ["FIND_UNUSED", "GradientAverager"]
+
+FIND_UNUSED = "set find_unused_parameters=true of strategy=horovod"
+_PREFIX = "gradient."
 
 
 class GradientAverager:
@@ -45,6 +49,8 @@ class GradientAverager:
         self._owed: dict[nn.Parameter, None] = {}
         self._pending: list[tuple[nn.Parameter, Any]] = []
         self._attached = self._paused = self._queued = False
+        self._passes = self._history = 0
+        self._without: dict[int, list[str]] = {}
 
     def attach(self, module: nn.Module) -> None:
         """Hook every parameter that is trained.
@@ -63,6 +69,7 @@ class GradientAverager:
         self._hvd = hvd
         self._ops = {"average": hvd.Sum, "sum": hvd.Sum, "adasum": hvd.Adasum}
         self._attached = True
+        self._passes, self._history, self._without = 0, 0, {}
         self.include(module)
 
     def include(self, module: nn.Module) -> list[nn.Parameter]:
@@ -77,7 +84,7 @@ class GradientAverager:
         known = self._names
         if not self._attached or all(p in known for p in module.parameters() if p.requires_grad):
             return []
-        self._names = {p: f"gradient.{name}" for name, p in module.named_parameters() if p.requires_grad or p in known}
+        self._names = {p: f"{_PREFIX}{name}" for name, p in module.named_parameters() if p.requires_grad or p in known}
         for gone in known.keys() - self._names.keys():
             self._hooks.pop(gone).remove()
             self._owed.pop(gone, None)
@@ -96,6 +103,23 @@ class GradientAverager:
             hook.remove()
         self._names, self._hooks, self._owed, self._pending = {}, {}, {}, []
         self._attached = self._queued = False
+
+    def history(self) -> int:
+        """Return a number below 2**20 for which parameters had no gradient in the passes since it was last asked for.
+
+        Where it differs between workers, a gradient of one pass was combined with one of another pass.
+        """
+        history, self._history = self._history % (1 << 20), 0
+        return history
+
+    def without_gradient(self) -> dict[int, list[str]]:
+        """Return, of the last two synchronised passes by number, the trained parameters that had no gradient here."""
+        return dict(self._without)
+
+    def waited_for(self) -> tuple[int, list[str]]:
+        """Return the number of the pass that is being synchronised, and the parameters whose gradients it waits for."""
+        names = self._names
+        return self._passes, [names[p].removeprefix(_PREFIX) for p, _ in list(self._pending) if p in names]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -158,12 +182,31 @@ class GradientAverager:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self._start(parameter)
-        pending, self._pending = self._pending, []
-        for parameter, handle in pending:
-            result = self._hvd.synchronize(handle)
-            gradient = _real(parameter)
-            if result.data_ptr() != gradient.data_ptr():
-                gradient.copy_(result)
+        if not self.find_unused:
+            self._note_without()
+        try:
+            while self._pending:
+                parameter, handle = self._pending[0]
+                result = self._hvd.synchronize(handle)
+                del self._pending[0]
+                gradient = _real(parameter)
+                if result.data_ptr() != gradient.data_ptr():
+                    gradient.copy_(result)
+        finally:
+            self._pending = []
+
+    def _note_without(self) -> None:
+        started = {parameter for parameter, _ in self._pending}
+        without = [
+            name.removeprefix(_PREFIX)
+            for p, name in self._names.items()
+            if p not in started and p.requires_grad and p.numel()
+        ]
+        self._passes += 1
+        # Another worker may still wait in the pass before this one.
+        self._without = {self._passes: without} | {k: v for k, v in self._without.items() if k == self._passes - 1}
+        if without:
+            self._history = crc32("\n".join([str(self._history), *without]).encode())
 
 
 def _real(parameter: nn.Parameter, name: str = "") -> Tensor:

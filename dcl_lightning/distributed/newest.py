@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dcl_lightning.distributed.checkpoint_io import check_seal, memory_folder
-from dcl_lightning.distributed.side_files import KEY, check_files
+from dcl_lightning.distributed.checkpoint_io import check_seal
+from dcl_lightning.distributed.side_files import KEY, check_files, side_folder
 from dcl_lightning.errors import CheckpointError
 
 __all__ = ["newest_checkpoint", "problem_of"]
@@ -30,23 +30,24 @@ def problem_of(path: Path, resumes: bool = True) -> str:
         if "optimizer_states" not in checkpoint:
             return f"{path} has weights alone"
         memory = checkpoint.get(KEY, {}).get("memory")
+        if memory is None:
+            return ""
+        folder = side_folder(path, memory)
     except CheckpointError as error:
         return str(error)
     except Exception as error:  # whatever reading a broken file raises
         return f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})"
-    if memory is None:
-        return ""
-    return check_files(memory_folder(path) / memory["token"], memory["files"], list(range(len(memory["files"]))))
+    return check_files(folder, memory["files"], list(range(len(memory["files"]))))
 
 
-def newest_checkpoint(folders: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint in some folders, and what is wrong with those that are newer.
+def newest_checkpoint(files: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint of some, and what is wrong with those that are newer.
 
     Args:
-        folders: where to look, not below.
+        files: the checkpoints.
         resumes: whether its memory and its optimizer are needed, too.
     """
-    found = {file.resolve() for folder in folders for file in folder.glob("*.ckpt") if file.is_file()}
+    found = {file.resolve() for file in files if file.is_file()}
     problems: list[str] = []
     for path in sorted(found, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
         problem = problem_of(path, resumes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -17,12 +18,25 @@ import torch
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.memory.comm import Comm
 
-__all__ = ["FORMAT", "KEY", "STAGING", "Hashed", "check_files", "raise_together", "stage_files", "sync_folder", "told"]
+__all__ = [
+    "FORMAT",
+    "KEY",
+    "STAGING",
+    "Hashed",
+    "check_files",
+    "copy_file",
+    "raise_together",
+    "side_folder",
+    "stage_files",
+    "sync_folder",
+    "told",
+]
 
 KEY = "dcl_lightning"  # of our part of a checkpoint
 FORMAT = 1
 STAGING = ".staging"
 _CHUNK = 1 << 22
+_NOT_OURS = "this package names no file so; the checkpoint was changed or is not to be trusted, use another one"
 
 
 class Hashed:
@@ -125,6 +139,39 @@ def stage_files(comm: Comm, root: Path, write: Callable[[IO[bytes] | Any], None]
     return {"token": folder.name, "staged": place, "files": kept}
 
 
+def side_folder(path: str | os.PathLike[str], memory: dict[str, Any]) -> Path:
+    """Return the folder of a checkpoint's side files; of a link, that of what it points to.
+
+    Args:
+        path: the checkpoint.
+        memory: what the checkpoint tells of its side files.
+
+    Raises:
+        CheckpointError: the folder's name could be a path to somewhere else.
+    """
+    token = str(memory["token"])
+    if not re.fullmatch("[0-9a-f]{32}", token):
+        raise CheckpointError(f"{path} gives {token!r} as the folder of its memory: {_NOT_OURS}")
+    place = path if "://" in str(path) else os.path.realpath(os.path.expanduser(path))
+    return Path(f"{place}.memory", token)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a side file; return when it is on the disk.
+
+    Args:
+        source: the file.
+        target: the copy.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    with open(source, "rb") as read, open(target, "wb") as written:
+        shutil.copyfileobj(read, written, _CHUNK)
+        written.flush()
+        os.fsync(written.fileno())
+
+
 def check_files(folder: Path, files: list[dict[str, Any]], read: list[int]) -> str:
     """Return what is wrong with side files, empty if nothing is.
 
@@ -134,6 +181,8 @@ def check_files(folder: Path, files: list[dict[str, Any]], read: list[int]) -> s
         read: the workers whose files are looked at as a whole; of the others the sizes are.
     """
     for rank, file in enumerate(files):
+        if file["name"] != f"rank_{rank}":
+            return f"{folder}: the checkpoint gives {file['name']!r} as the file of worker {rank}: {_NOT_OURS}"
         path = folder / file["name"]
         if not path.is_file():
             return (

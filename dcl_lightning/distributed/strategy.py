@@ -57,7 +57,9 @@ class HorovodStrategy(ParallelStrategy):
         op: how gradients are combined.
         compression: type in which gradients travel.
         gradient_predivide_factor: averages divide by it before the sum and by workers / factor after.
-        find_unused_parameters: allow parameters that take no part in some worker's step.
+        find_unused_parameters: allow parameters that take no part in some worker's step, at the cost of a small
+            message each step; without it a parameter takes part on all workers or on none, else the job ends with
+            an error that names it.
         bind: cores of each worker: ``none``, all that it was given; ``core``, its share of the host's; ``numa``,
             those of its share of the NUMA nodes. Threads follow, unless OMP_NUM_THREADS is set.
         start_timeout: seconds that workers wait for each other at the start.
@@ -103,9 +105,9 @@ class HorovodStrategy(ParallelStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        self._care = JobCare(start_timeout, collective_timeout)
         self._bind = bind
         self._averager = GradientAverager(op, compression, gradient_predivide_factor, find_unused_parameters)
+        self._care = JobCare(start_timeout, collective_timeout, self._averager)
         self._comm: Comm = SingleProcessComm()
         self._failed = False
         set_rank_from_environment()

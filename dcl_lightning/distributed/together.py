@@ -12,9 +12,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dcl_lightning.distributed.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.launcher import HorovodLauncher
 from dcl_lightning.distributed.step_message import StepMessage, callbacks_of, set_callbacks
-from dcl_lightning.errors import DataError
+from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.types import Clock
 
@@ -48,16 +49,17 @@ def fail_together(trainer: pl.Trainer) -> None:
     _begin(trainer)
 
 
-def keep_together(trainer: pl.Trainer, comm: Comm) -> None:
+def keep_together(trainer: pl.Trainer, comm: Comm, gradients: GradientAverager) -> None:
     """Let the trainer's workers stop and fail together.
 
     Args:
         trainer: the trainer, before its set-up hooks are called.
         comm: the cluster.
+        gradients: knows which parameters had one.
     """
     first = _begin(trainer)
     first.comm = comm
-    _put_around(trainer, first, _Last(comm))
+    _put_around(trainer, first, _Last(comm, gradients))
 
 
 def _begin(trainer: pl.Trainer) -> _First:
@@ -130,16 +132,19 @@ class _First(pl.Callback):
 
 
 class _Last(pl.Callback):
-    """Goes last: one small message at each step tells all workers of signals and of a worker's last batch.
+    """Goes last: a small message each step tells all workers of signals, last batches and parameters without gradient.
 
     It starts with the step and is read at its end, when the gradients' have arrived.
 
     Args:
         comm: the cluster.
+        gradients: knows which parameters had one.
     """
 
-    def __init__(self, comm: Comm) -> None:
+    def __init__(self, comm: Comm, gradients: GradientAverager) -> None:
         self._comm = comm
+        self._gradients = gradients
+        self._history = 0
         self._message = StepMessage("together")
         self._signals = _Signals()
 
@@ -149,7 +154,9 @@ class _Last(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._message.start(trainer, [int(_is_last(trainer, batch_idx)), *self._signals.flags()])
+        self._history = self._gradients.history()
+        flags = self._signals.flags()
+        self._message.start(trainer, [self._history, int(_is_last(trainer, batch_idx)), *flags])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,7 +164,8 @@ class _Last(pl.Callback):
         sums = self._message.read()
         if sums is None:
             return
-        last, *signals = sums
+        history, last, *signals = sums
+        self._compare(history)
         if 0 < last < self._comm.size:
             self._refuse(trainer, batch_idx)
         if any(signals) and self._message.may_stop(trainer):
@@ -165,8 +173,10 @@ class _Last(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do not lose a signal that came after the last step."""
-        signals = self._comm.allreduce(torch.tensor(self._signals.flags())).tolist()
+        self._history = self._gradients.history()
+        history, *signals = self._comm.allreduce(torch.tensor([self._history, *self._signals.flags()])).tolist()
         self._signals.give_back()
+        self._compare(history)
         if any(signals):
             _note_stop(trainer, _chosen(signals))
             raise StoppedBySignal(_chosen(signals))
@@ -177,6 +187,20 @@ class _Last(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._signals.give_back()
+
+    def _compare(self, histories: int) -> None:
+        """Refuse a step that has combined gradients of different passes; at least one worker sees it.
+
+        Args:
+            histories: sum over the workers.
+        """
+        if histories != self._comm.size * self._history:
+            without = [name for names in self._gradients.without_gradient().values() for name in names]
+            mine = f"none to {', '.join(dict.fromkeys(without))}" if without else "all"
+            raise ConfigurationError(
+                f"the last backward passes gave gradients to other parameters on worker {self._comm.rank} ({mine}) "
+                f"than on another worker: {FIND_UNUSED}"
+            )
 
     def _refuse(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Raise on all workers alike, before one goes on alone."""

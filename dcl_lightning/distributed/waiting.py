@@ -1,4 +1,4 @@
-"""How a worker waits for the others: in naps, where Horovod's own wait keeps a core busy."""
+"""How a worker waits for the others: it sleeps between looks, where Horovod's own wait keeps a core busy."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ import time
 from types import FrameType
 from typing import Any
 
-__all__ = ["handle_waited_for", "is_within_wait", "rest_while_waiting"]
+from dcl_lightning.errors import ConfigurationError
+
+__all__ = ["end_waits", "handle_waited_for", "is_within_wait", "rest_while_waiting"]
 
 # A job of two workers on two cores that had other work, too, took 1.5 times as long without naps.
 _NAP_S = 2e-5
+_reason: str | None = None
+
+
+def end_waits(reason: str | None) -> None:
+    """Let whoever waits for an operation of Horovod's raise, since what is waited for will never come.
+
+    Args:
+        reason: the error's message; None lets operations be waited for again.
+    """
+    global _reason
+    _reason = reason
 
 
 def rest_while_waiting() -> None:
@@ -23,6 +36,7 @@ def rest_while_waiting() -> None:
     import horovod.torch as hvd
     from horovod.torch import mpi_ops
 
+    end_waits(None)
     wait = mpi_ops.synchronize
     if wait.__code__.co_filename == __file__:
         return
@@ -30,11 +44,13 @@ def rest_while_waiting() -> None:
     def synchronize(handle: int) -> Any:
         try:
             # Of another handle, one that was waited for before, Horovod's own function knows what to say.
-            while handle in mpi_ops._handle_map and not mpi_ops.poll(handle):
+            while handle in mpi_ops._handle_map and not mpi_ops.poll(handle) and _reason is None:
                 time.sleep(_NAP_S)
         finally:
-            # Also where a signal ends the nap with an exception: no operation is left behind.
-            result = wait(handle)
+            # Also where a signal ends the sleep with an exception: no operation is left behind.
+            result = None if _reason is not None else wait(handle)
+        if _reason is not None:
+            raise ConfigurationError(_reason)
         return result
 
     mpi_ops.synchronize = hvd.synchronize = synchronize

@@ -16,9 +16,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from dcl_lightning.distributed.child import launching_process
+from dcl_lightning.distributed.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.launcher import HorovodLauncher
 from dcl_lightning.distributed.rendezvous import Rendezvous
-from dcl_lightning.distributed.waiting import handle_waited_for, is_within_wait
+from dcl_lightning.distributed.waiting import end_waits, handle_waited_for, is_within_wait
 from dcl_lightning.types import Clock
 
 __all__ = ["Watchdog"]
@@ -40,13 +41,23 @@ class Watchdog:
         rank: this worker.
         size: number of workers.
         launcher: ours, on worker 0, if it has started the others.
+        gradients: knows which parameters' gradients are waited for.
     """
 
-    def __init__(self, trainer: pl.Trainer, timeout: float, rank: int, size: int, launcher: Any = None) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        timeout: float,
+        rank: int,
+        size: int,
+        launcher: Any,
+        gradients: GradientAverager,
+    ) -> None:
         self.trainer, self.timeout, self.rank, self.size = trainer, timeout, rank, size
         self.launcher = launcher if isinstance(launcher, HorovodLauncher) else None
+        self.gradients = gradients
         self.meeting = Rendezvous.of_job()
-        self.interval = min(max(timeout / 10, 0.2), 10.0)
+        self.interval = min(max(timeout / 10, 0.2), 4.0)
         self._since: dict[tuple[int, int], float] = {}
         self._looks = 0
         self._done = threading.Event()
@@ -82,11 +93,34 @@ class Watchdog:
         if self.meeting is None:
             return self._alone("nobody can be asked under MPI") if waited > self.timeout else None
         self._looks += 1
-        self.meeting.put(f"state.{self.rank}", {"waited": waited, "looks": self._looks, "place": self._place()})
+        state = {
+            "waited": waited,
+            "looks": self._looks,
+            "place": self._place(),
+            "without": self.gradients.without_gradient(),
+        }
+        self.meeting.put(f"state.{self.rank}", state)
+        if waited > self.interval / 2:  # seen at two looks: no step takes so long
+            self._look_for_unused(self.meeting)
         verdict: dict[str, Any] | None = self.meeting.get("verdict")
         if verdict is not None or waited <= self.timeout:
             return verdict
         return self._accuse(self.meeting)
+
+    def _look_for_unused(self, meeting: Rendezvous) -> None:
+        """End this worker's wait for gradients that another worker, which has ended that backward pass, has not."""
+        number, names = self.gradients.waited_for()
+        if not names:
+            return
+        for k, state in self._states(meeting).items():
+            lacking = [name for name in state["without"].get(str(number), []) if name in names]
+            if lacking and self.gradients.waited_for()[0] == number:
+                shown = ", ".join(lacking[:_SHOWN]) + (" and others" if len(lacking) > _SHOWN else "")
+                end_waits(
+                    f"worker {k}'s backward pass gave no gradient to {shown}, and worker {self.rank} waits for it: "
+                    f"{FIND_UNUSED}"
+                )
+                return
 
     def _accuse(self, meeting: Rendezvous) -> dict[str, Any] | None:
         # Asked twice: who has not looked in between gives no sign of life.
@@ -111,7 +145,7 @@ class Watchdog:
         return verdict
 
     def _states(self, meeting: Rendezvous) -> dict[int, dict[str, Any]]:
-        unknown = {"waited": 0.0, "looks": 0, "place": "a place that it has not told"}
+        unknown = {"waited": 0.0, "looks": 0, "place": "a place that it has not told", "without": {}}
         return {k: meeting.get(f"state.{k}") or unknown for k in range(self.size)}
 
     def _headline(self, late: list[int]) -> str:
@@ -162,6 +196,9 @@ class Watchdog:
         if frame is not None:
             code = frame.f_code
             words.append(f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})")
+        names = self.gradients.waited_for()[1]
+        if names:
+            words.append(f"for the gradient of {names[0]} (if some worker's steps do without it, {FIND_UNUSED})")
         return ", ".join(words)
 
 

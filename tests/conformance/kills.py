@@ -101,7 +101,7 @@ def main(root: Path, kills: int, seed: int, names: list[str]) -> dict[str, Any]:
             told["runs"] += 1
             ended = False
             while not ended:
-                path, problems = newest_checkpoint([run / "checkpoints"])
+                path, problems = newest_checkpoint((run / "checkpoints").glob("*.ckpt"))
                 # At every moment all that is there under its name is whole.
                 assert not problems, problems
                 if path is not None:

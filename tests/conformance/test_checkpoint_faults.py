@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 from PIL import Image
 from rehearsals import assert_same_run, fit
 from streams import make_agent, make_data, make_trainer
@@ -130,7 +131,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path, size: int) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".memory") == ["last.ckpt", "step=7.ckpt"]
     assert len(list(folder.glob("*.memory/*/rank_0"))) == 2
-    path, problems = newest_checkpoint([folder])
+    path, problems = newest_checkpoint(folder.glob("*.ckpt"))
     assert not problems
     whole = fit(tmp_path)
     assert_same_run(fit(tmp_path, ckpt=path), (whole[0], whole[1][7:]))
@@ -287,6 +288,50 @@ def test_last_finds_the_newest_whole_checkpoint_and_goes_on_in_its_folder(
     errors = capsys.readouterr().err.splitlines()
     assert len([line for line in errors if "error:" in line]) == 1
     assert "is damaged" in errors[-1]
+
+
+@pytest.mark.parametrize("insert", [True, False])
+@pytest.mark.parametrize("dirpath", [None, "kept"])
+def test_last_finds_checkpoints_in_folders_that_metric_names_make(
+    dirpath: str | None, insert: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--model", "nil", "--model.epochs_per_task", "2", "--data.increment", "5", "--data.batch_size", "32"]
+    args += ["--data.select_on_test", "true", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"]
+    args += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/acc"]
+    args += ["--trainer.callbacks.save_top_k=2", "--trainer.callbacks.mode=max"]
+    name = "{epoch}-{val/acc:.2f}" if insert else "a/{epoch}-{val/acc:.2f}"
+    args += [f"--trainer.callbacks.filename={name}", f"--trainer.callbacks.auto_insert_metric_name={insert}"]
+    args += [f"--trainer.callbacks.dirpath={dirpath}"] if dirpath else []
+    assert cli.main([*args, "--trainer.max_steps", "6"]) == 0
+    folder = tmp_path / (dirpath or "runs/dcl/version_0/checkpoints")
+    saved = {path.resolve() for path in folder.rglob("*.ckpt")}
+    assert saved
+    assert not list(folder.glob("*.ckpt"))
+    if dirpath:  # another run's, newer, below the folder that the user has named
+        shutil.copytree(next(iter(saved)).parent, folder / "other" / "checkpoints")
+        for path in (folder / "other").rglob("*.ckpt"):
+            os.utime(path, (2e9, 2e9))
+
+    found: list[Path] = []
+
+    def spy(trainer: Any, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        found.append(Path(checkpoint_path))
+        return inner(trainer, checkpoint_path, *args, **kwargs)
+
+    inner = Strategy.load_checkpoint
+    monkeypatch.setattr(Strategy, "load_checkpoint", spy)
+    newest = max(saved, key=lambda path: path.stat().st_mtime_ns)
+    assert cli.main([*args, "--ckpt_path", "last"]) == 0
+    assert found[0] == newest
+    assert [p.name for p in (tmp_path / "runs" / "dcl").iterdir()] == (
+        ["version_0"] if not dirpath else ["version_0", "version_1"]
+    )
+    # The best two are kept, each with its memory, whatever folders they lie in.
+    left = {path for path in folder.rglob("*.ckpt") if "other" not in path.parts}
+    memories = {path for path in folder.rglob("*.ckpt.memory") if "other" not in path.parts}
+    assert {Path(f"{path}.memory") for path in left} == memories
+    assert len(left) <= 4
 
 
 def test_a_checkpoint_does_not_choose_what_is_imported(

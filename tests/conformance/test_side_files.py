@@ -126,6 +126,33 @@ def test_what_a_killed_run_left_half_is_removed_at_the_start(tmp_path: Path) -> 
     assert problem_of(tmp_path / "last.ckpt") == ""
 
 
+class Killed(BaseException):
+    """Ends a run at once, in the middle of a save."""
+
+
+@pytest.mark.parametrize("name", ["{step}", "{step}-{train/loss:.1f}"])
+def test_what_a_run_killed_within_a_save_left_is_removed_wherever_it_saved(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every checkpoint callback, also where a metric's name makes a folder of each checkpoint."""
+
+    def savers() -> list[ModelCheckpoint]:
+        first = ModelCheckpoint(tmp_path / "a", every_n_train_steps=100)
+        return [first, ModelCheckpoint(tmp_path / "b", every_n_train_steps=2, filename=name, save_top_k=-1)]
+
+    # A kill lets nothing tidy up.
+    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        fit(tmp_path, callbacks=savers(), trainer={"max_steps": 2})
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert len(list(tmp_path.rglob("*.part"))) == 1
+    fit(tmp_path, callbacks=savers(), trainer={"max_steps": 2})
+    assert len(list(tmp_path.rglob("*.ckpt"))) == 1
+    assert not list(tmp_path.rglob(".staging"))
+
+
 def test_a_lone_checkpoint_does_all_but_train(tmp_path: Path) -> None:
     agent, _ = fit(tmp_path, callbacks=[ModelCheckpoint(tmp_path, save_last=True)])
     lone = tmp_path / "elsewhere" / "lone.ckpt"
@@ -140,7 +167,7 @@ def test_a_lone_checkpoint_does_all_but_train(tmp_path: Path) -> None:
         fit(tmp_path, ckpt=lone)
     assert "is missing" in problem_of(lone)
     assert problem_of(lone, resumes=False) == ""
-    assert newest_checkpoint([tmp_path, lone.parent])[0].parent == tmp_path
+    assert newest_checkpoint([*tmp_path.glob("*.ckpt"), lone])[0].parent == tmp_path
 
 
 def test_a_checkpoint_of_format_1_resumes_for_ever(tmp_path: Path) -> None:
@@ -171,6 +198,57 @@ def test_a_run_without_a_memory_is_not_resumed_with_one(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "bare.ckpt")
     with pytest.raises(CheckpointError, match="has no memory"):
         fit(tmp_path, ckpt=tmp_path / "bare.ckpt")
+
+
+@pytest.mark.parametrize("what", ["file", "token", "absolute"])
+def test_a_checkpoint_names_no_file_outside_its_folder(what: str, tmp_path: Path) -> None:
+    """Someone else's checkpoint could else read, and a run that goes on from it write, any file of the user's."""
+    fit(tmp_path, callbacks=[ModelCheckpoint(tmp_path, save_last=True)], trainer={"max_steps": 3})
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    memory = checkpoint["dcl_lightning"]["memory"]
+    folder = tmp_path / "last.ckpt.memory"
+    secret = tmp_path / "secret"
+    shutil.copy(folder / memory["token"] / "rank_0", secret)  # of the right size and digest
+    if what == "token":
+        memory["token"] = ".."
+        shutil.copy(secret, tmp_path / "rank_0")
+    else:
+        memory["files"][0]["name"] = "../../secret" if what == "file" else str(secret)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="is not to be trusted"):
+        fit(tmp_path, ckpt=tmp_path / "last.ckpt")
+    assert "is not to be trusted" in problem_of(tmp_path / "last.ckpt")
+    assert newest_checkpoint([tmp_path / "last.ckpt"])[0] is None
+
+
+def test_all_that_a_checkpoint_needs_is_on_the_disk_before_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's content and the folder's entry of it are two things to a file system."""
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def note_sync(number: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{number}"))
+        sync(number)
+
+    def note_rename(source, target) -> None:
+        done.append(str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    folder = tmp_path / "c"
+    saver = ModelCheckpoint(folder, every_n_train_steps=3, filename="saved")
+    fit(tmp_path, callbacks=[saver], trainer={"max_steps": 3})
+    path = str(folder / "saved.ckpt")
+    (token,) = Path(f"{path}.memory").iterdir()
+    before, after = done[: done.index(path)], done[done.index(path) :]
+    inner = [entry for entry in before if entry.startswith(str(tmp_path))]
+    assert inner[0].endswith("/rank_0")
+    assert inner[1:4] == [str(token), str(token.parent), str(folder)]
+    assert inner[4].endswith(".part")
+    assert after[1] == str(folder)
 
 
 def test_rows_of_every_type_and_shape_come_back(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def main(folder: Path, name: str, workers: int) -> None:
     """Fit."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    path, problems = newest_checkpoint([folder / "checkpoints"])
+    path, problems = newest_checkpoint((folder / "checkpoints").glob("*.ckpt"))
     assert not problems, problems
     data: Any = make_data(batch_size=2)
     agent = make(name, data)
