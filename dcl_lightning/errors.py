@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 __all__ = [
     "CheckpointError",
@@ -13,6 +14,7 @@ __all__ = [
     "DatasetNotFoundError",
     "HorovodNotFoundError",
     "WorkerError",
+    "check_words",
     "suggestion",
 ]
 
@@ -84,3 +86,23 @@ def suggestion(given: str, names: Iterable[str]) -> str:
     right = sorted(set(names))
     near = difflib.get_close_matches(given, right, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near and given not in right else ""
+
+
+def check_words(section: str, hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuse words that a ``Literal`` does not have: in Python nothing else does, and a misspelt word would be another.
+
+    Args:
+        section: of the configuration, with which the keys begin: ``model`` or ``rehearsal``.
+        hints: types by name, as ``typing.get_type_hints`` gives them.
+        values: by name; those without a hint are left alone.
+
+    Raises:
+        ConfigurationError: with the words that are allowed.
+    """
+    for name in hints.keys() & values.keys():
+        kinds = (hints[name], *get_args(hints[name]))
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        if words and values[name] not in words and not (values[name] is None and type(None) in kinds):
+            given = values[name]
+            near = suggestion(given, words) if isinstance(given, str) else ""
+            raise ConfigurationError(f"{section}.{name}={given!r}: give {', '.join(words)}{near}")

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
@@ -32,7 +32,7 @@ from dcl_lightning.callbacks.contradictions import refuse_another_run
 from dcl_lightning.callbacks.hooks import leave_out_idle_hooks
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.distributed.comm import comm_of
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, check_words
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.parameter_groups import parameter_groups
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, warmup_divisor
@@ -112,8 +112,9 @@ class ContinualAgent(pl.LightningModule):
     ) -> None:
         super().__init__()
         self._keep_hyperparameters()
-        if logits not in ("all", "seen"):
-            raise ConfigurationError(f"logits={logits!r}: give 'all' or 'seen'")
+        for kind in type(self).__mro__:
+            if issubclass(kind, ContinualAgent):
+                check_words("model", get_type_hints(kind.__init__), self.hparams)
         gammas = [gamma] if isinstance(gamma, (int, float)) else list(gamma)
         if lr <= 0 or not 0 <= momentum < 1 or weight_decay < 0 or min(gammas, default=1) <= 0 or warmup_epochs < 0:
             raise ConfigurationError(
@@ -233,6 +234,8 @@ class ContinualAgent(pl.LightningModule):
             ConfigurationError: the data module's scenario is not among ``scenarios``, or its boundaries are not among
                 ``boundaries`` or contradict a value of this agent.
         """
+        # Lightning does so only after it has loaded a checkpoint, whose double precision would be lost.
+        self.trainer.precision_plugin.convert_module(self)
         data, name = getattr(self.trainer, "datamodule", None), type(self).__name__
         if stage == "fit":
             self.step_log.start(self.trainer)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_type_hints
 
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, check_words
 from dcl_lightning.memory.size import MemorySize
 
 __all__ = ["RehearsalConfig"]
@@ -59,6 +59,7 @@ class RehearsalConfig(MemorySize):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_words("rehearsal", get_type_hints(RehearsalConfig), vars(self))
         if self.num_samples < 1:
             raise ConfigurationError(f"rehearsal.num_samples={self.num_samples}: give at least 1")
         if self.num_candidates is not None and self.num_candidates < 1:

@@ -196,3 +196,17 @@ def test_a_task_cut_off_by_a_limit_is_ended_before_the_next_one_begins(tmp_path:
     trainer.fit(agent, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     assert sorted(agent.exemplars) == list(range(6))
     assert trainer.global_step == 8 + 6, "the last task trains on the exemplars of the one before, too"
+
+
+def test_double_precision_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """What Lightning loads before it has made the network double would be rounded to single precision."""
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    data = make_data()
+    agent = make_agent("base", data)
+    make_trainer(tmp_path, [saver], precision="64-true").fit(agent, datamodule=data)
+    for step in (3, 18):
+        again, other = make_agent("base", data, seed=5), make_data()
+        trainer = make_trainer(tmp_path, precision="64-true")
+        trainer.fit(again, datamodule=other, ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+        assert weights(again).dtype == torch.float64
+        assert torch.equal(weights(again), weights(agent)), step

@@ -1,0 +1,44 @@
+"""Words that are not among those allowed: refused in Python as on the command line, wherever they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dcl_lightning import FineTuning, ICaRL, RehearsalConfig
+from dcl_lightning.agents.presets import icarl_v1, nil
+from dcl_lightning.backbones import MLP
+from dcl_lightning.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"loss": "summ"}, r"rehearsal\.loss='summ': give mean, sum; did you mean 'sum'\?"),
+        ({"scope": "Global"}, r"rehearsal\.scope='Global': give local, global; did you mean 'global'\?"),
+        ({"quota": None}, r"rehearsal\.quota=None: give fixed, adaptive"),
+        ({"policy": "lifo"}, r"rehearsal\.policy='lifo': give nil, .*; did you mean 'fifo'\?"),
+        ({"update": "task-end"}, r"rehearsal\.update='task-end': give step, task_end"),
+    ],
+)
+def test_words_of_a_memory(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        RehearsalConfig(**words)
+    with pytest.raises(ConfigurationError, match=message):
+        nil(MLP([4]), 4, input_spec=(1, 2, 2), rehearsal=words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        (FineTuning, {"logits": "new"}, r"model\.logits='new': give all, seen"),
+        (FineTuning, {"scale_lr": "squared"}, r"model\.scale_lr='squared': give none, "),
+        (ICaRL, {"execution": "nonblocking"}, r"model\.execution='nonblocking': give inline, blocking"),
+        (ICaRL, {"exemplars": "per-step"}, r"model\.exemplars='per-step': give union, per_step"),
+        (icarl_v1, {"bce_reduction": "max"}, r"model\.bce_reduction='max': give mean, sum"),
+    ],
+)
+def test_words_of_an_agent(kind: Any, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        kind(MLP([4]), 4, input_spec=(1, 2, 2), **words)
