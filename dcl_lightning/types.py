@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Batch", "Clock", "InputSpec", "MemoryRows", "StoresMore", "Task"]
+__all__ = ["Batch", "Clock", "InputSpec", "MemoryRows", "Replay", "StoresMore", "Task"]
 
 
 class InputSpec(NamedTuple):
@@ -106,6 +106,25 @@ class Clock(Protocol):
 
     def task_at(self, epoch: int) -> int:
         """Return the 0-based task of an epoch of the whole stream."""
+        ...
+
+
+@runtime_checkable
+class Replay(Protocol):
+    """What an agent or a callback adds to the training batches of a data module, which asks when it makes a loader."""
+
+    @property
+    def replayed_per_batch(self) -> int | None:
+        """Replayed samples that join each batch of a worker; None where they are part of the task's training set."""
+        ...
+
+    @property
+    def loads_ahead(self) -> bool:
+        """Whether a thread prepares each batch while the one before it is trained on."""
+        ...
+
+    def replayed_ids(self, task: int) -> Tensor:
+        """Return the sample ids ``(m,)`` int64 that a 0-based task trains on besides its own; none, for most."""
         ...
 
 

@@ -78,8 +78,9 @@ class ICaRL(ContinualAgent):
             raise ConfigurationError("model.loss=kl tells exemplars from new samples: give model.exemplars=per_step")
         if num_samples < 1:
             raise ConfigurationError(f"model.num_samples={num_samples}: give at least 1")
-        self.exemplars_per_step = num_samples if exemplars == "per_step" else None
+        self.replayed_per_batch = num_samples if exemplars == "per_step" else None
         self.loss, self.execution = loss, execution
+        self.loads_ahead = execution == "blocking"
         self.teacher = Teacher(self.backbone, self.head)
         width = self.head.in_features
         self.register_buffer("means", torch.zeros(num_classes, width))
@@ -116,7 +117,7 @@ class ICaRL(ContinualAgent):
         return loss
 
     def on_fit_start(self) -> None:
-        """Check the memory's size and hand the exemplars to the data module."""
+        """Check the memory's size, and let the data module ask for the exemplars."""
         super().on_fit_start()
         data = self._data
         self._teaching = bool(self.has_teacher)
@@ -127,9 +128,7 @@ class ICaRL(ContinualAgent):
                 f"a memory of {self.capacity} exemplars is smaller than the {self.num_classes} classes of the stream: "
                 f"set model.rehearsal.buffer_size to at least {self.num_classes}"
             )
-        data.extra_indices = self._rehearsed
-        data.extra_per_step = self.exemplars_per_step
-        data.load_ahead = self.execution == "blocking"
+        data.attach_replay(self)
 
     def on_task_start(self, task: Task) -> None:
         """Note the task's classes; at the start of a stream forget the exemplars of an earlier one."""
@@ -172,6 +171,10 @@ class ICaRL(ContinualAgent):
         # The ended task's own stay: a run resumed from its last step asks for the length of its epoch.
         self._rehearsed[task.index + 1] = self.exemplar_ids()
         self._rehearsed.pop(task.index - 1, None)
+
+    def replayed_ids(self, task: int) -> Tensor:
+        """Return the exemplars that a task trains on besides its own samples, ``(m,)`` int64."""
+        return self._rehearsed.get(task, torch.empty(0, dtype=torch.int64))
 
     def exemplar_ids(self) -> Tensor:
         """Return the sample ids of all exemplars ``(M,)`` int64, class by class in herding order."""

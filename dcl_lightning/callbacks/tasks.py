@@ -321,8 +321,7 @@ class TaskClock(pl.Callback):
     def _count(self, trainer: pl.Trainer, batch: Batch) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         # Exemplars that are part of a task's training set come among the new samples.
-        joined = data.extra_per_step is None and len(data.extra_indices.get(data.task_id, ())) > 0
-        self._samples.add(batch, data.task_id if joined else None)
+        self._samples.add(batch, data.task_id if data.replays_in_task else None)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task if an ``EarlyStopping`` stopped at the end of this epoch."""

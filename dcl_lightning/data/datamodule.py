@@ -23,7 +23,7 @@ from dcl_lightning.data.transformed import TransformedInputs
 from dcl_lightning.distributed.place import place, worker_threads
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.paths import absolute
-from dcl_lightning.types import Batch, Clock, InputSpec, Task
+from dcl_lightning.types import Batch, Clock, InputSpec, Replay, Task
 
 __all__ = ["ContinualDataModule"]
 
@@ -72,9 +72,7 @@ class ContinualDataModule(pl.LightningDataModule):
             image, and ``num_classes``, where only a part is at hand, of sets of image files.
 
     Attributes:
-        load_ahead: whether a thread prepares each training batch one ahead.
-        extra_indices: for a task, sample ids that are trained on beside its own (iCaRL's exemplars).
-        extra_per_step: None, and these are part of the task's training set; or how many of them join each batch.
+        task_id: 0-based task of the training loader that was made last.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self.root, self.download, self.boundaries, self.shard = absolute(root), download, boundaries, shard
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
         self.val_ratio, self.batch_size = val_ratio, batch_size
-        self.seed = seed_of_run(seed)
+        self.seed = self._own_seed = seed_of_run(seed)
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
         if num_workers is not None and num_workers < 0:
             raise ConfigurationError(f"data.num_workers={num_workers}: give 0 or more")
@@ -157,12 +155,10 @@ class ContinualDataModule(pl.LightningDataModule):
             self._splits = None  # these files are not the ones that are read
         self.num_tasks = self._count_tasks()
         self.task_id = 0
-        self.load_ahead = False
-        self.extra_indices: dict[int, Tensor] = {}
-        self.extra_per_step: int | None = None
         self.original_labels: list[scenarios.Label] = []
         self._stream: Stream | None = None
         self._clock: Clock | None = None
+        self._replay: Replay | None = None
         self._train_loader: TaskLoader | None = None
 
     # -- known before any file is read -------------------------------------------------------------
@@ -231,6 +227,8 @@ class ContinualDataModule(pl.LightningDataModule):
         """Read the data and cut them into tasks, once."""
         self._readers.num_workers = self._processes()
         if self._stream is not None:
+            if stage == "fit":  # an earlier fit may have been resumed from a run of another seed
+                self._take_seed(self._own_seed)
             return
         splits = self._splits or sources.load(
             self.dataset_name, self._staged_root(look=self.trainer is None), False, self.source_options
@@ -259,9 +257,43 @@ class ContinualDataModule(pl.LightningDataModule):
         local = max(place("local_size"), getattr(self.trainer, "num_devices", 1))
         return min(worker_threads(local), 8)
 
+    # -- who says what is trained on, for the time of a fit -----------------------------------------
+
     def attach_clock(self, clock: Clock | None) -> None:
-        """Let the clock say which task an epoch belongs to; None once its fit has ended."""
+        """Let a clock say which task an epoch belongs to, until the fit ends; None to go without."""
         self._clock = clock
+        if clock is not None:
+            self.task_id = clock.task_at(0)
+
+    def attach_replay(self, replay: Replay) -> None:
+        """Let an agent or a callback add to the training batches, until the fit ends.
+
+        Args:
+            replay: asked whenever a training loader is made.
+
+        Raises:
+            ConfigurationError: another one adds to them already.
+        """
+        if self._replay is not None and self._replay is not replay:
+            raise ConfigurationError(
+                f"{type(self._replay).__name__} and {type(replay).__name__} both add to the data module's batches: "
+                "leave one of them out, or give rehearsal.stage=assemble"
+            )
+        self._replay = replay
+
+    def detach_replay(self) -> None:
+        """Train on each task's own samples alone."""
+        self._replay = None
+
+    @property
+    def replays_in_task(self) -> bool:
+        """Whether samples of earlier tasks are part of the present task's training set."""
+        replay = self._replay
+        return replay is not None and replay.replayed_per_batch is None and len(replay.replayed_ids(self.task_id)) > 0
+
+    def _leave_fit(self) -> None:
+        self._clock = self._replay = self._train_loader = None
+        self._readers.close()
 
     def tasks(self, epochs: list[int]) -> list[Task]:
         """Return the stream, given each task's number of epochs."""
@@ -280,9 +312,11 @@ class ContinualDataModule(pl.LightningDataModule):
         self.task_id = self._clock.task_at(epoch) if self._clock is not None else self.task_id
         first = 0 if self.concatenate_tasksets else self.task_id
         own = torch.cat([self.train_indices(t) for t in range(first, self.task_id + 1)])
-        extra = self.extra_indices.get(self.task_id, own[:0])
+        replay = self._replay
+        extra = own[:0] if replay is None else replay.replayed_ids(self.task_id)
         extra = extra[~torch.isin(extra, own)]
-        indices = torch.cat([own, extra]) if self.extra_per_step is None else own
+        per_batch = None if replay is None else replay.replayed_per_batch
+        indices = torch.cat([own, extra]) if per_batch is None else own
         rank, size = self._place()
         if self._train_loader is None:
             parts = self.stream.train_parts
@@ -297,9 +331,9 @@ class ContinualDataModule(pl.LightningDataModule):
         self._train_loader.batch_size = self.batch_size
         self._train_loader.augment = self.augment
         self._train_loader.pin_memory = self._on_gpu()
-        self._train_loader.visit(indices, epoch, extra, self.extra_per_step or 0)
+        self._train_loader.visit(indices, epoch, extra, per_batch or 0)
         # Transformations of a scenario draw from the generator that training uses, too.
-        ahead = self.load_ahead and not isinstance(self.train_inputs, TransformedInputs)
+        ahead = replay is not None and replay.loads_ahead and not isinstance(self.train_inputs, TransformedInputs)
         return AheadLoader(self._train_loader) if ahead else self._train_loader
 
     def val_dataloader(self) -> list[TaskLoader]:
@@ -339,12 +373,20 @@ class ContinualDataModule(pl.LightningDataModule):
         return loader
 
     def teardown(self, stage: str) -> None:
-        """End the processes that read images.
+        """Let go of what belonged to a fit, and end the processes that read images.
 
         Args:
             stage: what has ended.
         """
-        self._readers.close()
+        self._leave_fit()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let go of what belonged to a fit that failed.
+
+        Args:
+            exception: why it ended.
+        """
+        self._leave_fit()
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -367,9 +409,13 @@ class ContinualDataModule(pl.LightningDataModule):
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         refuse_another_stream(state_dict["stream"], self.stream.facts(self.dataset_name))
-        self.seed = state_dict["seed"]
-        self.stream.draw(self.seed)
-        self._train_loader = None
+        self._take_seed(state_dict["seed"])
+
+    def _take_seed(self, seed: int) -> None:
+        if seed != self.seed:
+            self.seed = seed
+            self.stream.draw(seed)
+            self._train_loader = None
 
     # -- on the device -----------------------------------------------------------------------------
 

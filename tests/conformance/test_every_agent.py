@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 
@@ -106,6 +107,32 @@ def test_resume_equals_uninterrupted_and_the_memory_works(name: str, tmp_path: P
     loaded = type(agent).load_from_checkpoint(tmp_path / "steps" / f"step={last}.ckpt", backbone=MLP([8]))
     assert same(dict(loaded.hparams), dict(agent.hparams))
     assert torch.equal(predictions(loaded, data, tmp_path), predictions(agent, data, tmp_path))
+
+
+@pytest.mark.parametrize("name", REPEATING)
+def test_a_fit_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    def fit(agent, data):
+        pl.seed_everything(0)
+        make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
+        return copy.deepcopy(agent.state_dict()), matrix(agent)
+
+    data = data_of(name)
+    expected = fit(make(name, data), data)
+    known = {key: value for key, value in vars(data).items() if key not in ("trainer", "task_id")}
+    if name not in ("joint", "cumulative"):
+        fit(make("icarl", data), data)  # its exemplars are part of later tasks' training sets
+    agent = make(name, data)
+    start, trained = copy.deepcopy(agent.state_dict()), fit(agent, data)
+    assert same(trained[0], expected[0])
+    assert torch.equal(trained[1].nan_to_num(-1), expected[1].nan_to_num(-1))
+    # The agent itself, from its first weights, begins anew as well.
+    agent.load_state_dict(start)
+    again = fit(agent, data)
+    assert same(again[0], expected[0])
+    assert torch.equal(again[1].nan_to_num(-1), expected[1].nan_to_num(-1))
+    now = {key: value for key, value in vars(data).items() if key not in ("trainer", "task_id")}
+    assert now.keys() == known.keys()
+    assert all(now[key] is known[key] or now[key] == known[key] for key in now if "_readers" not in key)
 
 
 @pytest.mark.parametrize("name", ["derpp", "derpp_task_end", "agem", "gdumb"])

@@ -96,14 +96,45 @@ def test_another_trainer_or_batch_size_reaches_the_loader() -> None:
     assert len(ids(in_trainer(data, 0, 1, 2).train_dataloader())) == 4
 
 
-def test_extra_samples_join_their_task_once() -> None:
+class Exemplars:
+    """Two samples of task 0 are trained on again in task 1."""
+
+    loads_ahead = False
+
+    def __init__(self, per_batch: int | None = None) -> None:
+        self.replayed_per_batch = per_batch
+
+    def replayed_ids(self, task: int) -> torch.Tensor:
+        return torch.tensor([0, 4] if task == 1 else [], dtype=torch.int64)
+
+
+def test_replayed_samples_join_their_task_once() -> None:
     data = make()
-    data.extra_indices = {1: torch.tensor([0, 4])}
+    data.attach_replay(Exemplars())
     assert ids(in_trainer(data, 1).train_dataloader()) == list(range(8))
     assert ids(in_trainer(data, 2).train_dataloader()) == [0, 4, *range(8, 16)]
     both = make(concatenate_tasksets=True)
-    both.extra_indices = {1: torch.tensor([0, 4])}
+    both.attach_replay(Exemplars())
     assert ids(in_trainer(both, 2).train_dataloader()) == list(range(16))
+
+
+def test_one_at_a_time_adds_to_the_batches_and_goes_when_the_fit_ends() -> None:
+    data = make()
+    first = Exemplars(per_batch=1)
+    data.attach_replay(first)
+    data.attach_replay(first)
+    with pytest.raises(ConfigurationError, match="both add"):
+        data.attach_replay(Exemplars())
+    assert [b.num_new for b in in_trainer(data, 2).train_dataloader()] == [3, 3, 2]
+    assert [len(b.targets) for b in in_trainer(data, 2).train_dataloader()] == [4, 4, 3]
+    for leave in (lambda: data.teardown("fit"), lambda: data.on_exception(ValueError()), data.detach_replay):
+        data.attach_replay(first)
+        data.attach_clock(TwoEpochsATask())
+        leave()
+        data.attach_replay(Exemplars())
+        data.detach_replay()
+        data.attach_clock(TwoEpochsATask())
+        assert ids(in_trainer(data, 2).train_dataloader()) == list(range(8, 16))
 
 
 def test_tasks_say_what_they_hold() -> None:
