@@ -128,6 +128,7 @@ class BiC(RehearsingAgent):
     def _held_out_logits(self) -> tuple[Tensor, Tensor]:
         """Return logits ``(n, K)`` and labels of what is stored and held out, by ids, the same on all workers."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.rehearsal.wait(self.trainer)
         manager = self.rehearsal.manager
         assert manager is not None
         ids = torch.from_numpy(manager.buffer.state.ids.copy())

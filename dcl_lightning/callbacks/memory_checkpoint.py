@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from dcl_lightning.memory.nests import flatten, rebuild
 from dcl_lightning.memory.redeal import redeal
 from dcl_lightning.memory.rows_file import RowsFile, write_memory
 
-__all__ = ["SavedMemories", "save_memory"]
+__all__ = ["SavedMemories", "refuse_another_memory", "save_memory"]
 
 # What says how work is done and where rows lie, and not what is stored.
 _HARMLESS = ("execution", "stage", "storage")
@@ -99,7 +100,7 @@ class SavedMemories:
                     "start from its weights with load_from_checkpoint"
                 )
             return None
-        _refuse_another_memory(memory["config"], asdict(config))
+        refuse_another_memory(memory["config"], config, "the checkpoint's run had")
         files = memory["files"]
         read = [comm.rank] if len(files) == comm.size else list(range(len(files)))
         raise_together(comm, check_files(Path(memory["folder"]), files, read))
@@ -109,6 +110,15 @@ class SavedMemories:
     def capacity(self) -> int:
         """Rows of the whole job."""
         return self._memory["capacity"]
+
+    def fits(self, manager: MemoryManager, comm: Comm) -> bool:
+        """Return whether a memory that is there can take these rows as it is.
+
+        Args:
+            manager: of the memory.
+            comm: the cluster.
+        """
+        return manager.total == self.capacity and comm.size == len(self._memory["files"]) == len(manager.sizes)
 
     def restore(self, manager: MemoryManager, example: Any) -> Representatives | None:
         """Fill this worker's memory; return what it had drawn for its next step.
@@ -157,9 +167,23 @@ class SavedMemories:
         checkpoint.setdefault(KEY, {"format": FORMAT})["memory"] = memory
 
 
-def _refuse_another_memory(saved: dict[str, Any], present: dict[str, Any]) -> None:
-    for name, value in present.items():
-        if name not in _HARMLESS and saved.get(name, value) != value:
+def refuse_another_memory(
+    before: dict[str, Any] | RehearsalConfig, now: RehearsalConfig, what: str, free: Sequence[str] = _HARMLESS
+) -> None:
+    """Refuse to go on with a memory that was filled in another way.
+
+    Args:
+        before: what the memory was told then.
+        now: what it is told now.
+        what: the beginning of the message, before the former value.
+        free: names of values that may differ.
+
+    Raises:
+        ConfigurationError: a value differs that says what is stored; both are named.
+    """
+    former = asdict(before) if isinstance(before, RehearsalConfig) else before
+    for name, value in asdict(now).items():
+        if name not in free and former.get(name, value) != value:
             raise ConfigurationError(
-                f"rehearsal.{name}={value}: the checkpoint's run had {saved[name]}; resume with that"
+                f"rehearsal.{name}={value}: {what} {former[name]}; go on with that, or begin with an empty memory"
             )

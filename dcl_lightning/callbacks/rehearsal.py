@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning.callbacks.extras import ExtraColumns
 from dcl_lightning.callbacks.hooks import before_first_layer, log_interval, pass_through
-from dcl_lightning.callbacks.memory_checkpoint import SavedMemories, save_memory
+from dcl_lightning.callbacks.memory_checkpoint import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.callbacks.references import AS_EVALUATED, References
 from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.stream import Stream
@@ -24,7 +25,7 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.engine import MemoryEngine
-from dcl_lightning.memory.joining import Rooms, columns_of, join
+from dcl_lightning.memory.joining import Room, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
 from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows
 from dcl_lightning.memory.ranges import stage
@@ -36,6 +37,13 @@ __all__ = ["Rehearsal"]
 _PRESET_ROWS = 60  # per class and worker, where no size is given: the original program's
 
 
+class _Prepared(NamedTuple):
+    """Representatives, and the room for new inputs in front of theirs, where the background has made it."""
+
+    drawn: Representatives
+    room: Room | None = None
+
+
 class Rehearsal(pl.Callback):
     """Adds representatives of earlier batches to every training batch.
 
@@ -43,6 +51,10 @@ class Rehearsal(pl.Callback):
     anew each time, unless ``store`` says otherwise. With any other module, batches may be any nest of
     tensors with a common first dimension; what the loader gave is stored, and joined to the batch once
     that is on the device.
+
+    With another module the memory outlives a fit: one fit a task, with the same ``Rehearsal``, rehearses what the fits
+    before have stored. ``clear`` empties it. Where a ``ContinualDataModule`` brings the tasks, the first of them begins
+    with an empty memory.
 
     Args:
         config: size, policy, scope and execution of the memory.
@@ -63,45 +75,77 @@ class Rehearsal(pl.Callback):
         self.config = config or RehearsalConfig()
         self.label, self.num_classes = label, num_classes
         self.manager: MemoryManager | None = None
-        self._engine: MemoryEngine[Representatives | None] | None = None
-        self._rooms: Rooms | None = None
+        self._engine: MemoryEngine[_Prepared | None] | None = None
         self._references: References | None = None
         self._extras: ExtraColumns | None = None
-        self._in_flight: Representatives | None = None
+        self._in_flight: _Prepared | None = None
         self._offer: Offer | None = None
         self._weights: Tensor | None = None
         self._due = False  # whether this step's work was not given to the engine yet
+        self._came = False  # whether this step's batch came past the hooks
+        self._computed = False  # whether this step's loss was computed
         self._undo: list[Callable[[], None]] = []
         self._begins_late = False
         self.saved: SavedMemories | None = None
-        self._example: Any = None
         self._wait_s = 0.0
 
     # -- life --------------------------------------------------------------------------------------
 
+    def clear(self) -> None:
+        """Forget all that is stored: the next fit begins with an empty memory.
+
+        Raises:
+            RuntimeError: a fit is going on.
+        """
+        if self._engine is not None:
+            raise RuntimeError("Rehearsal.clear: a fit is going on; call it between fits")
+        self.manager = None
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a stream that does not fit; with ``stage: load`` let the data module prepare batches ahead."""
-        stream = getattr(getattr(trainer, "datamodule", None), "stream", None)
+        """Refuse what does not fit; with ``stage: load`` let the data module prepare batches ahead."""
         keep_side_files(trainer.strategy)
         requeue_between_steps(trainer)
-        if stage == "fit":
-            self.saved = self.manager = None
-        if stage == "fit" and isinstance(stream, Stream):
-            self.config.check_stream(stream.classes_come_again, trainer.datamodule.boundaries)  # type: ignore[attr-defined]
-        if stage == "fit" and self.config.stage == "load":
-            data: Any = getattr(trainer, "datamodule", None)
-            if not hasattr(data, "load_ahead"):
+        if stage != "fit":
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        stream = getattr(data, "stream", None)
+        self.saved = None
+        if isinstance(stream, Stream):
+            self.manager = None  # the stream begins, or a checkpoint brings its memory
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise ConfigurationError(
+                f"{type(pl_module).__name__}.training_step(dataloader_iter) fetches batches itself, past the hooks by "
+                "which representatives join them: give training_step(batch, batch_idx)"
+            )
+        if isinstance(stream, Stream):
+            self.config.check_stream(stream.classes_come_again, data.boundaries)
+        if self.config.stage == "load":
+            if not hasattr(data, "attach_replay"):
                 raise ConfigurationError("rehearsal.stage=load needs a ContinualDataModule: give stage=assemble")
-            data.load_ahead = True
+            data.attach_replay(self)
+
+    # What a data module asks whose batches are prepared ahead.
+    replayed_per_batch = None
+    loads_ahead = True
+
+    def replayed_ids(self, task: int) -> Tensor:
+        """Return no ids: representatives join a batch after it was loaded."""
+        return torch.empty(0, dtype=torch.int64)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the memory between the loader and the module."""
-        self._in_flight = self._offer = None
-        self._due = False
+        """Put the memory between the loader and the module; where rows are known already, make or restore it."""
+        self._offer = None
+        self._due = self._came = self._computed = False
         self._wait_s = 0.0
-        self.manager = self._rooms = self._references = None
+        self._references = None
         self._extras = ExtraColumns(pl_module)
         self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
+        data: Any = getattr(trainer, "datamodule", None)
+        if isinstance(getattr(data, "stream", None), Stream):
+            # Before the first batch, so that the clock ends a task that was cut off with the memory that it filled.
+            self._build(trainer, pl_module, self._batch_without_rows(trainer, pl_module, data))
+        elif self.manager is not None:
+            self._go_on(trainer, pl_module)
         self._undo = [
             pass_through(trainer, pl_module, "on_before_batch_transfer", self._before(trainer, pl_module)),
             pass_through(
@@ -117,14 +161,33 @@ class Rehearsal(pl.Callback):
         if last is not None and self._begins_late:
             self._undo.append(last.register_post_accumulate_grad_hook(lambda _: self._begin(trainer)).remove)
 
+    def _batch_without_rows(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> Batch:
+        batch: Batch = trainer.precision_plugin.convert_input(data.batch_without_rows())
+        if self.config.store == "transformed":
+            batch = data.on_after_batch_transfer(move_data_to_device(batch, module.device), 0)
+        return batch
+
+    def _go_on(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Let the memory of an earlier fit go on in this one."""
+        assert self.manager is not None
+        refuse_another_memory(self.manager.config, self.config, "the memory was filled with", ("execution", "stage"))
+        self.manager.config = self.config
+        self.manager.connect(comm_of(trainer.strategy), module.device)
+        self._refer(trainer, module)
+
     def _begin(self, trainer: pl.Trainer) -> None:
         if self._due:
             self._submit(trainer)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave nothing pending, also where an epoch ends amid its batches; the next one draws anew."""
+        self._due = False
+        self.wait(trainer)
+        self._in_flight = None
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish pending work and take the memory out again."""
-        if self._engine is not None:
-            self._engine.flush()
+        self.wait(trainer)
         self._leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -138,9 +201,26 @@ class Rehearsal(pl.Callback):
     def _leave(self) -> None:
         while self._undo:
             self._undo.pop()()
+        self._in_flight = self._offer = self._weights = self._extras = None
         engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
+        if engine is not None and not engine.close():
+            rank_zero_warn("the memory's work did not end with the fit: what it holds is given up")
+            self.manager = None
+        if self.manager is not None:
+            self.manager.disconnect()
+
+    def wait(self, trainer: pl.Trainer) -> None:
+        """Wait until no work is pending, so that the memory may be read or changed; what was drawn is kept.
+
+        Args:
+            trainer: of the fit; every worker calls this.
+        """
+        if self._engine is None:
+            return
+        self._begin(trainer)
+        if self._engine.pending:
+            drawn = self._engine.flush()
+            self._in_flight = self._in_flight if drawn is None else drawn
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -162,33 +242,50 @@ class Rehearsal(pl.Callback):
         def add(batch: Any) -> Any:
             if self.config.store == "transformed":
                 self._note(trainer, module, batch)
-            drawn = self._take(trainer)
-            self._due = True
+            ready = self._take(trainer)
+            self._due, self._came, self._computed = True, True, not module.automatic_optimization
             more = self._extras is not None and self._extras.shapes
             if self.config.scope == "global" and self.config.execution != "inline" and not more:
                 # What travels between workers does so before the gradients, and behind the whole step.
                 self._submit(trainer)
-            if drawn is None or not (len(drawn.labels) or drawn.weight_share):
-                return batch
+            if ready is None or not (len(ready.drawn.labels) or ready.drawn.weight_share):
+                # The module may write into its batch, of which the memory reads after the step.
+                return batch._replace(inputs=batch.inputs.clone()) if isinstance(batch, Batch) else batch
             with stage("join", module.device):
-                return self._join(batch, drawn, module.device, trainer.global_step)
+                return self._join(batch, ready, module.device, trainer.global_step)
 
         return add
 
-    def _join(self, batch: Any, drawn: Representatives, device: torch.device, step: int) -> Any:
-        rows, weights = drawn.rows, drawn.weights
+    def _join(self, batch: Any, ready: _Prepared, device: torch.device, step: int) -> Any:
+        rows, weights, share = ready.drawn.rows, ready.drawn.weights, ready.drawn.weight_share
         if device.type != "cpu":
             rows, weights = move_data_to_device((rows, weights), device)
         if self._engine is not None and self._engine.stream is not None:
             _used_on(torch.cuda.current_stream(), rows)
         if not isinstance(batch, Batch):
             return concat(batch, rows)
-        inputs = self._rooms.beside(batch.inputs, rows["inputs"]) if self._rooms is not None else None
+        inputs = ready.room.beside(batch.inputs) if ready.room is not None else None
         more = self._extras.shapes if self._extras is not None else ()
-        return join(batch, rows, weights, drawn.weight_share, self.config.loss, step, inputs, more)
+        return join(batch, rows, weights, share, self.config.loss, step, inputs, more)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a batch that did not come past the hooks: it would be trained on without representatives.
+
+        Raises:
+            ConfigurationError: with the remedy.
+        """
+        if not self._came:
+            raise ConfigurationError(
+                "a batch came past on_after_batch_transfer, by which representatives join it: the strategy or the "
+                "module moves batches by itself; leave Rehearsal out, or let Lightning move them"
+            )
+        self._came = False
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let the background begin, its kernels under the backward pass, where it does not begin late."""
+        self._computed = True
         if self.config.execution != "inline" and not self._begins_late:
             self._begin(trainer)
 
@@ -196,21 +293,20 @@ class Rehearsal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Do the memory's work now if it was not begun; at the end of an epoch leave nothing pending."""
-        assert self._engine is not None
         self._begin(trainer)
         if trainer.is_last_batch:
-            self._engine.flush()
+            self.wait(trainer)
             self._in_flight = None
         every = log_interval(trainer)
         if trainer.loggers and every and trainer.global_step % every == 0:
             self._log(trainer, every)
 
-    def _take(self, trainer: pl.Trainer) -> Representatives | None:
+    def _take(self, trainer: pl.Trainer) -> _Prepared | None:
         """Return the representatives of this step; at the start of an epoch they are drawn now."""
         assert self._engine is not None
         if self._in_flight is not None:
-            drawn, self._in_flight = self._in_flight, None
-            return drawn
+            ready, self._in_flight = self._in_flight, None
+            return ready
         if self.config.execution == "nonblocking":
             return self._engine.latest()
         if not self._engine.pending:
@@ -221,37 +317,44 @@ class Rehearsal(pl.Callback):
 
     def _submit(self, trainer: pl.Trainer) -> None:
         assert self._engine is not None
+        assert self.manager is not None
         self._due = False
-        draw = not trainer.is_last_batch
+        # Loaders that are not ours may differ in length: no worker leaves out an exchange that another waits for.
+        draw = not trainer.is_last_batch or (self._weights is None and self.manager.exchange is not None)
         offer = self._offer if self.config.update == "step" else None
         skipped = self._skipped(trainer)
-        if offer is not None and self._extras is not None and self._weights is not None:
-            offer = self._extras.with_step(offer, self._weights)
+        if offer is not None and self._extras is not None and self._extras.shapes and self._weights is not None:
+            # A step that the module left out has no columns.
+            offer = self._extras.with_step(offer, self._weights) if self._computed else None
         if offer is not None and self._engine.stream is not None:
             _used_on(self._engine.stream, offer)
         self._engine.submit(lambda: self._advance(offer, draw, skipped))
 
-    def _advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None) -> Representatives | None:
+    def _advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None) -> _Prepared | None:
         assert self.manager is not None
         drawn = self.manager.advance(offer, draw, skipped)
-        if drawn is not None and self._references is not None:
+        if drawn is None:
+            return None
+        if self._references is not None:
             drawn = drawn._replace(rows=self._references.complete(drawn.rows))
-        if drawn is None or self.config.stage == "sample":
-            return drawn
-        rows, device = drawn.rows, self.manager.device
+        if self.config.stage == "sample":
+            return _Prepared(drawn)
+        rows, device, room = drawn.rows, self.manager.device, None
         with stage("move", device):
-            if self._rooms is not None:
-                rows = {**rows, "inputs": self._rooms.settle(rows["inputs"])}
+            # Not if a step may meet these representatives again: new inputs would lie in front of them already.
+            if self.config.execution == "blocking" and isinstance(rows, dict) and "sample_ids" in rows:
+                room = Room(self.manager.batch_size, rows["inputs"], device)
+                rows = {**rows, "inputs": room.rehearsed}
             if device.type != "cpu":
                 rows = move_data_to_device(rows, device)
-        return drawn._replace(rows=rows)
+        return _Prepared(drawn._replace(rows=rows), room)
 
     def _skipped(self, trainer: pl.Trainer) -> Tensor | None:
         # Of the present task nothing is stored before its end, where rows enter at the ends of tasks.
         if self.config.rehearse == "seen" or self.config.update == "task_end":
             return None
         # Not what the agent says: resumed at the end of an epoch, it hears of its task after this batch came.
-        clock: Any = trainer.lightning_module.clock
+        clock: Any = trainer.datamodule.clock  # type: ignore[attr-defined]
         assert self.manager is not None
         skipped = torch.zeros(self.manager.buffer.state.num_classes, dtype=torch.bool)
         skipped[list(clock.tasks[clock.task_at(trainer.current_epoch)].classes)] = True
@@ -259,11 +362,13 @@ class Rehearsal(pl.Callback):
 
     def on_task_end(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
         """With ``update: task_end`` offer the whole taskset, in random order."""
-        if self.config.update != "task_end" or self.manager is None:
+        self.wait(trainer)  # a task may end amid an epoch
+        if self.config.update != "task_end":
             return
+        assert self.manager is not None
+        assert self._extras is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.train_eval_loader(_shuffled(data.train_indices(task.index), self.manager.seed + task.index))
-        assert self._extras is not None
         if self._references is not None and not self._extras.shapes:
             loader.inputs = torch.empty(len(data.train_targets), 0)  # none need be read
         for batch in map(trainer.precision_plugin.convert_input, loader):
@@ -285,6 +390,8 @@ class Rehearsal(pl.Callback):
         labels = torch.zeros(count, dtype=torch.int64)
         if self.label is not None:
             labels = batch[self.label].long().cpu()
+        assert self.manager is not None
+        self.manager.buffer.store.check(batch)
         # A copy: the module may write into its batch while the memory reads. A sample's place is not known.
         return Offer(map_tensors(torch.clone, batch), labels, torch.full((count,), -1))
 
@@ -298,8 +405,9 @@ class Rehearsal(pl.Callback):
         if not own:
             config.check_without_agent(self.label is not None)
             num_rows(batch)  # what is no tensor is named
-        classes = module.num_classes if own else (self.num_classes or 1)
-        samples = len(trainer.datamodule.train_targets) if own else 0  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule", None)
+        classes = data.num_classes if own else (self.num_classes or 1)
+        samples = len(data.train_targets) if own else 0
         total = config.total(classes, comm.size, samples, _PRESET_ROWS * classes * comm.size)
         if self.saved is not None:  # also where sizes are given for each worker, and there are others now
             total = self.saved.capacity
@@ -307,8 +415,7 @@ class Rehearsal(pl.Callback):
             raise ConfigurationError(
                 f"a memory of {total} rows is smaller than the {classes} classes: enlarge rehearsal.buffer_size"
             )
-        if config.store == "reference":
-            self._references = References(getattr(trainer, "datamodule", None), module.device.type == "cuda")
+        self._refer(trainer, module)
         example = self._columns_of(batch, 0) if own else batch
         if own and self._extras is not None and self._extras.shapes:
             example = _no_rows(example) | self._extras.no_rows()
@@ -316,7 +423,7 @@ class Rehearsal(pl.Callback):
         seed = seed_of_run(config.seed)
         candidates = config.candidates
         if config.update == "task_end" and candidates is not None:  # every sample is a candidate
-            candidates = trainer.datamodule.eval_batch_size  # type: ignore[attr-defined]
+            candidates = data.eval_batch_size
         buffer = RehearsalBuffer(
             num_classes=classes,
             capacity=capacity,
@@ -327,17 +434,22 @@ class Rehearsal(pl.Callback):
             seed=seed * 1_000_003 + comm.rank,
             num_samples=samples or None,
         )
-        size = trainer.datamodule.batch_size if own else num_rows(batch)  # type: ignore[attr-defined]
+        size = data.batch_size if own else num_rows(batch)
         labels = torch.zeros(0, dtype=torch.int64)
-        self._example = _no_rows(example)
-        self.manager = MemoryManager(config, buffer, comm, size, (self._example, labels), module.device, seed)
+        example = _no_rows(example)
+        self.manager = MemoryManager(
+            config, buffer, comm, size, (example, labels), module.device, seed, shares_weights=own
+        )
         if self._references is not None:
-            self._example = self._references.complete(self._example)
-        if own and config.stage != "sample":
-            self._rooms = Rooms(size, config.num_samples, module.device)
+            example = self._references.complete(example)
         self.manager.total = total
         if self.saved is not None:
-            self._in_flight, self.saved = self.saved.restore(self.manager, self._example), None
+            drawn, self.saved = self.saved.restore(self.manager, example), None
+            self._in_flight = None if drawn is None else _Prepared(drawn)
+
+    def _refer(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.config.store == "reference":
+            self._references = References(getattr(trainer, "datamodule", None), module.device.type == "cuda")
 
     # -- reports -----------------------------------------------------------------------------------
 
@@ -364,20 +476,26 @@ class Rehearsal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write this worker's memory, and what it has drawn for its next step, beside the checkpoint."""
-        if self.manager is not None:
-            self._begin(trainer)  # another callback saves, whose turn comes before ours
-            if self._engine is not None and self._engine.pending:
-                self._in_flight = self._engine.flush()
-            save_memory(trainer, checkpoint, self.config, self.manager, self._in_flight)
-        elif self.saved is not None:
+        if self.manager is None and self.saved is not None:
             self.saved.save_again(trainer, checkpoint)
+        elif self.manager is not None:
+            self.wait(trainer)  # another callback may save, whose turn comes before ours
+            drawn = None if self._in_flight is None else self._in_flight.drawn
+            save_memory(trainer, checkpoint, self.config, self.manager, drawn)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look at the saved memories, which are taken back once the first batch has come."""
+        """Look at the saved memories, which are taken back as training starts, or with a module's first batch."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self.saved = SavedMemories.of(checkpoint, self.config, comm_of(trainer.strategy))
+            comm, kept = comm_of(trainer.strategy), self.manager
+            self.manager, self.saved = None, SavedMemories.of(checkpoint, self.config, comm)
+            if kept is not None and self.saved is not None and self.saved.fits(kept, comm):
+                # At once: what a search for a rate or a batch size has put aside is gone when training starts.
+                kept.connect(comm, pl_module.device)
+                drawn = self.saved.restore(kept, kept.buffer.store.example)
+                self._in_flight = None if drawn is None else _Prepared(drawn)
+                self.manager, self.saved = kept, None
 
 
 def _used_on(stream: torch.cuda.Stream, nest: Any) -> None:

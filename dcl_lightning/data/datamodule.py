@@ -259,6 +259,11 @@ class ContinualDataModule(pl.LightningDataModule):
 
     # -- who says what is trained on, for the time of a fit -----------------------------------------
 
+    @property
+    def clock(self) -> Clock | None:
+        """Who says which task an epoch belongs to; None outside a fit."""
+        return self._clock
+
     def attach_clock(self, clock: Clock | None) -> None:
         """Let a clock say which task an epoch belongs to, until the fit ends; None to go without."""
         self._clock = clock
@@ -335,6 +340,15 @@ class ContinualDataModule(pl.LightningDataModule):
         # Transformations of a scenario draw from the generator that training uses, too.
         ahead = replay is not None and replay.loads_ahead and not isinstance(self.train_inputs, TransformedInputs)
         return AheadLoader(self._train_loader) if ahead else self._train_loader
+
+    def batch_without_rows(self) -> Batch:
+        """Return a training batch without rows, as the loader gives it: names, types and shapes of its columns."""
+        none = torch.empty(0, dtype=torch.int64)
+        inputs: Any = self.train_inputs
+        if not isinstance(inputs, Tensor):
+            dtype = torch.uint8 if isinstance(inputs, ImageFiles) else torch.float32
+            inputs = torch.empty((0, *inputs.shape[1:]), dtype=dtype)
+        return Batch(inputs[:0], none, none, none, torch.empty(0), torch.zeros(()), none, 0)
 
     def val_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out."""

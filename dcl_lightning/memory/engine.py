@@ -98,16 +98,21 @@ class MemoryEngine(Generic[Result]):
             result = self.collect()
         return result
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End the thread; results that nobody collected are dropped, with their errors.
 
         A job that waits for another worker, which may have failed, is not waited for: the thread ends with it.
+
+        Returns:
+            Whether all jobs have ended.
         """
         self._pending.clear()
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join(_PATIENCE_S)
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return True
+        self._jobs.put(None)
+        thread.join(_PATIENCE_S)
+        return not thread.is_alive()
 
     def _finish(self, job: _Job[Result]) -> Result | None:
         if job.error is not None:

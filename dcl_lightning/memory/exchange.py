@@ -236,7 +236,7 @@ class GlobalExchange:
     ) -> None:
         if r * layout.row_bytes + HEADER_BYTES + 8 * note_length >= 1 << 31:
             raise ValueError(f"r={r} rows of {layout.row_bytes} bytes: one exchange holds less than 2 GiB a worker")
-        self._comm, self._gather, self._layout = comm, gather, layout
+        self.comm, self._gather, self._layout = comm, gather, layout
         self._r, self.seed, self._name = r, seed, name
         self._fixed_bytes = HEADER_BYTES + 8 * note_length  # of a message, whatever rows are in it
         self._device = device
@@ -264,16 +264,16 @@ class GlobalExchange:
         """
         if self._plan is not None:
             raise RuntimeError("an exchange is pending: collect it before the next one starts")
-        if len(sizes) != self._comm.size:
-            raise ValueError(f"sizes {list(sizes)}: give one for each of {self._comm.size} workers")
+        if len(sizes) != self.comm.size:
+            raise ValueError(f"sizes {list(sizes)}: give one for each of {self.comm.size} workers")
         fixed = torch.zeros(0, dtype=torch.int64) if note is None else note
         if 8 * fixed.numel() + HEADER_BYTES != self._fixed_bytes:
             raise ValueError(f"a note of {fixed.numel()} numbers, expected {(self._fixed_bytes - HEADER_BYTES) // 8}")
         draws = plan_draws(sizes, self._r, self.seed, step)
-        self._plan, self._step, self._error = plan_of(self._comm.rank, sizes, draws), step, None
+        self._plan, self._step, self._error = plan_of(self.comm.rank, sizes, draws), step, None
         try:
-            if sizes[self._comm.rank] > size:
-                raise RuntimeError(f"the memory has {size} rows, fewer than the {sizes[self._comm.rank]} drawn from")
+            if sizes[self.comm.rank] > size:
+                raise RuntimeError(f"the memory has {size} rows, fewer than the {sizes[self.comm.rank]} drawn from")
             served = self._gather(self._plan.positions)
             rows, amount = self._layout.pack(served.rows), served.amount
             if len(rows) != len(self._plan.positions):
@@ -296,7 +296,7 @@ class GlobalExchange:
             parts += (fixed, part)
         message = torch.cat(parts)[:, None]
         sent, received = ([self._fixed_bytes + n * width for n in counts] for counts in (plan.send, plan.receive))
-        return self._comm.alltoall_async(message, sent, received, self._name)
+        return self.comm.alltoall_async(message, sent, received, self._name)
 
     def collect(self) -> Drawn:
         """Wait for the exchange; return this worker's rows and the sizes for the next one."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcl_lightning.types import Batch
 
-__all__ = ["Rooms", "columns_of", "join"]
+__all__ = ["Room", "columns_of", "join"]
 
 
 def columns_of(batch: Batch) -> dict[str, Tensor]:
@@ -63,44 +63,36 @@ def join(
     )
 
 
-class Rooms:
-    """Two rooms of b + r inputs on the device: representatives wait in the tail of one while the other is trained on.
+class Room:
+    """Inputs on the device with room in front of them, so that a new batch is all that a step copies.
+
+    Each draw has its own: a batch may be in use after its step, by whoever kept it.
 
     Args:
-        batch_size: b, the most new samples of a batch.
-        num_samples: r, the most representatives.
-        device: where the rooms are.
+        num_new: b, the most new samples of a batch.
+        inputs: ``(r, ...)`` of the representatives.
+        device: where the room is.
+
+    Attributes:
+        rehearsed: the representatives' inputs, where they are now.
     """
 
-    def __init__(self, batch_size: int, num_samples: int, device: torch.device) -> None:
-        self.batch_size, self.num_samples, self.device = batch_size, num_samples, device
-        self._rooms: list[Tensor] = []
-        self._turn = 0
+    def __init__(self, num_new: int, inputs: Tensor, device: torch.device) -> None:
+        self._num_new = num_new
+        self._all = torch.empty((num_new + len(inputs), *inputs.shape[1:]), dtype=inputs.dtype, device=device)
+        self.rehearsed = self._all[num_new:].copy_(inputs, non_blocking=True)
 
-    def settle(self, inputs: Tensor) -> Tensor:
-        """Copy representatives into the tail of the next room; return them where they are now.
-
-        Args:
-            inputs: ``(r', ...)``, r' at most r.
-        """
-        if not self._rooms:
-            shape = (self.batch_size + self.num_samples, *inputs.shape[1:])
-            self._rooms = [torch.empty(shape, dtype=inputs.dtype, device=self.device) for _ in range(2)]
-        self._turn = 1 - self._turn
-        tail = self._rooms[self._turn][self.batch_size : self.batch_size + len(inputs)]
-        return tail.copy_(inputs, non_blocking=True)
-
-    def beside(self, new: Tensor, settled: Tensor) -> Tensor | None:
-        """Copy new inputs in front of settled ones; return both, ``(n + r', ...)``; None if these are in no room.
+    def beside(self, new: Tensor) -> Tensor | None:
+        """Copy new inputs in front of the representatives'; return both, None if there are too many.
 
         Args:
             new: ``(n, ...)``, n at most b.
-            settled: what ``settle`` returned.
+
+        Returns:
+            ``(n + r, ...)``.
         """
-        for room in self._rooms:
-            tail = room[self.batch_size :]
-            if settled.data_ptr() == tail.data_ptr() and len(new) <= self.batch_size:
-                start = self.batch_size - len(new)
-                room[start : self.batch_size].copy_(new, non_blocking=True)
-                return room[start : self.batch_size + len(settled)]
-        return None
+        if len(new) > self._num_new:
+            return None
+        both = self._all[self._num_new - len(new) :]
+        both[: len(new)].copy_(new, non_blocking=True)
+        return both

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer
-from dcl_lightning.memory.comm import Comm
+from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.exchange import GlobalExchange, RowLayout, Served
 from dcl_lightning.memory.ranges import stage
@@ -63,6 +64,8 @@ class MemoryManager:
         example: a nest like the stored rows, for their layout.
         device: where representatives are needed.
         seed: of a global draw, the same on all workers.
+        shares_weights: whether the loss is divided by the weights of all workers' representatives. If it is not, a
+            local draw sends no message.
     """
 
     def __init__(
@@ -74,8 +77,9 @@ class MemoryManager:
         example: Any,
         device: torch.device,
         seed: int = 0,
+        shares_weights: bool = True,
     ) -> None:
-        self.seed = seed
+        self.seed, self._shares_weights = seed, shares_weights
         self.config, self.buffer, self.comm = config, buffer, comm
         self.batch_size, self.device = batch_size, device
         self.steps = 0
@@ -94,6 +98,31 @@ class MemoryManager:
                 note_length=len(self.offered) if config.weighting == "nil" else 0,
                 device=buffer.store.device,
             )
+
+    def connect(self, comm: Comm, device: torch.device) -> None:
+        """Go on in another fit.
+
+        Args:
+            comm: the cluster.
+            device: where representatives are needed.
+
+        Raises:
+            ConfigurationError: it has another number of workers.
+        """
+        if comm.size != len(self.sizes):
+            raise ConfigurationError(
+                f"the memory was filled on {len(self.sizes)} workers, and this fit has {comm.size}: give as many, or "
+                "empty it with Rehearsal.clear()"
+            )
+        self.comm, self.device = comm, device
+        if self.exchange is not None:
+            self.exchange.comm = comm
+
+    def disconnect(self) -> None:
+        """Let go of the cluster, which ends with the fit."""
+        self.comm = SingleProcessComm()
+        if self.exchange is not None:
+            self.exchange.comm = self.comm
 
     def advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None = None) -> Representatives | None:
         """Do the memory's work of one step.
@@ -125,7 +154,7 @@ class MemoryManager:
         labels = self.buffer.labels_at(slots)
         weights = self._weights(labels, None, None)
         total = _sum(weights)
-        if self.comm.size > 1:
+        if self.comm.size > 1 and self._shares_weights:
             total = self._sum_over_workers(total)
         return Representatives(self.buffer.store.gather(slots), labels, weights, total / self.comm.size)
 

@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Nest", "concat", "flatten", "map_tensors", "num_rows", "rebuild"]
+from dcl_lightning.errors import DataError
+
+__all__ = ["Nest", "concat", "flatten", "map_tensors", "num_rows", "rebuild", "refuse_another_row"]
 
 Nest: TypeAlias = Any
 
@@ -95,18 +97,39 @@ def num_rows(nest: Nest) -> int:
 
     Raises:
         TypeError: a leaf is no tensor.
-        ValueError: there is no tensor, one has no dimension, or first dimensions differ.
+        DataError: there is no tensor, one has no dimension, or first dimensions differ.
     """
     leaves = flatten(nest)
     if not leaves:
-        raise ValueError("rows: the nest holds no tensor")
+        raise DataError("rows: the nest holds no tensor")
     sizes = {tensor.shape[:1] for _, tensor in leaves}
     if len(sizes) == 1 and (size := sizes.pop()):
         return size[0]
     scalars = [name for name, tensor in leaves if tensor.ndim == 0]
     if scalars:
-        raise ValueError(f"rows: leaf '{scalars[0]}' has no dimension; each tensor needs one row a sample")
-    raise ValueError(f"rows: first dimensions differ: { {name: tensor.shape[0] for name, tensor in leaves} }")
+        raise DataError(f"rows: leaf '{scalars[0]}' has no dimension; each tensor needs one row a sample")
+    raise DataError(f"rows: first dimensions differ: { {name: tensor.shape[0] for name, tensor in leaves} }")
+
+
+def refuse_another_row(name: str, ours: tuple[torch.Size, torch.dtype], given: tuple[torch.Size, torch.dtype]) -> None:
+    """Refuse rows of another shape or type than the ones that they shall stand beside.
+
+    Args:
+        name: of the column.
+        ours: shape and type of a row that is there.
+        given: of a row that comes.
+
+    Raises:
+        DataError: they differ, with the remedy.
+    """
+    if given != ours:
+        remedy = "give all batches one type"
+        if given[0] != ours[0]:
+            remedy = "bring all samples to one shape (pad, crop or cut them where batches are collated)"
+        raise DataError(
+            f"column '{name or 'batch'}' has rows of {list(given[0])} {given[1]}, and those before were of "
+            f"{list(ours[0])} {ours[1]}: rows of a memory are alike; {remedy}"
+        )
 
 
 def concat(first: Nest, second: Nest) -> Nest:
@@ -118,9 +141,11 @@ def concat(first: Nest, second: Nest) -> Nest:
 
     Raises:
         TypeError: a leaf is no tensor.
-        ValueError: their names differ.
+        DataError: their names, shapes or types differ.
     """
     ours, theirs = flatten(first), flatten(second)
     if [name for name, _ in ours] != [name for name, _ in theirs]:
-        raise ValueError(f"nests differ: {[name for name, _ in ours]} and {[name for name, _ in theirs]}")
+        raise DataError(f"nests differ: {[name for name, _ in ours]} and {[name for name, _ in theirs]}")
+    for (name, a), (_, b) in zip(ours, theirs, strict=True):
+        refuse_another_row(name, (b.shape[1:], b.dtype), (a.shape[1:], a.dtype))
     return rebuild(first, [torch.cat((a, b)) for (_, a), (_, b) in zip(ours, theirs, strict=True)])

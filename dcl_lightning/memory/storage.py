@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.nests import Nest, flatten, map_tensors, rebuild
+from dcl_lightning.errors import ConfigurationError, DataError
+from dcl_lightning.memory.nests import Nest, flatten, map_tensors, rebuild, refuse_another_row
 
 __all__ = ["RowStore", "available_bytes"]
 
@@ -146,6 +146,23 @@ class RowStore:
         """Return the capacity."""
         return self.capacity
 
+    def check(self, rows: Nest) -> list[tuple[str, Tensor]]:
+        """Return the columns of rows by name, once it is sure that they are like those of the store.
+
+        Args:
+            rows: a nest like the example.
+
+        Raises:
+            DataError: names, shapes or dtypes are not those of the store.
+            TypeError: a leaf of the rows is no tensor.
+        """
+        leaves = flatten(rows)
+        if [name for name, _ in leaves] != self.names:
+            raise DataError(f"rows have the columns {[name for name, _ in leaves]}, the memory has {self.names}")
+        for (name, tensor), (shape, dtype) in zip(leaves, self._row_types, strict=True):
+            refuse_another_row(name, (shape, dtype), (tensor.shape[1:], tensor.dtype))
+        return leaves
+
     def insert(self, slots: Tensor, rows: Nest, chosen: Tensor | None = None) -> None:
         """Write rows.
 
@@ -155,18 +172,10 @@ class RowStore:
             chosen: ``(m,)`` int64, which of the rows; all m if None.
 
         Raises:
-            ValueError: names, shapes or dtypes are not those of the store.
+            DataError: names, shapes or dtypes are not those of the store.
             TypeError: a leaf of the rows is no tensor.
         """
-        leaves = flatten(rows)
-        if [name for name, _ in leaves] != self.names:
-            raise ValueError(f"rows have the columns {[name for name, _ in leaves]}, the memory has {self.names}")
-        for (name, tensor), (shape, dtype) in zip(leaves, self._row_types, strict=True):
-            if tensor.shape[1:] != shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"column '{name}' holds rows of {tuple(shape)} {dtype}, "
-                    f"given {tuple(tensor.shape[1:])} {tensor.dtype}"
-                )
+        leaves = self.check(rows)
         if not slots.numel():
             return
         places, picked = slots.cpu().numpy(), slice(None) if chosen is None else chosen.cpu().numpy()

@@ -221,7 +221,9 @@ def test_a_named_set_keeps_its_normalisation_and_is_not_cropped_after_its_pixels
 
 def test_samples_are_read_in_the_training_thread_only() -> None:
     data = make((RGB, Y, RGB, Y), path("Rotations", list_degrees=[[1, 89], 0]))
-    data.attach_replay(SimpleNamespace(loads_ahead=True, replayed_per_batch=None, replayed_ids=lambda task: torch.arange(0)))
+    data.attach_replay(
+        SimpleNamespace(loads_ahead=True, replayed_per_batch=None, replayed_ids=lambda task: torch.arange(0))
+    )
     assert type(data.train_dataloader()).__name__ == "TaskLoader"
 
 

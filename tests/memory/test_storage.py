@@ -89,7 +89,7 @@ def test_refuses_other_rows():
     store = RowStore(rows(1), 4)
     with pytest.raises(ValueError, match="have the columns"):
         store.insert(torch.tensor([0]), {"y": torch.zeros(1)})
-    with pytest.raises(ValueError, match="column 'y' holds"):
+    with pytest.raises(ValueError, match="column 'y' has rows"):
         store.insert(torch.tensor([0]), {**rows(1), "y": torch.zeros(1)})
 
 
