@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Literal, get_type_hints
 from weakref import WeakKeyDictionary
@@ -29,7 +29,7 @@ from dcl_lightning.callbacks.boundaries import scale_rates
 from dcl_lightning.callbacks.checkpoint_care import CheckpointCare
 from dcl_lightning.callbacks.checks import refuse_changing_accumulation, refuse_tuning
 from dcl_lightning.callbacks.contradictions import refuse_another_run
-from dcl_lightning.callbacks.hooks import leave_out_idle_hooks
+from dcl_lightning.callbacks.hooks import leave_out_idle_hooks, wrap_hook
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.errors import ConfigurationError, check_words
@@ -42,8 +42,8 @@ from dcl_lightning.types import Batch, InputSpec, Task
 __all__ = ["ContinualAgent"]
 
 _ALL = slice(None)
-# What agents have brought to a trainer, to leave with the end of its work, or after an error with its next.
-_BROUGHT: WeakKeyDictionary[pl.Trainer, list[pl.Callback]] = WeakKeyDictionary()
+# What takes from a trainer what an agent has brought to it, called when its work has ended.
+_BROUGHT: WeakKeyDictionary[pl.Trainer, list[Callable[[], None]]] = WeakKeyDictionary()
 
 
 class ContinualAgent(pl.LightningModule):
@@ -242,7 +242,9 @@ class ContinualAgent(pl.LightningModule):
             refuse_tuning(self.trainer, self.scale_lr)
             if self.milestones or self.warmup_epochs:
                 refuse_changing_accumulation(self.trainer)
-        if stage == "fit" or not self.inference.labels:
+        if stage == "fit":
+            self._refuse_other_labels(data)
+        elif not self.inference.labels:
             self.inference.note(data)
         scenario = getattr(data, "scenario", None)
         if stage != "fit" or scenario is None:
@@ -257,6 +259,20 @@ class ContinualAgent(pl.LightningModule):
             rank_zero_warn(
                 f"data.concatenate_tasksets=true trains on the data of all tasks so far, to which the memory of {name} "
                 "adds nothing: use --model base for the transfer and scratch baselines"
+            )
+
+    def _refuse_other_labels(self, data: Any) -> None:
+        labels, learnt = list(getattr(data, "original_labels", None) or []), self.inference.labels
+        if len(labels) > self.num_classes:
+            raise ConfigurationError(
+                f"the data have {len(labels)} classes, agent {type(self).__name__} has num_classes={self.num_classes}: "
+                "give it data.num_classes"
+            )
+        if any(a != b for a, b in zip(labels, learnt, strict=False)):
+            raise ConfigurationError(
+                f"the agent's outputs have learnt the labels {_shortened(learnt)}, these data have "
+                f"{_shortened(labels)} in their place: go on with the same labels in the same data.class_order, or "
+                "give all of them to one data module"
             )
 
     def _refuse_hidden_boundaries(self, name: str) -> None:
@@ -282,7 +298,17 @@ class ContinualAgent(pl.LightningModule):
             "clock": TaskClock, "report": TaskReport, "progress": StreamProgress, "loss_guard": LossGuard,
             "checkpoint_care": CheckpointCare,
         }  # fmt: skip
-        _withdraw(self.trainer)
+        trainer = self.trainer
+        _withdraw(trainer)
+
+        def wrapper(on_exception: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
+            def hook(exception: BaseException) -> None:
+                on_exception(exception)
+                _withdraw(trainer)  # after the callbacks' own hooks, which may save
+
+            return hook
+
+        _BROUGHT[trainer] = [wrap_hook(trainer.strategy, "on_exception", wrapper)]
         return [callback for name, kind in kinds.items() for callback in self.adopt(kind, name)]
 
     def adopt(self, kind: type[pl.Callback], name: str) -> list[pl.Callback]:
@@ -302,8 +328,12 @@ class ContinualAgent(pl.LightningModule):
         if present:
             setattr(self, name, present[0])
             return []
-        own = leave_out_idle_hooks(getattr(self, name))
-        _BROUGHT.setdefault(self.trainer, []).append(own)
+        trainer, own = self.trainer, leave_out_idle_hooks(getattr(self, name))
+
+        def undo() -> None:
+            trainer.callbacks = [c for c in trainer.callbacks if c is not own]  # type: ignore[attr-defined]
+
+        _BROUGHT[trainer].append(undo)
         return [own]
 
     def teardown(self, stage: str) -> None:
@@ -338,6 +368,10 @@ class ContinualAgent(pl.LightningModule):
         progress = epoch + (within + 1) / steps if step < self.warmup_epochs * steps else step / steps
         start = warmup_divisor(self.scale_lr, self.trainer.world_size)
         return lr_factor(progress, self.milestones, self.gamma, self.warmup_epochs, start)
+
+    def on_train_start(self) -> None:
+        """Note the labels of the data that are learnt now, and how images become inputs."""
+        self.inference.note(getattr(self.trainer, "datamodule", None))
 
     def on_fit_start(self) -> None:
         """Keep the initial weights if tasks start from them."""
@@ -427,8 +461,12 @@ class ContinualAgent(pl.LightningModule):
 
 
 def _withdraw(trainer: pl.Trainer) -> None:
-    brought = {id(callback) for callback in _BROUGHT.pop(trainer, [])}
-    trainer.callbacks = [c for c in trainer.callbacks if id(c) not in brought]  # type: ignore[attr-defined]
+    for undo in reversed(_BROUGHT.pop(trainer, [])):
+        undo()
+
+
+def _shortened(labels: list[Any]) -> str:
+    return str(labels if len(labels) <= 10 else [*labels[:10], "..."])
 
 
 def _plain(value: Any) -> Any:

@@ -40,7 +40,8 @@ class Inference:
     def note(self, data: Any) -> None:
         """Take it from the data module; what is no ``ContinualDataModule`` leaves all as it is."""
         if getattr(data, "original_labels", None):
-            self.labels = [label if isinstance(label, str) else int(label) for label in data.original_labels]
+            labels = [label if isinstance(label, str) else int(label) for label in data.original_labels]
+            self.labels = max(self.labels, labels, key=len)  # those learnt before keep their places
             self.normalisation = data.normalisation
 
     def state_dict(self) -> dict[str, Any]:

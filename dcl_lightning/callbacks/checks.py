@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dcl_lightning.types import Task
 
 __all__ = [
     "refuse_changing_accumulation", "refuse_early_stopping", "refuse_limits", "refuse_rare_validation",
-    "refuse_selection_on_test", "refuse_tuning", "refuse_tuning_on_resume",
+    "refuse_selection_on_test", "refuse_single_validation", "refuse_tuning", "refuse_tuning_on_resume",
 ]  # fmt: skip
 
 
@@ -78,6 +79,29 @@ def refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: Any
                 f"trainer.val_check_interval={interval}, but task {task.index} has only {batches} batches an epoch: "
                 "give trainer.check_val_every_n_epoch=null to count over epochs and tasks"
             )
+
+
+def refuse_single_validation(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
+    """Refuse a validation step for one loader, where Lightning would once the second task has brought another.
+
+    Args:
+        trainer: of the fit.
+        module: that is trained.
+        data: the data module.
+
+    Raises:
+        ConfigurationError: with the remedy.
+    """
+    if data.num_tasks < 2 or not trainer.enable_validation:
+        return
+    parameters = inspect.signature(module.validation_step).parameters
+    index = parameters.get("dataloader_idx")
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    if index.default is index.empty if index is not None else not takes_any:
+        raise ConfigurationError(
+            f"{type(module).__name__}.validation_step gets a loader for each task: add dataloader_idx=0 to its "
+            "arguments, or give trainer.limit_val_batches=0"
+        )
 
 
 def refuse_limits(trainer: pl.Trainer) -> None:

@@ -357,6 +357,8 @@ class Rehearsal(pl.Callback):
         clock: Any = trainer.datamodule.clock  # type: ignore[attr-defined]
         assert self.manager is not None
         skipped = torch.zeros(self.manager.buffer.state.num_classes, dtype=torch.bool)
+        if clock is None:  # there is one task, and nothing before it
+            return ~skipped
         skipped[list(clock.tasks[clock.task_at(trainer.current_epoch)].classes)] = True
         return skipped
 

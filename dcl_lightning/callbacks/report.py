@@ -84,7 +84,7 @@ class TaskReport(pl.Callback):
         if not trainer.is_global_zero:
             return
         folder, clock = run_folder(trainer), _clock_of(trainer)
-        if clock is None or not clock.evaluated_rows:
+        if clock is None or not clock.evaluated_rows or not getattr(clock, "evaluates", True):
             rank_zero_warn("TaskReport: no task was evaluated, so there is no report")
             return
         report = folder / "report"

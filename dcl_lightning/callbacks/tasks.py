@@ -30,10 +30,12 @@ from dcl_lightning.callbacks.checks import (
     refuse_limits,
     refuse_rare_validation,
     refuse_selection_on_test,
+    refuse_single_validation,
     refuse_tuning_on_resume,
 )
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
 from dcl_lightning.callbacks.sample_counts import SampleCounts
+from dcl_lightning.callbacks.scoring import scores_of
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.distributed.sharing import share_buffers
 from dcl_lightning.errors import ConfigurationError
@@ -51,6 +53,10 @@ _BEYOND_ANY_EPOCH = 2**60
 
 class TaskClock(pl.Callback):
     """Turns epochs into tasks, calls the task hooks and fills the accuracy matrix.
+
+    An agent brings its own; among the trainer's callbacks it takes any LightningModule through the stream. Such a
+    module may have the hooks ``on_task_start(task)`` and ``on_task_end(task)``. Its scores come from
+    ``evaluate(batch)`` or, if it has none, from ``forward(inputs)``.
 
     The task is found from the epoch counter by bisection and never advanced by a hook, so that a
     checkpoint of any step resumes right. An ``EarlyStopping`` ends the task instead of the fit; whatever else sets
@@ -100,6 +106,7 @@ class TaskClock(pl.Callback):
         self.evaluated_rows = 0
         self._samples = SampleCounts()
         self._comm: Comm = SingleProcessComm()
+        self._scores: Callable[[Batch], Tensor] | None = None
         self.wall_time = {"train": 0.0, "select": 0.0, "eval": 0.0}
         self._hidden = False
         self._snapshot: dict[str, Any] | None = None
@@ -115,6 +122,11 @@ class TaskClock(pl.Callback):
     def matrix(self) -> AccuracyMatrix:
         """Accuracy on task j after task i, the same on all workers."""
         return self.results.matrix
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the module of the last fit gives scores, so that there is a matrix."""
+        return self._scores is not None
 
     @property
     def has_started(self) -> bool:
@@ -175,6 +187,7 @@ class TaskClock(pl.Callback):
         refuse_limits(trainer)
         refuse_selection_on_test(trainer, data)
         refuse_rare_validation(trainer, self.tasks, data)
+        refuse_single_validation(trainer, pl_module, data)
         self._attach(trainer, data)
         trainer.fit_loop.max_epochs = total
         if dev_batches:
@@ -297,7 +310,7 @@ class TaskClock(pl.Callback):
         if self._started_tasks > task.index:
             return
         self._started_tasks = task.index + 1
-        if self.future_tasks and not task.index:
+        if self.future_tasks and not task.index and self._scores is not None:
             self._measure_baseline(trainer, pl_module)
         if self._hidden:
             return
@@ -397,9 +410,11 @@ class TaskClock(pl.Callback):
     def evaluate(self, trainer: pl.Trainer, agent: Any, task: Task) -> None:
         """Write row ``task.index`` of the matrix: the test sets of all tasks so far, each sample once."""
         last = len(self.tasks) - 1 if self.future_tasks else task.index
-        self.results.add(task.index, self._tally(trainer, agent, last), self._comm.allreduce)
+        if self._scores is not None:
+            self.results.add(task.index, self._tally(trainer, agent, last), self._comm.allreduce)
         self.evaluated_rows = task.index + 1
-        call_callbacks("on_task_evaluated", trainer, agent, task)
+        if self._scores is not None:
+            call_callbacks("on_task_evaluated", trainer, agent, task)
 
     @torch.no_grad()
     def _measure_baseline(self, trainer: pl.Trainer, agent: Any) -> None:
@@ -414,6 +429,8 @@ class TaskClock(pl.Callback):
     def _tally(self, trainer: pl.Trainer, agent: Any, last_task: int) -> Tally:
         """Count this worker's hits on the test sets of tasks 0..last_task; the host does not wait for a batch."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        scores = self._scores
+        assert scores is not None
         was_training = agent.training
         agent.eval()
         tally = self.results.tally()
@@ -425,7 +442,7 @@ class TaskClock(pl.Callback):
                 # Not the strategy's: that one runs the training batch's hooks.
                 batch = move_data_to_device(batch, trainer.strategy.root_device)
                 batch = data.prepare_batch(batch, train=False, epoch=0)
-                tally.add(column, agent.evaluate(batch), batch.targets)
+                tally.add(column, scores(batch), batch.targets)
         agent.train(was_training)
         return tally
 
@@ -472,6 +489,7 @@ class TaskClock(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the fit the length that early stopping left it with."""
         self._comm, self._begun = comm_of(trainer.strategy), True
+        self._scores = scores_of(trainer, pl_module)
         trainer.fit_loop.max_epochs = self.boundaries[-1]
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -313,6 +313,11 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TaskLoader | AheadLoader:
         """Return the one training loader, set to the present epoch's task."""
+        if self.trainer is not None and self.trainer.training and self._clock is None and self.num_tasks > 1:
+            raise ConfigurationError(
+                f"{self.num_tasks} tasks and nothing that goes from one to the next: give the trainer "
+                "callbacks=[TaskClock(epochs_per_task=...)], or the data module scenario='none'"
+            )
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         self.task_id = self._clock.task_at(epoch) if self._clock is not None else self.task_id
         first = 0 if self.concatenate_tasksets else self.task_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,9 +13,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from streams import make_agent, make_data, make_trainer, matrix, weights
+from streams import arrays, make_agent, make_data, make_trainer, matrix, weights
 
-from dcl_lightning import ER, RehearsalConfig, TaskClock, TaskReport
+from dcl_lightning import ER, ContinualDataModule, RehearsalConfig, TaskClock, TaskReport
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import Rehearsal, StreamProgress
 from dcl_lightning.errors import ConfigurationError
@@ -140,7 +141,6 @@ def test_a_fit_leaves_trainer_and_data_module_as_they_were(tmp_path: Path, fail:
     if fail:
         with pytest.raises(RuntimeError):
             trainer.fit(make_agent("base", data), datamodule=data)
-        trainer.validate(make_agent("base", data), datamodule=data, verbose=False)  # what an error left, leaves now
     else:
         trainer.fit(make_agent("base", data), datamodule=data)
         assert stopper.__dict__.keys() == EarlyStopping("metric").__dict__.keys() | {"log", "log_dict"}
@@ -214,3 +214,84 @@ def test_two_clocks_are_refused(tmp_path: Path) -> None:
     data = make_data()
     with pytest.raises(ConfigurationError, match="TaskClock, Mine: give one TaskClock"):
         make_trainer(tmp_path, [TaskClock(), Mine()]).fit(make_agent("base", data), datamodule=data)
+
+
+@pytest.mark.parametrize("interval", [timedelta(milliseconds=1), "00:00:00:01", {"hours": 1}])
+def test_validation_by_time(tmp_path: Path, interval: object) -> None:
+    metric, data = Metric(), make_data()
+    agent = make_agent("base", data)
+    make_trainer(tmp_path, [metric], val_check_interval=interval).fit(agent, datamodule=data)
+    assert len(metric.steps) == TASKS * 2 * BATCHES
+    assert agent.clock.evaluated_rows == TASKS
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"overfit_batches": 2}, "trainer.overfit_batches=2 needs the same batches"),
+        ({"min_steps": 5}, "trainer.min_steps=5 counts steps of the whole stream"),
+        ({"max_epochs": 4}, "trainer.max_epochs=4 contradicts epochs_per_task"),
+    ],
+)
+def test_limits_that_mean_nothing_over_tasks_are_refused(tmp_path: Path, limits: dict, words: str) -> None:
+    metric, data = Metric(), make_data()
+    trainer = make_trainer(tmp_path, [metric, EarlyStopping("metric")], **limits)
+    with pytest.raises(ConfigurationError, match=words):
+        trainer.fit(make_agent("base", data), datamodule=data)
+    assert metric.steps == []
+
+
+def test_changing_accumulation_is_refused_beside_a_schedule(tmp_path: Path) -> None:
+    data = make_data()
+    changing = pl.callbacks.GradientAccumulationScheduler({0: 1, 2: 3})
+    with pytest.raises(ConfigurationError, match="changes the steps of an epoch"):
+        make_trainer(tmp_path, [changing]).fit(make_agent("base", data, milestones=[1]), datamodule=data)
+    trainer = make_trainer(tmp_path, [changing])
+    trainer.fit(make_agent("base", data), datamodule=data)
+    assert trainer.global_step == 2 * BATCHES + 4 * 1
+
+
+def test_the_state_of_a_clock_is_read_without_the_other_workers(tmp_path: Path) -> None:
+    class Alone(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            comm, module.clock._comm = module.clock._comm, None
+            states.append(module.clock.state_dict()["samples_seen"]["new"])
+            module.clock._comm = comm
+
+    states: list[int] = []
+    data = make_data()
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    make_trainer(tmp_path, [Alone(), saver]).fit(make_agent("base", data), datamodule=data)
+    assert states[:3] == [0, 5, 10], "as of the last save"
+    saved = torch.load(tmp_path / "step=3.ckpt")["callbacks"]["TaskClock"]["samples_seen"]
+    assert saved == {"new": 14, "rehearsed": 0}
+
+
+def test_one_agent_learns_one_set_of_labels(tmp_path: Path) -> None:
+    def data_of(labels, **kwargs):
+        x, y, *_ = arrays()
+        rows = torch.isin(y, torch.tensor(labels))
+        return ContinualDataModule((x[rows], y[rows], x[rows], y[rows]), increment=1, batch_size=5, seed=0, **kwargs)
+
+    agent = make_agent("base", data_of(range(4)))
+    make_trainer(tmp_path).fit(agent, datamodule=data_of([0, 1]))
+    for other, words in (
+        (data_of([2, 3]), r"have learnt the labels \[0, 1\], these data have \[2, 3\]"),
+        (data_of([0, 1], class_order=[1, 0]), r"learnt the labels \[0, 1\], these data have \[1, 0\]"),
+        (data_of(range(5)), "5 classes, agent FineTuning has num_classes=4"),
+    ):
+        before = weights(agent)
+        with pytest.raises(ConfigurationError, match=words):
+            make_trainer(tmp_path).fit(agent, datamodule=other)
+        assert torch.equal(weights(agent), before)
+    for more in (data_of([0, 1, 2]), data_of([0, 1])):
+        make_trainer(tmp_path).fit(agent, datamodule=more)
+        assert agent.inference.labels == [0, 1, 2]
+
+
+def test_an_agent_that_learnt_nothing_takes_any_labels(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("base", data)
+    with pytest.raises(ConfigurationError):
+        make_trainer(tmp_path, max_epochs=4).fit(agent, datamodule=make_data(class_order=[5, 4, 3, 2, 1, 0]))
+    make_trainer(tmp_path).fit(agent, datamodule=data)

@@ -1,0 +1,63 @@
+"""How a module is asked for its scores: an agent, or any other LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+from torch import Tensor
+
+from dcl_lightning.types import Batch
+
+__all__ = ["scores_of"]
+
+
+@torch.no_grad()
+def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | None:
+    """Return what gives scores ``(B, K)`` of a batch, highest for the predicted class.
+
+    That is the module's ``evaluate(batch)`` if it has one, else its ``forward(inputs)`` if that gives a tensor of one
+    column for each class of the data, which is tried on two test samples.
+
+    Args:
+        trainer: at the start of a fit with a ``ContinualDataModule``.
+        module: on its device.
+
+    Returns:
+        None, after a warning that says why, if the module has neither.
+    """
+    if callable(getattr(module, "evaluate", None)):
+        return module.evaluate
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        batch = move_data_to_device(next(iter(data.test_loaders(0)[0])), trainer.strategy.root_device)
+        inputs = data.prepare_batch(batch, train=False, epoch=0).inputs[:2]
+        with trainer.precision_plugin.forward_context():
+            found = module(inputs)
+        expected = (len(inputs), data.num_classes)
+        if isinstance(found, Tensor) and found.shape == expected:
+            return _forward(module)
+        shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        reason = f"gives {shape} for {expected[0]} samples of {expected[1]} classes"
+    except Exception as error:  # the user's code: whatever it raises, the stream can be trained without a matrix
+        reason = f"raises {type(error).__name__}" + (f": {error}".splitlines()[0] if str(error) else "")
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    rank_zero_warn(
+        f"no accuracy matrix: {type(module).__name__} has no evaluate(batch), and its forward(inputs) {reason}; let "
+        f"one of them return scores (samples, {data.num_classes})"
+    )
+    return None
+
+
+def _forward(module: Any) -> Callable[[Batch], Tensor]:
+    def scores(batch: Batch) -> Tensor:
+        return module(batch.inputs)
+
+    return scores

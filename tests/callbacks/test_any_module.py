@@ -1,0 +1,162 @@
+"""A stream of tasks with a LightningModule that knows nothing of this package."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
+from streams import ON, make_data
+
+from dcl_lightning import Rehearsal, RehearsalConfig, TaskClock, TaskReport
+from dcl_lightning.errors import ConfigurationError
+
+
+class Plain(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 6))
+        self.seen: list[tuple[int, int, set[int]]] = []
+
+    def forward(self, inputs):
+        assert not self.training or torch.is_grad_enabled()
+        return self.network(inputs)
+
+    def training_step(self, batch, batch_idx):
+        new = set(batch.targets[: batch.num_new].tolist())
+        self.seen.append((self.current_epoch, len(batch.targets) - batch.num_new, new))
+        return F.cross_entropy(self(batch.inputs), batch.targets)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+
+class Validated(Plain):
+    """Logs over all tasks: what a step logs has another name with a second loader."""
+
+    def on_validation_epoch_start(self):
+        self.losses = []
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.losses.append(F.cross_entropy(self(batch.inputs), batch.targets, reduction="none"))
+
+    def on_validation_epoch_end(self):
+        self.log("loss", torch.cat(self.losses).mean())
+
+
+class OneLoader(Plain):
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", F.cross_entropy(self(batch.inputs), batch.targets))
+
+
+class Two(Plain):
+    def forward(self, inputs):
+        return self.network(inputs), inputs
+
+
+class Evaluates(Two):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch.inputs)[0], batch.targets)
+
+    def evaluate(self, batch):
+        return F.one_hot(batch.targets * 0, 6).float()
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **kwargs) -> pl.Trainer:
+    return pl.Trainer(
+        default_root_dir=folder, callbacks=list(callbacks), logger=False, enable_progress_bar=False,
+        enable_model_summary=False, **(ON | {"num_sanity_val_steps": 0} | kwargs),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Plain, Validated])
+def test_the_stream_runs_task_by_task(tmp_path: Path, kind: type) -> None:
+    clock, module, data = TaskClock(epochs_per_task=[1, 2, 3]), kind(), make_data()
+    trainer(tmp_path, clock, TaskReport(pictures=False)).fit(module, datamodule=data)
+    epochs = {epoch: new for epoch, _, new in module.seen}
+    assert epochs == {0: {0, 1}, 1: {2, 3}, 2: {2, 3}, 3: {4, 5}, 4: {4, 5}, 5: {4, 5}}
+    assert len(module.seen) == 6 * 3
+    module.eval()
+    right = (module(data.test_inputs).argmax(1) == data.test_targets).double()
+    by_hand = [right[(data.test_targets // 2) == task].mean() for task in range(3)]
+    assert clock.matrix.compute()[2].tolist() == pytest.approx(torch.stack(by_hand).tolist())
+    assert (tmp_path / "report" / "accuracy_matrix.json").exists()
+
+
+@pytest.mark.parametrize("rehearse", ["seen", "past"])
+def test_a_memory_beside_the_clock(tmp_path: Path, rehearse: str) -> None:
+    config = RehearsalConfig(buffer_size=12, num_samples=4, policy="reservoir", weighting="none", rehearse=rehearse)
+    memory, module = Rehearsal(config), Plain()
+    trainer(tmp_path, TaskClock(2), memory).fit(module, datamodule=make_data())
+    assert memory.manager is not None
+    assert len(memory.manager.buffer) == 12
+    rehearsed = [sum(r for epoch, r, _ in module.seen if epoch // 2 == task) for task in range(3)]
+    assert (rehearsed[0] > 0) == (rehearse == "seen")
+    assert rehearsed[2] > 0
+
+
+def test_early_stopping_and_resume(tmp_path: Path) -> None:
+    def run(**kwargs):
+        pl.seed_everything(0)
+        stopper = EarlyStopping("loss", stopping_threshold=100.0)
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        clock, module = TaskClock(5), Validated()
+        trainer(tmp_path, clock, stopper, saver).fit(module, datamodule=make_data(select_on_test=True), **kwargs)
+        return clock, module
+
+    clock, module = run()
+    assert len(module.seen) == 3 * 3
+    again_clock, again = run(ckpt_path=tmp_path / "step=4.ckpt")
+    assert torch.equal(again.network[1].weight, module.network[1].weight)
+    assert torch.equal(again_clock.matrix.compute().nan_to_num(-1), clock.matrix.compute().nan_to_num(-1))
+
+
+def test_an_evaluate_of_ones_own_is_asked(tmp_path: Path) -> None:
+    clock = TaskClock()
+    trainer(tmp_path, clock).fit(Evaluates(), datamodule=make_data())
+    assert clock.matrix.compute()[2].tolist() == [0.5, 0.0, 0.0]
+
+
+def test_without_scores_there_is_no_matrix_and_a_line_says_why(tmp_path: Path) -> None:
+    class NoScores(Evaluates):
+        evaluate = None
+
+    clock = TaskClock()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(tmp_path, clock, TaskReport(pictures=False)).fit(NoScores(), datamodule=make_data())
+    lines = [str(w.message) for w in told if "no accuracy matrix" in str(w.message)]
+    assert len(lines) == 1
+    assert "NoScores has no evaluate(batch), and its forward(inputs) gives a tuple for 2 samples" in lines[0]
+    assert not clock.evaluates
+    assert not (tmp_path / "report").exists()
+
+
+def test_without_a_clock_several_tasks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"callbacks=\[TaskClock\(epochs_per_task=...\)\]"):
+        trainer(tmp_path, max_epochs=1).fit(Plain(), datamodule=make_data())
+
+
+@pytest.mark.parametrize(
+    "callbacks", [[], [Rehearsal(RehearsalConfig(buffer_size=12, policy="reservoir", weighting="none"))]]
+)
+def test_one_task_needs_no_clock(tmp_path: Path, callbacks: list) -> None:
+    module = Plain()
+    trainer(tmp_path, *callbacks, max_epochs=2).fit(module, datamodule=make_data(scenario="none"))
+    assert {y for _, _, new in module.seen for y in new} == set(range(6))
+
+
+def test_a_validation_step_for_one_loader_is_refused_before_training(tmp_path: Path) -> None:
+    module = OneLoader()
+    with pytest.raises(ConfigurationError, match="dataloader_idx=0"):
+        trainer(tmp_path, TaskClock()).fit(module, datamodule=make_data())
+    assert module.seen == []
+    trainer(tmp_path, TaskClock(), limit_val_batches=0).fit(module, datamodule=make_data())
