@@ -30,10 +30,16 @@ def counts(data) -> np.ndarray:
     return np.stack([np.bincount(y, minlength=data.num_classes) for y in tasks])
 
 
+class OneEpochATask:
+    def task_at(self, epoch: int) -> int:
+        return epoch
+
+
 def at(data, epoch: int, rank: int, size: int):
     root = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank, world_size=size, training=True, strategy=root)
-    data.task_id = epoch
+    if data.clock is None:
+        data.attach_clock(OneEpochATask())
     return data
 
 
@@ -177,13 +183,13 @@ def test_concatenated_tasksets_hold_all_tasks_so_far(scenario: str) -> None:
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
-class OneEpochATask:
+class TwoEpochsATask:
     def task_at(self, epoch: int) -> int:
         return epoch // 2
 
 
 def shards(data, epoch: int, size: int) -> list[list[int]]:
-    data.attach_clock(OneEpochATask())
+    data.attach_clock(TwoEpochsATask())
     result, normalisers = [], []
     for rank in range(size):
         loader = at(data, epoch, rank, size).train_dataloader()
