@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from dcl_lightning.errors import DataError
 
 __all__ = ["centre", "random_box", "read_image", "read_images"]
 
+# Tags of TIFF.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _TRIES, _AREA, _RATIO = 10, (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 
 
@@ -23,8 +26,11 @@ def read_image(path: str) -> Tensor:
     Args:
         path: JPEG, PNG, GIF, WEBP, told by their content, or whatever else Pillow reads.
 
+    Samples of 16 bits keep their upper 8. The orientation in EXIF data is not applied, as in torchvision's datasets.
+
     Raises:
-        DataError: no such file, or one that is no image or is cut off; it is named.
+        DataError: no such file, one that is no image or is cut off, or one whose values have no known range (floats,
+            signed numbers, 32 bits); it is named.
     """
     from torchvision.io import ImageReadMode, decode_image
 
@@ -49,10 +55,48 @@ def _with_pillow(path: str) -> Tensor:
 
     try:
         with Image.open(path) as file:
-            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+            _check_range(file, path)
+            bits, inverted = _grey_bits(file)
+            pixels = np.array(file if bits else file.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
         reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(f"image {path} cannot be read: {reason}") from error
+    if bits:
+        # Pillow clips instead of scaling: nearly all values of 16 bits would become white.
+        grey = (pixels >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        pixels = np.repeat((255 - grey if inverted else grey)[:, :, None], 3, axis=2)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _check_range(image: Any, path: str) -> None:
+    """Refuse an image of which nothing says which values are black and white.
+
+    Args:
+        image: Pillow's, not yet decoded.
+        path: its file.
+
+    Raises:
+        DataError: floats, signed numbers, or 32 bits.
+    """
+    signed = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, (1,))[0] == 2
+    wide = image.mode == "I" and image.format not in ("PPM", "PNG")  # which Pillow scales to 16 bits
+    if image.mode == "F" or wide or signed:
+        kind = "floating-point" if image.mode == "F" else "signed" if signed else "32-bit"
+        raise DataError(
+            f"image {path} ({image.format}, mode {image.mode}) has {kind} samples, of which black and white are not "
+            "known: save it with 8 or 16 unsigned bits"
+        )
+
+
+def _grey_bits(image: Any) -> tuple[int, bool]:
+    """Return the bits of a grey image with more than 8, 0 for any other, and whether 0 is white."""
+    if not image.mode.startswith("I"):
+        return 0, False
+    tags = getattr(image, "tag_v2", {})
+    # Pillow itself scales what a PPM header calls white to 16 bits.
+    return tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_PHOTOMETRIC) == 0
 
 
 def centre(image: Tensor, size: int, resize: int) -> Tensor:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dcl_lightning.errors import DataError
 
 __all__ = ["IMAGE_ENDINGS", "core50", "listed", "per_class"]
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+# Of the formats that torchvision and Pillow read, those of images; in any case.
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".avif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".pcx", ".sgi", ".qoi",
+)  # fmt: skip
 
 
-def per_class(folder: str, split: str, training: bool) -> tuple[list[str], np.ndarray]:
+def per_class(folder: str, split: str, training: bool, others: tuple[str, ...] = ()) -> tuple[list[str], np.ndarray]:
     """List ``split/<class>/.../<image>``, classes and images each in the order of their names.
+
+    Files that are no images by their ending are left out, which is told in one line.
 
     Args:
         folder: folder of the data set.
         split: its sub-folder.
         training: whether a class without images is refused.
+        others: endings of other files that belong to the data set, which are not told of.
 
     Returns:
         The files relative to ``folder``, and ``(n,)`` str, the class of each.
@@ -39,16 +48,37 @@ def per_class(folder: str, split: str, training: bool) -> tuple[list[str], np.nd
         raise DataError(f"{base} holds no class folders: expected {split}/<class>/<image>")
     names: list[str] = []
     counts: list[int] = []
+    left_out = Counter(_ending(entry.name) for entry in entries if not entry.is_dir())
     for name in classes:
-        images = [os.path.join(split, name, image) for image in _images(os.path.join(base, name))]
+        found: Counter[str] = Counter()
+        images = [os.path.join(split, name, image) for image in _images(os.path.join(base, name), found)]
         if not images and training:
+            but = f", but {_listing(found)}" if found else ""
             raise DataError(
-                f"class folder {os.path.join(base, name)} holds no images ({', '.join(IMAGE_ENDINGS)}): "
-                "add some or remove the folder"
+                f"class folder {os.path.join(base, name)} holds no images{but}: add some ({', '.join(IMAGE_ENDINGS)}), "
+                "or remove the folder"
             )
+        left_out += found
         names += images
         counts.append(len(images))
+    _tell(base, left_out, others)
     return names, np.repeat(np.array(classes, dtype=str), counts)
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without ending"
+
+
+def _listing(left_out: Counter[str]) -> str:
+    return ", ".join(f"{count} {ending}" for ending, count in sorted(left_out.items()))
+
+
+def _tell(folder: str, left_out: Counter[str], others: tuple[str, ...] = ()) -> None:
+    told = Counter({ending: count for ending, count in left_out.items() if ending not in others})
+    if told:
+        rank_zero_warn(
+            f"{folder}: {told.total()} files that are no images in class folders are left out: {_listing(told)}"
+        )
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -59,8 +89,15 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _images(folder: str, inside: str = "", above: frozenset[str] = frozenset()) -> list[str]:
-    """Return the images beneath a folder, relative to it, sorted; links are followed, but not in circles."""
+def _images(folder: str, left_out: Counter[str], inside: str = "", above: frozenset[str] = frozenset()) -> list[str]:
+    """Return the images beneath a folder, relative to it, sorted; links are followed, but not in circles.
+
+    Args:
+        folder: where to look.
+        left_out: the endings of other files are counted in it.
+        inside: what stands before each name.
+        above: folders that this one lies in.
+    """
     here = os.path.realpath(folder)
     if here in above:
         return []
@@ -70,7 +107,9 @@ def _images(folder: str, inside: str = "", above: frozenset[str] = frozenset()) 
         if entry.name.lower().endswith(IMAGE_ENDINGS):
             found.append(name)
         elif entry.is_dir():
-            found += _images(entry.path, name, above | {here})
+            found += _images(entry.path, left_out, name, above | {here})
+        else:
+            left_out[_ending(entry.name)] += 1
     return sorted(found)
 
 
@@ -107,6 +146,8 @@ def listed(folder: str, list_file: str) -> tuple[list[str], np.ndarray]:
                 f"{list_file}, line {number}: {name.strip()} has label {int(label)} here and label {label_before} in "
                 f"line {line_before}"
             )
+        if int(label) >= 1 << 63:
+            raise DataError(f"{list_file}, line {number}: label {label[:40]} is too large: give one below 2**63")
         names.append(name.strip())
         labels.append(int(label))
     if not names:
@@ -151,13 +192,15 @@ def core50(folder: str, training: bool) -> tuple[list[str], np.ndarray]:
     chosen = {line.split(",")[0].split(".")[0] for _, line in _lines(table)} if os.path.exists(table) else None
     names: list[str] = []
     labels: list[int] = []
+    left_out: Counter[str] = Counter()
     for session, inner in _numbered(os.path.join(folder, "core50_128x128"), "s"):
         for label, within in _numbered(inner, "o"):
-            for image in _images(within):
+            for image in _images(within, left_out):
                 stem = os.path.basename(image).split(".")[0]
                 if training == (stem in chosen if chosen is not None else session not in (3, 7, 10)):
                     names.append(os.path.relpath(os.path.join(within, image), folder))
                     labels.append(label - 1)
+    _tell(folder, left_out)
     if not names and training:
         raise DataError(f"{folder} holds no training images of the form core50_128x128/s<session>/o<object>/<image>")
     return names, np.array(labels, dtype=np.int64)

@@ -33,7 +33,7 @@ def read_tinyimagenet(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     Raises:
         DataError: something that cannot be read, or no room for the arrays.
     """
-    names, labels = per_class(folder, "train", training=True)
+    names, labels = per_class(folder, "train", training=True, others=(".txt",))  # of boxes
     test_names, test_labels = _annotated(folder)
 
     def build(target: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
-from written import image
+from written import image, tiff
 
 from dcl_lightning.data.decode import centre, random_box, read_image, read_images
 from dcl_lightning.errors import DataError
@@ -41,6 +41,105 @@ def test_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     assert (found.shape, found.dtype) == ((3, 30, 40), torch.uint8)
     if mode == "I;16":
         assert set(found.flatten().tolist()) == {200}
+
+
+# From black to white in twelve steps, of 16 bits, and their upper 8 bits.
+STEPS = np.linspace(0, 65535, 12).astype(np.uint16).reshape(3, 4)
+UPPER = [[0, 23, 46, 69], [93, 116, 139, 162], [186, 209, 232, 255]]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_grey_tiff_of_16_bits_keeps_its_upper_8(tmp_path: Path, order: str) -> None:
+    found = read_image(str(tiff(tmp_path / "x.tif", STEPS, 16, order=order)))
+    assert found.tolist() == [UPPER] * 3
+
+
+def test_tiff_of_16_bits_whose_0_is_white(tmp_path: Path) -> None:
+    found = read_image(str(tiff(tmp_path / "x.tif", STEPS, 16, photometric=0)))
+    assert found.tolist() == [[[255 - value for value in row] for row in UPPER]] * 3
+
+
+def test_tiff_of_12_bits_keeps_its_upper_8(tmp_path: Path) -> None:
+    found = read_image(str(tiff(tmp_path / "x.tif", STEPS >> 4, 12)))
+    assert found.tolist() == [UPPER] * 3
+
+
+def test_rgb_tiff_of_16_bits(tmp_path: Path) -> None:
+    pixels = np.stack([STEPS, STEPS[::-1], STEPS // 2], axis=2)
+    found = read_image(str(tiff(tmp_path / "x.tif", pixels, 16, photometric=2)))
+    assert np.abs(found.permute(1, 2, 0).numpy() - pixels / 257).max() <= 1
+
+
+@pytest.mark.parametrize("largest", [1, 100, 255, 300, 1023, 4095, 65535])
+@pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
+def test_the_largest_value_of_a_pgm_or_ppm_is_white(tmp_path: Path, largest: int, kind: str) -> None:
+    pixels = STEPS.astype(int) * largest // 65535
+    samples = np.repeat(pixels[:, :, None], 3 if kind in ("P3", "P6") else 1, axis=2)
+    text = " ".join(map(str, samples.ravel())).encode()
+    content = samples.astype(">u2" if largest > 255 else "u1").tobytes() if kind in ("P5", "P6") else text
+    path = tmp_path / "x.pnm"
+    path.write_bytes(f"{kind}\n4 3\n{largest}\n".encode() + content)
+    found = read_image(str(path)).numpy()
+    assert (found.shape, found.min(), found.max()) == ((3, 3, 4), 0, 255)
+    assert np.abs(found - pixels * 255 / largest).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "bits", "kind"),
+    [
+        ("floats to 1", (STEPS / 65535).astype(np.float32), 32, 3),
+        ("floats to 255", (STEPS / 257).astype(np.float32), 32, 3),
+        ("doubles", STEPS / 65535, 64, 3),
+        ("RGB floats", np.stack([STEPS / 65535] * 3, 2).astype(np.float32), 32, 3),
+        ("signed bytes", (STEPS // 257 - 128).astype(np.int8), 8, 2),
+        ("signed 16 bits", (STEPS.astype(int) - 32768).astype(np.int16), 16, 2),
+        ("32 bits", STEPS.astype(np.uint32) * 65537, 32, 1),
+        ("signed 32 bits", STEPS.astype(np.int32), 32, 2),
+    ],
+)
+def test_values_of_unknown_range_are_refused_by_file(
+    tmp_path: Path, name: str, samples: np.ndarray, bits: int, kind: int
+) -> None:
+    path = tiff(tmp_path / f"{name}.tif", samples, bits, kind=kind, photometric=2 if samples.ndim == 3 else 1)
+    with pytest.raises(DataError) as error:
+        read_image(str(path))
+    assert str(path) in str(error.value)
+    if bits < 64 and samples.ndim == 2:  # of a kind that Pillow knows
+        assert "mode" in str(error.value)
+        assert "8 or 16 unsigned bits" in str(error.value)
+
+
+def test_portable_float_map_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pfm"
+    path.write_bytes(b"Pf\n4 3\n-1.0\n" + (STEPS / 65535).astype("<f4").tobytes())
+    with pytest.raises(DataError, match=r"x\.pfm.*mode F.*floating-point"):
+        read_image(str(path))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp", "bmp"])
+def test_palette_with_a_transparent_colour_shows_its_colours(tmp_path: Path, ending: str) -> None:
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    palette.putdata([0, 1, 2])
+    options = {"png": {"transparency": 1}, "webp": {"lossless": True}}
+    palette.save(tmp_path / f"x.{ending}", **options.get(ending, {}))
+    expected = [[[10, 40, 70]], [[20, 50, 80]], [[30, 60, 90]]]
+    assert read_image(str(tmp_path / f"x.{ending}")).tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB"])
+def test_modes_of_tiff_show_the_same_picture(tmp_path: Path, mode: str) -> None:
+    grey = Image.fromarray(np.array([[0, 255, 0], [255, 255, 0]], dtype=np.uint8))
+    (grey if mode in ("P", "PA") else grey.convert("RGB")).convert(mode).save(tmp_path / "x.tif")
+    found = read_image(str(tmp_path / "x.tif")).numpy().astype(int)
+    assert np.abs(found - np.array(grey, dtype=int)).max() <= 2
+
+
+def test_orientation_in_exif_data_is_not_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(str(tmp_path / "x.jpg")).shape == (3, 30, 40)
 
 
 def test_the_content_tells_the_format_not_the_name(tmp_path: Path) -> None:

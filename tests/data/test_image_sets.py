@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 import written
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from written import SYNSETS
 
 from dcl_lightning.data import ContinualDataModule, decode, sources
+from dcl_lightning.data.files import IMAGE_ENDINGS, per_class
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
 
@@ -243,3 +246,54 @@ def test_a_part_of_a_named_set_has_to_be_asked_for(tmp_path: Path) -> None:
         make("imagenet", tmp_path, source_options={"width": 3})
     with pytest.raises(ConfigurationError, match="num_workers=-1"):
         make("imagenet", tmp_path, num_workers=-1)
+
+
+def test_every_ending_of_torchvision_is_an_image_and_every_ending_is_one_of_pillow() -> None:
+    Image.init()
+    assert set(IMG_EXTENSIONS) <= set(IMAGE_ENDINGS) <= set(Image.registered_extensions())
+    assert all(ending in IMAGE_ENDINGS for ending, kind in Image.registered_extensions().items() if kind == "JPEG")
+
+
+@pytest.mark.parametrize("ending", [*IMAGE_ENDINGS, ".JPG", ".Jfif", ".TIFF"])
+def test_images_of_every_ending_are_found_and_read(tmp_path: Path, ending: str) -> None:
+    Image.init()
+    kind = Image.registered_extensions()[ending.lower()]
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {kind}")
+    folder = tmp_path / "train" / "cat"
+    folder.mkdir(parents=True)
+    mode = "1" if ending == ".pbm" else "RGB"
+    Image.fromarray(np.full((8, 8, 3), 255, dtype=np.uint8)).convert(mode).save(folder / f"x{ending}", kind)
+    names, labels = per_class(str(tmp_path), "train", training=True)
+    assert (names, labels.tolist()) == ([f"train/cat/x{ending}"], ["cat"])
+    found = decode.read_image(str(tmp_path / names[0]))
+    assert found.shape == (3, 8, 8)
+    assert int(found.min()) >= 250
+
+
+def test_files_that_are_left_out_are_counted_by_their_endings_in_one_line(tmp_path: Path) -> None:
+    root = written.class_folders(tmp_path, "train", "test", ["cat", "dog"], count=2)
+    for name in ("cat/a.heic", "dog/b.HEIC", "dog/inner/c.npy", "dog/README", "notes.txt", "dog/.hidden.txt"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_text("")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        names, _ = per_class(str(root), "train", training=True)
+    assert len(names) == 4
+    (line,) = (str(warning.message) for warning in caught)
+    assert f"{root}/train: 5 files" in line
+    assert line.endswith("left out: 2 .heic, 1 .npy, 1 .txt, 1 without ending")
+
+
+def test_a_class_folder_of_other_files_says_what_it_holds(tmp_path: Path) -> None:
+    root = written.class_folders(tmp_path, "train", "test", ["cat"], count=2)
+    (root / "train" / "eel").mkdir()
+    (root / "train" / "eel" / "x.heic").write_text("")
+    with pytest.raises(DataError, match=r"train/eel holds no images, but 1 \.heic"):
+        per_class(str(root), "train", training=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_tables_of_boxes_belong_to_tinyimagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written.tinyimagenet(tmp_path)
+    monkeypatch.setattr(decode, "read_image", lambda path: torch.zeros(3, 64, 64, dtype=torch.uint8))
+    make("tinyimagenet", tmp_path, source_options={"num_classes": 4})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,36 @@ def image(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", color
     if color is not None:
         pixels[:] = color
     Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def tiff(path: Path, samples: np.ndarray, bits: int, *, kind: int = 1, photometric: int = 1, order: str = "<") -> Path:
+    """Write an uncompressed TIFF, ``(H, W)`` or ``(H, W, 3)``, sample by sample as the format has it.
+
+    ``kind`` is 1 for unsigned numbers, 2 for signed ones, 3 for floats; ``photometric`` is 0 where 0 is white, 1 where
+    it is black and 2 for RGB; ``order`` is ``<`` or ``>``. Samples of 12 bits lie two in three bytes.
+    """
+    height, width, depth = (*samples.shape, 1)[:3]
+    if bits == 12:
+        pairs = samples.reshape(-1, 2).astype(int)
+        data = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in pairs)
+    else:
+        data = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
+    shorts = {258: [bits] * depth, 259: [1], 262: [photometric], 277: [depth], 284: [1], 339: [kind] * depth}
+    longs = {256: width, 257: height, 273: 8, 278: height, 279: len(data)}
+    values = b"".join(struct.pack(f"{order}{depth}H", *numbers) for numbers in shorts.values() if len(numbers) > 2)
+    entries, at = [], 8 + len(data)
+    for tag in sorted({*shorts, *longs}):
+        if tag in longs:
+            entries.append(struct.pack(f"{order}HHII", tag, 4, 1, longs[tag]))
+        elif len(shorts[tag]) == 1:
+            entries.append(struct.pack(f"{order}HHIHH", tag, 3, 1, shorts[tag][0], 0))
+        else:
+            entries.append(struct.pack(f"{order}HHII", tag, 3, depth, at))
+            at += 2 * depth
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(data) + len(values))
+    path.write_bytes(head + data + values + directory)
     return path
 
 
