@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, Literal, get_args, get_origin
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "WorkerError",
     "check_words",
     "suggestion",
+    "whole_number",
 ]
 
 
@@ -106,3 +108,22 @@ def check_words(section: str, hints: Mapping[str, Any], values: Mapping[str, Any
             given = values[name]
             near = suggestion(given, words) if isinstance(given, str) else ""
             raise ConfigurationError(f"{section}.{name}={given!r}: give {', '.join(words)}{near}")
+
+
+def whole_number(key: str, value: Any, least: int, below: int | None = None) -> int:
+    """Return a whole number, Python's or NumPy's, as Python's.
+
+    Args:
+        key: what sets it.
+        value: what was given.
+        least: the smallest that is allowed.
+        below: the first one too large, if any.
+
+    Raises:
+        ConfigurationError: a bool, a float, text, or a number out of range.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not (least <= value and (below is None or value < below)):
+        upper = "" if below is None else f", below {below}"
+        raise ConfigurationError(f"{key}={value!r}: give a whole number of at least {least}{upper}")
+    return int(value)

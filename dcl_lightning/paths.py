@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from dcl_lightning.errors import ConfigurationError
+
 __all__ = ["absolute", "expanded"]
 
 
@@ -13,9 +15,17 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
     Args:
         path: relative, absolute, or below ``~`` or ``~user``; an address such as ``s3://bucket`` is returned as it is.
+
+    Raises:
+        ConfigurationError: a relative path, and the working folder has been removed.
     """
     text = os.path.expanduser(os.fspath(path))
-    return text if "://" in text else os.path.abspath(text)
+    try:
+        return text if "://" in text else os.path.abspath(text)
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"{text} is relative to the working folder, which has been removed: change to another folder"
+        ) from error
 
 
 def expanded(values: Any) -> Any:

@@ -422,7 +422,7 @@ class Rehearsal(pl.Callback):
         if own and self._extras is not None and self._extras.shapes:
             example = _no_rows(example) | self._extras.no_rows()
         capacity = split_total(total, comm.size, comm.rank)
-        seed = seed_of_run(config.seed)
+        seed = seed_of_run(config.seed, "rehearsal.seed")
         candidates = config.candidates
         if config.update == "task_end" and candidates is not None:  # every sample is a candidate
             candidates = data.eval_batch_size

@@ -19,6 +19,9 @@ from dcl_lightning.errors import ConfigurationError
 __all__ = ["SaveConfig", "check_place", "leave_no_empty", "own_folders"]
 
 
+_FILES_BELOW = 256  # bytes of the longest path of a run's files below their folder
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` beside the report: Lightning's own goes where all runs of some loggers share one."""
 
@@ -85,13 +88,17 @@ def check_place(folder: str | os.PathLike[str] | None, key: str) -> None:
         key: what sets it.
 
     Raises:
-        ConfigurationError: it is a file or below one, or may not be written.
+        ConfigurationError: it is a file or below one, its name is too long, or it may not be written.
     """
     if folder is None or "://" in str(folder):
         return
     above = os.path.abspath(folder)
     while not os.path.lexists(above):
         above = os.path.dirname(above)
+    longest = max(map(len, os.fsencode(os.path.abspath(folder)).split(b"/")))
+    whole = len(os.fsencode(os.path.abspath(folder))) + _FILES_BELOW
+    if longest > os.pathconf(above, "PC_NAME_MAX") or whole > os.pathconf(above, "PC_PATH_MAX"):
+        raise ConfigurationError(f"{key}={str(folder)[:40]}...: the name is too long; give a shorter folder")
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         reason = "may not be written" if os.path.isdir(above) else "is no folder"
         raise ConfigurationError(f"{key}={folder}: {above} {reason}; give a folder for the results")

@@ -17,7 +17,9 @@ from dcl_lightning.command_line.folders import check_place, leave_no_empty, own_
 from dcl_lightning.command_line.last import go_on_from_last
 from dcl_lightning.command_line.parser import ContinualParser, memory_help
 from dcl_lightning.command_line.trust import refuse_foreign_classes
-from dcl_lightning.paths import expanded
+from dcl_lightning.data.seeds import SEEDS
+from dcl_lightning.errors import ConfigurationError, whole_number
+from dcl_lightning.paths import absolute, expanded
 
 __all__ = ["ContinualCLI"]
 
@@ -81,6 +83,14 @@ class ContinualCLI(LightningCLI):
         """Parse; where ``--model NAME`` follows a configuration of another agent, drop that agent's own values."""
         self._args: list[str] | None = args
         given = list(sys.argv[1:] if args is None else args)
+        absolute(".")  # the parser's own message would name another reason
+        for arg in given:
+            try:
+                arg.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigurationError(
+                    f"{arg!r} is not UTF-8, which a configuration has to be: give a symbolic link of another name"
+                ) from error
         if "--model.rehearsal.help" in given:
             print(memory_help(last_model(given) or "nil"))
             sys.exit(0)
@@ -89,6 +99,9 @@ class ContinualCLI(LightningCLI):
             ContinualParser.given = given
             super().parse_arguments(parser, without_other_agent(given))
         self.config = expanded(self.config)
+        seed = self.config.get(f"{self.config.get('subcommand')}.seed_everything")
+        if not isinstance(seed, (bool, type(None))):  # True is a random one
+            whole_number("seed_everything", seed, 0, SEEDS)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""
@@ -105,6 +118,9 @@ class ContinualCLI(LightningCLI):
             self._folders = own_folders(trainer.loggers)
         for logger in trainer.loggers:
             check_place(logger.save_dir, "trainer.logger.save_dir")
+            check_place(getattr(logger, "root_dir", None), "trainer.logger.name")
+        for saver in trainer.checkpoint_callbacks:
+            check_place(getattr(saver, "dirpath", None), "trainer.callbacks.dirpath")
         if not trainer.loggers and self.subcommand == "fit":
             check_place(trainer.default_root_dir, "trainer.default_root_dir")
         return trainer

@@ -99,8 +99,10 @@ def _read(path: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
         with open(path, "rb") as file:
             raw: Mapping[Any, Any] = _ArraysOnly(file, encoding="latin1").load()
         content = {key.decode() if isinstance(key, bytes) else key: value for key, value in raw.items()}
-        images = np.asarray(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-        labels = np.asarray(content[label], dtype=np.int64)
+        pixels, labels = np.asarray(content["data"]), np.asarray(content[label])
+        if pixels.dtype != np.uint8 or (len(labels) and labels.dtype.kind not in "iu"):
+            raise TypeError(f"pixels of type {pixels.dtype}, labels of type {labels.dtype}")
+        images, labels = pixels.reshape(-1, 3, 32, 32), labels.astype(np.int64)
     except (pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError, TypeError, OSError) as error:
         raise DataError(f"{path} cannot be read as a CIFAR file ({error}): fetch the data set anew") from error
     if len(images) != len(labels):

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dcl_lightning.errors import ConfigurationError, suggestion
+from dcl_lightning.data.seeds import SEEDS
+from dcl_lightning.errors import ConfigurationError, suggestion, whole_number
 
 __all__ = ["named_class_order", "shuffled_classes"]
 
@@ -41,8 +42,6 @@ def shuffled_classes(labels: Sequence[Any], seed: int) -> list[Any]:
     Raises:
         ConfigurationError: a seed out of range.
     """
-    if not 0 <= seed < 1 << 32:
-        raise ConfigurationError(f"data.class_order={seed}: give a seed from 0 to below 2**32")
     places = np.arange(len(labels))
-    np.random.RandomState(seed).shuffle(places)
+    np.random.RandomState(whole_number("data.class_order", seed, 0, SEEDS)).shuffle(places)
     return [labels[place] for place in places.tolist()]

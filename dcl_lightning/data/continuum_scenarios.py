@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dcl_lightning.data.continuum_sets import imported
 from dcl_lightning.data.scenarios import check_labels
 from dcl_lightning.data.splits import Splits, from_arrays
 from dcl_lightning.data.transformed import TransformedInputs
@@ -121,12 +121,9 @@ def _imported(spec: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             f"data.scenario={dict(spec)}: give class, domain, instance, blurry, none, given, or class_path and "
             "init_args of a continuum scenario"
         )
-    module, _, attribute = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"data.scenario={path} cannot be imported: {error}") from error
-    return cls, {name: _made(value) for name, value in (spec.get("init_args") or {}).items()}
+    return imported(path, "data.scenario"), {
+        name: _made(value) for name, value in (spec.get("init_args") or {}).items()
+    }
 
 
 def _made(value: Any) -> Any:

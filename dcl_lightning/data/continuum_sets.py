@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from dcl_lightning.data.decode import read_image
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError, suggestion
 
-__all__ = ["arrays_of_class", "read_continuum"]
+__all__ = ["arrays_of_class", "imported", "read_continuum"]
+
+
+def imported(path: str, key: str) -> Any:
+    """Return what a class path names.
+
+    Args:
+        path: module and name, with a dot between them.
+        key: what sets it, for the message.
+
+    Raises:
+        ConfigurationError: no such module, one that cannot be imported, or no such name in it; with the nearest.
+    """
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a module of the user's may raise anything
+        raise ConfigurationError(f"{key}={path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(found, attribute):
+        near = suggestion(attribute, [name for name in dir(found) if not name.startswith("_")])
+        raise ConfigurationError(f"{key}={path!r} cannot be imported: {module} has no {attribute!r}{near}")
+    return getattr(found, attribute)
 
 
 def arrays_of_class(name: str, root: str, download: bool, known: Iterable[str]) -> tuple[Any, ...]:
     """Return ``(x_train, y_train, t_train, x_test, y_test, t_test)`` of a data set of continuum's kind.
 
     Args:
-        name: its class path; the class takes ``(path, train, download)``.
+        name: its class path; the class takes ``(path, train, download)`` and has ``get_data()``.
         root: folder of the data set.
         download: whether it may be fetched.
         known: names of data sets that need no class path, for the message.
 
     Raises:
-        ConfigurationError: no such class.
+        ConfigurationError: no such class, or one of another kind.
         DatasetNotFoundError: no such folder, and nothing may be fetched.
         DataError: the data cannot be read.
     """
@@ -34,10 +57,20 @@ def arrays_of_class(name: str, root: str, download: bool, known: Iterable[str]) 
             f"data.dataset={name!r}: give one of {', '.join(sorted(known))}, or a continuum data set's class path"
             f"{suggestion(name, known)}"
         )
+    cls = imported(name, "data.dataset")
+    if not isinstance(cls, type) or not callable(getattr(cls, "get_data", None)):
+        ours = attribute.lower()
+        instead = f"data.dataset={ours}" if ours in known else f"one of {', '.join(sorted(known))}"
+        raise ConfigurationError(
+            f"data.dataset={name!r} is no data set of continuum's kind, a class that takes (path, train, download) and "
+            f"has get_data(): give {instead}, or in Python (x_train, y_train, x_test, y_test)"
+        )
     try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"data.dataset={name!r} cannot be imported: {error}") from error
+        inspect.signature(cls).bind(root, train=True, download=download)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"data.dataset={name!r} is no class that takes (path, train, download), as continuum's do: {error}"
+        ) from error
     if not download and not os.path.isdir(root):
         # continuum creates the folder before it notices that nothing is there.
         raise DatasetNotFoundError(name, os.path.abspath(root), "the files of that data set", True)
@@ -45,12 +78,8 @@ def arrays_of_class(name: str, root: str, download: bool, known: Iterable[str]) 
     for train in (True, False):
         try:
             split = cls(root, train=train, download=download)
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        except Exception as error:  # continuum raises whatever it meets
             raise DataError(f"data set '{name}' in {os.path.abspath(root)} cannot be read: {error}") from error
-        except TypeError as error:
-            raise ConfigurationError(
-                f"data.dataset={name!r} is no class that takes (path, train, download), as continuum's do: {error}"
-            ) from error
         arrays += read_continuum(split, name)
     return tuple(arrays)
 
@@ -72,7 +101,7 @@ def read_continuum(split: Any, name: str) -> tuple[Any, Any, Any]:
             f"data set '{name}' cannot be read: continuum keeps names of files in ASCII, found {str(error.object)!r}; "
             "use data.dataset=folder, or names without accents"
         ) from error
-    except (AttributeError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:
         raise DataError(f"data set '{name}' cannot be read: {error}") from error
     if isinstance(x, np.ndarray) and x.dtype.kind in "OUS":
         return _read_images([os.fsdecode(path) for path in x]), y, t
@@ -81,15 +110,9 @@ def read_continuum(split: Any, name: str) -> tuple[Any, Any, Any]:
 
 def _read_images(paths: list[str]) -> np.ndarray:
     """Return ``(n, H, W, 3)`` uint8, all images in memory; grey and transparent ones become RGB."""
-    from PIL import Image
-
-    images = []
+    images: list[np.ndarray] = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(np.asarray(image.convert("RGB")))
-        except OSError as error:
-            raise DataError(f"image {path} cannot be read: {error}") from error
+        images.append(read_image(path).permute(1, 2, 0).numpy())
         if images[-1].shape != images[0].shape:
             sizes = " and ".join(f"{h}x{w}" for h, w, _ in (images[0].shape, images[-1].shape))
             raise DataError(f"images differ in size, {sizes} ({path}): resize them to one size first")

@@ -27,7 +27,7 @@ class Cutting:
             continuum's kind, bring the tasks.
         increment: see ``ContinualDataModule``, as are all arguments below.
         initial_increment: first task.
-        num_tasks: of a domain scenario.
+        num_tasks: of a domain or instance scenario.
         class_order: labels, a name or a seed.
         blurriness: share of each class that leaks.
         cut: order in which a class is cut.
@@ -40,7 +40,7 @@ class Cutting:
     scenario: str
     increment: Any
     initial_increment: int | None
-    num_tasks: int
+    num_tasks: int | None
     class_order: Sequence[Label] | str | int | None
     blurriness: float | None
     cut: str
@@ -51,6 +51,11 @@ class Cutting:
             raise ConfigurationError(
                 f"data.scenario={self.scenario!r}: give {', '.join(_SCENARIOS)}, or the class path of a continuum "
                 f"scenario{suggestion(str(self.scenario), _SCENARIOS)}"
+            )
+        if self.num_tasks is not None and self.scenario not in ("domain", "instance"):
+            raise ConfigurationError(
+                f"data.num_tasks={self.num_tasks} with data.scenario={self.scenario}: it is of scenarios domain and "
+                "instance only; give data.increment, the classes of a task, where classes arrive task by task"
             )
         if self.blurriness is not None and self.scenario != "blurry":
             raise ConfigurationError(
@@ -89,7 +94,7 @@ class Cutting:
         """
         if self.scenario in ("class", "blurry"):
             return scenarios.class_tasks(num_classes, self.increment, self.initial_increment)
-        return [list(range(num_classes))] * (1 if self.scenario == "none" else self.num_tasks)
+        return [list(range(num_classes))] * (1 if self.scenario == "none" else self.num_tasks or 5)
 
     def labels_in_order(self, labels: np.ndarray, tasks: np.ndarray | None, seed: int) -> list[Label]:
         """Return the original labels in the order of their model ids.
@@ -106,7 +111,7 @@ class Cutting:
         order = self.class_order
         if isinstance(order, str) and order != "random":
             order = named_class_order(order)
-        if isinstance(order, (str, int)):
+        if isinstance(order, (str, int, np.integer)):
             present = scenarios.order_classes(labels, None)
             return shuffled_classes(present, seed if isinstance(order, str) else order)
         if order is None and tasks is not None:

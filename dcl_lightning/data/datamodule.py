@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning.data import scenarios, sources, staging, transforms
@@ -21,7 +23,7 @@ from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.stream import Stream, refuse_another_stream
 from dcl_lightning.data.transformed import TransformedInputs
 from dcl_lightning.distributed.place import place, worker_threads
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, whole_number
 from dcl_lightning.paths import absolute
 from dcl_lightning.types import Batch, Clock, InputSpec, Replay, Task
 
@@ -49,7 +51,7 @@ class ContinualDataModule(pl.LightningDataModule):
             ``shuffled`` by ``seed``.
         initial_increment: classes of the first task of a class scenario; ``increment`` if None.
         increment: classes of each further task, or a list with one number for each task.
-        num_tasks: tasks of a domain scenario.
+        num_tasks: tasks of a domain or instance scenario; 5 if None.
         class_order: original labels in the order of their appearance; ``random`` for one by ``seed``, or a number for
             one by that seed; a published order of CIFAR-100, ``icarl_1993`` or ``icarl_list``; ascending if None.
         concatenate_tasksets: whether task t trains on the data of tasks 0..t.
@@ -83,7 +85,7 @@ class ContinualDataModule(pl.LightningDataModule):
         scenario: str | dict[str, Any] | tuple[Any, Any] = "class",
         initial_increment: int | None = None,
         increment: int | list[int] = 2,
-        num_tasks: int = 5,
+        num_tasks: int | None = None,
         class_order: list[int] | list[str] | int | str | None = None,
         blurriness: float | None = None,
         cut: Literal["in_order", "shuffled"] = "in_order",
@@ -106,8 +108,8 @@ class ContinualDataModule(pl.LightningDataModule):
             ("eval_batch_size", eval_batch_size),
             ("num_tasks", num_tasks),
         ):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"data.{name}={value}: give at least 1")
+            if value is not None:
+                whole_number(f"data.{name}", value, 1)
         if not 0 <= val_ratio < 1:
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
         for name, word, words in (
@@ -121,8 +123,8 @@ class ContinualDataModule(pl.LightningDataModule):
         self.val_ratio, self.batch_size = val_ratio, batch_size
         self.seed = self._own_seed = seed_of_run(seed)
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
-        if num_workers is not None and num_workers < 0:
-            raise ConfigurationError(f"data.num_workers={num_workers}: give 0 or more")
+        if num_workers is not None:
+            whole_number("data.num_workers", num_workers, 0)
         self.num_workers = num_workers
         self._readers = Readers(0)
         self.source_options = source_options
@@ -191,7 +193,7 @@ class ContinualDataModule(pl.LightningDataModule):
                 raise ConfigurationError(
                     f"data.scenario=given: data set '{self.dataset_name}' brings no tasks: give another scenario"
                 )
-            return int(self._splits.train_tasks.max()) + 1
+            return scenarios.count_tasks(self._splits.train_tasks, self._splits.test_tasks)
         return len(self._cutting.home_classes(self.num_classes))
 
     # -- set-up ------------------------------------------------------------------------------------
@@ -252,6 +254,10 @@ class ContinualDataModule(pl.LightningDataModule):
         return self._stream
 
     def _processes(self) -> int:
+        if multiprocessing.current_process().daemon:
+            if self.num_workers:
+                rank_zero_warn(f"data.num_workers={self.num_workers}: a daemonic process reads images itself")
+            return 0
         if self.num_workers is not None:
             return self.num_workers
         local = max(place("local_size"), getattr(self.trainer, "num_devices", 1))

@@ -62,7 +62,9 @@ def per_class(folder: str, split: str, training: bool, others: tuple[str, ...] =
         names += images
         counts.append(len(images))
     _tell(base, left_out, others)
-    return names, np.repeat(np.array(classes, dtype=str), counts)
+    # Reports and tables are UTF-8: of other names the bytes are shown, as in "caf\xe9".
+    labels = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes]
+    return names, np.repeat(np.array(labels, dtype=str), counts)
 
 
 def _ending(name: str) -> str:
@@ -134,6 +136,8 @@ def listed(folder: str, list_file: str) -> tuple[list[str], np.ndarray]:
         name, _, label = line.rpartition(" ")
         if not name or not label.isdecimal():
             raise DataError(f"{list_file}, line {number}: expected 'relative/path label', found {line[:80]!r}")
+        if int(label) >= 1 << 63:
+            raise DataError(f"{list_file}, line {number}: label {label[:40]} is too large: give one below 2**63")
         parent, image = os.path.split(name.strip())
         if parent not in there:
             # One look at a folder in place of one at each of its files.
@@ -146,8 +150,6 @@ def listed(folder: str, list_file: str) -> tuple[list[str], np.ndarray]:
                 f"{list_file}, line {number}: {name.strip()} has label {int(label)} here and label {label_before} in "
                 f"line {line_before}"
             )
-        if int(label) >= 1 << 63:
-            raise DataError(f"{list_file}, line {number}: label {label[:40]} is too large: give one below 2**63")
         names.append(name.strip())
         labels.append(int(label))
     if not names:

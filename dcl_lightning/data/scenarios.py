@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
 
@@ -14,6 +16,7 @@ __all__ = [
     "blurred",
     "check_labels",
     "class_tasks",
+    "count_tasks",
     "deal",
     "encode",
     "hold_out",
@@ -23,6 +26,8 @@ __all__ = [
 
 Label = int | str
 
+_TOO_LARGE = 2.0**63
+
 # Draws for different purposes from one seed.
 _CUT, _BLUR, _DEAL = 1, 2, 3
 
@@ -31,32 +36,100 @@ def check_labels(labels: Any, field: str = "labels") -> np.ndarray:
     """Return labels as ``(n,)`` int64 or str.
 
     Args:
-        labels: list, array or tensor of one label a sample.
+        labels: list, array or tensor of one label a sample; bytes are read as UTF-8.
         field: name of the labels in messages.
 
     Raises:
-        DataError: labels that are negative, fractional, one-hot or of another type.
+        DataError: labels that are missing, negative, fractional, one-hot or of another type, numbers among names, or
+            names that differ in spaces at their ends alone.
     """
-    array = np.asarray(labels)
+    array = _as_array(labels, field)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
         raise DataError(f"{field} of shape {array.shape}: give one label a sample, shape (n,), not one-hot rows")
-    if array.dtype.kind == "O" and not any(isinstance(label, str) for label in array):
-        # Numbers in an object array, as from a table's column, must not be sorted as text.
-        array = np.array(array.tolist())
-    if array.dtype.kind in "OUS":
-        return array.astype(str)
+    if array.dtype.kind in "OST":
+        array = _of_one_kind(array.tolist(), field)
+    if array.dtype.kind == "U":
+        _check_names(np.unique(array).tolist(), field)
+        return array
     if array.dtype.kind == "f":
         wrong = array[~np.isfinite(array) | (array != np.floor(array))]
         if len(wrong):
             raise DataError(f"{field} must be whole numbers or names: found {_some(wrong)}")
     elif array.dtype.kind not in "iub":
         raise DataError(f"{field} of type {array.dtype}: give whole numbers or names")
-    array = array.astype(np.int64)
+    if array.dtype.kind in "uf" and (array.astype(float) >= _TOO_LARGE).any():
+        raise DataError(f"{field} must be below 2**63: found {_some(array[array.astype(float) >= _TOO_LARGE])}")
     if len(array) and array.min() < 0:
         raise DataError(f"{field} must be at least 0: found {_some(array[array < 0])}")
-    return array
+    return array.astype(np.int64)
+
+
+def _as_array(labels: Any, field: str) -> np.ndarray:
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu()
+        # NumPy has no bfloat16.
+        labels = (labels.float() if labels.is_floating_point() else labels).numpy()
+    if isinstance(labels, np.ma.MaskedArray) and np.ma.getmaskarray(labels).any():
+        raise _missing(field, np.flatnonzero(np.ma.getmaskarray(labels)), "masked")
+    # NumPy would make text of what stands among names: "nan" of a missing one, "1" of a number.
+    names = isinstance(labels, (list, tuple)) and any(isinstance(label, (str, bytes)) for label in labels)
+    try:
+        return np.asarray(labels, dtype=object if names else None)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{field} cannot be read as one label a sample: {error}") from error
+
+
+def _of_one_kind(values: list[Any], field: str) -> np.ndarray:
+    """Return labels of an object array as names or as numbers, which must not be sorted as text."""
+    missing = [row for row, value in enumerate(values) if _is_missing(value)]
+    if missing:
+        raise _missing(field, missing, repr(values[missing[0]]))
+    names = [isinstance(value, (str, bytes)) for value in values]
+    if not any(names):
+        array = np.array(values)
+        if array.dtype.kind in "iufb":
+            return array
+        raise DataError(f"{field} such as {values[0]!r}: give whole numbers, below 2**63, or names")
+    if not all(names):
+        raise DataError(
+            f"{field} are names and numbers, such as {values[names.index(True)]!r} and "
+            f"{values[names.index(False)]!r}: give either"
+        )
+    try:
+        return np.array([value.decode() if isinstance(value, bytes) else value for value in values], dtype=str)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{field} such as {error.object!r} are not UTF-8: give text") from error
+
+
+def _is_missing(value: Any) -> bool:
+    nan = isinstance(value, (float, np.floating)) and np.isnan(value)
+    return value is None or bool(nan) or type(value).__name__ in ("NAType", "NaTType")  # pandas has the latter
+
+
+def _missing(field: str, rows: Sequence[int] | np.ndarray, what: str) -> DataError:
+    return DataError(
+        f"{field}: {len(rows)} missing, the first in row {int(rows[0])} ({what}): leave such samples out, or give "
+        "them a class"
+    )
+
+
+def _check_names(names: list[str], field: str) -> None:
+    """Refuse distinct names of which one is empty, or two look the same; warn of one that stands for nothing."""
+    stripped: dict[str, str] = {}
+    for name in names:
+        word = name.strip()
+        if not word:
+            raise DataError(f"{field}: some are empty ({name!r}): leave such samples out, or give them a class")
+        if word != word.encode("utf-8", "replace").decode():
+            raise DataError(f"{field}: {name!r} cannot be written as UTF-8, which reports are: give it another name")
+        other = stripped.setdefault(word, name)
+        if other != name:
+            raise DataError(f"{field} {other!r} and {name!r} differ in spaces alone: give one class one name")
+    for word in ("nan", "NaN", "<NA>", "None", "NaT"):
+        if word in stripped:
+            rank_zero_warn(f"{field}: a class is called {word!r}; if these are missing labels, leave such samples out")
 
 
 def _some(values: np.ndarray) -> str:
@@ -78,7 +151,7 @@ def order_classes(labels: np.ndarray, order: Sequence[Label] | None) -> list[Lab
         if any(isinstance(label, (bool, float)) and label != kept for label, kept in zip(order, wanted, strict=True)):
             raise ValueError
     except (TypeError, ValueError):
-        raise ConfigurationError(f"data.class_order={list(order)}: the labels are whole numbers") from None
+        raise ConfigurationError(f"data.class_order={order}: give a list of labels, which are whole numbers") from None
     missing, unknown = sorted(set(present) - set(wanted)), sorted(set(wanted) - set(present))
     double = sorted({label for label in wanted if wanted.count(label) > 1})
     if missing or unknown or double:
@@ -123,7 +196,7 @@ def class_tasks(num_classes: int, increment: Any, initial_increment: Any = None)
             raise ConfigurationError("data.initial_increment goes with a single increment: put it into the list")
     else:
         step = _positive("increment", increment, num_classes, increment)
-        first = step if not initial_increment else _positive("initial_increment", initial_increment, num_classes)
+        first = step if initial_increment is None else _positive("initial_increment", initial_increment, num_classes)
         sizes = [min(first, num_classes)]
         while sum(sizes) < num_classes:
             sizes.append(min(step, num_classes - sum(sizes)))
@@ -138,6 +211,26 @@ def _positive(name: str, value: Any, num_classes: int, given: Any = None) -> int
             f"data.{name}={shown}: give whole numbers from 1 to {num_classes}, the number of classes"
         )
     return int(value)
+
+
+def count_tasks(train_tasks: np.ndarray, test_tasks: np.ndarray) -> int:
+    """Return the number of tasks that data bring.
+
+    Args:
+        train_tasks: ``(n,)`` int64, task of each training sample.
+        test_tasks: ``(m,)`` int64, task of each test sample.
+
+    Raises:
+        ConfigurationError: training tasks are not numbered from 0 without gaps, or test samples are of other tasks.
+    """
+    found = np.unique(train_tasks)
+    wrong = np.flatnonzero(found != np.arange(len(found)))
+    if len(wrong):
+        raise ConfigurationError(f"task {wrong[0]} has no training samples: number them from 0 without gaps")
+    foreign = np.setdiff1d(test_tasks, found)
+    if len(foreign):
+        raise ConfigurationError(f"test samples are of tasks {foreign.tolist()[:5]}, which training lacks")
+    return len(found)
 
 
 def part_of_samples(targets: np.ndarray, num_tasks: int, seed: int | None = None) -> np.ndarray:

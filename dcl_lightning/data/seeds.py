@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
-__all__ = ["seed_of_run"]
+from dcl_lightning.errors import whole_number
+
+__all__ = ["SEEDS", "seed_of_run"]
+
+# Below this NumPy and Lightning take seeds, too.
+SEEDS = 1 << 32
 
 
-def seed_of_run(given: int | None) -> int:
+def seed_of_run(given: Any, key: str = "data.seed") -> int:
     """Return the seed that was given, else the one given to ``seed_everything``, else 0.
 
     Args:
-        given: None if none was.
+        given: from 0 to below 2**32, Python's or NumPy's; None if none was.
+        key: what sets it.
+
+    Raises:
+        ConfigurationError: any other.
     """
+    if given is not None:
+        return whole_number(key, given, 0, SEEDS)
     # Where Lightning's ``seed_everything`` leaves it for other processes.
-    return given if given is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+    found = os.environ.get("PL_GLOBAL_SEED", "0")
+    return whole_number("PL_GLOBAL_SEED", int(found) if found.isdecimal() else found, 0, SEEDS)

@@ -20,7 +20,7 @@ from dcl_lightning.data.mnist import FILES as MNIST_FILES
 from dcl_lightning.data.mnist import fetch_mnist, read_mnist, read_mnist5k
 from dcl_lightning.data.splits import Reader, Source, Splits, from_arrays
 from dcl_lightning.data.tinyimagenet import read_tinyimagenet
-from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
+from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError, whole_number
 from dcl_lightning.types import InputSpec
 
 __all__ = ["SOURCES", "Source", "Splits", "check_files", "check_options", "from_arrays", "load"]
@@ -43,9 +43,7 @@ def check_options(name: str, options: Mapping[str, int]) -> None:
     if unknown:
         raise ConfigurationError(f"data.source_options: unknown {unknown}; '{name}' takes {known or 'none'}")
     for key, value in options.items():
-        least = 0 if key == "seed" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigurationError(f"data.source_options: {key}={value!r}; give a whole number of at least {least}")
+        whole_number(f"data.source_options.{key}", value, 0 if key == "seed" else 1)
 
 
 def load(name: str, root: str, download: bool, options: Mapping[str, int] | None = None) -> Splits:

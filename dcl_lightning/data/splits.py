@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning.data.continuum_sets import read_continuum
@@ -33,6 +36,11 @@ class Splits(NamedTuple):
     train_tasks: np.ndarray | None = None
     test_tasks: np.ndarray | None = None
 
+
+_WANTED = (
+    "give the name of a data set, (x_train, y_train, x_test, y_test), the same with task ids as third of each split, "
+    "or two continuum data sets"
+)
 
 # Arguments: folder of the data set, whether it may be fetched, options.
 Reader = Callable[[str, bool, Mapping[str, int]], Splits]
@@ -106,7 +114,7 @@ def from_arrays(splits: tuple[Any, ...], where: str = "") -> Splits:
 
     A third array of a split, as in ``(x_train, y_train, t_train, ...)``, is the task of each sample, or None.
     Images are ``(n, H, W)``, ``(n, H, W, C)`` or ``(n, C, H, W)`` with 1 or 3 channels, vectors ``(n, D)``;
-    uint8 stays uint8, anything else becomes float32.
+    uint8 stays uint8, and is divided by 255 on the device; anything else becomes float32 and is used as it is.
 
     Args:
         splits: arrays, or tensors, or two data sets.
@@ -115,15 +123,14 @@ def from_arrays(splits: tuple[Any, ...], where: str = "") -> Splits:
     Raises:
         DataError: arrays that do not fit each other, or labels, values or shapes that cannot be used.
     """
+    if not isinstance(splits, (tuple, list)):
+        raise DataError(f"data.dataset: {_WANTED}, not {type(splits).__name__}")
     if len(splits) == 2 and all(hasattr(split, "get_data") for split in splits):
         splits = tuple(array for split in splits for array in read_continuum(split, type(split).__name__))
     if len(splits) == 4:
         splits = (*splits[:2], None, *splits[2:], None)
     if len(splits) != 6:
-        raise DataError(
-            "data.dataset: give (x_train, y_train, x_test, y_test), the same with task ids as third of each split, or "
-            f"two continuum data sets, not {len(splits)}"
-        )
+        raise DataError(f"data.dataset: {_WANTED}, not {len(splits)}")
     x_train, y_train, t_train, x_test, y_test, t_test = splits
     labels = check_labels(y_train, f"{where}training labels"), check_labels(y_test, f"{where}test labels")
     inputs = _to_inputs(x_train, f"{where}training inputs"), _to_inputs(x_test, f"{where}test inputs")
@@ -135,8 +142,20 @@ def from_arrays(splits: tuple[Any, ...], where: str = "") -> Splits:
     if len(labels[1]) and inputs[0].shape[1:] != inputs[1].shape[1:]:
         shapes = " and ".join(str(tuple(x.shape[1:])) for x in inputs)
         raise DataError(f"{where}training and test inputs differ in shape (channels, height, width): {shapes}")
-    tasks = [None if t is None else check_labels(t, f"{where}task ids") for t in (t_train, t_test)]
+    if len(labels[1]) and inputs[0].dtype != inputs[1].dtype:
+        raise DataError(
+            f"{where}of training and test inputs one is uint8, which is divided by 255, and the other is not: give "
+            "both in one type"
+        )
+    tasks = [
+        None if t is None else check_labels(t, f"{where}{part} task ids")
+        for part, t in (("training", t_train), ("test", t_test))
+    ]
     for part, t, y in zip(("training", "test"), tasks, labels, strict=True):
+        if t is not None and t.dtype.kind == "U":
+            raise DataError(
+                f"{where}task ids of the {part} split are names, such as {t[0].item()!r}: number tasks from 0"
+            )
         if t is not None and len(t) != len(y):
             raise DataError(f"{where}the {part} split has {len(t)} task ids and {len(y)} labels")
     return Splits(inputs[0], labels[0], inputs[1], labels[1], *tasks)
@@ -144,27 +163,61 @@ def from_arrays(splits: tuple[Any, ...], where: str = "") -> Splits:
 
 def _to_inputs(values: Any, field: str) -> Tensor:
     """Return float32 or uint8, channels first."""
-    if not isinstance(values, Tensor):
-        array = np.ascontiguousarray(values)
-        if array.dtype.kind not in "biuf":
-            raise DataError(f"{field} of type {array.dtype}: give real numbers")
-        tensor = torch.from_numpy(array)
-    elif values.is_complex():
-        raise DataError(f"{field} of type {values.dtype}: give real numbers")
-    else:
-        tensor = values
-    if tensor.dtype != torch.uint8:
+    tensor = _to_tensor(values, field)
+    given = tensor.dtype
+    if given != torch.uint8:
         tensor = tensor.to(torch.float32)
         # What is mapped need not fit into memory, so it is not looked through; a cache's was when it was written.
-        if not isinstance(values, np.memmap):
-            _check_finite(tensor, field)
+        if not isinstance(values, np.memmap) and tensor.numel():
+            _check_values(tensor, given, field)
     return _to_channels_first(tensor, field)
 
 
-def _check_finite(tensor: Tensor, field: str) -> None:
-    if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+def _to_tensor(values: Any, field: str) -> Tensor:
+    """Return real numbers on the CPU, which share the memory of what was given where they can."""
+    if isinstance(values, Tensor):
+        if values.is_complex() or values.is_quantized or values.layout != torch.strided:
+            kind = values.dtype if values.layout == torch.strided else values.layout
+            raise DataError(f"{field} of type {kind}: give real numbers in a dense tensor")
+        return values.detach().cpu()
+    if isinstance(values, np.ma.MaskedArray) and np.ma.getmaskarray(values).any():
+        row = int(np.argwhere(np.ma.getmaskarray(values))[0][0])
+        raise DataError(f"{field}: row {row} has masked values: fill them, or leave such samples out")
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{field} cannot be read as one array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{field} of type {array.dtype}: give real numbers")
+    # torch knows neither another byte order nor long doubles.
+    array = np.ascontiguousarray(array, "f8" if array.dtype.itemsize > 8 else array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is not writable")  # nothing is ever written
+        return torch.from_numpy(array)
+
+
+def _check_values(tensor: Tensor, given: torch.dtype, field: str) -> None:
+    """Refuse values that are not finite; warn of images that would have been scaled had they been uint8.
+
+    Args:
+        tensor: float32, not empty.
+        given: type of what was given.
+        field: how messages call it.
+
+    Raises:
+        DataError: the row of the first value that is not finite.
+    """
+    low, high = (float(end) for end in torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
         row = next(i for i, sample in enumerate(tensor) if not bool(torch.isfinite(sample).all()))
         raise DataError(f"{field}: row {row} has values that are not finite (NaN, or too large for float32)")
+    least = 127 if given.is_floating_point else 1
+    if tensor.ndim > 2 and low >= 0 and high > least:
+        name = str(given).removeprefix("torch.")
+        rank_zero_warn(
+            f"{field} are {name} from {low:g} to {high:g} and are used as they are: images of 0 to 255 are divided by "
+            "255 as uint8 alone; give these, or divide them yourself"
+        )
 
 
 def _to_channels_first(tensor: Tensor, field: str) -> Tensor:

@@ -48,9 +48,7 @@ class Stream:
             assert splits.train_tasks is not None
             assert splits.test_tasks is not None
             self._given = splits.train_tasks, splits.test_tasks
-            foreign = sorted(set(self._given[1].tolist()) - set(self._given[0].tolist()))
-            if foreign:
-                raise ConfigurationError(f"test samples are of tasks {foreign}, which training lacks")
+            num_tasks = scenarios.count_tasks(*self._given)
         self.labels = cutting.labels_in_order(splits.train_labels, self._given and self._given[0], seed)
         self.train_targets = torch.from_numpy(scenarios.encode(splits.train_labels, self.labels))
         self.test_targets = torch.from_numpy(scenarios.encode(splits.test_labels, self.labels))
@@ -58,15 +56,19 @@ class Stream:
             self.homes = cutting.home_classes(len(self.labels))
         else:
             targets, tasks = self.train_targets.numpy(), self._given[0]
-            self.homes = [np.unique(targets[tasks == t]).tolist() for t in range(tasks.max() + 1)]
+            self.homes = [np.unique(targets[tasks == t]).tolist() for t in range(num_tasks)]
         self.draw(seed)
         for task in range(len(self.homes)):
             if not len(self.train_indices(task)):
-                remedy = f"give fewer tasks than {len(self.homes)}" if self._given is None else "number them from 0"
-                raise ConfigurationError(f"task {task} has no training samples: {remedy}")
+                raise ConfigurationError(
+                    f"task {task} has no training samples: give fewer tasks than {len(self.homes)}"
+                )
         untested = [task for task in range(len(self.homes)) if not len(self.test_indices(task))]
         if untested:
             rank_zero_warn(f"tasks without test samples: {untested}; their accuracies are left empty")
+        unheld = [task for task in range(len(self.homes)) if val_ratio > 0 and not len(self.held_indices(task))]
+        if unheld:
+            rank_zero_warn(f"tasks without hold-outs: {unheld}; data.val_ratio takes none of a class with one sample")
 
     def draw(self, seed: int) -> None:
         """Choose anew what depends on the seed: what leaks, how classes are cut and what is held out.

@@ -59,7 +59,7 @@ class TransformedInputs:
 
         # ``torch.manual_seed`` would seed the devices, too.
         torch.default_generator.manual_seed(seed)
-        sample: Any = self.base[self.rows[row]]
+        sample: Any = self.base[self.rows[row]].clone()  # a transformation may write into what it is given
         if sample.dtype == torch.uint8:
             sample = to_pil_image(sample)
         for transform in self.transforms[int(self.tasks[row])]:

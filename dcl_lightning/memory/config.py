@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_type_hints
 
-from dcl_lightning.errors import ConfigurationError, check_words
+from dcl_lightning.errors import ConfigurationError, check_words, whole_number
 from dcl_lightning.memory.size import MemorySize
 
 __all__ = ["RehearsalConfig"]
@@ -64,8 +64,8 @@ class RehearsalConfig(MemorySize):
             raise ConfigurationError(f"rehearsal.num_samples={self.num_samples}: give at least 1")
         if self.num_candidates is not None and self.num_candidates < 1:
             raise ConfigurationError(f"rehearsal.num_candidates={self.num_candidates}: give at least 1")
-        if self.seed is not None and self.seed < 0:
-            raise ConfigurationError(f"rehearsal.seed={self.seed}: give 0 or more")
+        if self.seed is not None:
+            whole_number("rehearsal.seed", self.seed, 0, 1 << 32)
         offers_all = self.policy in ("reservoir", "greedy")
         if offers_all and self.num_candidates is not None:
             raise ConfigurationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import written
 
@@ -84,6 +85,10 @@ def _listed(root: Path, line: str, *words: str) -> tuple[str, list[str]]:
     return "imagenet100", ["train_100.txt", *words]
 
 
+def list_with_a_label_too_large(root: Path) -> tuple[str, list[str]]:
+    return _listed(root, f"train/{SYNSET}/{SYNSET}_1.JPEG {2**63}", "line 21", "below 2**63")
+
+
 def empty_list(root: Path) -> tuple[str, list[str]]:
     (written.listed(root, "ImageNet100", "100") / "val_100.txt").write_text("\n")
     return "imagenet100", ["val_100.txt names no images"]
@@ -127,6 +132,21 @@ def pickle_with_a_label_too_many(root: Path) -> tuple[str, list[str]]:
     content[b"labels"][3] = 10
     file.write_bytes(pickle.dumps(content))
     return "cifar10", ["data_batch_2", "label 10", "0 to 9"]
+
+
+def pickle_with_a_label_between_two(root: Path) -> tuple[str, list[str]]:
+    return _changed(root, b"labels", lambda labels: [0.5, *labels[1:]])
+
+
+def pickle_with_pixels_of_another_type(root: Path) -> tuple[str, list[str]]:
+    return _changed(root, b"data", lambda pixels: pixels.astype("i4") + 256)
+
+
+def _changed(root: Path, key: bytes, change: Callable[[Any], Any]) -> tuple[str, list[str]]:
+    file = _batch(root)
+    content = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps(content | {key: change(content[key])}))
+    return "cifar10", ["data_batch_2", "of type"]
 
 
 def pickle_that_is_not_there(root: Path) -> tuple[str, list[str]]:
@@ -201,9 +221,11 @@ def sessions_that_are_not_there(root: Path) -> tuple[str, list[str]]:
 EARLY: list[Case] = [
     empty_class_folder, class_that_is_a_broken_link, images_without_class_folders, no_samples, a_file_for_a_folder,
     root_that_is_a_file, a_class_that_training_lacks, one_class_in_tasks_of_two, list_with_text_labels,
-    list_with_negative_labels, list_with_one_image_twice, list_of_an_image_that_is_not_there, empty_list,
+    list_with_negative_labels, list_with_one_image_twice, list_of_an_image_that_is_not_there,
+    list_with_a_label_too_large, empty_list,
     pickle_cut_off, pickle_that_runs_code, pickle_with_nan_for_a_label, pickle_with_a_negative_label,
-    pickle_with_a_label_too_many, pickle_that_is_not_there, idx_cut_off, idx_of_labels_for_images,
+    pickle_with_a_label_too_many, pickle_with_a_label_between_two, pickle_with_pixels_of_another_type,
+    pickle_that_is_not_there, idx_cut_off, idx_of_labels_for_images,
     idx_with_fewer_labels_than_images, annotations_that_are_not_there, annotations_of_another_encoding,
     annotation_of_an_image_that_is_not_there, table_of_another_width, table_with_text, table_with_nan,
     table_with_text_for_a_label, sessions_that_are_not_there,

@@ -170,7 +170,7 @@ def data_of(data, task: int, label: int) -> list[int]:
 
 @pytest.mark.parametrize("scenario", ["class", "blurry", "domain"])
 def test_concatenated_tasksets_hold_all_tasks_so_far(scenario: str) -> None:
-    data = make(scenario=scenario, concatenate_tasksets=True, num_tasks=5, increment=2, val_ratio=0.25)
+    data = make(scenario=scenario, concatenate_tasksets=True, increment=2, val_ratio=0.25)
     so_far: set[int] = set()
     for t in range(5):
         so_far |= set(data.train_indices(t).tolist())

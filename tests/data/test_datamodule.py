@@ -146,7 +146,7 @@ def test_tasks_say_what_they_hold() -> None:
 
 @pytest.mark.parametrize(("scenario", "num_tasks"), [("domain", 3), ("instance", 3), ("none", 1)])
 def test_all_classes_in_every_task(scenario: str, num_tasks: int) -> None:
-    data = make(scenario=scenario, num_tasks=3)
+    data = make(scenario=scenario, **({} if scenario == "none" else {"num_tasks": 3}))
     assert data.num_tasks == num_tasks
     sizes = [len(data.train_indices(t)) for t in range(num_tasks)]
     assert sum(sizes) == 40
@@ -172,6 +172,26 @@ def test_impossible_numbers_are_refused(kwargs) -> None:
     (name,) = kwargs
     with pytest.raises(ConfigurationError, match=f"data.{name}"):
         ContinualDataModule("digits", **kwargs)
+
+
+@pytest.mark.parametrize("value", [2.5, 64.0, True, "64", float("nan"), -1])
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "num_tasks", "num_workers"])
+def test_what_is_no_count_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match=rf"data\.{name}=.*give a whole number of at least"):
+        ContinualDataModule("digits", **{name: value})
+
+
+@pytest.mark.parametrize("scenario", ["class", "blurry", "none"])
+def test_a_number_of_tasks_that_would_change_nothing_is_refused(scenario: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"data\.num_tasks=4 with data\.scenario={scenario}.*data\.increment"):
+        ContinualDataModule("digits", scenario=scenario, num_tasks=4)
+
+
+def test_a_batch_larger_than_the_data_is_one_short_batch() -> None:
+    data = make(np.repeat(np.arange(2), 3), batch_size=1000)
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.sample_ids.tolist()) == list(range(6))
+    assert batch.weights.tolist() == [1.0] * 6
 
 
 @settings(max_examples=60, deadline=None)

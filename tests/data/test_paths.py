@@ -16,6 +16,7 @@ from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import PredictionWriter
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.cache import VARIABLE
+from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.paths import absolute, expanded
 
 FIT = ["--data.dataset", "digits", "--data.increment", "5", "--model.epochs_per_task", "1"]
@@ -112,3 +113,11 @@ def test_relative_root_is_that_of_the_folder_in_which_the_data_module_was_made(
     data.setup()
     monkeypatch.chdir(tmp_path)
     assert [len(batch.targets) for batch in data.train_dataloader()] == [2]
+
+
+def test_a_working_folder_that_was_removed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "here").rmdir()
+    with pytest.raises(ConfigurationError, match=r"x is relative to the working folder, which has been removed"):
+        absolute("x")
+    assert cli.main(["fit", "--data.dataset", "digits"]) == 2
+    assert "which has been removed: change to another folder" in capsys.readouterr().err

@@ -39,17 +39,18 @@ def test_increments(increment, initial, sizes) -> None:
     assert [len(c) for c in scenarios.class_tasks(10, increment, initial)] == sizes
 
 
-@pytest.mark.parametrize("increment", [[5, 4], [5, 0, 5], [12, -2], 0, -1, 2.5, True])
+@pytest.mark.parametrize("increment", [[5, 4], [5, 0, 5], [12, -2], 0, -1, 2.5, True, [], "5", [[5], [5]]])
 def test_wrong_increments_name_field_value_and_count(increment) -> None:
     """Case A2."""
     with pytest.raises(ConfigurationError, match=r"data\.increment.*10"):
         scenarios.class_tasks(10, increment)
 
 
-def test_initial_increment_larger_than_the_classes() -> None:
+@pytest.mark.parametrize("initial", [15, 0, -1])
+def test_initial_increment_out_of_range(initial) -> None:
     """Case A2."""
-    with pytest.raises(ConfigurationError, match=r"data\.initial_increment=15.*10"):
-        scenarios.class_tasks(10, 2, 15)
+    with pytest.raises(ConfigurationError, match=rf"data\.initial_increment={initial}.*10"):
+        scenarios.class_tasks(10, 2, initial)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,138 @@ def test_labels_that_are_refused(labels, word) -> None:
         images(labels)
 
 
+NAMES = ["cat", "dog", "eel", "fox"]
+
+
+def pandas_column(values, dtype=None):
+    return pytest.importorskip("pandas").Series(values, dtype=dtype)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), "", "  ", b"", np.datetime64("NaT", "D")])
+@pytest.mark.parametrize("column", [list, tuple, lambda values: np.array(values, dtype=object)])
+def test_missing_labels_among_names_are_refused(missing, column) -> None:
+    with pytest.raises(DataError, match=r"training labels"):
+        images(column(["cat", "dog", missing, "cat"]))
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_missing_labels_are_counted_and_the_first_is_named(missing) -> None:
+    with pytest.raises(DataError, match=r"2 missing, the first in row 1 .*leave such samples out"):
+        scenarios.check_labels(np.array(["cat", missing, "dog", missing], dtype=object))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (["cat", None, "dog"], "string"),
+        (["cat", None, "dog"], "category"),
+        (["cat", None, "dog"], "object"),
+        ([1, None, 2], "Int64"),
+        ([1, None, 2], "float64"),
+        ([True, None, False], "boolean"),
+    ],
+)
+def test_missing_labels_in_a_column_of_pandas_are_refused(values, dtype) -> None:
+    with pytest.raises(DataError, match="labels"):
+        scenarios.check_labels(pandas_column(values, dtype))
+
+
+def test_columns_of_pandas_without_missing_labels_are_taken() -> None:
+    assert scenarios.check_labels(pandas_column(["b", "a"], "string")).tolist() == ["b", "a"]
+    assert scenarios.check_labels(pandas_column(["b", "a"], "category")).tolist() == ["b", "a"]
+    assert scenarios.check_labels(pandas_column([3, 1], "Int64")).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("labels", [[0, None, 1], [0, float("nan"), 1], np.array([0, np.nan, 1], dtype=object)])
+def test_missing_labels_among_numbers_are_refused(labels) -> None:
+    with pytest.raises(DataError, match=r"labels.*(missing|nan)"):
+        scenarios.check_labels(labels)
+
+
+def test_masked_labels_are_refused_and_arrays_without_a_mask_are_taken() -> None:
+    with pytest.raises(DataError, match=r"labels: 1 missing, the first in row 2 \(masked\)"):
+        scenarios.check_labels(np.ma.masked_equal([0, 1, 9], 9))
+    assert scenarios.check_labels(np.ma.array([0, 1, 9])).tolist() == [0, 1, 9]
+
+
+@pytest.mark.parametrize("labels", [["cat", 1], [1, "cat"], ["cat", 1.5], np.array(["cat", 1], dtype=object)])
+def test_names_and_numbers_in_one_column_are_refused(labels) -> None:
+    with pytest.raises(DataError, match="names and numbers"):
+        scenarios.check_labels(labels)
+
+
+@pytest.mark.parametrize("labels", [["café", "dog"], [b"caf\xc3\xa9", b"dog"], np.array([b"caf\xc3\xa9", b"dog"])])
+def test_bytes_are_read_as_utf_8(labels) -> None:
+    assert scenarios.check_labels(labels).tolist() == ["café", "dog"]
+    assert scenarios.check_labels(np.array(labels, dtype=object)).tolist() == ["café", "dog"]
+
+
+def test_bytes_of_another_encoding_are_refused() -> None:
+    with pytest.raises(DataError, match="UTF-8"):
+        scenarios.check_labels([b"caf\xe9", b"dog"])
+
+
+def test_names_that_no_report_can_hold_are_refused() -> None:
+    with pytest.raises(DataError, match=r"labels: 'caf\\udce9' cannot be written as UTF-8"):
+        scenarios.check_labels(["caf\udce9", "dog"])
+
+
+def test_names_that_differ_in_spaces_alone_are_refused() -> None:
+    with pytest.raises(DataError, match=r"'cat' and 'cat ' differ in spaces"):
+        scenarios.check_labels(["dog", "cat ", "cat"])
+    assert scenarios.check_labels(["Cat", "cat"]).tolist() == ["Cat", "cat"]
+
+
+def test_a_class_that_is_called_nan_is_warned_of() -> None:
+    """An array of text cannot tell the name from what NumPy made of a missing label."""
+    with pytest.warns(UserWarning, match="class is called 'nan'"):
+        assert scenarios.check_labels(np.array(["cat", "nan"])).tolist() == ["cat", "nan"]
+
+
+@pytest.mark.parametrize("labels", [[0, 2**63], [0, 2**64], np.array([0, 2**63], dtype=np.uint64), [0.0, 1e300]])
+def test_labels_that_int64_cannot_hold_are_refused(labels) -> None:
+    with pytest.raises(DataError, match=r"2\*\*63"):
+        scenarios.check_labels(labels)
+
+
+@pytest.mark.parametrize("labels", [[[0], [1, 2]], [{"a": 1}, {"b": 2}], [(1, 2), (3, 4)], [1j, 2j]])
+def test_what_is_no_label_is_refused(labels) -> None:
+    with pytest.raises(DataError, match="labels"):
+        scenarios.check_labels(labels)
+
+
+def test_tensors_of_any_type_are_taken() -> None:
+    wanted = [2, 0, 1]
+    for labels in (
+        torch.tensor(wanted, dtype=torch.bfloat16),
+        torch.tensor([2.0, 0, 1], requires_grad=True),
+        torch.tensor(wanted, dtype=torch.uint8)[:, None],
+        [torch.tensor(label) for label in wanted],
+    ):
+        assert scenarios.check_labels(labels).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("tasks", "test_tasks", "error", "words"),
+    [
+        ([0, 0, 2, 2], [0, 0, 2, 2], ConfigurationError, "task 1 has no training samples.*from 0 without gaps"),
+        ([1, 1, 2, 2], [1, 1, 2, 2], ConfigurationError, "task 0 has no training samples.*from 0 without gaps"),
+        ([0, 0, 10**12, 1], [0, 0, 0, 0], ConfigurationError, "task 2 has no training samples"),
+        ([0, 0, 1, 1], [0, 0, 1, 7], ConfigurationError, r"of tasks \[7\], which training lacks"),
+        ([0, 0, 1, -1], [0, 0, 1, 1], DataError, "training task ids must be at least 0: found -1"),
+        ([0, 0, 1, None], [0, 0, 1, 1], DataError, "training task ids: 1 missing"),
+        ([0, 0, 1, 1], [0, 0, 1, float("nan")], DataError, "test task ids.*nan"),
+        ([0, 0, 1, 0.5], [0, 0, 1, 1], DataError, "training task ids must be whole numbers.*0.5"),
+        (list("aabb"), list("aabb"), DataError, "task ids of the training split are names, such as 'a'"),
+        ([0, 0, 1], [0, 0, 1, 1], DataError, "3 task ids and 4 labels"),
+    ],
+)
+def test_task_ids_that_cannot_be(tasks, test_tasks, error, words) -> None:
+    x, y = np.zeros((4, 2), dtype=np.float32), [0, 0, 1, 1]
+    with pytest.raises(error, match=words):
+        ContinualDataModule((x, y, tasks, x, y, test_tasks), scenario="given")
+
+
 def test_float_images_stay_as_they_are() -> None:
     """Case A8."""
     x = np.random.default_rng(0).random((40, 8, 8, 3), dtype=np.float32)
@@ -130,6 +263,13 @@ def test_hold_out_of_small_tasks_has_every_class_on_both_sides() -> None:
         held, kept = set(loader.indices.tolist()), set(data.train_indices(t).tolist())
         assert not held & kept
         assert set(T10[list(held)]) == set(T10[list(kept)]) == {2 * t, 2 * t + 1}
+
+
+def test_tasks_whose_classes_have_one_sample_hold_none_out_and_say_so() -> None:
+    with pytest.warns(UserWarning, match=r"tasks without hold-outs: \[1\]"):
+        data = images([0, 0, 1, 1, 2, 3], increment=2, val_ratio=0.5)
+    assert [len(data.train_indices(t)) for t in range(2)] == [2, 2]
+    assert [len(loader.indices) for loader in _at_last_task(data).val_dataloader()] == [2, 0]
 
 
 def _at_last_task(data):

@@ -156,10 +156,48 @@ def test_incomplete_cifar_is_missing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["mnits", "no.such.module", "continuum.datasets.NoSuch", "datetime.date"])
+@pytest.mark.parametrize("name", ["mnits", "no.such.module", "continuum.datasets.NoSuch", "datetime.date", "", "..x"])
 def test_unknown_names(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match=name):
         ContinualDataModule(name, root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("torchvision.datasets.CIFAR10", r"get_data\(\).*give data\.dataset=cifar10, or in Python \(x_train"),
+        ("torchvision.datasets.ImageFolder", r"get_data\(\).*give one of candle, cifar10"),
+        ("torchvision.datasets", r"get_data\(\)"),
+        ("os.path", r"get_data\(\)"),
+        ("json.loads", r"get_data\(\)"),
+        ("continuum.datasets.CIFAR1O", r"continuum\.datasets has no 'CIFAR1O'; did you mean 'CIFAR10'"),
+        ("torchvison.datasets.CIFAR10", r"No module named 'torchvison'"),
+        ("continuum.datasets.InMemoryDataset", r"takes \(path, train, download\)"),
+    ],
+)
+@pytest.mark.parametrize("download", [False, True])
+def test_class_paths_of_another_kind_say_what_is_accepted(
+    name: str, words: str, download: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=words) as error:
+        ContinualDataModule(name, root=str(tmp_path / "sets"), download=download)
+    assert "data.download=true" not in str(error.value)
+    assert not (tmp_path / "sets").exists()
+
+
+def test_whatever_a_class_raises_is_told_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fragile_sets.py").write_text(
+        "class Fails:\n"
+        "    def __init__(self, path, train, download):\n"
+        "        raise KeyError('index')\n"
+        "    def get_data(self): ...\n"
+    )
+    (tmp_path / "broken_sets.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DataError, match=r"fragile_sets\.Fails.*index"):
+        ContinualDataModule("fragile_sets.Fails", root=str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"broken_sets\.Set.*ZeroDivisionError"):
+        ContinualDataModule("broken_sets.Set", root=str(tmp_path))
 
 
 class FromPath:
@@ -232,6 +270,109 @@ def test_arrays_that_do_not_fit(x, y, x_test, word) -> None:
         ContinualDataModule((x, y, x if x_test is None else x_test, y))
     with pytest.raises(DataError, match="not 3"):
         ContinualDataModule((x, y, x))
+
+
+@pytest.mark.parametrize("dataset", [None, 3, {"x": 1}])
+def test_what_is_neither_name_nor_arrays(dataset) -> None:
+    with pytest.raises(DataError, match=r"give the name of a data set, \(x_train, y_train"):
+        ContinualDataModule(dataset)
+
+
+RAMP = np.arange(40 * 6, dtype=np.float32).reshape(40, 6)
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        RAMP.astype(">f4"),
+        RAMP.astype(">f8"),
+        RAMP.astype(">i2"),
+        RAMP.astype(np.longdouble),
+        RAMP.astype(np.uint16),
+        RAMP.astype(np.uint64),
+        RAMP.astype(object).astype(np.int64).tolist(),
+        np.asfortranarray(RAMP),
+        RAMP[::-1][::-1],
+        np.stack([RAMP, -RAMP], axis=2)[:, :, 0],
+        frozen(RAMP.copy()),
+        np.ma.array(RAMP),
+        torch.from_numpy(RAMP).clone().requires_grad_(),
+        torch.from_numpy(RAMP).double(),
+        torch.from_numpy(RAMP).to(torch.int16),
+        torch.from_numpy(RAMP).t().contiguous().t(),
+        [torch.from_numpy(row) for row in RAMP],
+    ],
+    ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')}",
+)
+@pytest.mark.filterwarnings("error")
+def test_the_values_of_arrays_of_any_form_arrive(x) -> None:
+    data = ContinualDataModule((x, T10, x, T10))
+    data.setup()
+    batch = next(iter(data.train_eval_loader(torch.tensor([3, 39]))))
+    assert batch.inputs.dtype == torch.float32
+    assert not batch.inputs.requires_grad
+    assert batch.inputs.flatten(1).tolist() == RAMP[[3, 39]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.ma.masked_equal(RAMP, 13), r"training inputs: row 2 has masked values"),
+        (torch.from_numpy(RAMP).to_sparse(), "dense tensor"),
+        (torch.from_numpy(RAMP).to(torch.complex64), "complex64.*real numbers"),
+        (np.array([RAMP[0], RAMP[1, :3]], dtype=object), "real numbers"),
+        ([[1.0], [2.0, 3.0]], "training inputs cannot be read as one array"),
+        (RAMP.astype("datetime64[D]"), "real numbers"),
+        (np.full((40, 6), 1e300), "row 0 has values that are not finite"),
+    ],
+)
+def test_arrays_that_hold_something_else_are_refused(x, words) -> None:
+    with pytest.raises(DataError, match=words):
+        ContinualDataModule((x, T10, RAMP, T10))
+
+
+def test_one_split_of_uint8_and_one_of_floats_is_refused() -> None:
+    """The first would be divided by 255 and the second not."""
+    x = np.full((40, 8, 8), 200, dtype=np.uint8)
+    with pytest.raises(DataError, match="one is uint8, which is divided by 255, and the other is not"):
+        ContinualDataModule((x, T10, x.astype(np.float32), T10))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.float32, np.float64])
+def test_images_from_0_to_255_that_are_not_uint8_are_warned_of(dtype) -> None:
+    x = np.arange(40 * 64).reshape(40, 8, 8) % 256
+    with pytest.warns(UserWarning, match=r"training inputs are \w+ from 0 to 255 and are used as they are"):
+        ContinualDataModule((x.astype(dtype), T10, x.astype(dtype), T10))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.random.default_rng(0).random((40, 8, 8)),
+        np.random.default_rng(0).normal(0, 200, (40, 8, 8)),
+        np.random.default_rng(0).random((40, 64)) * 255,
+        np.random.default_rng(0).random((40, 8, 8)) > 0.5,
+        np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8),
+    ],
+    ids=["unit", "standardised", "vectors", "bool", "uint8"],
+)
+def test_other_inputs_are_not_warned_of(x) -> None:
+    ContinualDataModule((x, T10, x, T10))
+
+
+def test_a_transformation_that_writes_into_its_sample_leaves_the_data_alone() -> None:
+    from dcl_lightning.data.transformed import TransformedInputs
+
+    base = torch.ones(4, 1, 2, 2)
+    inputs = TransformedInputs(base, torch.arange(4), torch.zeros(4, dtype=torch.int64), [[lambda x: x.mul_(2)]])
+    assert [float(inputs._sample(0, 0).max()) for _ in range(3)] == [2.0, 2.0, 2.0]
+    assert float(base.max()) == 1.0
 
 
 def test_labels_in_object_arrays_keep_their_kind() -> None:
