@@ -13,7 +13,7 @@ import numpy as np
 from dcl_lightning.callbacks.files import replacing
 from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.studies import tables
-from dcl_lightning.studies.runs import Run, find_runs, grouped
+from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
 from dcl_lightning.studies.statistics import Estimate, between, estimate, paired
 
 __all__ = ["main", "write_comparison"]
@@ -34,8 +34,9 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run, or of a study with several.")
     parser.add_argument("--out", help="Folder to write comparison.csv, .md, .tex and .png to; none by default.")
     given = parser.parse_args(args)
-    groups = grouped(find_runs(given.runs))
-    print(text_of(groups))
+    runs, notes = one_each(find_runs(given.runs))
+    groups = grouped(runs)
+    print("\n".join([text_of(groups), *notes]))
     if given.out:
         write_comparison(groups, Path(given.out))
         print(f"Comparison: {given.out}")
@@ -88,7 +89,7 @@ def _table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
         cells = [_cell(_values(runs, key)) for key in _SHOWN]
         values = _values(runs, "average_accuracy")
         whole = estimate(values) if values else None
-        seeds, orders = between({(run.order, run.seed): _value(run, "average_accuracy") for run in runs})
+        seeds, orders = between({run.replicate[::-1]: _value(run, "average_accuracy") for run in runs})
         spread = [_number(deviation) for deviation in (seeds, orders)]
         rows.append([name, str(len(runs)), *cells, _interval(whole), *spread])
     return head, rows
@@ -97,10 +98,10 @@ def _table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
 def _differences(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
     first, *others = groups
     key = "average_accuracy"
-    theirs = {(run.seed, run.order): _value(run, key) for run in groups[first]}
+    theirs = {run.replicate: _value(run, key) for run in groups[first]}
     rows = []
     for name in others:
-        found = paired({(run.seed, run.order): _value(run, key) for run in groups[name]}, theirs)
+        found = paired({run.replicate: _value(run, key) for run in groups[name]}, theirs)
         if found is not None:
             rows.append([name, str(found.n), f"{100 * found.mean:+.1f}", _number(found.deviation), _interval(found)])
     return ["configuration", "pairs", "difference", "deviation", "95 % interval"], rows
@@ -113,7 +114,7 @@ def _numbers(groups: dict[str, list[Run]]) -> str:
     for name, runs in groups.items():
         for run in runs:
             figures = ["" if run.facts.get(key) is None else run.facts[key] for key in names]
-            rows.append([name, run.folder, run.seed, run.order or "", *figures])
+            rows.append([name, run.folder, "" if run.seed is None else run.seed, run.order or "", *figures])
     return tables.csv_text(["configuration", "folder", "seed", "order", *names], rows)
 
 

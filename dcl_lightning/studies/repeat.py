@@ -17,7 +17,7 @@ from pathlib import Path
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.studies import fits
 from dcl_lightning.studies.compare import text_of, write_comparison
-from dcl_lightning.studies.runs import find_runs, grouped, is_finished
+from dcl_lightning.studies.runs import find_runs, grouped, is_finished, one_each
 
 __all__ = ["main", "numbers"]
 
@@ -74,8 +74,9 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed, {failed[0]} first; give the command again", file=sys.stderr)
     if not given.slurm_array and any(is_finished(place) for place in runs):
-        groups = grouped(find_runs([str(place) for place in runs if is_finished(place)]))
-        print(text_of(groups))
+        found, notes = one_each(find_runs([str(place) for place in runs if is_finished(place)]))
+        groups = grouped(found)
+        print("\n".join([text_of(groups), *notes]))
         write_comparison(groups, folder / "comparison")
         print(f"Comparison: {folder / 'comparison'}")
     return 1 if failed else 0

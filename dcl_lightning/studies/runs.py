@@ -13,9 +13,15 @@ import yaml
 
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["Run", "find_runs", "grouped", "is_finished"]
+__all__ = ["Run", "find_runs", "grouped", "is_finished", "one_each"]
 
 REPORT = Path("report") / "accuracy_matrix.json"
+
+# Of the trainer's options those that change what is learnt; devices are told by the number of workers.
+_LEARNS = (
+    "precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches",
+    "overfit_batches", "sync_batchnorm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,23 @@ class Run:
     Args:
         folder: where it lies.
         facts: the content of its ``accuracy_matrix.json``.
-        seed: of training.
+        seed: of training; None where neither configuration nor report say it.
         order: the order of classes, as it was given; None for the data's own.
         key: the same for runs that differ in seed, order and place alone.
+        written: when its report was written, in seconds since 1970.
     """
 
     folder: Path
     facts: dict[str, Any]
-    seed: int
+    seed: int | None
     order: str | None
     key: str
+    written: float
+
+    @property
+    def replicate(self) -> tuple[int | str, str | None]:
+        """What makes it one sample of its configuration: seed and order; a run of unknown seed is one of its own."""
+        return str(self.folder.resolve()) if self.seed is None else self.seed, self.order
 
 
 def find_runs(places: Sequence[str]) -> list[Run]:
@@ -80,10 +93,41 @@ def _read(report: Path) -> Run:
     order = data.pop("class_order", None)
     data.pop("seed", None)
     same = {"model": config.get("model"), "data": data} if config else {k: facts[k] for k in ("agent", "dataset")}
+    trainer = config.get("trainer") or {}
+    same["trainer"] = {name: trainer[name] for name in _LEARNS if trainer.get(name) is not None}
     same["workers"] = facts.get("world_size")
     key = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
-    seed = config.get("seed_everything", facts.get("seed"))
-    return Run(folder, facts, int(seed or 0), None if order is None else str(order), key)
+    seed = config.get("seed_everything")
+    if seed is None or isinstance(seed, bool):  # drawn, or none: the report knows
+        seed = facts.get("seed")
+    order = None if order is None else str(order)
+    return Run(folder, facts, None if seed is None else int(seed), order, key, report.stat().st_mtime)
+
+
+def one_each(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Keep one run of each configuration, seed and order: a copy, or a run that was resumed, is no second sample.
+
+    Args:
+        runs: in any order.
+
+    Returns:
+        Of each the one whose report is newest, where the first of them stood; and a line for each that came again.
+    """
+    same: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        same.setdefault((run.key, run.replicate), []).append(run)
+    kept, notes = [], []
+    for copies in same.values():
+        newest = max(copies, key=lambda run: run.written)
+        kept.append(newest)
+        if len(copies) > 1:
+            others = ", ".join(str(run.folder) for run in copies if run is not newest)
+            order = "" if newest.order is None else f", order {newest.order}"
+            notes.append(
+                f"Seed {newest.seed}{order} of one configuration counts once, by the newest run {newest.folder}, "
+                f"without {others}"
+            )
+    return kept, notes
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:

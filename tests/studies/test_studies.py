@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from scipy import stats
 from dcl_lightning import cli
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.studies import fits, repeat, sweep, tables
-from dcl_lightning.studies.runs import find_runs, grouped
+from dcl_lightning.studies.runs import find_runs, grouped, one_each
 from dcl_lightning.studies.statistics import between, estimate, paired
 
 CONFIG = {
@@ -125,6 +127,52 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     facts = json.loads((place / "report" / "accuracy_matrix.json").read_text())
     assert facts["optimizer_steps"] == 6
     assert not (tmp_path / "runs" / "naive" / "version_0").exists()
+
+
+def written_run(folder: Path, accuracy: float, seed: object = 0, model: str = "base", **trainer: object) -> Path:
+    """A finished run of two tasks, as far as a comparison reads it."""
+    (folder / "report").mkdir(parents=True)
+    config = {"seed_everything": seed, "model": {"class_path": model}, "data": {"init_args": {}}, "trainer": trainer}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    facts = {"matrix": [[1.0, None], [1.0, accuracy]], "average_accuracy": accuracy, "agent": model, "seed": None}
+    (folder / "report" / "accuracy_matrix.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_one_seed_of_a_configuration_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = written_run(Path("runs/er/first"), 0.4)
+    resumed = written_run(Path("runs/er/resumed"), 0.5)
+    shutil.copytree(resumed, "copies/er/copy")
+    for age, folder in ((30, first), (20, "copies/er/copy"), (10, resumed)):
+        report = Path(folder) / "report" / "accuracy_matrix.json"
+        os.utime(report, (report.stat().st_mtime - age,) * 2)
+    assert cli.main(["compare", "runs/er", "copies", "runs/er/resumed"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if "50.0" in line)
+    assert "40.0" not in out
+    assert "±" not in row
+    assert " to " not in row, "one seed has no interval"
+    assert f"Seed 0 of one configuration counts once, by the newest run {resumed}, without {first}" in out
+
+    # Two seeds are two samples; another precision is another configuration.
+    written_run(Path("runs/er/second"), 0.7, seed=1)
+    written_run(Path("runs/half/one"), 0.1, precision="bf16-mixed")
+    kept, notes = one_each(find_runs(["runs"]))
+    groups = grouped(kept)
+    assert {name: sorted(run.facts["average_accuracy"] for run in runs) for name, runs in groups.items()} == {
+        "er": [0.5, 0.7],
+        "half": [0.1],
+    }
+    assert len(notes) == 1
+
+
+def test_runs_of_unknown_seed_are_each_their_own() -> None:
+    for number, seed in enumerate((None, False, True)):
+        written_run(Path(f"runs/er/{number}"), 0.1 * number, seed=seed)
+    kept, notes = one_each(find_runs(["runs"]))
+    assert ([run.seed for run in kept], notes) == ([None] * 3, [])
+    (runs,) = grouped(kept).values()
+    assert len(runs) == 3
 
 
 def test_a_mistake_is_one_line_before_any_run(capsys: pytest.CaptureFixture[str]) -> None:
