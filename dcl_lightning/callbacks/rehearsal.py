@@ -119,6 +119,8 @@ class Rehearsal(pl.Callback):
             )
         if isinstance(stream, Stream):
             self.config.check_stream(stream.classes_come_again, data.boundaries)
+            if not data.concatenate_tasksets:
+                self._warn_of_forgotten_tasks(stream)
         if self.config.stage == "load":
             if not hasattr(data, "attach_replay"):
                 raise ConfigurationError("rehearsal.stage=load needs a ContinualDataModule: give stage=assemble")
@@ -131,6 +133,17 @@ class Rehearsal(pl.Callback):
     def replayed_ids(self, task: int) -> Tensor:
         """Return no ids: representatives join a batch after it was loaded."""
         return torch.empty(0, dtype=torch.int64)
+
+    def _warn_of_forgotten_tasks(self, stream: Stream) -> None:
+        """Say so where tasks are of the same classes and the policy does not keep samples of all of them."""
+        classes = [y for home in stream.homes for y in home]
+        what = self.config.forgets_tasks()
+        if what is not None and len(set(classes)) < len(classes):
+            weights = ", weighting=none" if self.config.weighting == "nil" else ""
+            rank_zero_warn(
+                f"classes come again in later tasks, and rehearsal.policy={self.config.policy} {what}: "
+                f"rehearsal.policy=reservoir{weights} keeps samples of all tasks alike"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the memory between the loader and the module; where rows are known already, make or restore it."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional.nil import nil_weights
 from dcl_lightning.memory.nests import Nest, num_rows
-from dcl_lightning.memory.policies import Fifo, Reservoir, make_policy
+from dcl_lightning.memory.policies import Fifo, make_policy
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState, rooms
 from dcl_lightning.memory.storage import RowStore
 
@@ -51,10 +51,10 @@ class RehearsalBuffer:
     Args:
         num_classes: K, classes of the whole stream; 1 for data without labels.
         capacity: number of rows, that of the store.
-        policy: ``nil``, ``class_balanced``, ``reservoir`` or ``fifo``.
+        policy: ``nil``, ``class_balanced``, ``reservoir``, ``greedy`` or ``fifo``.
         quota: ``fixed`` (capacity / K for each class) or ``adaptive`` (capacity / classes seen); ``reservoir`` has no
             room for each class and takes either.
-        num_candidates: c; None for ``reservoir``.
+        num_candidates: c; None for ``reservoir`` and ``greedy``.
         store: where the rows lie.
         seed: of the generator.
         num_samples: sample ids are below this number; if not given the map of ids grows as they come.
@@ -81,11 +81,10 @@ class RehearsalBuffer:
         if num_classes < 1:
             raise ConfigurationError(f"memory for {num_classes} classes: give at least 1")
         self.policy_name, self.quota = policy, quota
-        self.policy = make_policy(policy, num_candidates)
+        self.policy = make_policy(policy, num_candidates, quota)
         self.store = store
         self.generator = Generator(PCG64(seed))
-        self._by_class = not isinstance(self.policy, Reservoir)
-        classes = np.full(num_classes, self._by_class and quota == "fixed")
+        classes = np.full(num_classes, self.policy.owns_slots and quota == "fixed")
         ids_kept = (num_samples or 0) if self.policy.refreshes else 0
         self.state = SlotState(num_classes, capacity, rooms(capacity, classes), ids_kept)
 
@@ -130,7 +129,7 @@ class RehearsalBuffer:
                     f"labels from {classes.min()} to {classes.max()}: the memory is for 0 to "
                     f"{self.state.num_classes - 1}"
                 )
-            if self._by_class and self.quota == "adaptive":
+            if self.policy.owns_slots and self.quota == "adaptive":
                 self.state.admit(classes, self.generator, oldest_leave=isinstance(self.policy, Fifo))
         assignment = self.policy.assign(self.state, classes, places, self.generator)
         if assignment.rows.size:
@@ -154,7 +153,7 @@ class RehearsalBuffer:
         counts = np.where(excluded, 0, self.state.class_counts)
         ends = counts.cumsum()
         allowed = int(ends[-1])
-        if not self._by_class:
+        if not self.policy.owns_slots:
             return self._counted(self._draw_checked(min(number, allowed), allowed, excluded))
         places = distinct(allowed, number, self.generator)
         classes = ends.searchsorted(places, side="right")

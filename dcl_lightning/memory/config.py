@@ -96,6 +96,17 @@ class RehearsalConfig(MemorySize):
         offers_all = self.policy in ("reservoir", "greedy")
         return self.num_candidates if self.num_candidates is not None or offers_all else 20
 
+    def forgets_tasks(self) -> str | None:
+        """Return what becomes of tasks whose classes come again in later ones; None if the memory keeps them alike."""
+        if self.policy == "reservoir":
+            return None
+        if self.policy == "greedy":
+            return "keeps the first samples of each class, so that the memory takes none or few of the later tasks"
+        return (
+            "lets a class's new samples overwrite its stored ones, so that little or nothing of the earlier tasks is "
+            "left in the memory"
+        )
+
     def check_stream(self, classes_come_again: bool, boundaries: str) -> None:
         """Refuse what cannot tell the tasks of a stream apart.
 

@@ -3,13 +3,16 @@
 Every policy is written as if the samples came one after another, and computed for the whole batch at once: each sample
 gets the slot that it would have taken, and of several that took the same slot the last one has it. A batch costs the
 samples in it and the number of classes, whatever the size of the memory; only a class that is new under the adaptive
-quota has the slots dealt out anew.
+quota has the slots dealt out anew, and each sample for which ``GreedyBalancing`` lets another go looks for it in all.
+
+What a policy does where a class comes again in a later task is said with each: only ``Reservoir`` keeps samples of all
+tasks alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +21,16 @@ from numpy.random import Generator
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState
 
-__all__ = ["ClassBalanced", "Fifo", "Greedy", "Nil", "Policy", "Reservoir", "make_policy"]
+__all__ = ["ClassBalanced", "Fifo", "Greedy", "GreedyBalancing", "Nil", "Policy", "Reservoir", "make_policy"]
 
 
 class Policy(Protocol):
     """Decides which samples of a batch enter and where."""
+
+    @property
+    def owns_slots(self) -> bool:
+        """Whether each class has slots of its own, a share of all by the quota; else any sample may take any slot."""
+        ...
 
     @property
     def refreshes(self) -> bool:
@@ -114,6 +122,8 @@ class Nil:
 
     Computed as reservoir sampling that starts with the S stored rows as seen: after C more each of the S + C is kept
     with the same probability, which is the shuffle. Stored samples are not looked for: one may be stored twice.
+    A row stored before stays through m batches with C_1 ... C_m candidates of its full class with probability
+    ``prod_i R / (R + C_i)``: where the class comes again, of earlier tasks' rows soon none is left.
 
     Args:
         candidates: c.
@@ -123,6 +133,7 @@ class Nil:
 
     candidates: int
     refreshes = False
+    owns_slots = True
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -141,6 +152,8 @@ class ClassBalanced:
     """All b are offered: one whose class has room is appended, else it takes a random slot of it with chance c / b.
 
     Counted as offered are those that the chance fell on, appended or not: c of a batch, as under the other policies.
+    A row stays through m samples of its full class that are not stored with probability ``(1 - min(c / b, 1) / R)^m``:
+    where the class comes again, of earlier tasks' rows soon none is left.
 
     Args:
         candidates: c, the expected number of overwrites a batch once all classes are full.
@@ -150,6 +163,7 @@ class ClassBalanced:
 
     candidates: int
     refreshes = True
+    owns_slots = True
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -170,13 +184,16 @@ class ClassBalanced:
 class Reservoir:
     """All b are offered; after n samples each of them is stored with probability capacity / n.
 
-    Exact as long as each sample comes once. One that is stored and comes again counts as seen and keeps its slot.
+    Exact as long as each sample comes once. One that is stored and comes again counts as seen and keeps its slot. Which
+    class a sample is of makes no difference: tasks share the memory by their numbers of samples, also where classes
+    come again.
 
     Source: Vitter, ACM TOMS 11 (1985), algorithm R.
     """
 
     candidates = None
     refreshes = True
+    owns_slots = False
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -193,13 +210,12 @@ class Reservoir:
 class Greedy:
     """All b are offered: one whose class has room is appended, and nothing is overwritten.
 
-    With the adaptive quota a new class makes the others give up rows drawn at random: GDumb's sampler.
-
-    Source: Prabhu, Torr and Dokania, ECCV 2020, algorithm 1.
+    The first samples of each class stay for good: where it is full, none of a later task enters.
     """
 
     candidates = None
     refreshes = True
+    owns_slots = True
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -213,8 +229,55 @@ class Greedy:
 
 
 @dataclass(frozen=True)
+class GreedyBalancing:
+    """All b are offered: one whose class has fewer rows than its share of the memory enters, GDumb's sampler.
+
+    A share is capacity / classes seen, not rounded. While the memory has room, nothing leaves it; once it is full, a
+    row of the largest class (of several the first), drawn at random, leaves for each sample that enters. A class that
+    has its share takes none of a later task.
+
+    Source: Prabhu, Torr and Dokania, ECCV 2020, algorithm 1.
+    """
+
+    candidates = None
+    refreshes = True
+    owns_slots = False
+
+    def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
+        """See :meth:`Policy.assign`."""
+        new, stored, stored_slots = _split(state, np.arange(labels.size), labels, ids)
+        offered = np.bincount(labels, minlength=state.num_classes)
+        counts, size = state.class_counts.copy(), state.size
+        seen = (state.offered > 0) | (counts > 0)
+        classes, held = int(seen.sum()), state.labels.copy()
+        rows, slots = [], []
+        for row in new.tolist():
+            label = labels[row]
+            if not seen[label]:
+                seen[label], classes = True, classes + 1
+            if counts[label] * classes >= state.capacity:
+                continue
+            slot = size
+            if size < state.capacity:
+                size += 1
+            else:
+                largest = counts.argmax()
+                counts[largest] -= 1
+                slot = int(generator.choice(np.flatnonzero(held == largest)))
+            counts[label] += 1
+            held[slot] = label
+            rows.append(row)
+            slots.append(slot)
+        taken = np.array(rows, dtype=np.int64), np.array(slots, dtype=np.int64)
+        return Assignment(*_settle(*taken, stored, stored_slots), offered, None, labels.size)
+
+
+@dataclass(frozen=True)
 class Fifo:
     """c candidates drawn from the batch enter; of a full class the oldest leaves. A refreshed row keeps its age.
+
+    After R further candidates of a class none of its earlier rows is left: where it comes again, an earlier task is
+    forgotten whole.
 
     Args:
         candidates: c.
@@ -222,6 +285,7 @@ class Fifo:
 
     candidates: int
     refreshes = True
+    owns_slots = True
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -237,24 +301,45 @@ class Fifo:
         return Assignment(rows, slots, offered, entered, labels.size)
 
 
-def make_policy(name: str, num_candidates: int | None) -> Policy:
-    """Return a policy by its name.
+_KINDS: dict[str, type[Nil | ClassBalanced | Reservoir | Greedy | Fifo]] = {
+    "nil": Nil, "class_balanced": ClassBalanced, "reservoir": Reservoir, "greedy": Greedy, "fifo": Fifo,
+}  # fmt: skip
+
+
+def policy_kind(name: str, quota: str) -> type[Nil | ClassBalanced | Reservoir | Greedy | GreedyBalancing | Fifo]:
+    """Return the class of a policy.
 
     Args:
         name: ``nil``, ``class_balanced``, ``reservoir``, ``greedy`` or ``fifo``.
+        quota: ``fixed`` or ``adaptive``, with which ``greedy`` is ``GreedyBalancing``.
+
+    Raises:
+        ConfigurationError: the name is unknown.
+    """
+    if name not in _KINDS:
+        raise ConfigurationError(f"policy '{name}': give one of {', '.join(_KINDS)}")
+    return GreedyBalancing if name == "greedy" and quota == "adaptive" else _KINDS[name]
+
+
+def make_policy(name: str, num_candidates: int | None, quota: str = "fixed") -> Policy:
+    """Return a policy by its name.
+
+    Args:
+        name: see ``policy_kind``.
         num_candidates: c, at least 1; None for ``reservoir`` and ``greedy``.
+        quota: see ``policy_kind``.
 
     Raises:
         ConfigurationError: the name is unknown, or c is missing, below 1, or given where every sample is offered.
     """
-    if name not in ("nil", "class_balanced", "reservoir", "greedy", "fifo"):
-        raise ConfigurationError(f"policy '{name}': give one of nil, class_balanced, reservoir, greedy, fifo")
-    if name in ("reservoir", "greedy"):
+    kind: Any = policy_kind(name, quota)
+    policy: Policy
+    if kind in (Reservoir, Greedy, GreedyBalancing):
         if num_candidates is not None:
             raise ConfigurationError(f"policy {name} offers every sample: num_candidates={num_candidates} must go")
-        return Reservoir() if name == "reservoir" else Greedy()
+        policy = kind()
+        return policy
     if num_candidates is None or num_candidates < 1:
         raise ConfigurationError(f"policy {name}: num_candidates={num_candidates}: give a whole number of at least 1")
-    if name == "nil":
-        return Nil(num_candidates)
-    return Fifo(num_candidates) if name == "fifo" else ClassBalanced(num_candidates)
+    policy = kind(num_candidates)
+    return policy

@@ -9,6 +9,7 @@ import torch
 from numpy.random import PCG64, SeedSequence
 from torch import Tensor
 
+from dcl_lightning.memory.policies import policy_kind
 from dcl_lightning.memory.slots import Integers, rooms
 
 __all__ = ["Dealt", "redeal"]
@@ -55,7 +56,7 @@ def redeal(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
     admitted = np.any([state["admitted"] for state in states], axis=0)
     capacity = sum(state["labels"].size for state in states)
     position, room = np.arange(label.size), np.zeros(admitted.size, dtype=np.int64)
-    if buffer["policy"] != "reservoir":
+    if policy_kind(buffer["policy"], buffer["quota"]).owns_slots:
         room = np.sum([state["room"] for state in states], axis=0)
         # Under the adaptive quota a worker that met no sample yet gave its slots to no class.
         room = room + rooms(capacity - int(room.sum()), admitted)

@@ -60,7 +60,7 @@ class SlotState:
     """What is stored where; it changes in :meth:`apply` and :meth:`admit` alone.
 
     The slots of a class y are ``table[start[y] : start[y] + room[y]]``, the first ``class_counts[y]`` of them filled.
-    (Under ``reservoir`` classes own no slots, and these three mean nothing.)
+    (Under a policy whose classes own no slots, ``table``, ``start`` and ``room`` mean nothing.)
 
     Args:
         num_classes: K.

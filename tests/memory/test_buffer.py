@@ -48,7 +48,7 @@ def check(buffer, offered):
         assert ids.unique().numel() == len(buffer)
         assert np.array_equal(state.slot_of[ids.numpy()], slots)
         assert int((state.slot_of >= 0).sum()) == len(buffer)
-    if buffer.policy_name != "reservoir":
+    if buffer.policy.owns_slots:
         assert (buffer.class_counts.numpy() <= state.room).all()
         assert sorted(state.table.tolist()) == list(range(state.capacity))
         for y in range(state.num_classes):

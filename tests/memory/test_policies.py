@@ -9,8 +9,10 @@ import torch
 
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory import policies
-from dcl_lightning.memory.policies import ClassBalanced, Fifo, Greedy, Nil, Reservoir, make_policy
+from dcl_lightning.memory.buffer import RehearsalBuffer
+from dcl_lightning.memory.policies import ClassBalanced, Fifo, Greedy, GreedyBalancing, Nil, Reservoir, make_policy
 from dcl_lightning.memory.slots import SlotState, rooms
+from dcl_lightning.memory.storage import RowStore
 
 ALL = lambda k: np.ones(k, dtype=np.bool_)  # noqa: E731
 
@@ -19,7 +21,7 @@ class Memory:
     """The ids stored, driven by a policy."""
 
     def __init__(self, policy, num_classes, capacity, seed=0):
-        room = rooms(capacity, ALL(num_classes) & (not isinstance(policy, Reservoir)))
+        room = rooms(capacity, ALL(num_classes) & policy.owns_slots)
         self.policy, self.state, self.generator = (
             policy,
             SlotState(num_classes, capacity, room),
@@ -178,7 +180,7 @@ def test_reservoir_by_simulation_keeps_one_of_two_half_the_time():
     assert abs(first - 500) < 4 * 250**0.5
 
 
-@pytest.mark.parametrize("policy", [ClassBalanced(4), Reservoir(), Fifo(4), Greedy()])
+@pytest.mark.parametrize("policy", [ClassBalanced(4), Reservoir(), Fifo(4), Greedy(), GreedyBalancing()])
 def test_a_stored_sample_is_refreshed(policy):
     memory = Memory(policy, 2, 8)
     memory.add([3, 3, 3], [1, 1, 1])
@@ -206,10 +208,107 @@ def test_classes_without_room_store_nothing():
         assert memory.state.class_counts.tolist() == [1, 1, 0]
 
 
+def greedily_balanced(labels, capacity):
+    """Rows of each class by algorithm 1 of Prabhu et al. 2020, sample by sample."""
+    counts, seen = [0] * (max(labels) + 1), set()
+    for label in labels:
+        if label not in seen or counts[label] < capacity / len(seen):
+            if sum(counts) >= capacity:
+                counts[counts.index(max(counts))] -= 1
+            seen.add(label)
+            counts[label] += 1
+    return counts
+
+
+@pytest.mark.parametrize("batch", [1, 3, 10])
+@pytest.mark.parametrize(
+    "sizes", [[200, 200, 200, 200], [200, 10, 10, 200], [3, 200], [200, 3], [5, 5, 5], [40, 1, 30, 2, 20, 3, 10]]
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_greedy_balancing_is_the_papers_sampler(sizes, batch, mixed):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    if mixed:
+        labels = np.random.default_rng(0).permutation(labels)
+    memory, seen, size = Memory(GreedyBalancing(), len(sizes), 100), 0, 0
+    for low in range(0, len(labels), batch):
+        part = labels[low : low + batch]
+        memory.add(np.arange(low, low + len(part)), part)
+        # A sample is in one slot, which is noted to be of its class, and the memory never shrinks.
+        assert len(set(memory.stored())) == memory.state.size
+        assert memory.state.size >= size
+        size, held = memory.state.size, memory.content >= 0
+        assert (labels[memory.content[held]] == memory.state.labels[held]).all()
+        seen += len(part)
+        balanced = greedily_balanced(labels[:seen].tolist(), 100)
+        assert memory.state.class_counts[: len(balanced)].tolist() == balanced
+
+
+def test_greedy_balancing_lets_any_row_of_the_largest_class_go():
+    gone = np.zeros(4)
+    for seed in range(2000):
+        memory = Memory(GreedyBalancing(), 2, 4, seed)
+        memory.add(range(4), [0] * 4)
+        memory.add([4], [1])
+        gone[sorted({0, 1, 2, 3} - set(memory.stored()))] += 1
+    assert gone.sum() == 2000
+    assert ((gone - 500) ** 2 / 500).sum() < 16.3  # chi-square, 3 degrees, p = 0.001
+
+
+def test_greedy_balancing_in_a_buffer_draws_counts_and_comes_back():
+    labels = torch.arange(3).repeat_interleave(torch.tensor([30, 4, 30]))
+    make = lambda: RehearsalBuffer(  # noqa: E731
+        3, 20, "greedy", "adaptive", None, RowStore({"y": torch.zeros(0, dtype=torch.int64)}, 20), num_samples=64
+    )
+    buffer, resumed = make(), make()
+    for low in range(0, 64, 4):
+        part = slice(low, low + 4)
+        buffer.add({"y": labels[part]}, labels[part], torch.arange(64)[part])
+        resumed.load_state_dict(buffer.state_dict())
+        buffer, resumed = resumed, buffer
+    assert buffer.class_counts.tolist() == greedily_balanced(labels.tolist(), 20) == [9, 4, 7]
+    slots = buffer.draw(20, torch.tensor([True, False, False]))
+    assert buffer.labels_at(slots).bincount(minlength=3).tolist() == [0, 4, 7]
+    assert torch.equal(buffer.store.gather(slots)["y"], buffer.labels_at(slots))
+
+
+def of_first_task(policy, capacity, steps, seed):
+    """How many of a full memory's rows are left after further batches of the same class."""
+    memory = Memory(policy, 1, capacity, seed)
+    for sample in range(capacity):
+        memory.add([sample])
+    for step in steps:
+        memory.add(step)
+    return sum(sample < capacity for sample in memory.stored())
+
+
+# Task 1 brings ten new samples of task 0's class, in batches of two.
+AGAIN = [[k, k + 1] for k in range(10, 20, 2)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "left"),
+    [
+        (Nil(2), 4 * (4 / 6) ** 5),
+        (Nil(1), 4 * (4 / 5) ** 5),
+        (ClassBalanced(20), 4 * (3 / 4) ** 10),
+        (ClassBalanced(1), 4 * (1 - (1 / 2) / 4) ** 10),
+        (Reservoir(), 4 * 4 / 14),
+        (Fifo(2), 0),
+        (Greedy(), 4),
+        (GreedyBalancing(), 4),
+    ],
+)
+def test_what_is_left_of_a_task_whose_class_comes_again(policy, left):
+    # As each policy's definition has it, in the mean.
+    found = np.array([of_first_task(policy, 4, AGAIN, seed) for seed in range(3000)])
+    assert abs(found.mean() - left) <= 4 * found.std() / len(found) ** 0.5
+
+
 def test_make_policy():
     assert make_policy("nil", 3) == Nil(3)
     assert make_policy("reservoir", None) == Reservoir()
     assert make_policy("greedy", None) == Greedy()
+    assert make_policy("greedy", None, "adaptive") == GreedyBalancing()
     for name in ("reservoir", "greedy"):
         with pytest.raises(ConfigurationError, match="num_candidates=4 must go"):
             make_policy(name, 4)

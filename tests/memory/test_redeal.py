@@ -70,7 +70,7 @@ def check(manager: MemoryManager) -> None:
     rows = buffer.store.gather(torch.from_numpy(filled))["row"].numpy()
     assert (rows // 40 % CLASSES == state.labels[filled]).all()
     assert (rows == state.ids[filled]).all() or buffer.policy_name == "nil"
-    if buffer.policy_name == "reservoir":
+    if not buffer.policy.owns_slots:
         assert sorted(filled.tolist()) == list(range(state.size))
     else:
         assert sorted(state.table.tolist()) == list(range(buffer.store.capacity))
