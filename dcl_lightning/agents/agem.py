@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
 from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_dtype, trained_parameters, write_gradient
+from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.projections import agem_projection
 from dcl_lightning.memory.config import RehearsalConfig
-from dcl_lightning.types import Batch
+from dcl_lightning.types import Batch, Task
 
 __all__ = ["AGEM"]
 
@@ -24,7 +25,7 @@ __all__ = ["AGEM"]
 class AGEM(RehearsingAgent):
     """Trains on new samples, along a direction that does not raise the loss on representatives of earlier tasks.
 
-    Gradient and reference are those of all workers. With accumulated batches the reference is the last one's.
+    Gradient and reference are those of all workers, and of all batches that a step accumulates.
 
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
@@ -47,24 +48,30 @@ class AGEM(RehearsingAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy of the new samples of all workers, and the logits of all samples."""
         new, old = slice(batch.num_new), slice(batch.num_new, None)
-        self._reference, seen = None, batch.inputs.new_zeros(0, self.num_classes)
+        seen = batch.inputs.new_zeros(0, self.num_classes)
         if self.clock.task_at(self.current_epoch):
-            # Every worker takes part, also one that has nothing to rehearse yet.
             parameters = trained_parameters(self)
-            own = torch.zeros(sum(p.numel() for p in parameters), dtype=sum_dtype(parameters), device=self.device)
+            if self._reference is None:
+                size = sum(p.numel() for p in parameters)
+                self._reference = torch.zeros(size, dtype=sum_dtype(parameters), device=self.device)
             if len(batch.targets) > batch.num_new:
                 seen = self(batch.inputs[old])
                 trained, targets = self.trained(seen, batch.targets[old])
-                losses = nn.functional.cross_entropy(trained, targets, reduction="none")
-                loss = (batch.weights[old] * losses).sum() / batch.normaliser
-                own = flat_gradients_of(loss, parameters).to(own)
-            self._reference = self.comm.allreduce(own, "mean")
+                loss = weighted_cross_entropy(trained, targets, batch.weights[old], batch.normaliser)
+                self._reference += flat_gradients_of(loss, parameters)
         logits = self(batch.inputs[new])
         return self.cross_entropy(logits, batch, new), torch.cat([logits, seen.detach().to(logits)])
+
+    def on_task_start(self, task: Task) -> None:
+        """Note the task's classes; forget the reference of a step that was broken off."""
+        super().on_task_start(task)
+        self._reference = None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Project the gradient, which is that of all workers by now."""
         if self._reference is not None:
+            # Every worker takes part, also one that has nothing to rehearse yet.
+            reference, self._reference = self.comm.allreduce(self._reference, "mean"), None
             parameters = trained_parameters(self)
-            write_gradient(parameters, agem_projection(flat_gradient(parameters).to(self._reference), self._reference))
+            write_gradient(parameters, agem_projection(flat_gradient(parameters).to(reference), reference))
             self._reference = None

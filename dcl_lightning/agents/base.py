@@ -36,6 +36,7 @@ from dcl_lightning.errors import ConfigurationError, check_words
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.parameter_groups import parameter_groups
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, warmup_divisor
+from dcl_lightning.functional.scores import top_k_hits
 from dcl_lightning.memory.comm import Comm
 from dcl_lightning.types import Batch, InputSpec, Task
 
@@ -164,7 +165,7 @@ class ContinualAgent(pl.LightningModule):
 
     @abstractmethod
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the worker's loss of one batch and the logits ``(B, K)`` that it came from."""
+        """Return the worker's loss of one batch, and the logits ``(B, K)`` that it came from, of its last B rows."""
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Return scores ``(B, K)``, highest for the predicted class; here the head's."""
@@ -382,8 +383,10 @@ class ContinualAgent(pl.LightningModule):
         """Return the loss; log it with the accuracy on the batch and the rate, at steps at which someone looks."""
         loss, logits = self.training_loss(batch)
         if self.step_log.due(self.trainer, batch_idx):
-            hits = (logits.detach().argmax(1) == batch.targets).float() * batch.weights
-            values = {"train/loss": loss.detach(), "train/acc": hits.sum() / batch.weights.sum().clamp(min=1)}
+            rows = slice(len(batch.targets) - len(logits), None)
+            real = batch.weights[rows] > 0
+            hits = top_k_hits(logits.detach(), batch.targets[rows], 1) & real
+            values = {"train/loss": loss.detach(), "train/acc": hits.sum() / real.sum().clamp(min=1)}
             self.log_dict(values, prog_bar=self.step_log.shown, batch_size=len(batch.targets))
             # A tensor of the host: a number would be copied to the device, and the host would wait for it.
             rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.functional.bias_correction import distillation_share, fitted_bias
+from dcl_lightning.functional.bias_correction import SMALLEST_SCALE, distillation_share, fitted_bias
 from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch, Task
@@ -43,6 +43,9 @@ class BiC(RehearsingAgent):
 
     Scale and shift are fitted to samples that are held out of training: a share of all samples by their ids, of which
     those in the memories count. They are gathered, so that any number of workers finds the same from the same ones.
+    Held-out samples go through the network with the others and train nothing, but for the statistics of batch
+    normalisation. The scale is positive, see ``fitted_bias``; a warning says where it had to be kept so, and where too
+    few held-out samples are stored to fit anything.
 
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
@@ -83,20 +86,34 @@ class BiC(RehearsingAgent):
         return self.bias(super().forward(inputs))
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss over the samples of all workers that are not held out, and the logits."""
-        logits = self(batch.inputs)
-        weights = batch.weights * ~self._held(batch.sample_ids)
+        """Return the mean loss over the samples of all workers that are not held out, and the logits."""
+        logits, weights = self(batch.inputs), self._shares(batch)
         trained, targets = self.trained(logits, batch.targets)
-        loss = weighted_cross_entropy(trained, targets, weights, batch.normaliser)
+        loss = weighted_cross_entropy(trained, targets, weights, 1.0)
         num_old, num_new = self._counts()
         if num_old:
             old = self.seen & ~self.current
-            kept = tempered_distillation(
-                logits[:, old], self.teacher(batch.inputs)[:, old], weights, batch.normaliser, self.temperature
-            )
+            taught = self.teacher(batch.inputs)[:, old]
+            kept = tempered_distillation(logits[:, old], taught, weights, 1.0, self.temperature)
             share = distillation_share(num_old, num_new)
             loss = (1 - share) * loss + share * kept
         return loss, logits
+
+    def _shares(self, batch: Batch) -> Tensor:
+        """Return ``(B,)`` the weights of a batch's samples in the mean over all workers' that are not held out."""
+        weights, new = batch.weights * ~self._held(batch.sample_ids), slice(batch.num_new)
+        sums = self.comm.allreduce(torch.stack([weights[new].sum(), weights.sum()]), "mean")
+        of_new, of_all = sums
+        if self.rehearsal.config.loss == "mean":
+            return weights / torch.where(of_all > 0, of_all, 1.0)
+        # The sum of two means, over the new samples and over the representatives.
+        of_old = of_all - of_new
+        return torch.cat(
+            [
+                weights[new] / torch.where(of_new > 0, of_new, 1.0),
+                weights[batch.num_new :] / torch.where(of_old > 0, of_old, 1.0),
+            ]
+        )
 
     def _counts(self) -> tuple[int, int]:
         # From the clock, which is on the host: a step does not wait for the device.
@@ -120,7 +137,9 @@ class BiC(RehearsingAgent):
             logits, targets = self._held_out_logits()
             columns = torch.nonzero(self.seen).flatten().cpu()
             places = (self.seen.cumsum(0) - 1).cpu()[targets]
-            alpha, beta = fitted_bias(logits[:, columns], places, self.current.cpu()[columns])
+            new = self.current.cpu()[columns]
+            alpha, beta = fitted_bias(logits[:, columns], places, new)
+            self._warn_of_poor_fit(task, alpha, new[places])
             self.bias.alpha[self.current], self.bias.beta[self.current] = alpha, beta
         self.teacher.renew(self.backbone, self.head, self.bias)
 
@@ -131,8 +150,11 @@ class BiC(RehearsingAgent):
         self.rehearsal.wait(self.trainer)
         manager = self.rehearsal.manager
         assert manager is not None
-        ids = torch.from_numpy(manager.buffer.state.ids.copy())
-        ids = torch.cat(self.comm.allgather(ids[(ids >= 0) & self._held(ids)])).unique()
+        # What the rows say of themselves: not every policy keeps ids beside them.
+        stored = manager.memory_rows()
+        assert stored is not None
+        ids = stored.sample_ids.cpu()
+        ids = torch.cat(self.comm.allgather(ids[self._held(ids)])).unique()
         was_training = self.training
         self.eval()
         found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.num_classes)]
@@ -144,3 +166,24 @@ class BiC(RehearsingAgent):
         all_ids, all_rows = torch.cat(self.comm.allgather(torch.cat(found))), self.comm.allgather(torch.cat(rows))
         order = all_ids.argsort()
         return torch.cat(all_rows)[order], data.train_targets[all_ids[order]]
+
+    def _warn_of_poor_fit(self, task: Task, alpha: float, is_new: Tensor) -> None:
+        """Say where the correction is not what the held-out samples ask for.
+
+        Args:
+            task: the ended one.
+            alpha: the scale found.
+            is_new: ``(n,)`` bool, of each held-out sample whether its class is one of the task's.
+        """
+        for kind, count in (("its own classes", int(is_new.sum())), ("earlier classes", int((~is_new).sum()))):
+            if not count:
+                rank_zero_warn(
+                    f"BiC does not correct task {task.index}: no held-out sample of {kind} is stored; enlarge "
+                    f"rehearsal.buffer_size or model.held_out={self.held_out}"
+                )
+        if alpha < 2 * SMALLEST_SCALE:
+            rank_zero_warn(
+                f"BiC: on the held-out samples the logits of task {task.index}'s classes are worse than none; their "
+                f"scale is kept at {alpha:.2g}: train longer, or enlarge rehearsal.buffer_size or "
+                f"model.held_out={self.held_out}"
+            )

@@ -22,8 +22,8 @@ __all__ = ["ERACE"]
 class ERACE(RehearsingAgent):
     """New samples are told apart from one another only, representatives from everything.
 
-    So new classes do not push the outputs of old ones down. The classes of the new samples are those of this worker's
-    batch: on N workers, where one has fewer of a task's classes than all together, the loss is not that of one process.
+    So new classes do not push the outputs of old ones down. The classes of the new samples are those of the step's
+    samples on all workers, so that N workers have the loss of one process with the N-fold batch.
 
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
@@ -44,7 +44,9 @@ class ERACE(RehearsingAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of both cross entropies, each a mean over the samples of all workers, and the logits."""
         logits, new = self(batch.inputs), slice(batch.num_new)
-        present = torch.zeros_like(self.seen)
-        present[batch.targets[new]] = True
+        # Rows of weight 0 only pad this worker's share: their classes need not be among the step's.
+        samples = torch.zeros(self.num_classes, device=logits.device)
+        samples = self.comm.allreduce(samples.index_add_(0, batch.targets[new], batch.weights[new]))
+        present = samples > 0
         loss = asymmetric_cross_entropy(logits[new], batch.targets[new], present, batch.weights[new], batch.normaliser)
         return loss + self.cross_entropy(logits, batch, slice(batch.num_new, None)), logits

@@ -17,7 +17,7 @@ from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_d
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.projections import gem_projection
 from dcl_lightning.memory.config import RehearsalConfig
-from dcl_lightning.types import Batch
+from dcl_lightning.types import Batch, Task
 
 __all__ = ["GEM"]
 
@@ -27,7 +27,7 @@ class GEM(RehearsingAgent):
 
     The loss on a task is that of its representatives of this step, over all workers. The paper takes all that are
     stored: give ``num_samples`` as large as the memory. A step costs a backward pass and P numbers for each earlier
-    task. With accumulated batches the references are the last one's.
+    task. Those of all batches that a step accumulates count.
 
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
@@ -57,40 +57,46 @@ class GEM(RehearsingAgent):
         if margin < 0:
             raise ConfigurationError(f"model.margin={margin}: give at least 0")
         self.margin = margin
-        self._references: Tensor | None = None
+        self._sums: Tensor | None = None  # gradients of each earlier task's samples, in the last column their number
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy of the new samples of all workers, and the logits of all samples."""
         new = slice(batch.num_new)
-        self._references, seen = self._gradients_of_tasks(batch)
+        seen = self._add_gradients_of_tasks(batch)
         logits = self(batch.inputs[new])
         return self.cross_entropy(logits, batch, new), torch.cat([logits, seen.to(logits)])
 
-    def _gradients_of_tasks(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
-        """Return a row for each earlier task that is rehearsed, ``(t, P)``, and the representatives' logits."""
+    def _add_gradients_of_tasks(self, batch: Batch) -> Tensor:
+        """Add the gradients of each earlier task's representatives to the step's, and return their logits."""
         old, seen = slice(batch.num_new, None), batch.inputs.new_zeros(0, self.num_classes)
         past = self.clock.task_at(self.current_epoch)
         if not past:
-            return None, seen
+            return seen
         parameters = trained_parameters(self)
-        # The last column counts samples; every worker takes part, also one that has nothing to rehearse.
-        width = sum(p.numel() for p in parameters) + 1
-        sums = torch.zeros(past, width, dtype=sum_dtype(parameters), device=self.device)
+        if self._sums is None:
+            width = sum(p.numel() for p in parameters) + 1
+            self._sums = torch.zeros(past, width, dtype=sum_dtype(parameters), device=self.device)
         if len(batch.targets) > batch.num_new:
             seen = self(batch.inputs[old])
             losses = F.cross_entropy(*self.trained(seen, batch.targets[old]), reduction="none")
             for task in range(past):
                 chosen = batch.task_ids[old] == task
-                sums[task, :-1] = flat_gradients_of((losses * chosen).sum(), parameters, keep_graph=True)
-                sums[task, -1] = chosen.sum()
-        sums = self.comm.allreduce(sums)
-        there = sums[:, -1] > 0
-        return sums[there, :-1] / sums[there, -1:], seen.detach()
+                self._sums[task, :-1] += flat_gradients_of((losses * chosen).sum(), parameters, keep_graph=True)
+                self._sums[task, -1] += chosen.sum()
+        return seen.detach()
+
+    def on_task_start(self, task: Task) -> None:
+        """Note the task's classes; forget the references of a step that was broken off."""
+        super().on_task_start(task)
+        self._sums = None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Project the gradient, which is that of all workers by now."""
-        if self._references is not None:
+        if self._sums is not None:
+            # Every worker takes part, also one that has nothing to rehearse.
+            sums, self._sums = self.comm.allreduce(self._sums), None
+            there = sums[:, -1] > 0
+            references = sums[there, :-1] / sums[there, -1:]
             parameters = trained_parameters(self)
-            gradient = flat_gradient(parameters).to(self._references)
-            write_gradient(parameters, gem_projection(gradient, self._references, self.margin))
-            self._references = None
+            gradient = flat_gradient(parameters).to(references)
+            write_gradient(parameters, gem_projection(gradient, references, self.margin))

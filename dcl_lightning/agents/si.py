@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dcl_lightning.agents.base import ContinualAgent
-from dcl_lightning.agents.weights import flat_gradient, flat_weights, trained_parameters
+from dcl_lightning.agents.weights import fit_vectors, flat_gradient, flat_weights, trained_parameters, trained_part
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.penalties import (
     quadratic_penalty,
@@ -26,12 +26,14 @@ from dcl_lightning.types import Batch, Task
 
 __all__ = ["SI"]
 
+_VECTORS = ("importance", "anchor", "path")
+
 
 class SI(ContinualAgent):
     """Cross entropy, and a penalty on moving weights by how much they lowered the loss of earlier tasks on their way.
 
     The way is that of the weights after each step of the optimizer, the gradient that of all workers. It keeps no
-    samples.
+    samples, but three numbers for each weight. A frozen weight goes no way.
 
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
@@ -55,18 +57,26 @@ class SI(ContinualAgent):
         if strength < 0 or damping <= 0:
             raise ConfigurationError(f"model.strength={strength} must be at least 0, damping={damping} above 0")
         self.strength, self.damping = strength, damping
-        size = sum(p.numel() for p in trained_parameters(self))
-        for name in ("importance", "anchor", "path"):
-            self.register_buffer(name, torch.zeros(size))
+        for name in _VECTORS:
+            self.register_buffer(name, torch.zeros(0))
+        fit_vectors(self, *_VECTORS)
         self._before: tuple[Tensor, Tensor] | None = None
+        self._accumulated = 0  # batches whose gradients are summed up for the next step
+
+    def setup(self, stage: str) -> None:
+        """Count the weights anew: the network may have been changed since it was given."""
+        super().setup(stage)
+        fit_vectors(self, *_VECTORS)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
         logits = self(batch.inputs)
         loss = self.cross_entropy(logits, batch)
+        self._accumulated += 1
         if self.clock.task_at(self.current_epoch):
             weights = flat_weights(trained_parameters(self))
-            loss = loss + self.strength * quadratic_penalty(weights, self.anchor, self.importance)
+            anchor, importance = (trained_part(vector, self) for vector in (self.anchor, self.importance))
+            loss = loss + self.strength * quadratic_penalty(weights, anchor, importance)
         return loss, logits
 
     def on_task_start(self, task: Task) -> None:
@@ -75,11 +85,12 @@ class SI(ContinualAgent):
         if task.index == 0:
             self.importance.zero_()
         self.path.zero_()
-        self.anchor.copy_(flat_weights(trained_parameters(self)).detach())
+        self.anchor.copy_(flat_weights(self.parameters()).detach())
+        self._before, self._accumulated = None, 0
 
     def on_task_end(self, task: Task) -> None:
         """Add what each weight did for the task to what it did before."""
-        weights = flat_weights(trained_parameters(self)).detach()
+        weights = flat_weights(self.parameters()).detach()
         self.importance.copy_(si_importance(self.importance, self.path, weights, self.anchor, self.damping))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -90,15 +101,16 @@ class SI(ContinualAgent):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note weights and gradient, which is that of all workers by now, less the penalty's own."""
-        parameters = trained_parameters(self)
-        weights = flat_weights(parameters).detach()
-        gradient = flat_gradient(parameters)
+        weights, gradient = flat_weights(self.parameters()).detach(), flat_gradient(self.parameters())
+        # The last step of an epoch may sum up fewer batches than the others, each divided by the same number.
+        share, self._accumulated = self._accumulated / self.trainer.accumulate_grad_batches, 0
         if self.clock.task_at(self.current_epoch):
-            gradient -= self.strength * quadratic_penalty_gradient(weights, self.anchor, self.importance)
+            pull = quadratic_penalty_gradient(weights, self.anchor, self.importance)
+            gradient -= share * self.strength * pull
         self._before = weights, gradient
 
     def _after_step(self, *_: Any) -> None:
         if self._before is not None:
             (before, gradient), self._before = self._before, None
-            after = flat_weights(trained_parameters(self)).detach()
+            after = flat_weights(self.parameters()).detach()
             self.path.copy_(si_path(self.path, gradient, before, after))

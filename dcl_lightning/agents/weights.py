@@ -7,7 +7,39 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["flat_gradient", "flat_gradients_of", "flat_weights", "sum_dtype", "trained_parameters", "write_gradient"]
+__all__ = [
+    "fit_vectors",
+    "flat_gradient",
+    "flat_gradients_of",
+    "flat_weights",
+    "sum_dtype",
+    "trained_parameters",
+    "trained_part",
+    "write_gradient",
+]  # fmt: skip
+
+
+def fit_vectors(module: nn.Module, *names: str) -> None:
+    """Give buffers of a module one number for each of its weights, frozen ones included, which may thaw; 0 at first.
+
+    Args:
+        module: the network and the buffers. Its weights are in the order of ``module.parameters()``.
+        names: of the buffers; those that have the right length stay as they are.
+    """
+    parameters = list(module.parameters())
+    size = sum(p.numel() for p in parameters)
+    for name in names:
+        if getattr(module, name).numel() != size:
+            setattr(module, name, torch.zeros(size, device=parameters[0].device if parameters else None))
+
+
+def trained_part(vector: Tensor, module: nn.Module) -> Tensor:
+    """Return what a vector ``(P,)`` over all weights of a module says of those that are trained, in the same order."""
+    parameters = list(module.parameters())
+    if all(p.requires_grad for p in parameters):
+        return vector
+    parts = vector.split([p.numel() for p in parameters])
+    return torch.cat([part for part, p in zip(parts, parameters, strict=True) if p.requires_grad])
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -78,13 +78,14 @@ def asymmetric_cross_entropy(
 
     Args:
         logits: ``(B, K)`` z, floating.
-        targets: ``(B,)`` y int64, each in C.
+        targets: ``(B,)`` y int64; each in C, but for rows of weight 0.
         classes: ``(K,)`` bool, C.
         weights: ``(B,)`` w, float32.
         normaliser: n, 0-dim float32.
     """
-    places = (classes.cumsum(0) - 1)[targets]
-    return weighted_cross_entropy(logits[:, classes], places, weights, normaliser)
+    # With its own class the loss of a row of weight 0 is finite, too: 0 times infinity would be NaN.
+    told_apart = classes | F.one_hot(targets, logits.shape[1]).bool()
+    return weighted_cross_entropy(logits.masked_fill(~told_apart, -float("inf")), targets, weights, normaliser)
 
 
 def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normaliser: Tensor | float) -> Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 from agents import make
@@ -42,13 +46,20 @@ class Recorder:
         agent.training_loss = training_loss
 
 
-def fit(name, tmp_path, data=None, **kwargs):
+def fit(name, tmp_path, data=None, trainer=None, change=lambda agent: None, **kwargs):
     data = data or make_data(batch_size=7)
     agent = make(name, data, momentum=0.0, **kwargs)
+    change(agent)
     seen = Recorder(agent)
-    make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
+    make_trainer(tmp_path, limit_val_batches=0, **(trainer or {})).fit(agent, datamodule=data)
     seen.before.append(weights(agent))
     return agent, seen
+
+
+def windows(batches, an_epoch, accumulated):
+    """The batches of each step: an epoch's last step takes those that are left."""
+    epochs = [range(first, first + an_epoch) for first in range(0, batches, an_epoch)]
+    return [epoch[k : k + accumulated] for epoch in epochs for k in range(0, an_epoch, accumulated)]
 
 
 def gradient(net, inputs, targets):
@@ -57,22 +68,28 @@ def gradient(net, inputs, targets):
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("name", ["agem", "gem"])
-def test_steps_are_those_of_the_projected_gradient(name, tmp_path):
-    _, seen = fit(name, tmp_path)
+def test_steps_are_those_of_the_projected_gradient(name, accumulated, tmp_path):
+    # 14 samples a task in batches of 5: with two batches a step, the second step of an epoch is of one alone.
+    _, seen = fit(name, tmp_path, make_data(batch_size=5), trainer={"accumulate_grad_batches": accumulated})
     changed = 0
-    for step, (batch, net) in enumerate(zip(seen.batches, seen.nets, strict=True)):
-        new = batch.num_new
-        g = gradient(net, batch.inputs[:new], batch.targets[:new])
-        old = [batch.task_ids[new:] == t for t in range(seen.tasks[step])]
+    for window in windows(len(seen.batches), 3, accumulated):
+        batches, net = [seen.batches[step] for step in window], seen.nets[window[0]]
+        g = sum(gradient(net, b.inputs[: b.num_new], b.targets[: b.num_new]) for b in batches) / accumulated
+        inputs, targets, tasks = (
+            torch.cat([getattr(b, part)[b.num_new :] for b in batches]) for part in ("inputs", "targets", "task_ids")
+        )
+        old = [tasks == t for t in range(seen.tasks[window[0]])]
         if name == "agem":
-            expected = agem_projection(g, gradient(net, batch.inputs[new:], batch.targets[new:])) if old else g
+            expected = agem_projection(g, gradient(net, inputs, targets)) if old else g
         else:
-            parts = [gradient(net, batch.inputs[new:][o], batch.targets[new:][o]) for o in old if o.any()]
+            parts = [gradient(net, inputs[o], targets[o]) for o in old if o.any()]
             expected = gem_projection(g, torch.stack(parts), 0.5) if parts else g
         changed += not torch.equal(g, expected)
-        torch.testing.assert_close(seen.before[step + 1] - seen.before[step], -0.05 * expected, atol=1e-6, rtol=1e-3)
-        assert not set(batch.targets[new:].tolist()) & set(batch.targets[:new].tolist())
+        moved = seen.before[window[-1] + 1] - seen.before[window[0]]
+        torch.testing.assert_close(moved, -0.05 * expected, atol=1e-6, rtol=1e-3)
+        assert not set(targets.tolist()) & {y for b in batches for y in b.targets[: b.num_new].tolist()}
     assert changed > 2
 
 
@@ -103,23 +120,29 @@ def test_ewc_measures_single_samples_and_holds_on_to_the_weights(tmp_path):
         fisher = 0.5 * fisher + squares / len(ids)
         if task < 2:
             batch, net = seen.batches[end + 1], seen.nets[end + 1]
-            g = gradient(net, batch.inputs, batch.targets) + 10.0 * fisher * (seen.before[end + 1] - seen.before[end])
+            moved = seen.before[end + 1] - seen.before[end]
+            # Schwarz et al., equation 8: the penalty, too, is of the Fisher information that has faded.
+            g = gradient(net, batch.inputs, batch.targets) + 10.0 * 0.5 * fisher * moved
             torch.testing.assert_close(seen.before[end + 2] - seen.before[end + 1], -0.05 * g, atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(agent.fisher, fisher, atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(agent.anchor, weights(agent))
 
 
-def test_si_follows_the_way_of_the_weights_without_the_penalty(tmp_path):
-    agent, seen = fit("si", tmp_path, strength=2.0, damping=0.1)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_si_follows_the_way_of_the_weights_without_the_penalty(accumulated, tmp_path):
+    data = make_data(batch_size=5)
+    agent, seen = fit("si", tmp_path, data, {"accumulate_grad_batches": accumulated}, strength=2.0, damping=0.1)
     importance, path, start, begun = torch.zeros(len(seen.before[0])), 0.0, seen.before[0], 0
-    for step, (batch, net) in enumerate(zip(seen.batches, seen.nets, strict=True)):
+    for window in windows(len(seen.batches), 3, accumulated):
+        step, net = window[0], seen.nets[window[0]]
         if seen.tasks[step] != begun:
             importance = si_importance(importance, path, seen.before[step], start, 0.1)
             path, start, begun = 0.0, seen.before[step], seen.tasks[step]
-        g = gradient(net, batch.inputs, batch.targets)
-        moved = seen.before[step + 1] - seen.before[step]
+        g = sum(gradient(net, seen.batches[s].inputs, seen.batches[s].targets) for s in window) / accumulated
+        moved = seen.before[window[-1] + 1] - seen.before[step]
         path = path - g * moved
-        pull = 2.0 * 2 * importance * (seen.before[step] - start)
+        # Lightning divides each batch's loss by the same number, also where fewer are left.
+        pull = len(window) / accumulated * 2.0 * 2 * importance * (seen.before[step] - start)
         torch.testing.assert_close(moved, -0.05 * (g + pull), atol=1e-6, rtol=1e-3)
     importance = si_importance(importance, path, seen.before[-1], start, 0.1)
     torch.testing.assert_close(agent.importance, importance, atol=1e-6, rtol=1e-3)
@@ -185,6 +208,169 @@ def test_er_ace_tells_new_classes_from_one_another_only(tmp_path):
     torch.testing.assert_close(seen.before[step + 1] - seen.before[step], -0.05 * g, atol=1e-6, rtol=1e-3)
 
 
+def padded(batch, target):
+    """The batch with one more new row, which only pads a worker's share."""
+    columns = {"inputs": batch.inputs[:1] + 1, "targets": torch.tensor([target]), "weights": torch.zeros(1)}
+    columns |= {name: getattr(batch, name)[:1] for name in ("task_ids", "sample_ids", "draw_ids")}
+    new = batch.num_new
+    longer = {
+        name: torch.cat([getattr(batch, name)[:new], row, getattr(batch, name)[new:]]) for name, row in columns.items()
+    }
+    return batch._replace(num_new=new + 1, **longer)
+
+
+@pytest.mark.parametrize("name", ["base", "nil", "er", "er_ace", "der", "derpp", "agem", "gem", "bic", "lwf", "icarl"])
+def test_rows_that_pad_a_share_change_no_loss(name, tmp_path):
+    agent, seen = fit(name, tmp_path)
+    for batch in (seen.batches[0], seen.batches[-1]):
+        for target in range(6):
+            assert torch.allclose(agent.training_loss(padded(batch, target))[0], agent.training_loss(batch)[0])
+    nothing = padded(batch, 5)._replace(weights=torch.zeros(len(batch.targets) + 1))
+    assert float(agent.training_loss(nothing)[0]) == 0
+
+
+class Normed(torch.nn.Sequential):
+    feature_dim = 8
+
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+
+
+def test_gdumb_takes_nothing_from_new_samples(tmp_path):
+    data = make_data(batch_size=7)
+    agent, seen = fit("gdumb", tmp_path, data, change=lambda a: setattr(a, "backbone", Normed()))
+    batch = next(b for b in reversed(seen.batches) if len(b.targets) > b.num_new)
+    other = batch._replace(inputs=torch.cat([batch.inputs[: batch.num_new] + 5, batch.inputs[batch.num_new :]]))
+    found = []
+    for given in (batch, other):
+        one = copy.deepcopy(agent.backbone)
+        loss, logits = agent.training_loss(given)
+        found.append((loss.detach(), agent.backbone[2].running_mean.clone()))
+        assert len(logits) == len(batch.targets) - batch.num_new
+        agent.backbone = one
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_bic_takes_means_over_the_samples_that_train(loss, tmp_path):
+    memory = {"buffer_size": 30, "policy": "greedy", "loss": loss}
+    agent, seen = fit("bic", tmp_path, held_out=0.3, memory=memory)
+    batch, new = seen.batches[-1], seen.batches[-1].num_new
+    logits, taught = agent(batch.inputs).detach().numpy(), agent.teacher(batch.inputs).numpy()[:, :4]
+    trains, label = ~agent._held(batch.sample_ids).numpy(), batch.targets.numpy()
+
+    def softmax(z):
+        return np.exp(z) / np.exp(z).sum(1, keepdims=True)
+
+    rows = np.arange(len(label))
+    losses = -np.log(softmax(logits)[rows, label])
+    kept = -(softmax(taught / 2) * np.log(softmax(logits[:, :4] / 2))).sum(1)
+    both = 4 / 6 * kept + 2 / 6 * losses  # four classes are old, two are new
+    parts = [slice(None)] if loss == "mean" else [slice(new), slice(new, None)]
+    assert 0 < trains[:new].sum() < new
+    expected = sum(both[part][trains[part]].mean() for part in parts)
+    assert float(agent.training_loss(batch)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("store", ["rows", "reference", "transformed"])
+@pytest.mark.parametrize("policy", ["nil", "class_balanced", "reservoir", "greedy", "fifo"])
+def test_bic_is_fitted_to_all_stored_samples_that_are_held_out(policy, store, scope, tmp_path):
+    memory = {"buffer_size": 30, "policy": policy, "store": store, "scope": scope, "quota": "fixed"}
+    agent, _ = fit("bic", tmp_path, held_out=0.4, memory=memory)
+    buffer = agent.rehearsal.manager.buffer
+    stored = buffer.store.column("sample_ids", torch.arange(30))[: len(buffer)]
+    ids = {i for i in stored.tolist() if bool(agent._held(torch.tensor([i])))}
+    targets = agent._held_out_logits()[1]
+    assert sorted(targets.tolist()) == sorted(int(agent.trainer.datamodule.train_targets[i]) for i in ids)
+    assert len(targets) > 5
+    assert float((agent.bias.alpha[2:] - 1).abs().min()) > 1e-3, "both later tasks are corrected"
+
+
+def test_bic_says_where_it_cannot_correct(tmp_path):
+    with pytest.warns(UserWarning, match=r"BiC does not correct task 1: no held-out sample of .* is stored"):
+        agent, _ = fit("bic", tmp_path, held_out=1e-6)
+    assert agent.bias.alpha.tolist() == [1] * 6
+
+
+class Counting(torch.nn.Sequential):
+    """Writes each sample into a buffer, which ``vmap`` does not allow."""
+
+    feature_dim = 8
+
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU())
+        self.register_buffer("sum", torch.zeros(16))
+
+    def forward(self, inputs):
+        self.sum += inputs.detach().flatten(1).sum(0)
+        return super().forward(inputs)
+
+
+class Checkpointed(torch.nn.Sequential):
+    """Keeps no activations of its hidden layers."""
+
+    feature_dim = 8
+
+    def __init__(self, reentrant):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+        self.reentrant = reentrant
+
+    def forward(self, inputs):
+        hidden = self[1](self[0](inputs))
+        return checkpoint(lambda h: self[3](self[2](h)), hidden, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("backbone", [Counting, lambda: Checkpointed(True), lambda: Checkpointed(False)])
+def test_ewc_takes_single_gradients_where_it_has_to(backbone, tmp_path):
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="one by one"):
+        agent, _ = fit("ewc", tmp_path, change=lambda a: setattr(a, "backbone", backbone()))
+    data, before = agent.trainer.datamodule, agent.fisher.clone()
+    agent.fisher.zero_()
+    counted = agent.backbone.sum.clone() if hasattr(agent.backbone, "sum") else None
+    agent.on_task_end(agent.clock.tasks[2])
+    if counted is not None:
+        assert torch.equal(agent.backbone.sum, counted), "the measure leaves no trace in the network"
+    assert all(p.grad is None or not p.grad.any() for p in agent.parameters()) or before.any()
+    net, squares = torch.nn.Sequential(agent.backbone, agent.head), 0.0
+    for i in data.train_indices(2):
+        squares = squares + gradient(net, data.train_inputs[i][None], data.train_targets[i][None]) ** 2
+    torch.testing.assert_close(agent.fisher, squares / len(data.train_indices(2)), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ewc", "si"])
+def test_weights_that_are_frozen_after_the_agent_was_made(name, tmp_path):
+    def freeze(agent):
+        agent.backbone.requires_grad_(False)
+
+    agent, _ = fit(name, tmp_path, change=freeze, strength=1.0)
+    measured = agent.fisher if name == "ewc" else agent.importance
+    frozen = sum(p.numel() for p in agent.backbone.parameters())
+    assert not measured[:frozen].any()
+    assert measured[frozen:].any()
+
+    def change(agent):
+        agent.backbone = Normed()  # another number of weights
+
+    agent, _ = fit(name, tmp_path, change=change, strength=1.0)
+    assert torch.isfinite(weights(agent)).all()
+
+
+@pytest.mark.parametrize("name", ["ewc", "si"])
+def test_weights_that_thaw_between_tasks(name, tmp_path):
+    class Thaw(pl.Callback):
+        def on_task_start(self, trainer, agent, task):
+            agent.backbone.requires_grad_(task.index > 0)
+
+    words = "EWC knows of no importance of backbone.*to the tasks before task 1"
+    with pytest.warns(UserWarning, match=words if name == "ewc" else ""):
+        agent, seen = fit(name, tmp_path, trainer={"callbacks": [Thaw()]}, strength=1.0)
+    assert not torch.equal(seen.before[0][:10], seen.before[-1][:10])
+    assert torch.isfinite(weights(agent)).all()
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "words"),
     [
@@ -234,3 +420,26 @@ def test_domains(name, tmp_path):
     assert torch.isfinite(weights(agent)).all()
     if name == "lwf":
         assert bool(agent.taught.all())
+
+
+@pytest.mark.parametrize(
+    ("policy", "stream", "words"),
+    [
+        ("nil", {"scenario": "domain", "num_tasks": 2}, "overwrite its stored ones"),
+        ("class_balanced", {"scenario": "domain", "num_tasks": 2}, "overwrite its stored ones"),
+        ("fifo", {"scenario": "instance", "num_tasks": 2}, "overwrite its stored ones"),
+        ("greedy", {"scenario": "domain", "num_tasks": 2}, "keeps the first samples of each class"),
+        ("reservoir", {"scenario": "domain", "num_tasks": 2}, None),
+        ("nil", {}, None),
+        ("nil", {"scenario": "domain", "num_tasks": 2, "concatenate_tasksets": True}, None),
+    ],
+)
+def test_a_memory_that_forgets_tasks_says_so_once_before_training(policy, stream, words, tmp_path):
+    data = make_data(**stream)
+    agent = make("er", data, memory={"policy": policy})
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(agent, datamodule=data)
+    said = [str(w.message) for w in found if "classes come again" in str(w.message)]
+    assert len(said) == (words is not None)
+    assert all(words in text and "rehearsal.policy=reservoir keeps samples of all tasks alike" in text for text in said)

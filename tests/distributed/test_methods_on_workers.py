@@ -49,7 +49,7 @@ def fit(name, workers, **memory):
     return agent
 
 told = []
-NAMES = ("er", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
+NAMES = ("er", "er_ace", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
 CASES = [(name, {}) for name in NAMES] + [("derpp", {"execution": "blocking"})]
 CASES += [("derpp", {"scope": "global", "execution": "blocking", "num_samples": 54})]
 for name, memory in CASES:

@@ -102,6 +102,29 @@ def test_bias_counts_each_class_the_same_and_needs_both_kinds() -> None:
     assert fitted_bias(logits[1:3], targets[1:3], new) == (1.0, 0.0)
 
 
+def test_bias_never_reverses_the_new_classes() -> None:
+    # New classes 2 and 3, each taken for the other: the best scale is below 0 without a bound.
+    targets = torch.tensor([0, 1, 2, 3]).repeat(5)
+    shown = 3.0 * F.one_hot(torch.tensor([0, 1, 3, 2]).repeat(5), 4)
+    new = torch.tensor([False, False, True, True])
+    alpha, beta = fitted_bias(shown, targets, new)
+    assert 0 < alpha < 0.02
+    corrected = torch.where(new, alpha * shown + beta, shown)
+    assert torch.equal(corrected[:, 2:].argmax(1), shown[:, 2:].argmax(1)), "their order stays"
+
+
+def test_asymmetric_cross_entropy_leaves_padding_out() -> None:
+    classes = torch.tensor([True, False, True, False])
+    targets = torch.cat([TARGETS, torch.tensor([1, 3])])  # of classes that no sample has
+    logits = torch.cat([LOGITS, LOGITS[:2]]).requires_grad_()
+    loss = asymmetric_cross_entropy(logits, targets, classes, torch.cat([WEIGHTS, torch.zeros(2)]), N)
+    assert loss.item() == pytest.approx(asymmetric_cross_entropy(LOGITS, TARGETS, classes, WEIGHTS, N).item())
+    loss.backward()
+    assert not logits.grad[6:].any()
+    padding = asymmetric_cross_entropy(LOGITS, TARGETS, torch.zeros(4, dtype=torch.bool), torch.zeros(6), N)
+    assert padding.item() == 0
+
+
 def test_distillation_share() -> None:
     assert distillation_share(6, 2) == 0.75
     assert distillation_share(0, 2) == 0
