@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -147,7 +148,7 @@ class Rehearsal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the memory between the loader and the module; where rows are known already, make or restore it."""
-        self._offer = None
+        self._offer = self._in_flight = None
         self._due = self._came = self._computed = False
         self._wait_s = 0.0
         self._references = None
@@ -204,8 +205,17 @@ class Rehearsal(pl.Callback):
         self._leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take the memory out without waiting for the result of pending work."""
+        """Take the memory out; a callback of a lone worker's that saves after this finds what the step has left."""
+        drawn = None
+        if comm_of(trainer.strategy).size == 1 and self._engine is not None:
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current
+            self._due = self._due and batches.processed == batches.ready  # else this batch was not trained on
+            with suppress(Exception):  # the memory's own error may be what ends the fit
+                self.wait(trainer)
+                drawn = self._in_flight
+        self._due = False
         self._leave()
+        self._in_flight = drawn
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no thread and no wrapped hook behind."""

@@ -671,8 +671,8 @@ ARGUMENTS = [
         lambda run: run.trainer.global_step,
         agent="refused",
         words="give trainer.limit_train_batches",
-        note="Needs the same batches in every epoch, and a `ContinualDataModule` shuffles: `limit_train_batches` trains "
-        "on few.",
+        note="Needs the same batches in every epoch, and a `ContinualDataModule` shuffles; `limit_train_batches` "
+        "trains on few.",
     ),
     argument("val_check_interval", 2, calls("on_validation_start"), note="Refused where a task has fewer batches."),
     argument("check_val_every_n_epoch", 2, calls("on_validation_start"), note="Epochs count over the whole stream."),

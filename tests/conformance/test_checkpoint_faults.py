@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import Strategy
 from PIL import Image
 from rehearsals import assert_same_run, fit
@@ -228,6 +228,22 @@ def test_another_agent_is_refused_and_harmless_values_are_taken(tmp_path: Path) 
     whole = fit(tmp_path, callbacks=[saver])
     other = fit(tmp_path, ckpt=tmp_path / "c" / "step=8.ckpt", execution="blocking", storage=str(tmp_path / "m"))
     assert_same_run(other, (whole[0], whole[1][8:]))
+
+
+class Fails(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 8:
+            raise RuntimeError("no such luck")
+
+
+@pytest.mark.parametrize("execution", ["blocking", "inline"])
+def test_a_run_goes_on_from_what_was_saved_when_it_failed(execution: str, tmp_path: Path) -> None:
+    """The failed step was taken, and the memory has had its batch."""
+    whole = fit(tmp_path, execution=execution)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        fit(tmp_path, callbacks=[Fails(), OnExceptionCheckpoint(tmp_path, "failed")], execution=execution)
+    resumed = fit(tmp_path, ckpt=tmp_path / "failed.ckpt", execution=execution)
+    assert_same_run(resumed, (whole[0], whole[1][8:]))
 
 
 def test_the_data_set_gone_at_resume_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
