@@ -484,6 +484,7 @@ CALLBACKS = [
         "DeviceStatsMonitor",
         with_logger(partial(cb.DeviceStatsMonitor, cpu_stats=True)),
         lambda run: {name: len(values) for name, values in logged(run, "DeviceStatsMonitor.on_train").items()},
+        package="psutil",
     ),
     Row(
         "EarlyStopping",
@@ -498,6 +499,7 @@ CALLBACKS = [
         one(partial(getattr(cb, "EMAWeightAveraging", pl.Callback), decay=0.5)),
         averaged,
         note="The accuracy matrix is of the averaged weights.",
+        since="2.6",
     ),
     Row(
         "GradientAccumulationScheduler",
@@ -549,8 +551,13 @@ CALLBACKS = [
         note="With several workers it saves nothing after one of them failed: a checkpoint takes all of them.",
     ),
     Row("ProgressBar", one(Counted, enable_progress_bar=True), lambda run: getattr(mine(run), "totals", None)),
-    Row("RichModelSummary", one(summing(cb.RichModelSummary), enable_model_summary=True), summed),
-    Row("RichProgressBar", one(cb.RichProgressBar, enable_progress_bar=True), bar),
+    Row(
+        "RichModelSummary",
+        one(lambda: summing(cb.RichModelSummary)(), enable_model_summary=True),
+        summed,
+        package="rich",
+    ),
+    Row("RichProgressBar", one(cb.RichProgressBar, enable_progress_bar=True), bar, package="rich"),
     Row(
         "SpikeDetection",
         lambda folder: {
@@ -562,7 +569,9 @@ CALLBACKS = [
         "StochasticWeightAveraging",
         one(partial(cb.StochasticWeightAveraging, 0.01, 2, 1)),
         lambda run: None if mine(run) is None else int(mine(run).n_averaged),
-        note="Epochs count over the whole stream.",
+        agent="refused",
+        words="use WeightAveraging or EMAWeightAveraging",
+        note="It would average over tasks, after the last evaluation: `WeightAveraging` and `EMAWeightAveraging` work.",
     ),
     Row(
         "ThroughputMonitor",
@@ -581,6 +590,7 @@ CALLBACKS = [
         one(getattr(cb, "WeightAveraging", pl.Callback)),
         averaged,
         note="The accuracy matrix is of the averaged weights.",
+        since="2.6",
     ),
 ]
 
@@ -761,8 +771,11 @@ ARGUMENTS = [
         False,
         lambda run: run.trainer.logger.told,
         beside=lambda folder: {"logger": Told(folder)},
+        since="2.6",
     ),
-    Row("model_registry", agent="not tried", foreign="not tried", note="Uploads checkpoints to a cloud."),
+    Row(
+        "model_registry", agent="not tried", foreign="not tried", note="Uploads checkpoints to a cloud.", since="2.5.1"
+    ),
 ]
 
 
