@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -21,21 +21,26 @@ from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.stream import Stream
 from dcl_lightning.distributed.checkpoint_io import keep_side_files
 from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.distributed.place import place
+from dcl_lightning.distributed.side_files import told
 from dcl_lightning.distributed.slurm import requeue_between_steps
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
+from dcl_lightning.memory.comm import Comm
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.engine import MemoryEngine
 from dcl_lightning.memory.joining import Room, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
 from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows
 from dcl_lightning.memory.ranges import stage
-from dcl_lightning.memory.storage import RowStore
+from dcl_lightning.memory.storage import RowStore, refuse_lack_of_space
 from dcl_lightning.types import Batch, Task
 
 __all__ = ["Rehearsal"]
 
 _PRESET_ROWS = 60  # per class and worker, where no size is given: the original program's
+
+_Made = TypeVar("_Made")
 
 
 class _Prepared(NamedTuple):
@@ -446,6 +451,10 @@ class Rehearsal(pl.Callback):
             example = _no_rows(example) | self._extras.no_rows()
         capacity = split_total(total, comm.size, comm.rank)
         seed = seed_of_run(config.seed, "rehearsal.seed")
+        on_host = min(comm.size, max(place("local_size"), trainer.num_devices))
+        # All workers look before one of them takes its part.
+        _together(comm, lambda: refuse_lack_of_space(example, capacity, config.storage, on_host))
+        store = _together(comm, lambda: RowStore(example, capacity, config.storage))
         candidates = config.candidates
         if config.update == "task_end" and candidates is not None:  # every sample is a candidate
             candidates = data.eval_batch_size
@@ -455,7 +464,7 @@ class Rehearsal(pl.Callback):
             policy=config.policy,
             quota=config.quota,
             num_candidates=candidates,
-            store=RowStore(example, capacity, config.storage),
+            store=store,
             seed=seed * 1_000_003 + comm.rank,
             num_samples=samples or None,
         )
@@ -521,6 +530,19 @@ class Rehearsal(pl.Callback):
                 drawn = self.saved.restore(kept, kept.buffer.store.example)
                 self._in_flight = None if drawn is None else _Prepared(drawn)
                 self.manager, self.saved = kept, None
+
+
+def _together(comm: Comm, make: Callable[[], _Made]) -> _Made:
+    """Return what this worker makes; if one cannot, all raise that worker's error."""
+    error, made = "", None
+    try:
+        made = make()
+    except ConfigurationError as failed:
+        error = str(failed)
+    errors = [text for text in told(comm, error) if text]
+    if errors:
+        raise ConfigurationError(errors[0])
+    return cast(_Made, made)
 
 
 def _used_on(stream: torch.cuda.Stream, nest: Any) -> None:

@@ -242,6 +242,7 @@ class HorovodComm(_RowComm):
         def finish(sent: Tensor = sent) -> Tensor:
             with torch.inference_mode(False), torch.no_grad():
                 rows, found = self._hvd.synchronize(handle)
+            _used_here(rows)
             if found.tolist() != received:
                 raise RuntimeError(f"{name}: received {found.tolist()} rows from the workers, expected {received}")
             return rows.view(-1, sent.shape[1])
@@ -305,6 +306,7 @@ class TorchDistributedComm(_RowComm):
 
         def finish(sent: Tensor = sent) -> Tensor:
             work.wait()
+            _used_here(out)
             return out.to(data.device)
 
         return finish
@@ -317,6 +319,15 @@ class TorchDistributedComm(_RowComm):
     def barrier(self) -> None:
         """Return once every worker has called it."""
         torch.distributed.barrier()
+
+
+def _used_here(rows: Tensor) -> None:
+    """Tell the allocator that what an operation's own stream made is used on the present one.
+
+    It would give the memory away, once the tensor is dropped, while kernels queued here have not read it yet.
+    """
+    if rows.is_cuda:
+        rows.record_stream(torch.cuda.current_stream(rows.device))
 
 
 def _adopt(table: list[list[int]], tensor: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.nests import Nest, flatten, map_tensors, rebuild, refuse_another_row
 
-__all__ = ["RowStore", "available_bytes"]
+__all__ = ["RowStore", "available_bytes", "refuse_lack_of_space"]
 
 
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -22,14 +24,23 @@ _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 def _word(column: Tensor) -> torch.dtype:
     """Return the type in which rows are moved: their own if a row is one number, else the widest integer that fits."""
-    if column.ndim == 1 and column.dtype != torch.bfloat16:
+    if column.ndim == 1 and _numpy_knows(column.dtype):
         return column.dtype
     row_bytes = column[0].numel() * column.element_size()
     return next(word for word in _WORDS if row_bytes % word.itemsize == 0)
 
 
+def _numpy_knows(dtype: torch.dtype) -> bool:
+    try:
+        torch.empty(0, dtype=dtype).numpy()
+    except TypeError:
+        return False
+    return True
+
+
 def _as_words(rows: Tensor, word: torch.dtype) -> Tensor:
     """Return rows ``(m, ...)`` as ``(m, words)`` or ``(m,)``, without a copy if they are contiguous and aligned."""
+    rows = rows.resolve_conj().resolve_neg()
     if rows.dtype == word and rows.ndim == 1:
         return rows
     rows = rows.contiguous()
@@ -40,7 +51,11 @@ def _as_words(rows: Tensor, word: torch.dtype) -> Tensor:
 
 def _as_rows(words: Tensor, column: Tensor) -> Tensor:
     """Undo ``_as_words``: return rows of the type and shape that the column has."""
-    return words if words.ndim == 1 else words.view(column.dtype).view(len(words), *column.shape[1:])
+    return (
+        words
+        if words.dtype == column.dtype and words.ndim == 1
+        else words.view(column.dtype).view(len(words), *column.shape[1:])
+    )
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -79,6 +94,84 @@ def available_bytes(device: str | Path) -> int | None:
     return min(found, default=None)
 
 
+def _folder(device: str | Path) -> Path | None:
+    """Return the folder that rows are to lie in, None if they lie on a device."""
+    if isinstance(device, str) and device.split(":")[0] in ("cpu", "cuda"):
+        return None
+    if str(device) in ("gpu", "disk", "ram"):
+        raise ConfigurationError(f"rehearsal.storage={device}: give cpu, cuda, or the path of a folder")
+    return Path(device).expanduser()
+
+
+def refuse_lack_of_space(example: Nest, capacity: int, device: str | Path = "cpu", workers: int = 1) -> int:
+    """Return the bytes of a store, if there is room for it.
+
+    Args:
+        example: as for ``RowStore``.
+        capacity: number of rows.
+        device: as for ``RowStore``.
+        workers: of this host, each with a store like this one on the same device or in the same folder.
+
+    Raises:
+        ConfigurationError: there is no room, or no such device.
+        DataError: a column that no store can hold.
+        TypeError: a leaf of the nest is no tensor.
+    """
+    leaves = flatten(example)
+    for name, tensor in leaves:
+        _refuse_layout(name, tensor)
+    num_bytes = sum(capacity * math.prod(t.shape[1:]) * t.element_size() for _, t in leaves)
+    folder = _folder(device)
+    if folder is None and str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f"rehearsal.storage={device}: PyTorch finds no GPU here; give cpu, or a folder")
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"rehearsal.storage={device} cannot be made ({error.strerror})") from error
+    there = available_bytes(folder or str(device))
+    if there is not None and num_bytes * workers > there:
+        share = f", on each of {workers} workers of this host" if workers > 1 else ""
+        raise ConfigurationError(
+            f"memory of {capacity} rows wants {num_bytes:,} bytes on {device}{share}, where {there:,} are available: "
+            "store fewer rows or put it elsewhere (cpu, cuda, a folder)"
+        )
+    return num_bytes
+
+
+def _refuse_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+        raise DataError(
+            f"column '{name or 'batch'}' is a {kind} tensor, of which no rows can be stored: make it dense where "
+            "batches are collated (to_dense, dequantize, padding)"
+        )
+
+
+def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a column in a file that no other process can open: it has no name any more once it is mapped.
+
+    So no other worker and no other job shares it, and it goes with the process, however that ends. Its bytes are
+    reserved first: to write into a file that the disk has no room for would kill the process.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        number, path = tempfile.mkstemp(".rows", "rehearsal-", folder)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(number, 0, num_bytes)
+            data = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+        finally:
+            os.close(number)
+            os.unlink(path)
+    except OSError as error:
+        raise ConfigurationError(
+            f"rehearsal.storage={folder}: {num_bytes:,} bytes cannot be had there ({error.strerror}); store fewer "
+            "rows, or give another folder"
+        ) from error
+    return data.view(dtype).view(shape)
+
+
 class RowStore:
     """A fixed number of rows of a nest of tensors; writes and reads cost the rows moved, whatever the capacity.
 
@@ -88,10 +181,11 @@ class RowStore:
             part of the nest.
         capacity: number of rows, at least 1.
         device: ``cpu`` (pinned where CUDA is available), a CUDA device, or a folder, made if it is not there, for
-            memory-mapped columns that the host reads.
+            memory-mapped columns that the host reads. Each store has files of its own there, without names.
 
     Raises:
         ConfigurationError: the capacity is below 1 or does not fit in what is available.
+        DataError: a column that no store can hold.
         TypeError: a leaf of the nest is no tensor.
     """
 
@@ -99,32 +193,22 @@ class RowStore:
         if capacity < 1:
             raise ConfigurationError(f"memory of {capacity} rows: give at least 1")
         leaves = flatten(example)
+        self.num_bytes = refuse_lack_of_space(example, capacity, device)
         self.capacity = capacity
         self.names = [name for name, _ in leaves]
         self._example = map_tensors(lambda tensor: tensor[:0].detach().to("meta"), example)
         shapes = [(capacity, *tensor.shape[1:]) for _, tensor in leaves]
-        self.num_bytes = sum(math.prod(s) * t.element_size() for s, (_, t) in zip(shapes, leaves, strict=True))
-
-        folder = None if isinstance(device, str) and device.split(":")[0] in ("cpu", "cuda") else Path(device)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        self._storage, folder = device, _folder(device)
         self.device = torch.device("cpu" if folder is not None else str(device))
-        there = available_bytes(folder or str(device))
-        if there is not None and self.num_bytes > there:
-            raise ConfigurationError(
-                f"memory of {capacity} rows wants {self.num_bytes:,} bytes on {device}, where {there:,} are available: "
-                "store fewer rows or put it elsewhere (cpu, cuda, a folder)"
-            )
         pin = self._pinned = folder is None and self.device.type == "cpu" and torch.cuda.is_available()
         self._columns: list[Tensor] = []
-        for index, (shape, (_, tensor)) in enumerate(zip(shapes, leaves, strict=True)):
+        for shape, (_, tensor) in zip(shapes, leaves, strict=True):
             if folder is None:
                 column = torch.zeros(shape, dtype=tensor.dtype, device=self.device, pin_memory=pin)
             elif math.prod(shape) == 0:
                 column = torch.zeros(shape, dtype=tensor.dtype)
             else:
-                file = str(folder / f"column{index}.bin")
-                column = torch.from_file(file, shared=True, size=math.prod(shape), dtype=tensor.dtype).view(shape)
+                column = _mapped(folder, shape, tensor.dtype)
             self._columns.append(column)
         self._row_types = [(column.shape[1:], column.dtype) for column in self._columns]
         # The same memory in words, of columns whose rows have bytes at all.
@@ -136,6 +220,16 @@ class RowStore:
         # On the host NumPy moves rows, in a third of the time that torch takes for as few.
         on_host = self.device.type == "cpu"
         self._arrays = [None if target is None or not on_host else target.numpy() for target in self._targets]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what makes a store like this one, in the same place: views and arrays of it are made anew."""
+        return {"storage": self._storage, "capacity": self.capacity, "example": self._example, "rows": self._columns}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the store, with its rows."""
+        self.__init__(state["example"], state["capacity"], state["storage"])  # type: ignore[misc]
+        for column, rows in zip(self._columns, state["rows"], strict=True):
+            column.copy_(rows)
 
     @property
     def example(self) -> Nest:
@@ -160,6 +254,7 @@ class RowStore:
         if [name for name, _ in leaves] != self.names:
             raise DataError(f"rows have the columns {[name for name, _ in leaves]}, the memory has {self.names}")
         for (name, tensor), (shape, dtype) in zip(leaves, self._row_types, strict=True):
+            _refuse_layout(name, tensor)
             refuse_another_row(name, (shape, dtype), (tensor.shape[1:], tensor.dtype))
         return leaves
 
@@ -211,7 +306,7 @@ class RowStore:
             ]
         else:
             slots = _moved(slots, self.device)
-            rows = [column.index_select(0, slots) for column in self._columns]
+            rows = [self._selected(index, slots) for index in range(len(self._columns))]
         if out is None:
             return rebuild(self._example, rows)
         for (_, target), source in zip(flatten(out), rows, strict=True):
@@ -225,7 +320,13 @@ class RowStore:
             name: one of ``names``.
             slots: ``(m,)`` int64, in ``[0, capacity)``.
         """
-        return self._columns[self.names.index(name)].index_select(0, slots.to(self.device)).cpu()
+        return self._selected(self.names.index(name), slots.to(self.device)).cpu()
+
+    def _selected(self, index: int, slots: Tensor) -> Tensor:
+        column, words = self._columns[index], self._targets[index]
+        if words is None:
+            return column.new_zeros((len(slots), *column.shape[1:]))
+        return _as_rows(words.index_select(0, slots), column)
 
     def _taken(self, array: npt.NDArray[Any], places: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
         if not self._pinned:
@@ -243,7 +344,7 @@ class RowStore:
         """
         slots = torch.arange(self.capacity) if slots is None else slots.cpu().clone()
         there = slots.to(self.device)
-        columns = [column.index_select(0, there).cpu() for column in self._columns]
+        columns = [self._selected(index, there).cpu() for index in range(len(self._columns))]
         return {"slots": slots, "columns": dict(zip(self.names, columns, strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory import storage
 from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows, rebuild
-from dcl_lightning.memory.storage import RowStore
+from dcl_lightning.memory.storage import RowStore, refuse_lack_of_space
 
 
 class Pair(NamedTuple):
@@ -57,7 +58,7 @@ def test_reads_what_it_wrote(place, tmp_path):
     assert num_rows(store.gather(torch.empty(0, dtype=torch.int64))) == 0
     assert store.num_bytes == 10 * (12 + 8)
     if place == "folder":
-        assert sum(file.stat().st_size for file in (tmp_path / "memory").iterdir()) == store.num_bytes
+        assert not list((tmp_path / "memory").iterdir())  # its file has no name
 
 
 @pytest.mark.parametrize(
@@ -121,3 +122,56 @@ def test_state(tmp_path):
         RowStore(rows(1), 5).load_state_dict(store.state_dict(torch.tensor([8])))
     with pytest.raises(ConfigurationError, match="columns"):
         RowStore({"z": torch.zeros(1)}, 10).load_state_dict(store.state_dict())
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "complex32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(6,), (6, 3)])
+def test_types_that_numpy_does_not_know_keep_their_bits(name: str, shape: tuple[int, ...], tmp_path) -> None:
+    dtype = getattr(torch, name)
+    bits = torch.arange(1, 1 + torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8)
+    values = bits.view(dtype).view(shape)
+    for device in ("cpu", tmp_path):
+        store = RowStore({"a": values[:0]}, 10, device)
+        store.insert(torch.tensor([7, 2, 9]), {"a": values}, torch.tensor([5, 0, 3]))
+        found = store.gather(torch.tensor([2, 7, 9]))["a"]
+        assert found.dtype == dtype
+        assert torch.equal(found.view(torch.uint8), values[torch.tensor([0, 5, 3])].view(torch.uint8))
+
+
+def test_conjugate_and_negative_views_are_stored_as_they_are_seen() -> None:
+    numbers = torch.randn(6, 2, dtype=torch.complex64)
+    rows = {"conjugate": numbers.conj(), "negative": numbers.conj().imag}
+    store = RowStore(rows, 6)
+    store.insert(torch.arange(6), rows)
+    found = store.gather(torch.arange(6))
+    assert torch.equal(found["conjugate"], torch.complex(numbers.real, -numbers.imag))
+    assert torch.equal(found["negative"], -numbers.imag)
+
+
+def test_a_sparse_column_is_refused_by_name() -> None:
+    for column in (torch.eye(4).to_sparse(), torch.eye(4).to_sparse_csr()):
+        with pytest.raises(DataError, match=r"column 'words' is a torch\.sparse.*to_dense"):
+            RowStore({"words": column}, 4)
+    store = RowStore({"words": torch.eye(4)}, 4)
+    with pytest.raises(DataError, match=r"column 'words' is a torch\.sparse"):
+        store.insert(torch.arange(4), {"words": torch.eye(4).to_sparse()})
+
+
+def test_stores_in_one_folder_share_nothing_and_leave_nothing(tmp_path) -> None:
+    first, second = (RowStore({"a": torch.zeros(0, 3)}, 4, tmp_path / "rows") for _ in range(2))
+    first.insert(torch.arange(4), {"a": torch.ones(4, 3)})
+    assert not second.gather(torch.arange(4))["a"].any()
+    again = copy.deepcopy(first)
+    again.insert(torch.tensor([0]), {"a": torch.full((1, 3), 7.0)})
+    assert first.gather(torch.arange(4))["a"].tolist() == [[1.0] * 3] * 4
+    assert again.gather(torch.arange(4))["a"].tolist() == [[7.0] * 3] + [[1.0] * 3] * 3
+    # Whatever becomes of the process, there is no file to be found by another.
+    assert not list((tmp_path / "rows").iterdir())
+
+
+def test_the_stores_of_a_host_have_to_fit_together(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "available_bytes", lambda device: 100)
+    for place in ("cpu", tmp_path):
+        assert refuse_lack_of_space(torch.zeros(1, dtype=torch.uint8), 40, place, workers=2) == 40
+        with pytest.raises(ConfigurationError, match="each of 3 workers"):
+            refuse_lack_of_space(torch.zeros(1, dtype=torch.uint8), 40, place, workers=3)
