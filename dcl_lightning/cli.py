@@ -11,8 +11,10 @@ import warnings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dcl_lightning.command_line.suggestions import cut
 from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, suggestion
 from dcl_lightning.paths import expanded
+from dcl_lightning.screen import tolerant
 
 __all__ = ["main"]
 
@@ -43,25 +45,26 @@ def main(args: list[str] | None = None) -> int:
     """
     given = sys.argv[1:] if args is None else args
     _quieten()
-    try:
-        if given and given[0] in COMMANDS:
-            return int(importlib.import_module(f"dcl_lightning.{COMMANDS[given[0]]}").main(expanded(given[1:])))
-        _run(args)
-    except Exception as error:
-        told = _user_error(error)
-        if told is None:
-            raise
-        print(f"error: {' '.join(told.split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except SIGTERMException:
-        return 143
-    except SystemExit as end:
-        # Lightning ends with 1 after Ctrl-C; scripts that wait for us tell it by the shell's own code.
-        if isinstance(end.__context__, KeyboardInterrupt):
+    with tolerant("stderr"):
+        try:
+            if given and given[0] in COMMANDS:
+                return int(importlib.import_module(f"dcl_lightning.{COMMANDS[given[0]]}").main(expanded(given[1:])))
+            _run(args)
+        except Exception as error:
+            told = _user_error(error)
+            if told is None:
+                raise
+            print(f"error: {cut(told)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
             return 130
-        raise
+        except SIGTERMException:
+            return 143
+        except SystemExit as end:
+            # Lightning ends with 1 after Ctrl-C; scripts that wait for us tell it by the shell's own code.
+            if isinstance(end.__context__, KeyboardInterrupt):
+                return 130
+            raise
     return 0
 
 

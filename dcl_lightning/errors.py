@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral
@@ -15,10 +16,14 @@ __all__ = [
     "DatasetNotFoundError",
     "HorovodNotFoundError",
     "WorkerError",
+    "check_number",
     "check_words",
     "suggestion",
     "whole_number",
 ]
+
+
+_LARGEST_FLOAT32, _LARGEST_INT = 3.4028235e38, 2**62
 
 
 class CheckpointError(RuntimeError):
@@ -73,6 +78,47 @@ class HorovodNotFoundError(ImportError):
 
 class WorkerError(RuntimeError):
     """A worker is missing or has ended, so that the job cannot go on."""
+
+
+def check_number(
+    key: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Refuse a number that is out of range, not finite or too large for a tensor.
+
+    >>> check_number("model.momentum", 0.9, at_least=0, below=1)
+
+    Args:
+        key: of the number, for the message.
+        value: the number.
+        above: it has to be greater.
+        at_least: it has to be as great.
+        below: it has to be less.
+        at_most: it must not be greater.
+
+    Raises:
+        ConfigurationError: with what is allowed.
+    """
+    largest = _LARGEST_INT if isinstance(value, int) else _LARGEST_FLOAT32
+    number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    right = (
+        number and math.isfinite(value) and abs(value) <= largest
+        and (above is None or value > above) and (at_least is None or value >= at_least)
+        and (below is None or value < below) and (at_most is None or value <= at_most)
+    )  # fmt: skip
+    if right:
+        return
+    if number and math.isfinite(value) and abs(value) > largest and below is None and at_most is None:
+        at_most = largest
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+    kind = "whole number" if isinstance(value, int) else "number"
+    raise ConfigurationError(f"{key}={value!r}: give a finite {kind}{said and ', ' + said}")
 
 
 def suggestion(given: str, names: Iterable[str]) -> str:

@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dcl_lightning"
 # A part may import those of lower or equal rank; agents and callbacks build on everything beneath.
 RANK = {
-    "types": 0, "errors": 0, "paths": 0, "citations": 0, "functional": 1, "memory": 2, "metrics": 2, "backbones": 2,
+    "types": 0, "errors": 0, "paths": 0, "screen": 0, "citations": 0, "functional": 1, "memory": 2, "metrics": 2,
+    "backbones": 2,
     "data": 3, "distributed": 3, "callbacks": 4, "agents": 5,
     "command_line": 6, "studies": 6, "cli": 6, "__main__": 7, "__init__": 7,
 }  # fmt: skip

@@ -17,10 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dcl_lightning.agents.evaluation import EvaluationCounts
-from dcl_lightning.agents.optimisation import KeepUnseenRows
+from dcl_lightning.agents.optimisation import KeepUnseenRows, build
 from dcl_lightning.agents.prediction import Inference, Prediction
 from dcl_lightning.agents.step_log import StepLog
 from dcl_lightning.backbones import Backbone, LinearHead
@@ -32,7 +33,7 @@ from dcl_lightning.callbacks.contradictions import refuse_another_run
 from dcl_lightning.callbacks.hooks import leave_out_idle_hooks, wrap_hook
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.distributed.comm import comm_of
-from dcl_lightning.errors import ConfigurationError, check_words
+from dcl_lightning.errors import ConfigurationError, check_number, check_words
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.parameter_groups import parameter_groups
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, warmup_divisor
@@ -43,6 +44,7 @@ from dcl_lightning.types import Batch, InputSpec, Task
 __all__ = ["ContinualAgent"]
 
 _ALL = slice(None)
+_SGD_LR = 0.05
 # What takes from a trainer what an agent has brought to it, called when its work has ended.
 _BROUGHT: WeakKeyDictionary[pl.Trainer, list[Callable[[], None]]] = WeakKeyDictionary()
 
@@ -55,7 +57,7 @@ class ContinualAgent(pl.LightningModule):
         num_classes: classes of the whole stream, K; the head has K outputs from the start.
         input_spec: shape of one input; needed only if the backbone leaves its own open.
         epochs_per_task: epochs of every task, or one number per task.
-        lr: learning rate at the start of each task, above 0.
+        lr: learning rate at the start of each task, above 0; if None the rate that ``optimizer`` has, 0.05 without one.
         momentum: momentum of SGD, in [0, 1).
         weight_decay: L2 penalty in torch's convention, at least 0.
         decay_biases_and_norms: whether weight decay acts on biases and on the scales and shifts of
@@ -66,14 +68,17 @@ class ContinualAgent(pl.LightningModule):
             worker's: the unscaled ``lr``, or with ``scale_lr`` none an N-th of it.
         scale_lr: how ``lr`` grows with the number of workers N: not at all, with N, with its root, or
             with min(N, 64).
-        optimizer: builds another optimizer than SGD; ``lr`` then still sets its rate, momentum and
-            weight decay are its own.
+        optimizer: builds another optimizer than SGD from parameters or parameter groups; momentum and weight decay are
+            its own, and its rate if that is given, as in ``partial(Adam, lr=0.001)``, and ``lr`` is not.
         optimizer_reset: whether each task starts with a fresh optimizer state and schedule.
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
         logits: train ``all`` outputs, or only those of classes ``seen`` so far.
         task_aware: whether to report also the accuracy of an agent that is told the task: scores restricted to the
             classes of the sample's task (task-IL), under names that end in ``task_aware``.
         future_tasks: whether tasks not learnt yet are evaluated too, for forward transfer.
+
+    Attributes:
+        tasks_seen: tasks that training has begun with, 0 before any.
 
     Raises:
         ConfigurationError: a value out of range, values that contradict each other, or a backbone without
@@ -96,7 +101,7 @@ class ContinualAgent(pl.LightningModule):
         num_classes: int,
         input_spec: InputSpec | None = None,
         epochs_per_task: int | list[int] = 1,
-        lr: float = 0.05,
+        lr: float | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decay_biases_and_norms: bool = True,
@@ -117,11 +122,20 @@ class ContinualAgent(pl.LightningModule):
             if issubclass(kind, ContinualAgent):
                 check_words("model", get_type_hints(kind.__init__), self.hparams)
         gammas = [gamma] if isinstance(gamma, (int, float)) else list(gamma)
-        if lr <= 0 or not 0 <= momentum < 1 or weight_decay < 0 or min(gammas, default=1) <= 0 or warmup_epochs < 0:
+        own_lr = getattr(optimizer, "keywords", {}).get("lr")  # of functools.partial
+        if lr is not None and own_lr not in (None, lr):
             raise ConfigurationError(
-                f"lr={lr} must be above 0, momentum={momentum} in [0, 1), weight_decay={weight_decay} and "
-                f"warmup_epochs={warmup_epochs} at least 0, gamma={gamma} above 0"
+                f"model.lr={lr} and model.optimizer.lr={own_lr} contradict each other: give one of them"
             )
+        lr = _SGD_LR if lr is None and optimizer is None else own_lr if lr is None else lr
+        if isinstance(lr, (int, float)):
+            check_number("model.lr", lr, above=0)
+            self.hparams["lr"] = lr
+        check_number("model.momentum", momentum, at_least=0, below=1)
+        check_number("model.weight_decay", weight_decay, at_least=0)
+        check_number("model.warmup_epochs", warmup_epochs, at_least=0)
+        for factor in gammas:
+            check_number("model.gamma", factor, above=0)
         if not isinstance(gamma, (int, float)) and len(gammas) != len(milestones):
             raise ConfigurationError(
                 f"gamma={gammas}: give one number, or one for each of {len(milestones)} milestones"
@@ -158,8 +172,14 @@ class ContinualAgent(pl.LightningModule):
         self.checkpoint_care = CheckpointCare()
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("current", torch.zeros(num_classes, dtype=torch.bool))
+        self.tasks_seen = 0
         self._initial: dict[str, Tensor] | None = None
         self.evaluation_counts = EvaluationCounts(task_aware)
+
+    @classmethod
+    def method(cls) -> str:
+        """Return the name of the class that says what is learnt: a short name is that of its base with other values."""
+        return next(kind.__name__ for kind in cls.__mro__ if kind.__module__ != "dcl_lightning.agents.presets")
 
     # -- what a method defines ---------------------------------------------------------------------
 
@@ -248,6 +268,8 @@ class ContinualAgent(pl.LightningModule):
         elif not self.inference.labels:
             self.inference.note(data)
         scenario = getattr(data, "scenario", None)
+        if stage == "fit":  # Lightning does not look at it
+            check_number("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, at_least=1)
         if stage != "fit" or scenario is None:
             return
         if scenario not in self.scenarios:
@@ -344,17 +366,19 @@ class ContinualAgent(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and a schedule that is counted from the start of each task."""
         workers = self.trainer.world_size
-        rate = self.lr * lr_scale(self.scale_lr, workers)
-        if self.scale_lr != "none":
-            factor = f"{rate / self.lr:g} (scale_lr={self.scale_lr}, {workers} workers)"
-            rank_zero_info(f"learning rate {rate:g}: {self.lr:g} x {factor}")
         parameters = parameter_groups(self.named_parameters(), self.decay_biases_and_norms)
-        if self.optimizer_factory is not None:
-            optimizer = self.optimizer_factory(parameters)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        if self.optimizer_factory is None:
+            assert self.lr is not None
+            optimizer: Optimizer = torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay)
         else:
-            optimizer = torch.optim.SGD(parameters, rate, self.momentum, weight_decay=self.weight_decay)
+            optimizer = build(self.optimizer_factory, parameters, self.lr)
+        scale = lr_scale(self.scale_lr, workers)
+        for group in optimizer.param_groups:
+            group["lr"] *= scale
+        if self.scale_lr != "none":
+            rate = optimizer.param_groups[0]["lr"]
+            factor = f"{scale:g} (scale_lr={self.scale_lr}, {workers} workers)"
+            rank_zero_info(f"learning rate {rate:g}: {rate / scale:g} x {factor}")
         if self.logits == "seen":
             KeepUnseenRows(self).attach(optimizer)
         schedule = LambdaLR(optimizer, self._factor)
@@ -392,6 +416,16 @@ class ContinualAgent(pl.LightningModule):
             rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
             self.log("train/lr", torch.tensor(rate, dtype=torch.float32, device="cpu"), batch_size=1)
         return loss
+
+    def on_validation_start(self) -> None:
+        """Warn of figures that are those of chance."""
+        if self.trainer.state.fn != TrainerFn.FITTING and not self.tasks_seen and not bool(self.seen.any()):
+            rank_zero_warn(
+                f"{type(self).__name__} was trained on no task and loaded from no checkpoint, its weights are random: "
+                "give --ckpt_path"
+            )
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
@@ -447,6 +481,7 @@ class ContinualAgent(pl.LightningModule):
         """Add what prediction needs, and the initial weights if tasks start from them."""
         checkpoint["inference"] = self.inference.state_dict()
         checkpoint["lr_scale"] = lr_scale(self.scale_lr, self.trainer.world_size)
+        checkpoint["tasks_seen"] = self.tasks_seen
         if self._initial is not None:
             checkpoint["initial_weights"] = self._initial
 
@@ -459,6 +494,7 @@ class ContinualAgent(pl.LightningModule):
             if factor != 1:  # now on another number of workers
                 scale_rates(checkpoint, self.clock.state_key, factor)
         self._initial = checkpoint.get("initial_weights")
+        self.tasks_seen = checkpoint.get("tasks_seen", 0)
         if "inference" in checkpoint:
             self.inference.load_state_dict(checkpoint["inference"])
 

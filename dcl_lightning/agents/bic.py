@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
 from dcl_lightning.agents.teacher import Teacher
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import check_number
 from dcl_lightning.functional.bias_correction import SMALLEST_SCALE, distillation_share, fitted_bias
 from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
 from dcl_lightning.memory.config import RehearsalConfig
@@ -73,10 +73,8 @@ class BiC(RehearsingAgent):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, rehearsal, **kwargs)
-        if temperature <= 0 or not 0 < held_out < 1:
-            raise ConfigurationError(
-                f"model.temperature={temperature} must be above 0, held_out={held_out} between 0 and 1"
-            )
+        check_number("model.temperature", temperature, above=0)
+        check_number("model.held_out", held_out, above=0, below=1)
         self.temperature, self.held_out = temperature, held_out
         self.bias = _Bias(num_classes)
         self.teacher = Teacher(self.backbone, self.head, self.bias)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcl_lightning.agents.rehearsing import DarkReplay
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import check_number
 from dcl_lightning.functional.losses import logit_matching
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
@@ -45,8 +45,7 @@ class DER(DarkReplay):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, rehearsal, **kwargs)
-        if alpha < 0:
-            raise ConfigurationError(f"model.alpha={alpha}: give at least 0")
+        check_number("model.alpha", alpha, at_least=0)
         self.alpha = alpha
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

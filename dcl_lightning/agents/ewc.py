@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.weights import fit_vectors, flat_weights, sum_dtype, trained_parameters, trained_part
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import check_number
 from dcl_lightning.functional.penalties import merged_fisher, quadratic_penalty
 from dcl_lightning.types import Batch, Task
 
@@ -59,11 +59,10 @@ class EWC(ContinualAgent):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
-        if strength < 0 or not 0 <= decay <= 1 or (fisher_samples is not None and fisher_samples < 1):
-            raise ConfigurationError(
-                f"model.strength={strength} must be at least 0, decay={decay} in [0, 1], "
-                f"fisher_samples={fisher_samples} at least 1, or None for all"
-            )
+        check_number("model.strength", strength, at_least=0)
+        check_number("model.decay", decay, at_least=0, at_most=1)
+        if fisher_samples is not None:
+            check_number("model.fisher_samples", fisher_samples, at_least=1)
         self.strength, self.decay, self.fisher_samples = strength, decay, fisher_samples
         self.register_buffer("fisher", torch.zeros(0))
         self.register_buffer("anchor", torch.zeros(0))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
 from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_dtype, trained_parameters, write_gradient
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import check_number
 from dcl_lightning.functional.projections import gem_projection
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch, Task
@@ -54,8 +54,7 @@ class GEM(RehearsingAgent):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, rehearsal, **kwargs)
-        if margin < 0:
-            raise ConfigurationError(f"model.margin={margin}: give at least 0")
+        check_number("model.margin", margin, at_least=0)
         self.margin = margin
         self._sums: Tensor | None = None  # gradients of each earlier task's samples, in the last column their number
 

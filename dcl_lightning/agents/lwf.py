@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import check_number
 from dcl_lightning.functional.losses import tempered_distillation
 from dcl_lightning.types import Batch, Task
 
@@ -48,8 +48,8 @@ class LwF(ContinualAgent):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
-        if strength < 0 or temperature <= 0:
-            raise ConfigurationError(f"model.strength={strength} must be at least 0, temperature={temperature} above 0")
+        check_number("model.strength", strength, at_least=0)
+        check_number("model.temperature", temperature, above=0)
         self.strength, self.temperature = strength, temperature
         self.teacher = Teacher(self.backbone, self.head)
         self.register_buffer("taught", torch.zeros(num_classes, dtype=torch.bool))

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.agents.rehearsing import refuse_another_memory
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
@@ -50,6 +51,7 @@ class NIL(ContinualAgent):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return clock, report and rehearsal, or adopt those that the trainer has already."""
+        refuse_another_memory(self.trainer, self.rehearsal, replace(RehearsalConfig(), **self.fixed), self.fixed)
         return [*super().configure_callbacks(), *self.adopt(Rehearsal, "rehearsal")]
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-__all__ = ["KeepUnseenRows"]
+from dcl_lightning.errors import ConfigurationError
+
+__all__ = ["KeepUnseenRows", "build"]
+
+
+def build(factory: Callable[..., Optimizer], parameters: Iterable[Any], lr: float | None) -> Optimizer:
+    """Build an optimizer with a rate.
+
+    Args:
+        factory: an optimizer's class, ``functools.partial`` of one, or anything that takes parameters or groups.
+        parameters: what it takes.
+        lr: the agent's rate; None for that of the factory.
+
+    Raises:
+        ConfigurationError: the factory chooses another rate for a group than ``lr`` and the default of its class.
+    """
+    if lr is None:
+        return factory(parameters)
+    if isinstance(factory, type) or "lr" in getattr(factory, "keywords", {}):
+        return factory(parameters, lr=lr)
+    optimizer = factory(parameters)
+    by_default = inspect.signature(type(optimizer)).parameters["lr"].default
+    for group in optimizer.param_groups:
+        if float(group["lr"]) not in (lr, by_default):
+            raise ConfigurationError(
+                f"model.lr={lr} and the rate {float(group['lr']):g} of model.optimizer's {type(optimizer).__name__} "
+                "contradict each other: give one of them"
+            )
+        group["lr"] = lr
+    return optimizer
 
 
 class _HasHead(Protocol):

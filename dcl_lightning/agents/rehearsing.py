@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -16,7 +16,7 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
 
-__all__ = ["DarkReplay", "RehearsingAgent"]
+__all__ = ["DarkReplay", "RehearsingAgent", "refuse_another_memory"]
 
 
 class RehearsingAgent(ContinualAgent):
@@ -58,7 +58,35 @@ class RehearsingAgent(ContinualAgent):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return clock, report and rehearsal, or adopt those that the trainer has already."""
+        refuse_another_memory(self.trainer, self.rehearsal, self.memory, self.required)
         return [*super().configure_callbacks(), *self.adopt(Rehearsal, "rehearsal")]
+
+
+def refuse_another_memory(
+    trainer: pl.Trainer, own: Rehearsal, by_default: RehearsalConfig, required: Mapping[str, Any]
+) -> None:
+    """Refuse a ``Rehearsal`` among the trainer's callbacks that contradicts the agent's own memory.
+
+    Args:
+        trainer: has the callbacks.
+        own: the agent's.
+        by_default: the agent's memory where nothing is said.
+        required: values without which it would be another method.
+
+    Raises:
+        ConfigurationError: both values are named.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, Rehearsal) or callback is own:
+            continue
+        for field in fields(RehearsalConfig):
+            key = field.name
+            ours, theirs = getattr(own.config, key), getattr(callback.config, key)
+            if ours != theirs and (ours != getattr(by_default, key) or key in required):
+                raise ConfigurationError(
+                    f"model.rehearsal.{key}={ours} and {key}={theirs} of the Rehearsal among the callbacks contradict "
+                    "each other: leave one of them out"
+                )
 
 
 class DarkReplay(RehearsingAgent):

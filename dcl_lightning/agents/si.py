@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.weights import fit_vectors, flat_gradient, flat_weights, trained_parameters, trained_part
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import check_number
 from dcl_lightning.functional.penalties import (
     quadratic_penalty,
     quadratic_penalty_gradient,
@@ -54,8 +54,8 @@ class SI(ContinualAgent):
         self, backbone: nn.Module, num_classes: int, strength: float = 0.1, damping: float = 0.1, **kwargs: Any
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
-        if strength < 0 or damping <= 0:
-            raise ConfigurationError(f"model.strength={strength} must be at least 0, damping={damping} above 0")
+        check_number("model.strength", strength, at_least=0)
+        check_number("model.damping", damping, above=0)
         self.strength, self.damping = strength, damping
         for name in _VECTORS:
             self.register_buffer(name, torch.zeros(0))

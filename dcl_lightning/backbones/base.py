@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from torch import nn
 
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.types import InputSpec
 
 __all__ = ["Backbone"]
@@ -31,14 +32,17 @@ class Backbone(nn.Module):
     """
 
     feature_dim: int
+    # Whether layers built for one height and width take others, too.
+    takes_any_size: ClassVar[bool] = False
 
     def __init__(self, in_channels: int | None = None, input_size: int | tuple[int, int] | None = None) -> None:
         super().__init__()
         if isinstance(input_size, int):
             input_size = (input_size, input_size)
         given = (in_channels, *(input_size or ()))
-        if any(number is not None and number < 1 for number in given):
-            raise ConfigurationError(f"in_channels={in_channels} and input_size={input_size} must be at least 1")
+        for key, number in zip(("in_channels", "input_size", "input_size"), given, strict=False):
+            if number is not None:
+                check_number(f"backbone.{key}", number, at_least=1)
         self.in_channels = in_channels
         self.input_size = None if input_size is None else (input_size[0], input_size[1])
         self.input_spec: InputSpec | None = None
@@ -50,18 +54,31 @@ class Backbone(nn.Module):
             spec: shape of the data's inputs.
 
         Raises:
-            ConfigurationError: the constructor was given another number of channels.
+            ConfigurationError: the constructor was given another number of channels or another size, or memory is not
+                enough.
         """
         if self.in_channels not in (None, spec.channels):
             raise ConfigurationError(
                 f"backbone {type(self).__name__.lower()}: in_channels={self.in_channels}, but the data have "
                 f"{spec.channels} channels: leave in_channels out"
             )
+        if not self.takes_any_size and self.input_size not in (None, (spec.height, spec.width)):
+            raise ConfigurationError(
+                f"backbone {type(self).__name__.lower()}: input_size={self.input_size}, but the data have "
+                f"{spec.height} x {spec.width} pixels: leave input_size out"
+            )
         if self.input_spec is not None:
             return
         height, width = self.input_size or (spec.height, spec.width)
         self.input_spec = InputSpec(self.in_channels or spec.channels, height, width)
-        self.feature_dim = self.build(self.input_spec)
+        try:
+            self.feature_dim = self.build(self.input_spec)
+        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:  # torch's on a size
+            self.input_spec = None
+            reason = str(error).splitlines()[0]
+            raise ConfigurationError(
+                f"backbone {type(self).__name__.lower()} cannot be built ({reason}): give smaller sizes"
+            ) from error
 
     @abstractmethod
     def build(self, spec: InputSpec) -> int:

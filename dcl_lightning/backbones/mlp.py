@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from dcl_lightning.backbones.base import Backbone
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.types import InputSpec
 
 __all__ = ["MLP"]
@@ -33,8 +33,10 @@ class MLP(Backbone):
         input_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__(in_channels, input_size)
-        if not hidden or any(width < 1 for width in hidden):
-            raise ConfigurationError(f"hidden={list(hidden)}: give at least one width, each at least 1")
+        if not hidden:
+            raise ConfigurationError("backbone.hidden=[]: give at least one width")
+        for width in hidden:
+            check_number("backbone.hidden", width, at_least=1)
         self.hidden = list(hidden)
         self._build_if_known()
 

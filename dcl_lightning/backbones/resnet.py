@@ -46,6 +46,8 @@ class ResNet(Backbone):
         ConfigurationError: if depth or stem is unknown, they do not go together, or width is below 1.
     """
 
+    takes_any_size = True
+
     def __init__(
         self,
         depth: int = 50,

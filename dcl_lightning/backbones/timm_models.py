@@ -33,6 +33,8 @@ class TimmModel(Backbone):
             there or in ``adapt``.
     """
 
+    takes_any_size = True
+
     def __init__(
         self,
         name: str,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from dcl_lightning.callbacks.contradictions import name_of
 from dcl_lightning.callbacks.place import move_place, place_schedules
 from dcl_lightning.distributed.checkpoint_folder import ClaimedFolders
 from dcl_lightning.distributed.checkpoint_io import keep_side_files
@@ -28,15 +30,24 @@ class CheckpointCare(pl.Callback):
         super().__init__()
         self._folders = ClaimedFolders()
         self._moved_to: int | None = None
+        self._saves_last: list[tuple[ModelCheckpoint, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the strategy check what it loads and take side files along, and SLURM's signal wait for a step's end."""
         keep_side_files(trainer.strategy)
         requeue_between_steps(trainer)
         self._moved_to = None
+        if getattr(trainer, "fast_dev_run", False):
+            # Lightning saves nothing then, but for this at the end.
+            savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            self._saves_last = [(saver, saver.save_last) for saver in savers]
+            for saver in savers:
+                saver.save_last = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a folder that cannot be written or in which another job saves; take the others."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
         claimed = self._folders.claim(trainer, comm_of(trainer.strategy))
         keep_side_files(trainer.strategy).folders = claimed
 
@@ -62,7 +73,7 @@ class CheckpointCare(pl.Callback):
     ) -> None:
         """Tell the checkpoint its format, the agent, and how many samples a step has."""
         ours = checkpoint.setdefault(KEY, {"format": FORMAT})
-        ours |= {"agent": type(pl_module).__name__, "step_samples": _step_samples(trainer)}
+        ours |= {"agent": name_of(pl_module), "step_samples": _step_samples(trainer)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -79,6 +90,9 @@ class CheckpointCare(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the folders."""
         self._folders.release()
+        while self._saves_last:
+            saver, wanted = self._saves_last.pop()
+            saver.save_last = wanted
 
 
 def _step_samples(trainer: pl.Trainer) -> int | None:

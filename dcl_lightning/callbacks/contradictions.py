@@ -11,10 +11,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dcl_lightning.distributed.side_files import KEY
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 
-__all__ = ["refuse_another_run"]
+__all__ = ["name_of", "refuse_another_run"]
 
 # What does not change what is trained, and the memory's values, which the memory compares or iCaRL takes on.
 _HARMLESS = ("input_spec", "rehearsal", "execution", "_instantiator")
+
+
+def name_of(module: pl.LightningModule) -> str:
+    """Return the name under which a checkpoint keeps its module: of an agent that of its method.
+
+    Args:
+        module: an agent, or any other module.
+    """
+    method: Any = getattr(type(module), "method", None)  # of a class: submodules may have that name
+    return str(method()) if method is not None else type(module).__name__
 
 
 def refuse_another_run(agent: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -30,8 +40,8 @@ def refuse_another_run(agent: pl.LightningModule, checkpoint: dict[str, Any]) ->
     """
     trainer = agent._trainer
     fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-    saved_agent, name = checkpoint.get(KEY, {}).get("agent"), type(agent).__name__
-    if fits and saved_agent not in (None, name):
+    saved_agent, name = checkpoint.get(KEY, {}).get("agent"), name_of(agent)
+    if fits and saved_agent not in (None, name, type(agent).__name__):
         raise ConfigurationError(f"the checkpoint's run had the agent {saved_agent}, this one has {name}: give --model")
     _refuse_another_network(checkpoint["state_dict"], agent.state_dict())
     if not fits:

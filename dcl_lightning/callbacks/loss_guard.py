@@ -65,8 +65,9 @@ class LossGuard(pl.Callback):
 
 
 def _diverged(what: str, step: int, trainer: pl.Trainer, agent: Any) -> DataError:
-    epoch = trainer.current_epoch
+    epoch, rate = trainer.current_epoch, trainer.optimizers[0].param_groups[0]["lr"]
     return DataError(
         f"the {what} step {step} (task {agent.clock.task_at(epoch)}, epoch {epoch}) is not finite: nothing more is "
-        f"saved, what was saved before is whole; give a smaller model.lr than {agent.lr}, or model.warmup_epochs"
+        f"saved, what was saved before is whole; give a smaller model.lr than {agent.lr or rate}, or "
+        "model.warmup_epochs"
     )

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from dcl_lightning.callbacks.files import replacing, run_folder
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.paths import absolute
+from dcl_lightning.screen import show
 
 __all__ = ["PredictionWriter"]
 
@@ -47,7 +48,7 @@ class PredictionWriter(BasePredictionWriter):
         comm = comm_of(trainer.strategy)
         columns = [torch.cat(c) for c in (ids, [p.class_ids for p in found], [p.probabilities for p in found])]
         rows, classes, probabilities = (torch.cat(comm.allgather(column)) for column in columns)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.folder) if self.folder else run_folder(trainer)
         labels = getattr(getattr(pl_module, "inference", None), "labels", None) or list(range(probabilities.shape[1]))
@@ -62,7 +63,7 @@ class PredictionWriter(BasePredictionWriter):
                 place = order[row]
                 values = [f"{p:.6g}" for p in probabilities[place].tolist()]
                 writer.writerow([row, labels[int(classes[place])], *values])
-        print(f"Predictions: {path}", flush=True)
+        show(f"Predictions: {path}")
 
 
 def _flat(nest: Any) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -15,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dcl_lightning.callbacks.hooks import log_interval
 from dcl_lightning.callbacks.memory_log import rows_of
 from dcl_lightning.callbacks.tasks import TaskClock
+from dcl_lightning.screen import is_watched, show
 from dcl_lightning.types import Batch
 
 __all__ = ["StreamProgress"]
@@ -95,7 +95,7 @@ class StreamProgress(pl.Callback):
                 bar.progress.update(bar.train_progress_bar_id, description=text)
         elif task != self._told_task and not is_watched():
             samples = clock.tasks[task].num_samples
-            print(f"task {task + 1}/{len(clock.tasks)} · {end - first} epochs of {samples} samples{left}", flush=True)
+            show(f"task {task + 1}/{len(clock.tasks)} · {end - first} epochs of {samples} samples{left}")
         self._told_task = task
 
     def _done(self, trainer: pl.Trainer, share_of_epoch: float = 0.0) -> float:
@@ -126,11 +126,6 @@ def _tell_memory(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if held is not None:
         whose = " on each worker" if trainer.world_size > 1 and not held.shared else ""
         rank_zero_info(f"Memory: room for {held.capacity:,} rows, {held.num_bytes:,} bytes{whose}")
-
-
-def is_watched() -> bool:
-    """Return whether the output is a terminal or a notebook."""
-    return sys.stdout.isatty() or "ipykernel" in sys.modules
 
 
 def _batches(trainer: pl.Trainer, clock: TaskClock, epoch: int) -> float:

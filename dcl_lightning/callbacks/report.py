@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dcl_lightning.callbacks.facts import facts_of
-from dcl_lightning.callbacks.files import replacing, run_folder
+from dcl_lightning.callbacks.files import begin_run, replacing, run_folder
 from dcl_lightning.callbacks.memory_log import MemoryLog, rows_of
 from dcl_lightning.callbacks.pictures import can_draw, log_picture, matrix_figure, pictures_of, png, takes_pictures
 from dcl_lightning.callbacks.tables import csv_text, over_tasks_text, progress_text, summary_text, table_text
 from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.screen import show
 from dcl_lightning.types import Task
 
 __all__ = ["TaskReport"]
@@ -45,6 +48,7 @@ class TaskReport(pl.Callback):
         if stage == "fit":
             self._written = False
             self.memory = MemoryLog()
+            begin_run(trainer)
 
     def on_task_evaluated(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
         """Print and log the rows so far; the clock calls this on every worker after it has written the task's row."""
@@ -64,10 +68,11 @@ class TaskReport(pl.Callback):
             return
         if self.pictures and can_draw():
             for logger in filter(takes_pictures, trainer.loggers):
-                log_picture(logger, "cl/accuracy_matrix", matrix_figure(clock.matrix), trainer.global_step)
+                with _decorating("the picture of the matrix"):
+                    log_picture(logger, "cl/accuracy_matrix", matrix_figure(clock.matrix), trainer.global_step)
         if self.show_table:
             text = table_text(clock.matrix.evaluated, task.num_tasks)
-            print(f"\n{text}\n{progress_text(clock.matrix)}", flush=True)
+            show(f"\n{text}\n{progress_text(clock.matrix)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report."""
@@ -93,7 +98,7 @@ class TaskReport(pl.Callback):
         except OSError as error:
             rank_zero_warn(f"TaskReport: no report, because {report} cannot be written: {error}")
         else:
-            print(f"Report: {report}", flush=True)
+            show(f"Report: {report}")
 
     def _write(self, report: Path, trainer: pl.Trainer, agent: pl.LightningModule, clock: Any) -> None:
         facts, results = facts_of(report.parent, trainer, agent, clock, self.memory), clock.results
@@ -121,8 +126,9 @@ class TaskReport(pl.Callback):
             rank_zero_info("TaskReport: no pictures without matplotlib: pip install 'dcl-lightning[plot]'")
         elif self.pictures:
             for name, draw in pictures_of(results, self.memory, labels).items():
-                _replace(report / f"{name}.png", png(draw()))
-                pictures.append(f"{name}.png")
+                with _decorating(f"{name}.png"):
+                    _replace(report / f"{name}.png", png(draw()))
+                    pictures.append(f"{name}.png")
         _replace(report / "summary.md", summary_text(facts, [*files], pictures).encode())
 
     # -- checkpoint ------------------------------------------------------------------------------
@@ -134,6 +140,15 @@ class TaskReport(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
         self.memory.load_state_dict(state_dict["memory"])
+
+
+@contextmanager
+def _decorating(what: str) -> Iterator[None]:
+    """Leave out a picture that cannot be drawn, by whatever a label or matplotlib's own files do to it."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"TaskReport: {what} is left out ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
 
 
 def _clock_of(trainer: pl.Trainer) -> Any:

@@ -310,6 +310,8 @@ class TaskClock(pl.Callback):
         if self._started_tasks > task.index:
             return
         self._started_tasks = task.index + 1
+        if hasattr(pl_module, "tasks_seen"):
+            setattr(pl_module, "tasks_seen", task.index + 1)  # noqa: B010 (modules declare no such attribute)
         if self.future_tasks and not task.index and self._scores is not None:
             self._measure_baseline(trainer, pl_module)
         if self._hidden:

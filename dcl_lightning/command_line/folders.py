@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,68 +17,89 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from dcl_lightning.callbacks.files import run_folder
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["SaveConfig", "check_place", "leave_no_empty", "own_folders"]
+__all__ = ["OwnFolders", "SaveConfig", "check_place"]
 
 
 _FILES_BELOW = 256  # bytes of the longest path of a run's files below their folder
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` beside the report: Lightning's own goes where all runs of some loggers share one."""
+    """Writes ``config.yaml`` beside the report, once the first batch has shown that the run is not refused.
+
+    Lightning's own writes it before set-up, and to a folder that all runs of some loggers share.
+
+    Attributes:
+        accepted: whether there was a batch, or nothing left to do.
+    """
+
+    accepted = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write nothing yet."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write it; Lightning calls this in one process."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
+        """Write it, in one process."""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
             self.config, str(folder / self.config_filename), skip_none=False, overwrite=True, multifile=self.multifile
         )
 
+    def _accept(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        if self.accepted or trainer.sanity_checking:
+            return
+        self.accepted = True
+        self.on_train_batch_start = None  # spares each step a call
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, str(trainer.state.fn))
 
-def own_folders(loggers: Sequence[Any]) -> dict[str, int]:
-    """Let loggers make their folder ``version_N`` when they choose its number, so that no two runs have one.
+    on_train_batch_start: Any = _accept
+    on_validation_batch_start: Any = _accept
+    on_test_batch_start: Any = _accept
+    on_predict_batch_start: Any = _accept
+    on_fit_end = _accept
 
-    Lightning looks for the next number and makes the folder later: runs started together share it. Call this in the
+
+class OwnFolders:
+    """Lets loggers make their folder ``version_N`` when they choose its number, so that no two runs have one.
+
+    Lightning looks for the next number and makes the folder later: runs started together share it. Make this in the
     process that writes; a version that was given is kept.
 
     Args:
         loggers: of the run; those that write into one folder get one number.
-
-    Returns:
-        The numbers chosen by folder, empty until a logger has chosen.
     """
-    made: dict[str, int] = {}
-    for logger in loggers:
-        if isinstance(logger, (CSVLogger, TensorBoardLogger)) and "://" not in str(logger.root_dir):
-            choose: Any = partial(_make_next, logger._get_next_version, os.path.abspath(logger.root_dir), made)
-            logger._get_next_version = choose  # type: ignore[method-assign]
-    return made
 
+    def __init__(self, loggers: Sequence[Any] = ()) -> None:
+        self._versions: dict[str, int] = {}
+        self._made: list[Path] = []  # from the top down
+        for logger in loggers:
+            if isinstance(logger, (CSVLogger, TensorBoardLogger)) and "://" not in str(logger.root_dir):
+                choose: Any = partial(self._next, logger._get_next_version, os.path.abspath(logger.root_dir))
+                logger._get_next_version = choose  # type: ignore[method-assign]
 
-def leave_no_empty(made: dict[str, int]) -> None:
-    """Remove folders of a run that ended before it had written anything, and those above them that it leaves empty.
+    def remove(self) -> None:
+        """Remove the folders of a run that was refused, and those above them that were made for them alone."""
+        for root, version in self._versions.items():
+            shutil.rmtree(Path(root) / f"version_{version}", ignore_errors=True)
+        for folder in reversed(self._made):
+            with suppress(OSError):  # another run's is in it
+                folder.rmdir()
+        self._versions, self._made = {}, []
 
-    Args:
-        made: as ``own_folders`` returned it.
-    """
-    for root, version in made.items():
-        with suppress(OSError):  # something is in it
-            os.removedirs(Path(root) / f"version_{version}")
-
-
-def _make_next(first_free: Callable[[], int], root: str, made: dict[str, int]) -> int:
-    if root not in made:
-        version = first_free()
-        while True:
-            try:
-                (Path(root) / f"version_{version}").mkdir(parents=True)
-                break
-            except FileExistsError:
-                version += 1
-        made[root] = version
-    return made[root]
+    def _next(self, first_free: Callable[[], int], root: str) -> int:
+        if root not in self._versions:
+            version = first_free()
+            above = [folder for folder in reversed(Path(root).parents) if not folder.exists()]
+            self._made += [folder for folder in (*above, Path(root)) if not folder.exists()]
+            while True:
+                try:
+                    (Path(root) / f"version_{version}").mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    version += 1
+            self._versions[root] = version
+        return self._versions[root]
 
 
 def check_place(folder: str | os.PathLike[str] | None, key: str) -> None:

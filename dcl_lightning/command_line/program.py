@@ -12,14 +12,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import dcl_lightning
 from dcl_lightning.callbacks import PredictionWriter
-from dcl_lightning.command_line.configs import last_model, without_other_agent
-from dcl_lightning.command_line.folders import check_place, leave_no_empty, own_folders
+from dcl_lightning.command_line.configs import last_model, with_one_optimizer, without_other_agent
+from dcl_lightning.command_line.folders import OwnFolders, SaveConfig, check_place
 from dcl_lightning.command_line.last import go_on_from_last
 from dcl_lightning.command_line.parser import ContinualParser, memory_help
 from dcl_lightning.command_line.trust import refuse_foreign_classes
+from dcl_lightning.command_line.values import of_lightning, refuse_no_checkpoint, refuse_nulls
 from dcl_lightning.data.seeds import SEEDS
 from dcl_lightning.errors import ConfigurationError, whole_number
 from dcl_lightning.paths import absolute, expanded
+from dcl_lightning.screen import tolerant
 
 __all__ = ["ContinualCLI"]
 
@@ -41,7 +43,7 @@ _HELP = {
 class ContinualCLI(LightningCLI):
     """LightningCLI with a default data module, linked sizes and short names."""
 
-    _folders: dict[str, int] = {}  # never written to
+    _folders = OwnFolders()
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser with short errors."""
@@ -73,14 +75,16 @@ class ContinualCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find the last checkpoint; take the agent from it only if none is given: Lightning's own lets it win."""
         subcommand = self.config["subcommand"]  # the attribute is set later
+        refuse_nulls(self.config[subcommand])
         go_on_from_last(self.config[subcommand], subcommand == "fit")
+        refuse_no_checkpoint(self.config[subcommand].get("ckpt_path"))
         args = self._args if self._args is not None else sys.argv[1:]
         if not any(arg.startswith(("--model", "--config", "-c")) for arg in args):
             refuse_foreign_classes(self.config[subcommand].get("ckpt_path"))
             super()._parse_ckpt_path()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; where ``--model NAME`` follows a configuration of another agent, drop that agent's own values."""
+        """Parse; drop what a configuration says of another agent or optimizer than those that follow it."""
         self._args: list[str] | None = args
         given = list(sys.argv[1:] if args is None else args)
         absolute(".")  # the parser's own message would name another reason
@@ -97,25 +101,31 @@ class ContinualCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             ContinualParser.given = given
-            super().parse_arguments(parser, without_other_agent(given))
+            super().parse_arguments(parser, without_other_agent(with_one_optimizer(given)))
         self.config = expanded(self.config)
         seed = self.config.get(f"{self.config.get('subcommand')}.seed_everything")
         if not isinstance(seed, (bool, type(None))):  # True is a random one
             whole_number("seed_everything", seed, 0, SEEDS)
+
+    def instantiate_classes(self) -> None:
+        """Build what is configured; what Lightning, torch or a missing package says of a value is a user's error."""
+        with of_lightning():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = trainer_config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        wanted = trainer_config.get("enable_checkpointing") is not False
+        wanted = trainer_config.get("enable_checkpointing") is not False and not trainer_config.get("fast_dev_run")
         if wanted and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             self.trainer_defaults.setdefault("callbacks", [ModelCheckpoint(save_last=True)])
         if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
             self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), PredictionWriter()]
-        trainer = super().instantiate_trainer(**kwargs)
+        with of_lightning():
+            trainer = super().instantiate_trainer(**kwargs)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            self._folders = own_folders(trainer.loggers)
+            self._folders = OwnFolders(trainer.loggers)
         for logger in trainer.loggers:
             check_place(logger.save_dir, "trainer.logger.save_dir")
             check_place(getattr(logger, "root_dir", None), "trainer.logger.name")
@@ -126,9 +136,14 @@ class ContinualCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; leave no folder behind where nothing was written: Lightning's profiler asks for it before the data."""
+        """Run; leave no folder behind if it was refused: Lightning's loggers and profilers write before set-up."""
         try:
-            super()._run_subcommand(subcommand)
-        except Exception:
-            leave_no_empty(self._folders)
-            raise
+            with tolerant("stdout"):
+                super()._run_subcommand(subcommand)
+        except BaseException as error:
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            if any(isinstance(c, SaveConfig) and c.accepted for c in callbacks):
+                raise
+            self._folders.remove()
+            with of_lightning():
+                raise error

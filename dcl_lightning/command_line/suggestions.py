@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dcl_lightning.errors import suggestion
 
-__all__ = ["in_one_line"]
+__all__ = ["cut", "in_one_line"]
 
 _KEY = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)")
 _UNKNOWN = re.compile(r"unrecognized arguments: (--[^\s=]+)")
@@ -44,7 +44,26 @@ def in_one_line(
         options: flags that the parser takes.
         names: short names and class names that can stand for a value.
     """
-    text = " ".join(message.split())
+    return cut(_in_one_line(" ".join(message.split()), args, keys, options, names))
+
+
+def cut(text: str) -> str:
+    """Return a text as one line of readable length in which what cannot be shown is escaped.
+
+    Args:
+        text: may quote what a user gave, whatever that is.
+    """
+    words = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
+    if len(shown) <= _LONGEST:
+        return shown
+    half = (_LONGEST - 5) // 2
+    return f"{shown[:half]} ... {shown[-half:]}"
+
+
+def _in_one_line(
+    text: str, args: Sequence[str], keys: Sequence[str], options: Sequence[str], names: Sequence[str]
+) -> str:
     if found := _KEY.search(text):
         return f"{_flag(found[1], args)}: no such key{_nearest_key(found[1].rpartition('.')[2], keys)}"
     if found := _UNKNOWN.search(text):
@@ -58,7 +77,7 @@ def in_one_line(
         return f"no file {path}{near}"
     if found := _PARSER_KEY.search(text):
         return _of_value(_flag(found[1], args), found[2], names)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+    return text
 
 
 def _of_value(flag: str, complaint: str, names: Sequence[str]) -> str:
@@ -75,7 +94,7 @@ def _of_value(flag: str, complaint: str, names: Sequence[str]) -> str:
         return f"{flag}={value[1]}: give {' or '.join(types.split(', '))}"
     if value and (found := re.search(r"Expected an? <class '(\w+)'>", complaint)):
         return f"{flag}={value[1]}: give {found[1]}"
-    return f"{flag}: {complaint}"[:_LONGEST]
+    return f"{flag}: {complaint}"
 
 
 def _nearest_key(key: str, keys: Sequence[str]) -> str:

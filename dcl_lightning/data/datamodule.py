@@ -157,6 +157,7 @@ class ContinualDataModule(pl.LightningDataModule):
             self._splits = None  # these files are not the ones that are read
         self.num_tasks = self._count_tasks()
         self.task_id = 0
+        self._tasks_seen = 0  # of a module that does not count them itself
         self.original_labels: list[scenarios.Label] = []
         self._stream: Stream | None = None
         self._clock: Clock | None = None
@@ -326,6 +327,7 @@ class ContinualDataModule(pl.LightningDataModule):
             )
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         self.task_id = self._clock.task_at(epoch) if self._clock is not None else self.task_id
+        self._tasks_seen = self.task_id + 1
         first = 0 if self.concatenate_tasksets else self.task_id
         own = torch.cat([self.train_indices(t) for t in range(first, self.task_id + 1)])
         replay = self._replay
@@ -362,11 +364,21 @@ class ContinualDataModule(pl.LightningDataModule):
         return Batch(inputs[:0], none, none, none, torch.empty(0), torch.zeros(()), none, 0)
 
     def val_dataloader(self) -> list[TaskLoader]:
-        """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out."""
+        """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out.
+
+        Outside of a fit these are the tasks that the module was trained on, all of them if that is not known.
+        """
+        last = self._last_seen_task()
         if self.val_ratio == 0:
-            return for_all(self.test_loaders(self.task_id))
-        held = [self.stream.held_indices(t) for t in range(self.task_id + 1)]
+            return for_all(self.test_loaders(last))
+        held = [self.stream.held_indices(t) for t in range(last + 1)]
         return for_all([self.train_eval_loader(indices) for indices in held])
+
+    def _last_seen_task(self) -> int:
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            return self.task_id
+        seen = getattr(self.trainer.lightning_module, "tasks_seen", self._tasks_seen)
+        return min(seen or self.num_tasks, self.num_tasks) - 1
 
     def test_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task's test set."""
@@ -422,18 +434,26 @@ class ContinualDataModule(pl.LightningDataModule):
     # -- checkpoint --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed and what must be the same when a run is resumed."""
-        return {"seed": self.seed, "stream": self.stream.facts(self.dataset_name)}
+        """Return the seed, what must be the same when a run is resumed, and how far it got."""
+        return {
+            "seed": self.seed,
+            "stream": self.stream.facts(self.dataset_name),
+            "tasks_seen": self._tasks_seen,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the run's seed back, and refuse another stream than the one that the run was started with.
 
+        Evaluation may be of another data set, which must have the same classes in the same order.
+
         Raises:
             ConfigurationError: data set, scenario, class order, tasks or hold-outs differ; both values are named.
         """
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        refuse_another_stream(state_dict["stream"], self.stream.facts(self.dataset_name))
+        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        saved = state_dict["stream"]
+        facts = saved if fits else {"class_order": saved["class_order"]}
+        refuse_another_stream(facts, self.stream.facts(self.dataset_name))
+        self._tasks_seen = state_dict.get("tasks_seen", 0)
         self._take_seed(state_dict["seed"])
 
     def _take_seed(self, seed: int) -> None:

@@ -9,6 +9,9 @@ from dcl_lightning.errors import ConfigurationError
 __all__ = ["MemorySize"]
 
 
+_MOST_ROWS = 2**40  # the ids of rows have to be int64, their bytes, too
+
+
 @dataclass(frozen=True)
 class MemorySize:
     """Capacity of the rehearsal memory; at most one of the three is given.
@@ -31,8 +34,8 @@ class MemorySize:
                 f"rehearsal: {given} given together; give one of num_representatives, buffer_size, rehearsal_ratio"
             )
         for name, value in given.items():
-            if value <= 0 or (name == "rehearsal_ratio" and value > 1):
-                allowed = "a share in (0, 1]" if name == "rehearsal_ratio" else "a whole number of at least 1"
+            if not (0 < value <= (1 if name == "rehearsal_ratio" else _MOST_ROWS)):
+                allowed = "a share in (0, 1]" if name == "rehearsal_ratio" else f"a whole number from 1 to {_MOST_ROWS}"
                 raise ConfigurationError(f"rehearsal.{name}={value}: give {allowed}")
 
     def total(self, num_classes: int, num_workers: int, num_samples: int, default: int) -> int:

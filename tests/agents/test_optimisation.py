@@ -70,7 +70,7 @@ def test_a_fit_equals_a_hand_made_optimizer(kind, all_decay, tmp_path):
     pl.seed_everything(0)
     values = {"momentum": 0.9, "weight_decay": 0.5} if kind == "sgd" else {}
     if kind == "adamw":
-        values["optimizer"] = partial(torch.optim.AdamW, lr=99.0, weight_decay=0.5)
+        values["optimizer"] = partial(torch.optim.AdamW, weight_decay=0.5)
     agent = FineTuning(
         Normalised(), data.num_classes, epochs_per_task=3, lr=0.05, decay_biases_and_norms=all_decay, **values
     )

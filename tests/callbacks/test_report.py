@@ -64,6 +64,11 @@ class FakeAgent(nn.Module):
         self.teacher = nn.Linear(3, 2).requires_grad_(False)
 
 
+class FakeTrainer:
+    def __init__(self, **values):
+        vars(self).update(values)
+
+
 def make_trainer(folder, *callbacks, **kwargs):
     data = SimpleNamespace(dataset_name="toys", seed=7, val_ratio=0.0)
     defaults = {
@@ -77,8 +82,8 @@ def make_trainer(folder, *callbacks, **kwargs):
         "fast_dev_run": 0,
         "lr_scheduler_configs": [],
     }
-    defaults.setdefault("loggers", [])
-    return SimpleNamespace(**{**defaults, **kwargs})
+    defaults["loggers"] = [SimpleNamespace(log_dir=str(folder), log_metrics=lambda *_, **__: None)]
+    return FakeTrainer(**{**defaults, **kwargs})
 
 
 def read(folder):

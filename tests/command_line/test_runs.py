@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dcl_lightning import cli
-from dcl_lightning.command_line.folders import own_folders
+from dcl_lightning.command_line.folders import OwnFolders
 
 ROOT = Path(__file__).parent.parent.parent
 # A stream of two tasks of two steps each.
@@ -61,7 +61,7 @@ def test_files_for_agent_data_and_trainer_compose(tmp_path: Path, capsys: pytest
 def claimed(folder: str, barrier, results) -> None:
     barrier.wait(60)
     logger = CSVLogger(folder, "study")
-    own_folders([logger])
+    OwnFolders([logger])
     results.put(logger.version)
 
 
@@ -77,7 +77,7 @@ def test_runs_started_together_have_a_folder_each(tmp_path: Path) -> None:
         process.join()
     # Two loggers of one run share one; a version that the user chose is his.
     loggers = [CSVLogger(tmp_path, "study"), TensorBoardLogger(tmp_path, "study"), CSVLogger(tmp_path, "study", "mine")]
-    own_folders(loggers)
+    OwnFolders(loggers)
     assert [logger.version for logger in loggers] == [8, 8, "mine"]
 
 

@@ -1,0 +1,119 @@
+"""Values that the parser lets through and that nothing can be made of."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, get_args, get_type_hints
+
+from dcl_lightning.errors import ConfigurationError, suggestion
+
+__all__ = ["of_lightning", "refuse_no_checkpoint", "refuse_nulls"]
+
+# Packages that say in their own words what is wrong with a value.
+_LIBRARIES = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning", "torch", "torchmetrics")
+# What Lightning looks for itself.
+_WORDS = ("last", "hpc")
+
+
+@contextmanager
+def of_lightning() -> Iterator[None]:
+    """Let what Lightning or torch refuses before the first batch, and packages that are missing, be a user's error.
+
+    Raises:
+        ConfigurationError: with the library's own message.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        remedy = f": pip install {error.name}" if error.name else ""
+        raise ConfigurationError(f"{error}{remedy}") from error
+    except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        innermost = error
+        while innermost.__cause__ is not None and not isinstance(innermost, ConfigurationError):
+            innermost = innermost.__cause__  # type: ignore[assignment]
+        if _raised_in(innermost).partition(".")[0] in _LIBRARIES:
+            raise ConfigurationError(str(innermost) or repr(innermost)) from error
+        raise
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the name of the module that raised an exception."""
+    trace, module = error.__traceback__, ""
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        trace = trace.tb_next
+    return module
+
+
+def refuse_no_checkpoint(path: Any) -> None:
+    """Refuse a checkpoint that is not there, before anything is made.
+
+    Args:
+        path: ``ckpt_path`` of the command, None without one.
+
+    Raises:
+        ConfigurationError: with the nearest name in its folder.
+    """
+    if path is None or path in _WORDS or "://" in str(path) or str(path).startswith("registry"):
+        return
+    path = os.path.expanduser(str(path))
+    if path == "best":
+        raise ConfigurationError("ckpt_path=best is known within one fit alone: give the path of a checkpoint, or last")
+    if "\0" in path or not os.path.exists(path):
+        folder, name = os.path.split(path)
+        near = suggestion(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
+        raise ConfigurationError(f"ckpt_path={path}: no such file{near}")
+
+
+def refuse_nulls(config: Any, key: str = "") -> None:
+    """Refuse null for a value that cannot be None: the parser takes it for anything below a class.
+
+    Args:
+        config: of the command, parsed and not instantiated.
+        key: of the configuration as a whole.
+
+    Raises:
+        ConfigurationError: with the type of the value.
+    """
+    if isinstance(config, list):
+        for item in config:
+            refuse_nulls(item, key)
+    if not hasattr(config, "get") or not hasattr(config, "items"):
+        return
+    values = config.get("init_args")
+    if isinstance(config.get("class_path"), str) and hasattr(values, "get"):
+        kind = _class_at(config["class_path"])
+        for name, value in vars(values).items():
+            if value is None and kind is not None:
+                _refuse_null(kind, name, f"{key}.{name}")
+    for name, value in (vars(config) if not isinstance(config, Mapping) else config).items():
+        inner = "" if name in ("class_path", "init_args") else name
+        refuse_nulls(value, ".".join(part for part in (key, inner) if part))
+
+
+def _class_at(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def _refuse_null(kind: Any, name: str, key: str) -> None:
+    for base in inspect.getmro(kind) if inspect.isclass(kind) else ():
+        parameter = inspect.signature(base).parameters.get(name) if "__init__" in vars(base) else None
+        if parameter is None:
+            continue
+        try:
+            hint = get_type_hints(vars(base)["__init__"]).get(name, Any)
+        except NameError:  # of a package that is not installed
+            return
+        # The parser itself asks for what has no default, unless the data module brings it.
+        if parameter.default in (None, inspect.Parameter.empty) or hint is Any or type(None) in get_args(hint):
+            return
+        said = str(hint).replace("typing.", "").replace("collections.abc.", "") if get_args(hint) else hint.__name__
+        raise ConfigurationError(f"{key}=null: give {said}")
