@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
@@ -45,7 +44,7 @@ class ERACE(RehearsingAgent):
         """Return the sum of both cross entropies, each a mean over the samples of all workers, and the logits."""
         logits, new = self(batch.inputs), slice(batch.num_new)
         # Rows of weight 0 only pad this worker's share: their classes need not be among the step's.
-        samples = torch.zeros(self.num_classes, device=logits.device)
+        samples = batch.weights.new_zeros(self.num_classes)
         samples = self.comm.allreduce(samples.index_add_(0, batch.targets[new], batch.weights[new]))
         present = samples > 0
         loss = asymmetric_cross_entropy(logits[new], batch.targets[new], present, batch.weights[new], batch.normaliser)
