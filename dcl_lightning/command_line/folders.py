@@ -77,9 +77,14 @@ class OwnFolders:
             if isinstance(logger, (CSVLogger, TensorBoardLogger)) and "://" not in str(logger.root_dir):
                 choose: Any = partial(self._next, logger._get_next_version, os.path.abspath(logger.root_dir))
                 logger._get_next_version = choose  # type: ignore[method-assign]
+                if logger._version is not None:  # Lightning makes that folder in set-up
+                    self._note_missing(Path(os.path.abspath(logger.log_dir)))
 
     def remove(self) -> None:
-        """Remove the folders of a run that was refused, and those above them that were made for them alone."""
+        """Remove the folders of a run that was refused, and those above them that were made for them alone.
+
+        One whose version was given may be another run's, too: it is removed if it is empty.
+        """
         for root, version in self._versions.items():
             shutil.rmtree(Path(root) / f"version_{version}", ignore_errors=True)
         for folder in reversed(self._made):
@@ -87,11 +92,13 @@ class OwnFolders:
                 folder.rmdir()
         self._versions, self._made = {}, []
 
+    def _note_missing(self, folder: Path) -> None:
+        self._made += [part for part in (*reversed(folder.parents), folder) if not part.exists()]
+
     def _next(self, first_free: Callable[[], int], root: str) -> int:
         if root not in self._versions:
             version = first_free()
-            above = [folder for folder in reversed(Path(root).parents) if not folder.exists()]
-            self._made += [folder for folder in (*above, Path(root)) if not folder.exists()]
+            self._note_missing(Path(root))
             while True:
                 try:
                     (Path(root) / f"version_{version}").mkdir(parents=True)

@@ -183,7 +183,7 @@ def test_a_trainer_that_fits_again_keeps_its_first_report(tmp_path: Path) -> Non
         (["--trainer.logger=MLFlowLogger"], ["mlflow"]),
         (["--trainer.strategy=deepspeed"], ["deepspeed"]),
         (["--trainer.plugins=BitsandbytesPrecision", "--trainer.plugins.mode=nf4"], ["bitsandbytes"]),
-        (["--trainer.accelerator=tpu"], ["tpu"]),
+        (["--trainer.accelerator=tpu"], ["torch_xla"]),
         (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.mode=best"], ["mode"]),
         (["--trainer.precision=8"], ["precision"]),
         (["--trainer.devices=none"], ["devices"]),
