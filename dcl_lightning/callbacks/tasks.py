@@ -219,8 +219,11 @@ class TaskClock(pl.Callback):
         self._fitting = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave trainer, callbacks and data module as they were."""
+        """Leave trainer, callbacks and data module as they were; Lightning calls no hook of the agent's now."""
         self._release()
+        withdraw = getattr(pl_module, "withdraw_callbacks", None)
+        if withdraw is not None:
+            withdraw()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave trainer, callbacks and data module as they were."""

@@ -147,6 +147,15 @@ def test_a_fit_leaves_trainer_and_data_module_as_they_were(tmp_path: Path, fail:
     assert state() == (before[0], (6, 0, -1, 0), None)
 
 
+def test_a_refused_fit_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
+    data = make_data(boundaries="hidden")
+    trainer = make_trainer(tmp_path)
+    before = list(trainer.callbacks)
+    with pytest.raises(ConfigurationError, match="boundaries=hidden"):
+        trainer.fit(make_agent("icarl", data), datamodule=data)
+    assert trainer.callbacks == before
+
+
 def test_a_second_agent_on_the_same_trainer_has_a_clock_of_its_own(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     first, second = (make_agent("base", make_data(), epochs_per_task=n) for n in (2, 1))
