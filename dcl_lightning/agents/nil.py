@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.rehearsing import refuse_another_memory
 from dcl_lightning.callbacks.rehearsal import Rehearsal
+from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
 
@@ -31,11 +32,14 @@ class NIL(ContinualAgent):
         num_classes: classes of the whole stream, K.
         rehearsal: the memory, its draws and who does the work.
         **kwargs: arguments of ``ContinualAgent``.
+
+    Raises:
+        ConfigurationError: a value of the memory is not the one that a short name stands for.
     """
 
     rehearses = True
     boundaries = ("known", "hidden")
-    # What a short name stands for, whatever else is said of the memory.
+    # What a short name stands for; another value is refused.
     fixed: ClassVar[dict[str, Any]] = {}
 
     def __init__(
@@ -47,6 +51,14 @@ class NIL(ContinualAgent):
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
         config = RehearsalConfig(**rehearsal) if isinstance(rehearsal, dict) else rehearsal or RehearsalConfig()
+        # A whole configuration does not tell what was given from what it has by default.
+        given = rehearsal if isinstance(rehearsal, dict) else vars(config)
+        for key, value in self.fixed.items():
+            neutral = value if isinstance(rehearsal, dict) else getattr(RehearsalConfig, key)
+            if given.get(key, value) not in (value, neutral):
+                raise ConfigurationError(
+                    f"rehearsal.{key}={given[key]}: agent {type(self).__name__} has {key}={value}: take --model nil"
+                )
         self.rehearsal = Rehearsal(replace(config, **self.fixed))
 
     def configure_callbacks(self) -> list[pl.Callback]:

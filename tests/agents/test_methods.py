@@ -19,6 +19,7 @@ from agents import make
 from streams import make_data, make_trainer
 
 from dcl_lightning import ER, RehearsalConfig
+from dcl_lightning.agents import presets
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional import agem_projection, gem_projection, si_importance
@@ -448,3 +449,22 @@ def test_a_memory_that_forgets_tasks_says_so_once_before_training(policy, stream
     said = [str(w.message) for w in found if "classes come again" in str(w.message)]
     assert len(said) == (words is not None)
     assert all(words in text and "rehearsal.policy=reservoir keeps samples of all tasks alike" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "message"),
+    [
+        ("nil_v1", {"execution": "inline"}, "execution=inline: agent nil_v1 has execution=blocking"),
+        ("nil_v2", {"execution": "blocking"}, "execution=blocking: agent nil_v2 has execution=nonblocking"),
+        ("nil_v3", {"stage": "sample"}, "stage=sample: agent nil_v3 has stage=assemble"),
+        (
+            "nil_v4",
+            RehearsalConfig(execution="blocking", stage="assemble"),
+            "stage=assemble: agent nil_v4 has stage=load",
+        ),
+        ("nil_global", {"scope": "local"}, "scope=local: agent nil_global has scope=global"),
+    ],
+)
+def test_what_a_short_name_stands_for_is_not_changed_silently(name, memory, message) -> None:
+    with pytest.raises(ConfigurationError, match=rf"rehearsal\.{message}: take --model nil"):
+        getattr(presets, name)(MLP([4]), 4, input_spec=(1, 2, 2), rehearsal=memory)

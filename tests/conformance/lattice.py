@@ -393,7 +393,10 @@ def make_trainer(drawn: Draw, folder: Path, callbacks: list[pl.Callback], **more
 
 def make_saver(drawn: Draw, folder: Path) -> ModelCheckpoint:
     """Return what keeps the checkpoints of all steps, or of all epochs."""
-    often = {"every_n_train_steps": 1} if value_of(drawn, "checkpoint") == "steps" else {"every_n_epochs": 1}
+    often: dict[str, Any] = {"every_n_train_steps": 1}
+    if value_of(drawn, "checkpoint") == "epochs":
+        # Not at a validation amid accumulated batches, whose gradients Lightning does not keep.
+        often = {"every_n_epochs": 1, "save_on_train_epoch_end": value_of(drawn, "accumulate_grad_batches") > 1 or None}
     return ModelCheckpoint(folder, "{step}", save_top_k=-1, **often)
 
 
