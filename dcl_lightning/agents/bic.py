@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.errors import check_number
+from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
 from dcl_lightning.functional.bias_correction import SMALLEST_SCALE, distillation_share, fitted_bias
 from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
 from dcl_lightning.memory.config import RehearsalConfig
@@ -141,7 +142,6 @@ class BiC(RehearsingAgent):
             self.bias.alpha[self.current], self.bias.beta[self.current] = alpha, beta
         self.teacher.renew(self.backbone, self.head, self.bias)
 
-    @torch.no_grad()
     def _held_out_logits(self) -> tuple[Tensor, Tensor]:
         """Return logits ``(n, K)`` and labels of what is stored and held out, by ids, the same on all workers."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -153,14 +153,11 @@ class BiC(RehearsingAgent):
         assert stored is not None
         ids = stored.sample_ids.cpu()
         ids = torch.cat(self.comm.allgather(ids[self._held(ids)])).unique()
-        was_training = self.training
-        self.eval()
         found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.num_classes)]
-        for batch in data.train_eval_loader(ids):
-            prepared = data.prepare_batch(move_data_to_device(batch, self.device), train=False, epoch=0)
-            rows.append(self(prepared.inputs).float().cpu())
-            found.append(batch.sample_ids.cpu())
-        self.train(was_training)
+        with evaluating(self.trainer, self) as in_precision:
+            for batch in batches(data.train_eval_loader(limited_ids(self.trainer, ids))):
+                rows.append(in_precision(self, prepared(self.trainer, batch).inputs).float().cpu())
+                found.append(batch.sample_ids.cpu())
         all_ids, all_rows = torch.cat(self.comm.allgather(torch.cat(found))), self.comm.allgather(torch.cat(rows))
         order = all_ids.argsort()
         return torch.cat(all_rows)[order], data.train_targets[all_ids[order]]

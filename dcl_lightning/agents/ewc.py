@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.weights import fit_vectors, flat_weights, sum_dtype, trained_parameters, trained_part
 from dcl_lightning.errors import check_number
+from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
 from dcl_lightning.functional.penalties import merged_fisher, quadratic_penalty
 from dcl_lightning.types import Batch, Task
 
@@ -113,18 +114,17 @@ class EWC(ContinualAgent):
     def on_task_end(self, task: Task) -> None:
         """Measure what the task's outputs depend on, and hold on to the present weights."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        ids = data.train_indices(task.index)
+        ids = limited_ids(self.trainer, data.train_indices(task.index))
         if self.fisher_samples is not None:
             order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(task.index))
             ids = ids[order[: self.fisher_samples]]
-        was_training = self.training
-        self.eval()
         total = torch.zeros_like(self.fisher, dtype=sum_dtype([*self.parameters()]))
-        for batch in data.train_eval_loader(ids):
-            batch = data.prepare_batch(move_data_to_device(batch, self.device), train=False, epoch=0)
-            for inputs, targets in zip(batch.inputs.split(_CHUNK), batch.targets.split(_CHUNK), strict=True):
-                total += self._squares(inputs, targets)
-        self.train(was_training)
+        # At the weights from which the next task goes on, and which the penalty holds on to.
+        with evaluating(self.trainer, self, averaged=False) as in_precision:
+            for batch in batches(data.train_eval_loader(ids)):
+                batch = prepared(self.trainer, batch)
+                for inputs, targets in zip(batch.inputs.split(_CHUNK), batch.targets.split(_CHUNK), strict=True):
+                    total += in_precision(self._squares, inputs, targets)
         self.fisher.copy_(merged_fisher(self.fisher, self.comm.allreduce(total) / len(ids), self.decay))
         self.anchor.copy_(flat_weights(self.parameters()).detach())
 

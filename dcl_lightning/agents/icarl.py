@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
+from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
 from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
@@ -148,9 +148,9 @@ class ICaRL(ContinualAgent):
         """
         data = self._data
         quota = self.capacity // int(self.seen.sum())
-        self.exemplars = {y: ids[:quota] for y, ids in self.exemplars.items()}
-        own = data.train_indices(task.index)
-        ids, features = self._gather_features(torch.cat([own, self.exemplar_ids()]).unique())
+        exemplars = {y: ids[:quota] for y, ids in self.exemplars.items()}
+        own = limited_ids(self.trainer, data.train_indices(task.index))
+        ids, features = self._gather_features(torch.cat([own, *exemplars.values()]).unique())
         if not bool(torch.isfinite(features).all()):
             raise ConfigurationError(
                 f"training has diverged in task {task.index}, its features are not finite: give a smaller "
@@ -158,13 +158,20 @@ class ICaRL(ContinualAgent):
             )
         targets = data.train_targets[ids]
         choose = herd if self.selection == "herding" else nearest_to_mean
+        chosen = {}
         for y in task.classes:
             members = torch.nonzero(targets == y).flatten()
             if len(members):
                 order = choose(features[members], min(quota, len(members)))
-                self.exemplars[y] = ids[members[order]]
-                self._chosen_at[y] = self.trainer.global_step
-        self._renew_means()
+                chosen[y] = ids[members[order]]
+        exemplars |= chosen
+        means = self._class_means(exemplars)
+        # All is known: nothing is changed before, so that a task's end that is broken off can be begun again.
+        self.exemplars = exemplars
+        self._chosen_at |= dict.fromkeys(chosen, self.trainer.global_step)
+        for y, mean in means.items():
+            self.means[y] = mean.to(self.means)
+            self.has_mean[y] = True
         self.teacher.renew(self.backbone, self.head)
         self.has_teacher.fill_(True)
         self._teaching = True
@@ -196,31 +203,27 @@ class ICaRL(ContinualAgent):
             return super().evaluate(batch)
         return nearest_mean_scores(normalise(self.features(batch.inputs)), self.means, self.has_mean)
 
-    def _renew_means(self) -> None:
-        stored = self.exemplar_ids()
-        ids, features = self._gather_features(stored.unique())
-        mirrored = self._gather_features(stored.unique(), flip=True)[1] if self.nme_flip else None
-        for y, chosen in self.exemplars.items():
+    def _class_means(self, exemplars: dict[int, Tensor]) -> dict[int, Tensor]:
+        stored = torch.cat(list(exemplars.values())).unique()
+        ids, features = self._gather_features(stored)
+        mirrored = self._gather_features(stored, flip=True)[1] if self.nme_flip else None
+        means = {}
+        for y, chosen in exemplars.items():
             rows = torch.searchsorted(ids, chosen)
             mean = normalise(features[rows]).mean(0)
             if mirrored is not None:
                 mean = (mean + normalise(mirrored[rows]).mean(0)) / 2
-            self.means[y] = F.normalize(mean, dim=0).to(self.means)
-            self.has_mean[y] = True
+            means[y] = F.normalize(mean, dim=0)
+        return means
 
-    @torch.no_grad()
     def _gather_features(self, ids: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
         """Return all samples' ids, ascending, and features, float64 on the host, the same on all workers."""
-        was_training = self.training
-        self.eval()
         found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.head.in_features).double()]
-        for batch in self._data.train_eval_loader(ids):
-            batch = move_data_to_device(batch, self.device)
-            batch = self._data.prepare_batch(batch, train=False, epoch=0)
-            inputs = batch.inputs.flip(-1) if flip else batch.inputs
-            rows.append(self.features(inputs).double().cpu())
-            found.append(batch.sample_ids.cpu())
-        self.train(was_training)
+        with evaluating(self.trainer, self) as in_precision:
+            for batch in batches(self._data.train_eval_loader(ids)):
+                inputs = prepared(self.trainer, batch).inputs
+                rows.append(in_precision(self.features, inputs.flip(-1) if flip else inputs).double().cpu())
+                found.append(batch.sample_ids.cpu())
         all_ids = torch.cat(self.comm.allgather(torch.cat(found)))
         all_rows = torch.cat(self.comm.allgather(torch.cat(rows)))
         order = all_ids.argsort()

@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
+from dcl_lightning.callbacks.evaluation import evaluating, prepared
 from dcl_lightning.memory.manager import Offer
 from dcl_lightning.types import Batch, StoresMore
 
@@ -45,23 +45,19 @@ class ExtraColumns:
             columns = {name: column[real.to(column.device)] for name, column in columns.items()}
         return offer._replace(rows={**offer.rows, **columns})
 
-    @torch.no_grad()
-    def with_evaluation(self, offer: Offer, batch: Batch, data: Any) -> Offer:
+    def with_evaluation(self, offer: Offer, batch: Batch, trainer: pl.Trainer) -> Offer:
         """Return an offer with the columns of a batch that is not trained on.
 
         Args:
             offer: the batch's samples.
             batch: as the loader gave it.
-            data: the data module, which prepares it.
+            trainer: of the fit.
         """
         if not self.shapes:
             return offer
-        agent = self._agent
-        prepared = data.prepare_batch(move_data_to_device(batch, agent.device), train=False, epoch=0)
-        was_training = agent.training
-        agent.eval()
-        columns = self._checked(agent.columns_of(prepared))
-        agent.train(was_training)
+        # Of the network that is trained, as the columns of a step are.
+        with evaluating(trainer, self._agent, averaged=False) as in_precision:
+            columns = self._checked(in_precision(self._agent.columns_of, prepared(trainer, batch)))
         return offer._replace(rows={**offer.rows, **columns})
 
     def _checked(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:

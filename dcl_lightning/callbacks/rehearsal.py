@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
+from dcl_lightning.callbacks.evaluation import batches, limited_ids
 from dcl_lightning.callbacks.extras import ExtraColumns
 from dcl_lightning.callbacks.hooks import before_first_layer, log_interval, pass_through
 from dcl_lightning.callbacks.memory_checkpoint import SavedMemories, refuse_another_memory, save_memory
@@ -398,11 +399,12 @@ class Rehearsal(pl.Callback):
         assert self.manager is not None
         assert self._extras is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.train_eval_loader(_shuffled(data.train_indices(task.index), self.manager.seed + task.index))
+        ids = limited_ids(trainer, data.train_indices(task.index))
+        loader = data.train_eval_loader(_shuffled(ids, self.manager.seed + task.index))
         if self._references is not None and not self._extras.shapes:
             loader.inputs = torch.empty(len(data.train_targets), 0)  # none need be read
-        for batch in map(trainer.precision_plugin.convert_input, loader):
-            offer = self._extras.with_evaluation(self._offer_of(batch), batch, data)
+        for batch in map(trainer.precision_plugin.convert_input, batches(loader)):
+            offer = self._extras.with_evaluation(self._offer_of(batch), batch, trainer)
             self.manager.buffer.add(offer.rows, offer.labels, offer.ids)
 
     # -- rows --------------------------------------------------------------------------------------

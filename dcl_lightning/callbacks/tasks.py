@@ -12,9 +12,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
+from dcl_lightning.callbacks.averaging import (
+    average_the_network_alone,
+    refuse_stochastic_averaging,
+    settle_averages,
+)
 from dcl_lightning.callbacks.boundaries import (
     adopt_rates,
     begin_anew,
@@ -33,6 +37,7 @@ from dcl_lightning.callbacks.checks import (
     refuse_single_validation,
     refuse_tuning_on_resume,
 )
+from dcl_lightning.callbacks.evaluation import batches, evaluating, prepared, refuse_empty_share
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
 from dcl_lightning.callbacks.sample_counts import SampleCounts
 from dcl_lightning.callbacks.scoring import scores_of
@@ -186,6 +191,8 @@ class TaskClock(pl.Callback):
         self._stopping = self._raised = self._others = False
         refuse_limits(trainer)
         refuse_selection_on_test(trainer, data)
+        refuse_stochastic_averaging(trainer)
+        refuse_empty_share(trainer, data.test_loaders(data.num_tasks - 1))
         refuse_rare_validation(trainer, self.tasks, data)
         refuse_single_validation(trainer, pl_module, data)
         self._attach(trainer, data)
@@ -397,6 +404,7 @@ class TaskClock(pl.Callback):
     def _end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = self.tasks[self.task_at(trainer.current_epoch)]
         if self._ended_tasks <= task.index:
+            settle_averages(trainer, pl_module)
             self._end(trainer, pl_module, task)
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
@@ -404,14 +412,15 @@ class TaskClock(pl.Callback):
         self.wall_time["train"] += self._lap()
         # From here on its running statistics are used, on every worker.
         share_buffers(pl_module, comm_of(trainer.strategy))
-        if not self._hidden:
-            call_task_hook("on_task_end", trainer, pl_module, task)
-        self.evaluate(trainer, pl_module, task)
+        # An early stop may end a task within Lightning's validation, which is in inference mode.
+        with torch.inference_mode(False):
+            if not self._hidden:
+                call_task_hook("on_task_end", trainer, pl_module, task)
+            self.evaluate(trainer, pl_module, task)
         self.wall_time["eval"] += self._lap()
 
     # -- evaluation ------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, trainer: pl.Trainer, agent: Any, task: Task) -> None:
         """Write row ``task.index`` of the matrix: the test sets of all tasks so far, each sample once."""
         last = len(self.tasks) - 1 if self.future_tasks else task.index
@@ -421,7 +430,6 @@ class TaskClock(pl.Callback):
         if self._scores is not None:
             call_callbacks("on_task_evaluated", trainer, agent, task)
 
-    @torch.no_grad()
     def _measure_baseline(self, trainer: pl.Trainer, agent: Any) -> None:
         """Evaluate the network before it has learnt anything."""
         self.wall_time["train"] += self._lap()
@@ -436,19 +444,12 @@ class TaskClock(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         scores = self._scores
         assert scores is not None
-        was_training = agent.training
-        agent.eval()
         tally = self.results.tally()
-        limit = int(getattr(trainer, "fast_dev_run", 0)) or None
-        for column, loader in enumerate(data.test_loaders(last_task)):
-            for i, batch in enumerate(loader):
-                if limit is not None and i >= limit:
-                    break
-                # Not the strategy's: that one runs the training batch's hooks.
-                batch = move_data_to_device(batch, trainer.strategy.root_device)
-                batch = data.prepare_batch(batch, train=False, epoch=0)
-                tally.add(column, scores(batch), batch.targets)
-        agent.train(was_training)
+        with evaluating(trainer, agent) as in_precision:
+            for column, loader in enumerate(data.test_loaders(last_task)):
+                for batch in batches(loader, trainer.limit_test_batches):
+                    batch = prepared(trainer, batch)
+                    tally.add(column, in_precision(scores, batch), batch.targets)
         return tally
 
     def _lap(self) -> float:
@@ -495,6 +496,7 @@ class TaskClock(pl.Callback):
         """Give the fit the length that early stopping left it with."""
         self._comm, self._begun = comm_of(trainer.strategy), True
         self._scores = scores_of(trainer, pl_module)
+        average_the_network_alone(trainer, pl_module)
         trainer.fit_loop.max_epochs = self.boundaries[-1]
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -95,6 +95,10 @@ class TaskLoader:
         counts = self._counts()
         return max(counts) if self.train else counts[self.rank]
 
+    def lengths(self) -> list[int]:
+        """Return the number of batches of each worker."""
+        return [-(-count // self.batch_size) for count in self._counts()]
+
     def __len__(self) -> int:
         return max(-(-self._rows() // self.batch_size), int(self.for_all and len(self.indices) > 0))
 

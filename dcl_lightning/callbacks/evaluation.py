@@ -1,0 +1,141 @@
+"""Running the network over a loader outside Lightning's own loops, as Lightning's evaluation would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
+
+from dcl_lightning.callbacks.averaging import averaged_network
+from dcl_lightning.data.loader import TaskLoader
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.types import Batch
+
+__all__ = ["batches", "evaluating", "limited_ids", "prepared", "refuse_empty_share"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Call = Callable[..., Any]
+
+
+@contextmanager
+def evaluating(trainer: pl.Trainer, module: pl.LightningModule, averaged: bool = True) -> Iterator[Call]:
+    """Put a network that is being trained into evaluation mode, without gradients; afterwards all is as it was.
+
+    Each submodule gets its own mode back, so that what its owner has frozen stays frozen, also after an exception.
+
+    Args:
+        trainer: of the fit.
+        module: the module that is trained.
+        averaged: whether a ``WeightAveraging`` callback puts its averaged weights in place, as it does for Lightning's
+            validation: they are what is kept after the fit. False where training goes on from what is measured.
+
+    Yields:
+        A function that calls what it is given with its arguments in the trainer's precision. Batches are prepared
+        outside it, as by Lightning: under ``bf16-true`` new tensors are made in half precision within.
+    """
+    modes = [(part, part.training) for part in (trainer.model or module).modules()]
+
+    def in_precision(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        with trainer.precision_plugin.val_step_context():
+            return function(*args, **kwargs)
+
+    try:
+        with ExitStack() as stack:
+            if averaged:
+                stack.enter_context(averaged_network(trainer, module))
+            stack.enter_context(torch.no_grad())
+            module.on_test_model_eval()
+            yield in_precision
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def batches(loader: TaskLoader, limit: int | float = 1.0) -> Iterator[Batch]:
+    """Yield a loader's batches as it gives them.
+
+    Args:
+        loader: over this worker's samples.
+        limit: at most so many batches a worker, or a share of its batches: ``trainer.limit_test_batches``.
+    """
+    with closing(iter(loader)) as source:
+        for _ in range(limited(len(loader), limit)):
+            yield next(source)
+
+
+def prepared(trainer: pl.Trainer, batch: Batch) -> Batch:
+    """Return a batch as the network takes it in evaluation, on the trainer's device.
+
+    Args:
+        trainer: has the device and the data module.
+        batch: as the loader gave it.
+    """
+    # Not by the strategy's hooks: between training batches these would be the training batch's.
+    batch = move_data_to_device(batch, trainer.strategy.root_device)
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    ready: Batch = data.prepare_batch(batch, train=False, epoch=0)
+    return ready
+
+
+def limited(count: int, limit: int | float) -> int:
+    """Return how many of ``count`` batches a limit leaves, as in Lightning: at most a number, or a share rounded down.
+
+    Example:
+        >>> limited(7, 3), limited(7, 0.5), limited(7, 1.0)
+        (3, 3, 7)
+    """
+    return min(count, limit) if isinstance(limit, int) else int(count * limit)
+
+
+def limited_ids(trainer: pl.Trainer, ids: Tensor) -> Tensor:
+    """Return those training samples that a pass at the end of a task looks at under ``trainer.limit_train_batches``.
+
+    As many as an epoch over them would train on, the classes in turn and within a class by ``data.seed``: the same on
+    all workers, and each class comes, if only with one sample.
+
+    Args:
+        trainer: has the limit.
+        ids: sample ids ``(n,)`` int64 of the training set, the same on all workers.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    step = data.batch_size * trainer.world_size
+    count = limited(-(-len(ids) // step), trainer.limit_train_batches) * step
+    if count >= len(ids):
+        return ids
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(data.seed))]
+    targets = data.train_targets[ids]
+    sizes = torch.bincount(targets)
+    by_class = targets.argsort(stable=True)
+    turns = torch.empty_like(ids)  # of each sample: how many of its class come before
+    turns[by_class] = torch.arange(len(ids)) - (sizes.cumsum(0) - sizes)[targets[by_class]]
+    chosen = turns.argsort(stable=True)[: max(count, int((sizes > 0).sum()))]
+    return ids[chosen].sort().values
+
+
+def refuse_empty_share(trainer: pl.Trainer, loaders: list[TaskLoader]) -> None:
+    """Refuse a share of test batches that leaves none of a task's, as Lightning's ``test`` does.
+
+    Args:
+        trainer: has ``limit_test_batches``.
+        loaders: the test sets of all tasks.
+
+    Raises:
+        ConfigurationError: with the smallest share that leaves one.
+    """
+    limit = trainer.limit_test_batches
+    if not isinstance(limit, float) or limit == 0:
+        return
+    for task, loader in enumerate(loaders):
+        counts = [count for count in loader.lengths() if count]
+        if any(limited(count, limit) == 0 for count in counts):
+            raise ConfigurationError(
+                f"trainer.limit_test_batches={limit} of {min(counts)} batches of task {task}'s test set is less than "
+                f"one: give at least {1 / min(counts):.3g}, a whole number of batches, or a smaller "
+                f"data.eval_batch_size than {loader.batch_size}"
+            )
