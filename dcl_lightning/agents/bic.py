@@ -155,7 +155,7 @@ class BiC(RehearsingAgent):
         ids = torch.cat(self.comm.allgather(ids[self._held(ids)])).unique()
         found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.num_classes)]
         with evaluating(self.trainer, self) as in_precision:
-            for batch in batches(data.train_eval_loader(limited_ids(self.trainer, ids))):
+            for batch in batches(self.trainer, data.train_eval_loader(limited_ids(self.trainer, ids))):
                 rows.append(in_precision(self, prepared(self.trainer, batch).inputs).float().cpu())
                 found.append(batch.sample_ids.cpu())
         all_ids, all_rows = torch.cat(self.comm.allgather(torch.cat(found))), self.comm.allgather(torch.cat(rows))

@@ -121,7 +121,7 @@ class EWC(ContinualAgent):
         total = torch.zeros_like(self.fisher, dtype=sum_dtype([*self.parameters()]))
         # At the weights from which the next task goes on, and which the penalty holds on to.
         with evaluating(self.trainer, self, averaged=False) as in_precision:
-            for batch in batches(data.train_eval_loader(ids)):
+            for batch in batches(self.trainer, data.train_eval_loader(ids)):
                 batch = prepared(self.trainer, batch)
                 for inputs, targets in zip(batch.inputs.split(_CHUNK), batch.targets.split(_CHUNK), strict=True):
                     total += in_precision(self._squares, inputs, targets)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
+from dcl_lightning.distributed.together import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
 from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
@@ -160,6 +161,7 @@ class ICaRL(ContinualAgent):
         choose = herd if self.selection == "herding" else nearest_to_mean
         chosen = {}
         for y in task.classes:
+            break_off_if_signalled(self.trainer)
             members = torch.nonzero(targets == y).flatten()
             if len(members):
                 order = choose(features[members], min(quota, len(members)))
@@ -220,7 +222,7 @@ class ICaRL(ContinualAgent):
         """Return all samples' ids, ascending, and features, float64 on the host, the same on all workers."""
         found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.head.in_features).double()]
         with evaluating(self.trainer, self) as in_precision:
-            for batch in batches(self._data.train_eval_loader(ids)):
+            for batch in batches(self.trainer, self._data.train_eval_loader(ids)):
                 inputs = prepared(self.trainer, batch).inputs
                 rows.append(in_precision(self.features, inputs.flip(-1) if flip else inputs).double().cpu())
                 found.append(batch.sample_ids.cpu())

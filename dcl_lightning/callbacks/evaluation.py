@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import lightning.pytorch as pl
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dcl_lightning.callbacks.averaging import averaged_network
 from dcl_lightning.data.loader import TaskLoader
+from dcl_lightning.distributed.together import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Batch
 
-__all__ = ["batches", "evaluating", "limited_ids", "prepared", "refuse_empty_share"]
+__all__ = ["batches", "evaluating", "limited_ids", "prepared", "refuse_empty_share", "turns"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,15 +58,20 @@ def evaluating(trainer: pl.Trainer, module: pl.LightningModule, averaged: bool =
             part.training = mode
 
 
-def batches(loader: TaskLoader, limit: int | float = 1.0) -> Iterator[Batch]:
-    """Yield a loader's batches as it gives them.
+def batches(trainer: pl.Trainer, loader: TaskLoader, limit: int | float = 1.0) -> Iterator[Batch]:
+    """Yield a loader's batches as it gives them, and look for signals before each.
+
+    Every worker comes to the end of it: one that has fewer batches looks for signals as often as the others.
 
     Args:
+        trainer: of the fit.
         loader: over this worker's samples.
         limit: at most so many batches a worker, or a share of its batches: ``trainer.limit_test_batches``.
     """
-    with closing(iter(loader)) as source:
-        for _ in range(limited(len(loader), limit)):
+    source, count = iter(loader), limited(len(loader), limit)
+    for index in range(max(limited(length, limit) for length in loader.lengths())):
+        break_off_if_signalled(trainer)
+        if index < count:
             yield next(source)
 
 
@@ -110,12 +116,23 @@ def limited_ids(trainer: pl.Trainer, ids: Tensor) -> Tensor:
         return ids
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(data.seed))]
     targets = data.train_targets[ids]
-    sizes = torch.bincount(targets)
-    by_class = targets.argsort(stable=True)
-    turns = torch.empty_like(ids)  # of each sample: how many of its class come before
-    turns[by_class] = torch.arange(len(ids)) - (sizes.cumsum(0) - sizes)[targets[by_class]]
-    chosen = turns.argsort(stable=True)[: max(count, int((sizes > 0).sum()))]
+    chosen = turns(targets).argsort(stable=True)[: max(count, len(targets.unique()))]
     return ids[chosen].sort().values
+
+
+def turns(labels: Tensor) -> Tensor:
+    """Return how many entries before each one are equal to it, ``(n,)`` int64.
+
+    Example:
+        >>> turns(torch.tensor([7, 2, 7, 7, 2]))
+        tensor([0, 0, 1, 2, 1])
+    """
+    order = labels.argsort(stable=True)
+    _, counts = labels[order].unique_consecutive(return_counts=True)
+    firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(labels)) - firsts
+    return places
 
 
 def refuse_empty_share(trainer: pl.Trainer, loaders: list[TaskLoader]) -> None:

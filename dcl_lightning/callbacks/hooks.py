@@ -114,7 +114,7 @@ def leave_out_idle_hooks(callback: pl.Callback) -> pl.Callback:
     return callback
 
 
-def call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task) -> None:
+def call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task, done: list[str] | None = None) -> None:
     """Call a hook of the data module, then of the agent, then of the callbacks: of whoever has it.
 
     Args:
@@ -122,12 +122,17 @@ def call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task) -> No
         trainer: of the fit.
         agent: that is trained.
         task: what the hook is told.
+        done: names of those who have returned from it, which are passed over; further ones are added.
     """
-    for owner in (trainer.datamodule, agent):  # type: ignore[attr-defined]
+    done = [] if done is None else done
+    owners = [trainer.datamodule, agent, *trainer.callbacks]  # type: ignore[attr-defined]
+    for place, owner in enumerate(owners):
         hook = getattr(owner, name, None)
-        if hook is not None:
-            hook(task)
-    call_callbacks(name, trainer, agent, task)
+        known = f"{type(owner).__qualname__} {sum(type(other) is type(owner) for other in owners[:place])}"
+        if hook is None or known in done:
+            continue
+        hook(task) if place < 2 else hook(trainer, agent, task)
+        done.append(known)
 
 
 def call_callbacks(name: str, trainer: pl.Trainer, agent: Any, task: Task) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
-from dcl_lightning.callbacks.evaluation import batches, limited_ids
+from dcl_lightning.callbacks.evaluation import batches, limited_ids, turns
 from dcl_lightning.callbacks.extras import ExtraColumns
 from dcl_lightning.callbacks.hooks import before_first_layer, log_interval, pass_through
 from dcl_lightning.callbacks.memory_checkpoint import SavedMemories, refuse_another_memory, save_memory
@@ -95,6 +95,8 @@ class Rehearsal(pl.Callback):
         self._begins_late = False
         self.saved: SavedMemories | None = None
         self._wait_s = 0.0
+        # Of the taskset that is offered at a task's end: the task, the rows of each worker so far, the workers.
+        self._offered: tuple[int, int, int] | None = None
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class Rehearsal(pl.Callback):
             return
         data: Any = getattr(trainer, "datamodule", None)
         stream = getattr(data, "stream", None)
-        self.saved = None
+        self.saved = self._offered = None
         if isinstance(stream, Stream):
             self.manager = None  # the stream begins, or a checkpoint brings its memory
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
@@ -399,13 +401,22 @@ class Rehearsal(pl.Callback):
         assert self.manager is not None
         assert self._extras is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        ids = limited_ids(trainer, data.train_indices(task.index))
-        loader = data.train_eval_loader(_shuffled(ids, self.manager.seed + task.index))
+        ids = _shuffled(limited_ids(trainer, data.train_indices(task.index)), self.manager.seed + task.index)
+        rows = 0
+        if self._offered is not None and self._offered[0] == task.index:  # a signal had broken it off
+            rows = self._offered[1]
+            ids = ids[_places(ids, data.owners(self._offered[2]), self._offered[2]) >= rows]
+        loader = data.train_eval_loader(ids)
         if self._references is not None and not self._extras.shapes:
             loader.inputs = torch.empty(len(data.train_targets), 0)  # none need be read
-        for batch in map(trainer.precision_plugin.convert_input, batches(loader)):
+        workers = comm_of(trainer.strategy).size
+        for batch in batches(trainer, loader):
+            batch = trainer.precision_plugin.convert_input(batch)
             offer = self._extras.with_evaluation(self._offer_of(batch), batch, trainer)
             self.manager.buffer.add(offer.rows, offer.labels, offer.ids)
+            rows += loader.batch_size
+            self._offered = (task.index, rows, workers)
+        self._offered = None
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -508,6 +519,15 @@ class Rehearsal(pl.Callback):
 
     # -- checkpoint --------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return how much of a taskset was offered where a signal has broken a task's end off."""
+        return {} if self._offered is None else {"offered": list(self._offered)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        task, rows, workers = state_dict["offered"]
+        self._offered = (task, rows, workers)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -556,6 +576,11 @@ def _used_on(stream: torch.cuda.Stream, nest: Any) -> None:
 
 def _no_rows(nest: Any) -> Any:
     return map_tensors(lambda column: column[:0], nest)
+
+
+def _places(ids: Tensor, owners: Tensor | None, workers: int) -> Tensor:
+    """Return each row's place among those of its worker."""
+    return torch.arange(len(ids)) // workers if owners is None else turns(owners[ids])
 
 
 def _shuffled(ids: Tensor, seed: int) -> Tensor:

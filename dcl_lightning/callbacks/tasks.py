@@ -43,6 +43,7 @@ from dcl_lightning.callbacks.sample_counts import SampleCounts
 from dcl_lightning.callbacks.scoring import scores_of
 from dcl_lightning.distributed.comm import comm_of
 from dcl_lightning.distributed.sharing import share_buffers
+from dcl_lightning.distributed.together import through_signals
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.metrics import AccuracyMatrix
@@ -116,6 +117,7 @@ class TaskClock(pl.Callback):
         self._hidden = False
         self._snapshot: dict[str, Any] | None = None
         self._started_tasks = self._ended_tasks = 0
+        self._ended_by: list[str] = []  # whose hooks have ended the task that comes next
         self._mark = 0.0
         self._fitting = self._begun = self._adopted = False
         self._min_epochs = 0
@@ -190,6 +192,8 @@ class TaskClock(pl.Callback):
         self._begun = False
         self._stopping = self._raised = self._others = False
         refuse_limits(trainer)
+        self._ended_by = []
+        trainer.__dict__.pop("save_checkpoint", None)  # of an earlier fit that was stopped
         refuse_selection_on_test(trainer, data)
         refuse_stochastic_averaging(trainer)
         refuse_empty_share(trainer, data.test_loaders(data.num_tasks - 1))
@@ -279,10 +283,13 @@ class TaskClock(pl.Callback):
     def _end_tasks_owed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End tasks that a limit of steps or time cut off: a resumed run begins with the epoch after."""
         task = self.task_at(trainer.current_epoch)
-        if self._ended_tasks >= task:
+        if self.evaluated_rows >= task:
             return
-        for index in range(self._ended_tasks, task):
-            self._end(trainer, pl_module, self.tasks[index])
+        for index in range(self.evaluated_rows, task):
+            self._end_owed_task(trainer, pl_module, self.tasks[index])
+
+    def _end_owed_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+        self._end(trainer, pl_module, task, resumed=True)
         # The loader of this epoch was made before; it has to be asked for again.
         trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
 
@@ -290,6 +297,9 @@ class TaskClock(pl.Callback):
         """Do what Lightning leaves out after resume from an epoch's last step: validate, let early stopping decide."""
         progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
         progress.completed -= 1  # Lightning is in the next epoch already
+        task = self.tasks[self.task_at(trainer.current_epoch)]
+        if trainer.current_epoch + 1 in self.boundaries and self.evaluated_rows <= task.index:
+            self._end_owed_task(trainer, pl_module, task)  # a signal has broken it off, before it was validated
         if trainer.enable_validation and _validation_is_due(trainer):
             trainer.validating = True
             loop.restarting = False
@@ -403,21 +413,26 @@ class TaskClock(pl.Callback):
 
     def _end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = self.tasks[self.task_at(trainer.current_epoch)]
-        if self._ended_tasks <= task.index:
+        if self.evaluated_rows <= task.index:
             settle_averages(trainer, pl_module)
             self._end(trainer, pl_module, task)
 
-    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        self._ended_tasks = task.index + 1
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task, resumed: bool = False) -> None:
         self.wall_time["train"] += self._lap()
-        # From here on its running statistics are used, on every worker.
-        share_buffers(pl_module, comm_of(trainer.strategy))
-        # An early stop may end a task within Lightning's validation, which is in inference mode.
-        with torch.inference_mode(False):
-            if not self._hidden:
-                call_task_hook("on_task_end", trainer, pl_module, task)
-            self.evaluate(trainer, pl_module, task)
+        # What a signal leaves undone is done when the run is resumed.
+        through_signals(trainer, pl_module, lambda: self._work_at_end(trainer, pl_module, task), save=not resumed)
         self.wall_time["eval"] += self._lap()
+
+    # An early stop may end a task within Lightning's validation, which is in inference mode.
+    @torch.inference_mode(False)
+    def _work_at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+        if self._ended_tasks <= task.index:
+            # From here on its running statistics are used, on every worker.
+            share_buffers(pl_module, comm_of(trainer.strategy))
+            if not self._hidden:
+                call_task_hook("on_task_end", trainer, pl_module, task, self._ended_by)
+            self._ended_tasks, self._ended_by = task.index + 1, []
+        self.evaluate(trainer, pl_module, task)
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -434,7 +449,8 @@ class TaskClock(pl.Callback):
         """Evaluate the network before it has learnt anything."""
         self.wall_time["train"] += self._lap()
         untrained = StreamResults(self.results.tested, self.results.num_classes)
-        tally = self._tally(trainer, agent, len(self.tasks) - 1)
+        last = len(self.tasks) - 1
+        tally = through_signals(trainer, agent, lambda: self._tally(trainer, agent, last), save=False)
         untrained.add(0, tally, self._comm.allreduce)
         self.baseline = untrained.matrix.values[0]
         self.wall_time["eval"] += self._lap()
@@ -447,7 +463,7 @@ class TaskClock(pl.Callback):
         tally = self.results.tally()
         with evaluating(trainer, agent) as in_precision:
             for column, loader in enumerate(data.test_loaders(last_task)):
-                for batch in batches(loader, trainer.limit_test_batches):
+                for batch in batches(trainer, loader, trainer.limit_test_batches):
                     batch = prepared(trainer, batch)
                     tally.add(column, in_precision(scores, batch), batch.targets)
         return tally
@@ -466,6 +482,7 @@ class TaskClock(pl.Callback):
             "started_tasks": self._started_tasks,
             "ended_tasks": self._ended_tasks,
             "stopping": self._stopping,
+            "ended_by": list(self._ended_by),
             "evaluated_rows": self.evaluated_rows,
             "results": self.results.state_dict(),
             "baseline": self.baseline,
@@ -508,6 +525,7 @@ class TaskClock(pl.Callback):
         self.boundaries = list(state["boundaries"])
         self._started_tasks, self._ended_tasks = state["started_tasks"], state["ended_tasks"]
         self._stopping = state.get("stopping", False)
+        self._ended_by = list(state.get("ended_by", ()))
         self.evaluated_rows = state["evaluated_rows"]
         self.results.load_state_dict(state["results"])
         self.baseline = state["baseline"]

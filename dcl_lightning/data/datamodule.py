@@ -345,7 +345,7 @@ class ContinualDataModule(pl.LightningDataModule):
             )  # fmt: skip
         # Another trainer, or Lightning's search for a batch size, may have changed these since the last call.
         self._train_loader.rank, self._train_loader.size = rank, size
-        self._train_loader.owners = self._owners(size)
+        self._train_loader.owners = self.owners(size)
         self._train_loader.batch_size = self.batch_size
         self._train_loader.augment = self.augment
         self._train_loader.pin_memory = self._on_gpu()
@@ -397,10 +397,11 @@ class ContinualDataModule(pl.LightningDataModule):
     def train_eval_loader(self, indices: Tensor) -> TaskLoader:
         """Return training samples as evaluation sees them, each on exactly one worker."""
         loader = self._eval_loader(self.train_inputs, self.train_targets, self.stream.train_parts, indices)
-        loader.owners = self._owners(loader.size)
+        loader.owners = self.owners(loader.size)
         return loader
 
-    def _owners(self, size: int) -> Tensor | None:
+    def owners(self, size: int) -> Tensor | None:
+        """Return each training sample's worker among ``size``, where they keep to one; else None."""
         return self.stream.owners(size, self.seed) if self.shard == "fixed" and size > 1 else None
 
     def _eval_loader(self, inputs: Inputs, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:

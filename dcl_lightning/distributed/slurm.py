@@ -100,7 +100,7 @@ def requeue_together(trainer: pl.Trainer, environment: HorovodEnvironment) -> No
         trainer: the trainer of several workers, before its set-up hooks are called.
         environment: the cluster.
     """
-    _requeue(trainer, environment, StepMessage("requeue"))
+    _requeue(trainer, environment, StepMessage("requeue"), StepMessage("requeue between steps"))
 
 
 def requeue_between_steps(trainer: pl.Trainer) -> None:
@@ -113,14 +113,19 @@ def requeue_between_steps(trainer: pl.Trainer) -> None:
         trainer: the trainer, as its set-up hooks are called.
     """
     if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
-        _requeue(trainer, trainer._accelerator_connector.cluster_environment, None)
+        _requeue(trainer, trainer._accelerator_connector.cluster_environment, None, None)
 
 
-def _requeue(trainer: pl.Trainer, environment: ClusterEnvironment | None, message: StepMessage | None) -> None:
+def _requeue(
+    trainer: pl.Trainer,
+    environment: ClusterEnvironment | None,
+    message: StepMessage | None,
+    between: StepMessage | None,
+) -> None:
     signum = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and signum is not None:
         others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _Requeue)]
-        set_callbacks(trainer, [_Requeue(signum, message), *others])
+        set_callbacks(trainer, [_Requeue(signum, message, between), *others])
 
 
 class _Requeue(pl.Callback):
@@ -129,14 +134,15 @@ class _Requeue(pl.Callback):
     Args:
         signum: the signal.
         message: by which all workers hear of it; None where each saves when it has heard of it.
+        between: the same in the midst of long work between two steps.
     """
 
-    def __init__(self, signum: signal.Signals, message: StepMessage | None) -> None:
+    def __init__(self, signum: signal.Signals, message: StepMessage | None, between: StepMessage | None) -> None:
         self._signum = signum
-        self._message = message
+        self._message, self._between = message, between
         self._step = 0
         self._lightnings: Any = None
-        self._due = False
+        self._due = self._heard = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(self._signum)):
@@ -154,16 +160,40 @@ class _Requeue(pl.Callback):
     ) -> None:
         due = self._due if self._message is None else any(self._message.read() or ())
         # Within an accumulation those who know tell it again.
-        if due and step_is_whole(trainer, self._step) and self._lightnings is not None:
-            self._due = False
+        if due and step_is_whole(trainer, self._step):
+            self._save_and_requeue()
+
+    def signalled(self, trainer: pl.Trainer) -> bool:
+        """Return whether SLURM's signal had come to a worker when it asked last."""
+        if self._between is None:
+            self._heard = self._due
+        else:
+            self._heard = any(self._between.read() or ())
+            self._between.start(trainer, [int(self._due)])
+        return self._heard
+
+    def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
+        """Save and requeue if SLURM's signal has come to a worker."""
+        if self._heard:
+            self._heard = False
+            self._save_and_requeue()
+
+    def _save_and_requeue(self) -> None:
+        self._due = False
+        if self._between is not None:
+            self._between.read()  # what is on its way tells of the same signal
+        if self._lightnings is not None:
             self._lightnings(self._signum, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._between is not None:
+            self._between.read()
         self._give_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._message is not None:
-            self._message.forget()
+        for message in (self._message, self._between):
+            if message is not None:
+                message.forget()
         self._give_back()
 
     def _note(self, signum: int, frame: Any) -> None:

@@ -6,11 +6,14 @@ import os
 import signal
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dcl_lightning.distributed.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.launcher import HorovodLauncher
@@ -19,8 +22,9 @@ from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.types import Clock
 
-__all__ = ["StoppedBySignal", "fail_together", "keep_together"]
+__all__ = ["StoppedBySignal", "break_off_if_signalled", "fail_together", "keep_together", "through_signals"]
 
+R = TypeVar("R")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME_PRESS_S = 1.0  # a terminal and a launcher may both deliver one Ctrl-C
 
@@ -38,6 +42,72 @@ class StoppedBySignal(SystemExit):
 
     def __str__(self) -> str:
         return f"all workers stopped for {_name(self.signum)}"
+
+
+class _BrokenOff(BaseException):
+    """Unwinds work between two steps, for a signal to be acted on."""
+
+
+_unwinding: ContextVar[bool] = ContextVar("unwinding", default=False)
+
+
+def through_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Callable[[], R], save: bool) -> R:
+    """Return what long work between two steps returns, and act on signals in its midst.
+
+    SIGINT and SIGTERM save and stop; SLURM's signal saves and requeues, and the work begins again: it changes nothing
+    before it has computed all, or goes on where it was.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the module that is trained.
+        work: looks for signals by ``break_off_if_signalled``; every worker calls it.
+        save: False where the fit has not made a step yet: the checkpoint from which it goes on is all that there is.
+
+    Raises:
+        StoppedBySignal: the workers were sent SIGINT or SIGTERM.
+        SIGTERMException: this process, the only one, was sent SIGTERM.
+    """
+    while True:
+        token = _unwinding.set(True)
+        try:
+            return work()
+        except _BrokenOff:
+            pass
+        finally:
+            _unwinding.reset(token)
+        _act_on_signals(trainer, pl_module, save)
+
+
+def break_off_if_signalled(trainer: pl.Trainer) -> None:
+    """Look for signals in the midst of work that ``through_signals`` does; elsewhere they wait for the step's end.
+
+    Every worker calls this, equally often. One process is interrupted by SIGINT at once, as Python does.
+
+    Args:
+        trainer: of the fit.
+    """
+    # All are asked: each has a message of its own.
+    if _unwinding.get() and (any([c.signalled(trainer) for c in _hearing(trainer)]) or _one_is_terminated(trainer)):
+        raise _BrokenOff
+
+
+def _act_on_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
+    if not save:
+        trainer.save_checkpoint = _keep_quiet  # type: ignore[method-assign]
+    for callback in _hearing(trainer):
+        callback.act_on_signal(trainer, pl_module, save)
+    if _one_is_terminated(trainer):
+        raise SIGTERMException(128 + signal.SIGTERM)  # callbacks that save after an exception keep quiet, too
+    if not save:
+        trainer.__dict__.pop("save_checkpoint", None)
+
+
+def _hearing(trainer: pl.Trainer) -> list[Any]:
+    return [callback for callback in callbacks_of(trainer) if hasattr(callback, "act_on_signal")]
+
+
+def _one_is_terminated(trainer: pl.Trainer) -> bool:
+    return trainer.world_size == 1 and bool(trainer.received_sigterm)
 
 
 def fail_together(trainer: pl.Trainer) -> None:
@@ -102,6 +172,8 @@ class _First(pl.Callback):
             _put_around(trainer, self, last)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for last in [c for c in callbacks_of(trainer) if isinstance(c, _Last)]:
+            last.signals.take(trainer)  # first of all: others may have a task to end that was cut off
         self._count(trainer, float(trainer.num_training_batches))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,17 +217,15 @@ class _Last(pl.Callback):
         self._comm = comm
         self._gradients = gradients
         self._history = 0
-        self._message = StepMessage("together")
-        self._signals = _Signals()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._signals.take(trainer)
+        self._message, self._between = StepMessage("together"), StepMessage("between steps")
+        self._signalled: list[int] = []
+        self.signals = _Signals()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._history = self._gradients.history()
-        flags = self._signals.flags()
+        flags = self.signals.flags()
         self._message.start(trainer, [self._history, int(_is_last(trainer, batch_idx)), *flags])
 
     def on_train_batch_end(
@@ -171,11 +241,23 @@ class _Last(pl.Callback):
         if any(signals) and self._message.may_stop(trainer):
             self._stop(trainer, pl_module, _chosen(signals))
 
+    def signalled(self, trainer: pl.Trainer) -> bool:
+        """Return whether a worker had a signal when it asked last; the message travels until all ask again."""
+        self._signalled = self._between.read() or []
+        self._between.start(trainer, self.signals.flags())
+        return any(self._signalled)
+
+    def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
+        """Stop all workers if they were signalled."""
+        if any(self._signalled):
+            self._stop(trainer, pl_module, _chosen(self._signalled), save)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do not lose a signal that came after the last step."""
+        self._between.read()
         self._history = self._gradients.history()
-        history, *signals = self._comm.allreduce(torch.tensor([self._history, *self._signals.flags()])).tolist()
-        self._signals.give_back()
+        history, *signals = self._comm.allreduce(torch.tensor([self._history, *self.signals.flags()])).tolist()
+        self.signals.give_back()
         self._compare(history)
         if any(signals):
             _note_stop(trainer, _chosen(signals))
@@ -183,10 +265,11 @@ class _Last(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._message.forget()
-        self._signals.give_back()
+        self._between.forget()
+        self.signals.give_back()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._signals.give_back()
+        self.signals.give_back()
 
     def _compare(self, histories: int) -> None:
         """Refuse a step that has combined gradients of different passes; at least one worker sees it.
@@ -209,14 +292,15 @@ class _Last(pl.Callback):
         told = f"{', '.join(map(str, ends))} after {batch_idx + 1} batches, and the others have more"
         raise _uneven(trainer, f"the epoch ends on worker {told}")
 
-    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, signum: int) -> None:
+    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, signum: int, save: bool = True) -> None:
         stopped = StoppedBySignal(signum)
         _note_stop(trainer, signum)
         # Here, where ModelCheckpoint saves, and not from the hook for exceptions: by then callbacks have let go
         # of what belongs into the file.
-        paths = _save(trainer, pl_module, stopped)
+        paths = _save(trainer, pl_module, stopped) if save else []
         if trainer.is_global_zero:
             saved = f"saved {', '.join(paths)}" if paths else "nothing saved: no ModelCheckpoint(save_last=True)"
+            saved = saved if save else "nothing saved: no step was made since the checkpoint that was resumed"
             _say(f"horovod: all workers stopped after step {trainer.global_step} ({_name(signum)}); {saved}")
         raise stopped
 

@@ -59,14 +59,14 @@ class Modes(pl.Callback):
 
 @pytest.mark.parametrize("name", RUNNING)
 def test_each_part_keeps_its_mode_over_the_ends_of_tasks(tmp_path: Path, name: str) -> None:
-    data = make_data()
+    data = make_data(batch_size=6)  # with exemplars, too, no batch has one sample
     agent, modes = make(name, data, Frozen()), Modes()
     before = {name: part.training for name, part in agent.named_modules()}
     make_trainer(tmp_path, [modes], enable_checkpointing=False).fit(agent, datamodule=data)
-    assert len(modes.seen) == 9
+    assert len(modes.seen) >= 9
     assert all(seen == before for seen in modes.seen)
     assert int(agent.backbone.frozen[1][0].num_batches_tracked) == 0
-    assert int(agent.backbone.free[0].num_batches_tracked) == 9
+    assert int(agent.backbone.free[0].num_batches_tracked) == len(modes.seen)
 
 
 def test_modes_and_gradients_are_as_before_after_an_exception(tmp_path: Path) -> None:
@@ -133,8 +133,6 @@ def test_the_matrix_is_of_the_precision_that_is_trained_in(tmp_path: Path, preci
 def test_all_that_runs_at_the_end_of_a_task_is_in_the_trainers_precision(
     tmp_path: Path, name: str, precision: str, dtype: torch.dtype
 ) -> None:
-    if name == "ewc" and precision == "bf16-true":
-        pytest.skip("the squares of gradients in bfloat16 say nothing")
     data = make_data()
     agent = make(name, data)
     seen = []
@@ -174,7 +172,8 @@ def averaging():
 @pytest.mark.parametrize("name", ["base", "icarl", "bic"])
 def test_the_matrix_is_of_averaged_weights_where_these_are_kept(tmp_path: Path, name: str, how: str) -> None:
     def run(callbacks):
-        data, weights = make_data(), Weights()
+        pl.seed_everything(0)
+        data, weights = make_data(batch_size=6), Weights()
         agent = make(name, data, Frozen(), epochs_per_task=2)
         trainer = make_trainer(tmp_path, [weights, *callbacks], enable_checkpointing=False)
         trainer.fit(agent, datamodule=data)
