@@ -29,9 +29,11 @@ NAMES = ["icarl", "bic", "ewc", "derpp_task_end", "base"]
 class Signalled(MLP):
     """Is sent a signal in the n-th batch that it sees in evaluation."""
 
-    def __init__(self, at: int | None) -> None:
+    at: int | None = None
+    count = 0
+
+    def __init__(self) -> None:
         super().__init__([8])
-        self.at, self.count = at, 0
 
     def forward(self, inputs):
         if not self.training:
@@ -57,7 +59,8 @@ def fit(name: str, folder: Path, at: int | None, ckpt: Path | None = None):
         options["rehearsal"] = {"buffer_size": 12}
     elif name not in ("base", "ewc"):
         options["rehearsal"] = {"buffer_size": 12, "num_samples": 4}
-    agent, steps = getattr(presets, name)(Signalled(at), data.num_classes, **options), Steps()
+    agent, steps = getattr(presets, name)(Signalled(), data.num_classes, **options), Steps()
+    agent.backbone.at = at  # not the teacher's
     saver = ModelCheckpoint(folder, filename="{step}", every_n_epochs=100, save_on_exception=True)
     trainer = make_trainer(folder, [steps, saver], limit_val_batches=0)
     stopped = None

@@ -37,10 +37,9 @@ def fit(name, at=None, callbacks=(), ckpt=None):
     # Of 21 samples of a task worker 0 has three batches, worker 1 two.
     data = make_data(increment=3, eval_batch_size=5, batch_size=4, shard=SHARD)
     pl.seed_everything(0)
-    net = Signalled([8])
-    net.at = at
     memory = {"buffer_size": 12} | ({} if name == "icarl" else {"num_samples": 4})
-    agent = getattr(presets, name)(net, 6, input_spec=data.input_spec, epochs_per_task=2, lr=0.05, rehearsal=memory)
+    agent = getattr(presets, name)(Signalled([8]), 6, input_spec=data.input_spec, epochs_per_task=2, lr=0.05, rehearsal=memory)
+    agent.backbone.at = at  # not the teacher's
     trainer = make_trainer(FOLDER, callbacks, strategy=STRATEGY, enable_checkpointing=bool(callbacks),
                            limit_val_batches=0)
     trainer.fit(agent, datamodule=data, ckpt_path=ckpt)
@@ -53,8 +52,6 @@ STOP = """
 straight, expected = fit(NAME)
 for share in (0.0, 0.4, 0.8):
     at, folder = 1 + int(share * straight.backbone.count), f"{FOLDER}/{NAME}/{share}"
-    # Worker 1, which has fewer batches, is told.
-    at = int(torch.tensor(at))
     try:
         fit(NAME, at, [ModelCheckpoint(folder, save_last=True, every_n_epochs=100)])
     except SystemExit as end:
