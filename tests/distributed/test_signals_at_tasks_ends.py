@@ -38,7 +38,9 @@ def fit(name, at=None, callbacks=(), ckpt=None):
     data = make_data(increment=3, eval_batch_size=5, batch_size=4, shard=SHARD)
     pl.seed_everything(0)
     memory = {"buffer_size": 12} | ({} if name == "icarl" else {"num_samples": 4})
-    agent = getattr(presets, name)(Signalled([8]), 6, input_spec=data.input_spec, epochs_per_task=2, lr=0.05, rehearsal=memory)
+    agent = getattr(presets, name)(
+        Signalled([8]), 6, input_spec=data.input_spec, epochs_per_task=2, lr=0.05, rehearsal=memory
+    )
     agent.backbone.at = at  # not the teacher's
     trainer = make_trainer(FOLDER, callbacks, strategy=STRATEGY, enable_checkpointing=bool(callbacks),
                            limit_val_batches=0)
