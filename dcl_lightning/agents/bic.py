@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
 from dcl_lightning.agents.teacher import Teacher
-from dcl_lightning.errors import check_number
 from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
+from dcl_lightning.errors import check_number
 from dcl_lightning.functional.bias_correction import SMALLEST_SCALE, distillation_share, fitted_bias
 from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
 from dcl_lightning.memory.config import RehearsalConfig
