@@ -216,7 +216,7 @@ class Rehearsal(pl.Callback):
         """Take the memory out; a callback of a lone worker's that saves after this finds what the step has left."""
         drawn = None
         if comm_of(trainer.strategy).size == 1 and self._engine is not None:
-            batches = trainer.fit_loop.epoch_loop.batch_progress.current
+            batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
             self._due = self._due and batches.processed == batches.ready  # else this batch was not trained on
             with suppress(Exception):  # the memory's own error may be what ends the fit
                 self.wait(trainer)
