@@ -806,6 +806,8 @@ class Examination:
 
     def _weights(self, number: int, steps: tuple[Step, ...], single: bool) -> None:
         """Check that all workers divide by the same number, which is what their rows weigh."""
+        if self.config.execution == "nonblocking" and not single:
+            return  # a worker may have gone on with other rows than those that the others heard of
         new = sum(float(s.weights[s.new].sum()) for s in steps) / len(steps)
         old = sum(float(s.weights[s.old].sum()) for s in steps) / len(steps)
         expected = new if self.config.loss == "sum" else new + old
@@ -845,9 +847,9 @@ class Examination:
             self.faults.append(f"room for {[m.capacity for m in memories]} rows in place of {total}")
         offered: list[list[int]] = []
         for number, step in enumerate(first.steps):
-            if step.memory is not None and self._memory_is_wrong(
-                f"before step {number}", step.memory, offered, step.task
-            ):
+            last = first.steps[number - 1].memory if number else None
+            when = f"before step {number}"
+            if step.memory is not None and self._memory_is_wrong(when, step.memory, offered, step.task, last):
                 return
             offered.append(step.ids[step.new][step.weights[step.new] > 0].tolist())
         if first.memory is not None:
@@ -855,7 +857,8 @@ class Examination:
             task = first.steps[-1].task + 1 if value_of(self.drawn, "limit") is None else None
             self._memory_is_wrong("at the end", first.memory, offered, task)
 
-    def _memory_is_wrong(self, when: str, memory: Memory, offered: list[list[int]], tasks: int | None) -> bool:
+    def _memory_is_wrong(self, when: str, memory: Memory, offered: list[list[int]], tasks: int | None,
+                         before_it: Memory | None = None) -> bool:  # fmt: skip
         before = len(self.faults)
         truth, config = self.truth, self.config
         if memory.written is not None and not torch.equal(memory.written, memory.ids):
@@ -864,6 +867,16 @@ class Examination:
             self.faults.append(f"{when}: rows without an id: {memory.ids.tolist()}")
         elif not torch.equal(truth.labels[memory.ids], memory.labels):
             self.faults.append(f"{when}: stored labels {memory.labels.tolist()} of samples {memory.ids.tolist()}")
+        if before_it is not None and config.update == "step":
+            foreign = set(memory.ids.tolist()) - set(before_it.ids.tolist()) - set(offered[-1])
+            if foreign:
+                self.faults.append(f"{when}: samples {foreign} have entered that were not offered")
+            if (config.policy, config.quota) == ("greedy", "adaptive"):
+                known = gdumb_counts(truth, memory.capacity, before_it.ids.tolist(), offered)
+                if not torch.equal(known, torch.bincount(memory.labels, minlength=truth.num_classes)):
+                    self.faults.append(
+                        f"{when}: {memory.labels.bincount().tolist()} rows of the classes, not {known.tolist()}"
+                    )
         if len(memory.ids) > memory.capacity:
             self.faults.append(f"{when}: {len(memory.ids)} rows in a memory of {memory.capacity}")
         if config.policy != "nil" and len(memory.ids.unique()) < len(memory.ids):
@@ -972,6 +985,8 @@ class Examination:
                 ours, theirs = getattr(fit, name), getattr(other, name)
                 which = [k for k in theirs if not _same(ours.get(k), theirs[k])] if isinstance(theirs, dict) else ""
                 self.faults.append(f"{what}: another {name} {which}")
+        if not fit.steps:
+            return  # nothing was left to train on, and Lightning calls no hook in which a memory is taken back
         if (fit.memory is None) != (other.memory is None):
             self.faults.append(f"{what}: one has a memory")
         elif (fit.memory is not None and other.memory is not None) and not _same(
@@ -1070,6 +1085,8 @@ def policy_counts(config: Any, truth: Truth, capacity: int, offers: list[list[in
     if config.policy == "reservoir":
         # Appended while there is room, and nothing leaves but for another.
         return Counts(min(capacity, len(distinct)), torch.zeros_like(of_class), of_class)
+    if config.policy == "greedy" and config.quota == "adaptive":
+        return Counts(None, torch.zeros_like(of_class), of_class)  # see ``gdumb_counts``
     classes = torch.ones(num_classes, dtype=torch.bool) if config.quota == "fixed" else of_class > 0
     share, rest = divmod(capacity, max(int(classes.sum()), 1))
     room = torch.where(classes, share + (classes.cumsum(0) - 1 < rest).long(), 0)
@@ -1087,6 +1104,31 @@ def policy_counts(config: Any, truth: Truth, capacity: int, offers: list[list[in
     least = torch.minimum(most, (times - missing).clamp(min=0)) if config.policy == "nil" else torch.minimum(
         most, (of_class - missing).clamp(min=0))  # fmt: skip
     return Counts(None, least, most)
+
+
+def gdumb_counts(truth: Truth, capacity: int, before: list[int], offers: list[list[int]]) -> Tensor:
+    """Return how many rows of each class GDumb's sampler holds after the last of some batches.
+
+    Prabhu et al., ECCV 2020, algorithm 1: a sample of a class with less than its share of the memory enters; where the
+    memory is full a row of the largest class leaves, of several the first.
+
+    Args:
+        truth: about the samples.
+        capacity: rows of the memory.
+        before: samples that were stored before the last batch.
+        offers: sample ids of each batch.
+    """
+    counts = torch.bincount(truth.labels[torch.tensor(before, dtype=torch.int64)], minlength=truth.num_classes)
+    seen = {int(truth.labels[i]) for batch in offers[:-1] for i in batch}
+    for sample in offers[-1]:
+        label = int(truth.labels[sample])
+        seen.add(label)
+        if sample in before or counts[label] >= capacity / len(seen):
+            continue
+        if counts.sum() == capacity:
+            counts[counts.argmax()] -= 1
+        counts[label] += 1
+    return counts
 
 
 def named_axes(message: str, drawn: Draw) -> list[str]:
