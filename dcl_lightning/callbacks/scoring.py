@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -41,7 +42,7 @@ def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | N
             found = module(inputs)
         expected = (len(inputs), data.num_classes)
         if isinstance(found, Tensor) and found.shape == expected:
-            return _forward(module)
+            return partial(_forward, module)
         shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         reason = f"gives {shape} for {expected[0]} samples of {expected[1]} classes"
     except Exception as error:  # the user's code: whatever it raises, the stream can be trained without a matrix
@@ -56,8 +57,5 @@ def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | N
     return None
 
 
-def _forward(module: Any) -> Callable[[Batch], Tensor]:
-    def scores(batch: Batch) -> Tensor:
-        return module(batch.inputs)
-
-    return scores
+def _forward(module: Any, batch: Batch) -> Tensor:
+    return module(batch.inputs)

@@ -68,6 +68,14 @@ class SideFilesIO(CheckpointIO):
         self.folders: list[Path] = []
         self._busy = threading.Lock()  # a plugin may save in the background, where nothing must be removed meanwhile
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the lock: trainers are copied, as Lightning's own way to save allows."""
+        return {name: value for name, value in vars(self).items() if name != "_busy"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state back, with a lock of its own."""
+        vars(self).update(state, _busy=threading.Lock())
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Make a checkpoint and its side files valid together, in place of what had this name.
 
