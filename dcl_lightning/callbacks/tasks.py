@@ -308,6 +308,8 @@ class TaskClock(pl.Callback):
         for stopper in trainer.early_stopping_callbacks:
             stopper.on_train_epoch_end(trainer, pl_module)
         progress.completed += 1
+        # Lightning has these loaders for the next epoch's. If the task has ended now, that epoch has one more.
+        loop._last_val_dl_reload_epoch = float("-inf")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a task in its first epoch."""
