@@ -91,6 +91,8 @@ class ContinualAgent(pl.LightningModule):
     boundaries: ClassVar[tuple[str, ...]] = ("known",)
     # Whether a method keeps past samples of its own.
     rehearses: ClassVar[bool] = False
+    # Whether the loss weighs rows by batch.weights, over batch.normaliser; any module may say so of its own.
+    weighs_rows: ClassVar[bool] = True
 
     seen: Tensor
     current: Tensor

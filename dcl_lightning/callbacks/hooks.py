@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from dcl_lightning.types import Task
@@ -49,8 +50,8 @@ def pass_through(
     data = getattr(trainer, "datamodule", None)
     # Lightning calls the data module's hook if that has one, else the module's; if neither has, it makes no
     # difference, but of a module's beside a data module it warns.
-    theirs = data is not None and getattr(type(data), name) is not getattr(pl.LightningDataModule, name)
-    ours = getattr(type(module), name) is not getattr(pl.LightningModule, name) or name in module.__dict__
+    theirs = data is not None and is_overridden(name, data)
+    ours = is_overridden(name, module)
     owner: Any = data if data is not None and (theirs or not ours) else module
 
     def wrapper(original: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -126,6 +126,8 @@ class Rehearsal(pl.Callback):
                 f"{type(pl_module).__name__}.training_step(dataloader_iter) fetches batches itself, past the hooks by "
                 "which representatives join them: give training_step(batch, batch_idx)"
             )
+        if not getattr(pl_module, "weighs_rows", False):
+            self.config.check_without_agent(self.label is not None, isinstance(stream, Stream))
         if isinstance(stream, Stream):
             self.config.check_stream(stream.classes_come_again, data.boundaries)
             if not data.concatenate_tasksets:
@@ -160,6 +162,7 @@ class Rehearsal(pl.Callback):
         self._due = self._came = self._computed = False
         self._wait_s = 0.0
         self._references = None
+        _refuse_several_loaders(trainer)
         self._extras = ExtraColumns(pl_module)
         self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
         data: Any = getattr(trainer, "datamodule", None)
@@ -232,7 +235,7 @@ class Rehearsal(pl.Callback):
     def _leave(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._in_flight = self._offer = self._weights = self._extras = None
+        self._in_flight = self._offer = self._weights = self._extras = self._references = None
         engine, self._engine = self._engine, None
         if engine is not None and not engine.close():
             rank_zero_warn("the memory's work did not end with the fit: what it holds is given up")
@@ -446,7 +449,6 @@ class Rehearsal(pl.Callback):
                 "rehearsal.execution=nonblocking goes with scope=local: the exchange needs all workers in step"
             )
         if not own:
-            config.check_without_agent(self.label is not None)
             num_rows(batch)  # what is no tensor is named
         data: Any = getattr(trainer, "datamodule", None)
         classes = data.num_classes if own else (self.num_classes or 1)
@@ -565,6 +567,15 @@ def _together(comm: Comm, make: Callable[[], _Made]) -> _Made:
     if errors:
         raise ConfigurationError(errors[0])
     return cast(_Made, made)
+
+
+def _refuse_several_loaders(trainer: pl.Trainer) -> None:
+    loaders: Any = trainer.train_dataloader
+    if isinstance(loaders, (Mapping, list, tuple)) and len(loaders) > 1:
+        raise ConfigurationError(
+            f"{len(loaders)} training loaders: what they give side by side are not the rows of one batch, which a "
+            "memory stores together; give one loader, of a data set with all columns (torch.utils.data.StackDataset)"
+        )
 
 
 def _used_on(stream: torch.cuda.Stream, nest: Any) -> None:

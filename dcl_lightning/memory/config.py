@@ -132,11 +132,12 @@ class RehearsalConfig(MemorySize):
                     "data.boundaries=known"
                 )
 
-    def check_without_agent(self, has_labels: bool) -> None:
-        """Refuse what needs an agent of ours, whose loss knows weights, and our data module, which knows tasks.
+    def check_without_agent(self, has_labels: bool, has_tasks: bool = False) -> None:
+        """Refuse what needs an agent of ours, whose loss knows weights, or our data module, which knows tasks.
 
         Args:
             has_labels: whether it is known where a batch has its labels, and how many classes there are.
+            has_tasks: whether the data come from our data module, so that the loss alone is in question.
 
         Raises:
             ConfigurationError: with the remedy.
@@ -152,11 +153,11 @@ class RehearsalConfig(MemorySize):
             ("rehearsal_ratio", self.rehearsal_ratio, "buffer_size"),
             ("store", self.store == "reference" and self.store, "store='rows'"),
         ):
-            if value:
+            if value and (name == "loss" or not has_tasks):
                 raise ConfigurationError(
                     f"rehearsal.{name}={value} needs an agent of ours and its data module: give {remedy}"
                 )
-        if not has_labels and self.policy in ("nil", "class_balanced", "greedy"):
+        if not (has_labels or has_tasks) and self.policy in ("nil", "class_balanced", "greedy"):
             raise ConfigurationError(
                 f"rehearsal.policy={self.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
                 "policy='reservoir'"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 from streams import ON, make_data
 
-from dcl_lightning import Rehearsal, RehearsalConfig, TaskClock, TaskReport
+from dcl_lightning import ContinualDataModule, Rehearsal, RehearsalConfig, TaskClock, TaskReport
 from dcl_lightning.errors import ConfigurationError
 
 
@@ -49,6 +49,7 @@ class Validated(Plain):
         self.losses.append(F.cross_entropy(self(batch.inputs), batch.targets, reduction="none"))
 
     def on_validation_epoch_end(self):
+        self.validated = [*getattr(self, "validated", []), len(torch.cat(self.losses))]
         self.log("loss", torch.cat(self.losses).mean())
 
 
@@ -103,6 +104,50 @@ def test_a_memory_beside_the_clock(tmp_path: Path, rehearse: str) -> None:
     assert rehearsed[2] > 0
 
 
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"policy": "nil", "weighting": "nil"}, "weighting='none'"),
+        ({"policy": "reservoir", "weighting": "none", "loss": "sum"}, "loss='mean'"),
+    ],
+)
+def test_a_memory_whose_weights_the_loss_must_know_is_refused(tmp_path: Path, config: dict, remedy: str) -> None:
+    module, memory = Plain(), Rehearsal(RehearsalConfig(buffer_size=12, **config))
+    with pytest.raises(ConfigurationError, match=remedy):
+        trainer(tmp_path, TaskClock(), memory).fit(module, datamodule=make_data())
+    assert module.seen == []
+    module.weighs_rows = True  # it says that its loss does
+    trainer(tmp_path, TaskClock(), memory).fit(module, datamodule=make_data())
+    assert sum(rehearsed for _, rehearsed, _ in module.seen)
+
+
+@pytest.mark.parametrize("execution", ["inline", "blocking"])
+@pytest.mark.parametrize("config", [{}, {"store": "reference"}, {"update": "task_end", "rehearse": "past"}])
+def test_every_rehearsed_row_is_one_of_the_data_sets(tmp_path: Path, config: dict, execution: str) -> None:
+    count = 42
+    targets = torch.arange(count) // 7
+    inputs = torch.zeros(count, 1, 4, 4)
+    inputs[:, 0, 0, 0] = torch.arange(count)  # an input says which sample it is
+    rehearsed = []
+
+    class Looks(Plain):
+        def training_step(self, batch, batch_idx):
+            ids = batch.inputs[:, 0, 0, 0].round().long()
+            assert torch.equal(ids, batch.sample_ids)
+            assert torch.equal(targets[ids], batch.targets)
+            assert torch.equal(targets[ids] // 2, batch.task_ids)
+            rehearsed.append((self.current_epoch // 2, set(batch.task_ids[batch.num_new :].tolist())))
+            return super().training_step(batch, batch_idx) * 0  # ids are large for a network
+
+    options = {"buffer_size": 12, "num_samples": 4, "policy": "reservoir", "weighting": "none", "execution": execution}
+    data = ContinualDataModule((inputs, targets, inputs, targets), increment=2, batch_size=5, seed=0)
+    memory = Rehearsal(RehearsalConfig(**options | config))
+    trainer(tmp_path, TaskClock(2), memory).fit(Looks(), datamodule=data)
+    allowed = {task: set(range(task + ("update" not in config))) for task in range(3)}
+    assert all(tasks <= allowed[task] for task, tasks in rehearsed)
+    assert set().union(*(tasks for task, tasks in rehearsed if task == 2)) >= {0, 1}
+
+
 def test_early_stopping_and_resume(tmp_path: Path) -> None:
     def run(**kwargs):
         pl.seed_everything(0)
@@ -114,9 +159,12 @@ def test_early_stopping_and_resume(tmp_path: Path) -> None:
 
     clock, module = run()
     assert len(module.seen) == 3 * 3
-    again_clock, again = run(ckpt_path=tmp_path / "step=4.ckpt")
-    assert torch.equal(again.network[1].weight, module.network[1].weight)
-    assert torch.equal(again_clock.matrix.compute().nan_to_num(-1), clock.matrix.compute().nan_to_num(-1))
+    assert module.validated == [14, 28, 42]
+    for step, validated in ((3, [14, 28, 42]), (4, [28, 42]), (6, [28, 42])):  # 3 and 6: a task's last
+        again_clock, again = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert again.validated == validated, step
+        assert torch.equal(again.network[1].weight, module.network[1].weight)
+        assert torch.equal(again_clock.matrix.compute().nan_to_num(-1), clock.matrix.compute().nan_to_num(-1))
 
 
 def test_an_evaluate_of_ones_own_is_asked(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,3 +297,86 @@ def test_the_hooks_of_a_data_module_run_too(tmp_path: Path) -> None:
     make_trainer(tmp_path, [Rehearsal(memory(execution="blocking"))], max_epochs=1).fit(module, datamodule=data)
     assert data.sizes == [len(y) for _, y in module.train_batches] == [4, 7, 7, 7, 7]
     assert "on_after_batch_transfer" not in data.__dict__
+
+
+def rows_are_whole(batches: list[tuple[torch.Tensor, torch.Tensor]], count: int = 20) -> bool:
+    """Whether each row has the label of the image that its first pixel names, as ``images`` made it."""
+    return all((y == x[:, 0, 0, 0].div(2).round().long() * 4 // count).all() for x, y in batches)
+
+
+class Whole(Images):
+    """Does nothing to its batches."""
+
+    on_before_batch_transfer = pl.LightningModule.on_before_batch_transfer
+    on_after_batch_transfer = pl.LightningModule.on_after_batch_transfer
+
+
+@pytest.mark.parametrize("execution", ["inline", "blocking"])
+def test_two_steps_of_two_optimizers_a_batch(tmp_path: Path, execution: str) -> None:
+    class Manual(Whole):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.other = nn.Linear(16, 4)
+
+        def training_step(self, batch, batch_idx):
+            self.train_batches.append((batch[0].clone(), batch[1].clone()))
+            for optimizer, net in zip(
+                self.optimizers(), (self.net, nn.Sequential(nn.Flatten(), self.other)), strict=True
+            ):
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), 0.01) for part in (self.net, self.other)]
+
+    module, rehearsal = Manual(), Rehearsal(memory(execution=execution, seed=1))
+    trainer = make_trainer(tmp_path, [rehearsal], max_epochs=2)
+    trainer.fit(module, images())
+    assert trainer.global_step == 20
+    assert [len(y) for _, y in module.train_batches] == [4] + [7] * 9
+    assert rows_are_whole(module.train_batches)
+    # Each sample was offered once a batch, however many steps that took.
+    assert int(rehearsal.manager.state_dict()["buffer"]["slots"]["seen"]) == 40
+
+
+@pytest.mark.parametrize("config", [{}, {"execution": "blocking"}, {"execution": "blocking", "stage": "assemble"}])
+def test_batches_of_changing_sizes(tmp_path: Path, config: dict[str, Any]) -> None:
+    everything, sizes = list(images().dataset), [4, 2, 5, 1, 3, 5]
+    cuts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    batches = [everything[first:last] for first, last in pairwise(cuts)]
+    loader = DataLoader([(torch.stack([x for x, _ in b]), torch.tensor([y for _, y in b])) for b in batches], None)
+    module, rehearsal = Whole(), Rehearsal(memory(**config))
+    make_trainer(tmp_path, [rehearsal], max_epochs=1).fit(module, loader)
+    assert [len(y) for _, y in module.train_batches] == [4, *(size + 3 for size in sizes[1:])]
+    assert rows_are_whole(module.train_batches)
+    new = torch.cat([x[:size, 0, 0, 0] for (x, _), size in zip(module.train_batches, sizes, strict=True)])
+    assert new.tolist() == [2.0 * i for i in range(20)]
+
+
+def test_a_hook_set_on_the_instance_of_a_data_module(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return images()
+
+    sizes: list[int] = []
+
+    def mine(batch, dataloader_idx):
+        sizes.append(len(batch[0]))
+        return batch
+
+    # Lightning asks the data module's hook, though the module's class has one, too.
+    data, module = Data(), Images()
+    data.on_after_batch_transfer = mine
+    make_trainer(tmp_path, [Rehearsal(memory())], max_epochs=1).fit(module, datamodule=data)
+    assert sizes == [len(y) for _, y in module.train_batches] == [4, 7, 7, 7, 7]
+    assert data.on_after_batch_transfer is mine
+
+
+@pytest.mark.parametrize("loaders", [lambda: [images(), images()], lambda: {"a": images(), "b": images(8)}])
+def test_several_training_loaders_are_refused(tmp_path: Path, loaders: Any) -> None:
+    module = Whole()
+    with pytest.raises(ConfigurationError, match="2 training loaders"):
+        make_trainer(tmp_path, [Rehearsal(memory())], max_epochs=1).fit(module, loaders())
+    assert not module.train_batches

@@ -199,3 +199,52 @@ def test_resume_equals_the_uninterrupted_run(runs: list[dict[str, Any]]) -> None
 
 def test_nonblocking_under_global_scope_is_refused(runs: list[dict[str, Any]]) -> None:
     assert all("scope=local" in message for message in of(runs, "refused"))
+
+
+def test_one_memory_over_a_fit_for_each_task() -> None:
+    assert_ended_well(run_workers(FITS, WORKERS))
+
+
+# An input says which sample it is: 100 times its task, and its number. Worker k has those with number % 2 == k.
+FITS = """
+import os, torch
+from torch.utils.data import DataLoader, TensorDataset
+from toy import Toy, trainer
+from dcl_lightning import Rehearsal, RehearsalConfig
+
+rank = int(os.environ["HOROVOD_RANK"])
+torch.set_num_threads(1)
+
+class Looks(Toy):
+    def training_step(self, batch, index):
+        tasks = (batch[0][:, 0] // 100).long()
+        numbers = batch[0][:, 0].long() % 100
+        assert torch.equal(batch[1][:, 0], batch[0][:, 0] * 2)
+        assert (tasks[:4] == task).all() and (numbers[:4] % 2 == rank).all()
+        seen.append(list(zip(tasks[4:].tolist(), (numbers[4:] % 2).tolist())))
+        return self.net(batch[0] / 300).square().mean()
+
+for scope, execution in (("local", "inline"), ("local", "blocking"), ("global", "blocking")):
+    memory = Rehearsal(RehearsalConfig(
+        buffer_size=24, num_samples=6, policy="reservoir", weighting="none", scope=scope, execution=execution, seed=1
+    ))
+    module, stored = Looks(), []
+    for task in range(3):
+        seen = []
+        inputs = (100.0 * task + torch.arange(40.0)[rank::2])[:, None].repeat(1, 5)
+        trainer("horovod", max_epochs=1, callbacks=[memory]).fit(
+            module, DataLoader(TensorDataset(inputs, inputs[:, :1] * 2), batch_size=4)
+        )
+        buffer = memory.manager.buffer
+        rows, _ = buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))
+        stored.append(set((rows[:, 0] // 100).long().tolist()))
+        assert len(buffer) == 12 and (rows[:, 0].long() % 2 == rank).all()
+        first, drawn = seen[0], [pair for step in seen for pair in step]
+        if task:  # the first batch of a later fit meets what the fits before have stored
+            assert len(first) == 6 and {t for t, _ in first} <= set(range(task)), (scope, task, first)
+            assert all(len(step) == 6 for step in seen)
+        assert {k for _, k in drawn} == ({0, 1} if scope == "global" else {rank})
+    assert stored == [{0}, {0, 1}, {0, 1, 2}], stored
+    memory.clear()
+    assert memory.manager is None
+"""

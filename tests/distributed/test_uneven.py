@@ -66,3 +66,38 @@ class Allows(Toy):
         self.allow_zero_length_dataloader_with_multiple_devices = True
 assert refused(loader([2, 2, 0]), "worker 2 has 0", model=Allows) == 0
 """
+
+
+def test_streams_of_unequal_length_beside_a_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_ended_well(run_workers(STREAMS, 2))
+
+
+# A hang would be seen by the deadline of this test: a collective may take 30 minutes.
+STREAMS = """
+import os, torch
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from toy import Toy, samples, trainer
+from dcl_lightning import Rehearsal, RehearsalConfig
+from dcl_lightning.errors import DataError
+
+rank = int(os.environ["HOROVOD_RANK"])
+torch.set_num_threads(1)
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(Subset(samples(), range([8, 12][rank])))
+
+for scope, execution in (("local", "inline"), ("local", "blocking"), ("global", "inline"), ("global", "blocking")):
+    config = RehearsalConfig(
+        buffer_size=8, num_samples=2, policy="reservoir", weighting="none", scope=scope, execution=execution
+    )
+    t = trainer("horovod", callbacks=[Rehearsal(config)])
+    try:
+        t.fit(Toy(), DataLoader(Stream(), batch_size=2))
+    except DataError as error:
+        assert "the epoch ends on worker 0 after 4 batches" in str(error), error
+        assert t.global_step == 4
+    else:
+        raise AssertionError((scope, execution))
+"""
