@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import UserDict
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from rehearsals import same
 from streams import make_trainer, weights
 from torch import nn
 from torch.nn import functional as F
@@ -380,3 +382,32 @@ def test_several_training_loaders_are_refused(tmp_path: Path, loaders: Any) -> N
     with pytest.raises(ConfigurationError, match="2 training loaders"):
         make_trainer(tmp_path, [Rehearsal(memory())], max_epochs=1).fit(module, loaders())
     assert not module.train_batches
+
+
+def test_a_search_leaves_the_memory_of_earlier_fits(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        batch_size = 4
+
+        def train_dataloader(self):
+            return DataLoader(images().dataset, batch_size=self.batch_size)
+
+        def val_dataloader(self):
+            return images(8)
+
+    class Rated(Whole):
+        lr = 0.1
+
+    found = []
+    for search in ([], [LearningRateFinder(num_training_steps=6, update_attr=False)], [BatchSizeFinder(max_trials=2)]):
+        rehearsal, module, data = Rehearsal(memory(seed=3)), Rated(), Data()
+        make_trainer(tmp_path, [rehearsal], max_epochs=1).fit(module, data)
+        looked: list[Any] = []
+
+        class Looks(pl.Callback):
+            def on_train_batch_start(self, trainer, module, batch, batch_idx, looked=looked, rehearsal=rehearsal):
+                looked.append(copy.deepcopy(rehearsal.manager.state_dict()["buffer"]))
+
+        make_trainer(tmp_path, [rehearsal, *search, Looks()], max_steps=1, max_epochs=1).fit(module, data)
+        found.append(looked[-1])
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
