@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from dcl_lightning.citations import DATASETS, METHODS, PROJECT, method_of, references
+from dcl_lightning.command_line.arguments import CommandParser
 from dcl_lightning.errors import ConfigurationError, suggestion
 
 __all__ = ["main"]
@@ -24,7 +24,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ConfigurationError: an unknown name, or neither.
     """
-    parser = argparse.ArgumentParser("cite", description=__doc__)
+    parser = CommandParser("cite", description=__doc__)
     parser.add_argument("--model", metavar="NAME", help="Agent by its short name, or by the name of its class.")
     parser.add_argument("--data.dataset", dest="dataset", metavar="NAME", help="Data set, as a fit names it.")
     given = parser.parse_args(args)

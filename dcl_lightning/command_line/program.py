@@ -77,7 +77,8 @@ class ContinualCLI(LightningCLI):
         subcommand = self.config["subcommand"]  # the attribute is set later
         refuse_nulls(self.config[subcommand])
         go_on_from_last(self.config[subcommand], subcommand == "fit")
-        refuse_no_checkpoint(self.config[subcommand].get("ckpt_path"))
+        if self.config[subcommand].get("weights_only") is not False:  # else it may hold what only its user trusts
+            refuse_no_checkpoint(self.config[subcommand].get("ckpt_path"))
         args = self._args if self._args is not None else sys.argv[1:]
         if not any(arg.startswith(("--model", "--config", "-c")) for arg in args):
             refuse_foreign_classes(self.config[subcommand].get("ckpt_path"))
@@ -101,7 +102,12 @@ class ContinualCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             ContinualParser.given = given
-            super().parse_arguments(parser, without_other_agent(with_one_optimizer(given)))
+            try:
+                super().parse_arguments(parser, without_other_agent(with_one_optimizer(given)))
+            except (OSError, RecursionError, UnicodeError) as error:
+                raise ConfigurationError(
+                    f"a configuration file cannot be read ({error}): give YAML in UTF-8 that does not refer to itself"
+                ) from error
         self.config = expanded(self.config)
         seed = self.config.get(f"{self.config.get('subcommand')}.seed_everything")
         if not isinstance(seed, (bool, type(None))):  # True is a random one

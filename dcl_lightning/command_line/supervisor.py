@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from dcl_lightning.command_line.arguments import CommandParser
 from dcl_lightning.distributed.child import end_with_parent
 from dcl_lightning.errors import ConfigurationError
 
@@ -41,7 +42,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ConfigurationError: there is no ``fit`` among the job's words, or a number is out of range.
     """
-    parser = argparse.ArgumentParser("run", description=__doc__, usage="run [options] -- [LAUNCHER ...] fit ...")
+    parser = CommandParser("run", description=__doc__, usage="run [options] -- [LAUNCHER ...] fit ...")
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="Starts after the first, at most.")
     parser.add_argument(
         "--min-workers", type=int, metavar="M",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
-from dcl_lightning.errors import ConfigurationError, suggestion
+import torch
+
+from dcl_lightning.errors import CheckpointError, ConfigurationError, suggestion
 
 __all__ = ["of_lightning", "refuse_no_checkpoint", "refuse_nulls"]
 
@@ -17,6 +19,8 @@ __all__ = ["of_lightning", "refuse_no_checkpoint", "refuse_nulls"]
 _LIBRARIES = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning", "torch", "torchmetrics")
 # What Lightning looks for itself.
 _WORDS = ("last", "hpc")
+# What is in a checkpoint that is a folder: FSDP's, DeepSpeed's.
+_SHARDED = (".metadata", "checkpoint", "latest")
 
 
 @contextmanager
@@ -57,8 +61,11 @@ def refuse_no_checkpoint(path: Any) -> None:
 
     Raises:
         ConfigurationError: with the nearest name in its folder.
+        CheckpointError: it cannot be read, or holds something else.
     """
-    if path is None or path in _WORDS or "://" in str(path) or str(path).startswith("registry"):
+    if path is None or path in _WORDS or "://" in str(path):
+        return
+    if str(path).startswith("registry") and importlib.util.find_spec("litmodels") is not None:
         return
     path = os.path.expanduser(str(path))
     if path == "best":
@@ -67,6 +74,16 @@ def refuse_no_checkpoint(path: Any) -> None:
         folder, name = os.path.split(path)
         near = suggestion(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
         raise ConfigurationError(f"ckpt_path={path}: no such file{near}")
+    if os.path.isdir(path):
+        if not any(os.path.exists(os.path.join(path, name)) for name in _SHARDED):
+            raise ConfigurationError(f"ckpt_path={path} is a folder: give a checkpoint in it, or last")
+        return
+    try:
+        keys = set(torch.load(path, map_location="meta", weights_only=True))
+    except Exception as error:  # whatever reading a broken file raises
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({str(error).partition(chr(10))[0]})") from error
+    if not keys >= {"state_dict", "pytorch-lightning_version"}:
+        raise CheckpointError(f"{path} is no checkpoint of Lightning's: give one that a fit has saved")
 
 
 def refuse_nulls(config: Any, key: str = "") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dcl_lightning.callbacks.files import replacing
+from dcl_lightning.command_line.arguments import CommandParser
 from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.studies import tables
 from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
@@ -30,7 +30,7 @@ _SHOWN = {
 
 def main(args: Sequence[str]) -> int:
     """Compare the runs that the arguments name."""
-    parser = argparse.ArgumentParser("compare", description=__doc__)
+    parser = CommandParser("compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run, or of a study with several.")
     parser.add_argument("--out", help="Folder to write comparison.csv, .md, .tex and .png to; none by default.")
     given = parser.parse_args(args)

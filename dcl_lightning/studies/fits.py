@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from dcl_lightning.callbacks.files import replacing
 from dcl_lightning.errors import ConfigurationError, suggestion
 from dcl_lightning.studies.runs import is_finished
 
-__all__ = ["Fit", "arguments", "check_config", "keep_to", "run_fit"]
+__all__ = ["Fit", "arguments", "keep_to", "read_config", "run_fit"]
 
 Fit = Callable[[list[str]], int]
 
@@ -42,19 +43,23 @@ def arguments(config: str, folder: Path, more: Sequence[str]) -> list[str]:
     return ["fit", "--config", config, *logger, *more, *resume]
 
 
-def check_config(path: str) -> None:
-    """Refuse a configuration file that is not there, before any run.
+def read_config(path: str | Path) -> str:
+    """Return the text of a configuration file, read before any run.
 
     Args:
         path: of the file.
 
     Raises:
-        ConfigurationError: with the nearest name.
+        ConfigurationError: it is not there, with the nearest name; or it cannot be read as UTF-8.
     """
     file = Path(path)
-    if not file.is_file():
-        names = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+    if not os.path.isfile(file):
+        names = [p.name for p in file.parent.iterdir()] if os.path.isdir(file.parent) else []
         raise ConfigurationError(f"no file {path}{suggestion(file.name, names)}")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}): give a file in UTF-8") from error
 
 
 def keep_to(folder: Path, what: dict[str, Any]) -> None:

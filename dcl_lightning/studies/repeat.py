@@ -14,12 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dcl_lightning.command_line.arguments import CommandParser
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.studies import fits
 from dcl_lightning.studies.compare import text_of, write_comparison
 from dcl_lightning.studies.runs import find_runs, grouped, is_finished, one_each
 
 __all__ = ["main", "numbers"]
+
+_MOST = 10_000  # of seeds, of orders
 
 
 def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
@@ -32,7 +35,7 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
     Returns:
         Exit code: 0, or 1 if a run failed.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "repeat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("config", metavar="CONFIG", help="Configuration file of a fit.")
@@ -41,10 +44,10 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
     parser.add_argument("--out", help="Folder of the study. (default: runs/NAME of the file)")
     parser.add_argument("--slurm-array", action="store_true", help="Run the one that SLURM_ARRAY_TASK_ID tells.")
     given, more = parser.parse_known_args(args)
-    fits.check_config(given.config)
+    text = fits.read_config(given.config)
     seeds = numbers(given.seeds)
-    if given.orders is not None and given.orders < 1:
-        raise ConfigurationError(f"--orders={given.orders}: give at least 1, or leave it out")
+    if given.orders is not None and not 1 <= given.orders <= _MOST:
+        raise ConfigurationError(f"--orders={given.orders}: give a number from 1 to {_MOST}, or leave it out")
     folder = Path(given.out or Path("runs") / Path(given.config).stem)
     orders: list[int | None] = [None] if given.orders is None else [*range(given.orders)]
     runs = {folder / _name(seed, order): _flags(seed, order) for order in orders for seed in seeds}
@@ -59,7 +62,7 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
                 f"SLURM_ARRAY_TASK_ID={task}, but there are {len(runs)} runs: --array=0-{len(runs) - 1}"
             )
         runs = dict([list(runs.items())[int(task)]])
-    fits.keep_to(folder, {"config": Path(given.config).read_text(encoding="utf-8"), "options": more})
+    fits.keep_to(folder, {"config": text, "options": more})
     failed = []
     for number, (place, flags) in enumerate(runs.items(), 1):
         if is_finished(place):
@@ -99,6 +102,8 @@ def numbers(text: str) -> list[int]:
         first, dots, last = part.partition("..")
         if not first.isdecimal() or (dots and not last.isdecimal()) or (dots and int(last) < int(first)):
             raise ConfigurationError(f"--seeds={text}: give numbers or ranges between commas, as in 0..4 or 0,3,7")
+        if max(len(first), len(last)) > 10 or int(last if dots else first) - int(first) >= _MOST:
+            raise ConfigurationError(f"--seeds={text}: give at most {_MOST} seeds below 2**32")
         found += range(int(first), int(last if dots else first) + 1)
     return list(dict.fromkeys(found))
 

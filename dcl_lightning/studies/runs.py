@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,9 @@ def find_runs(places: Sequence[str]) -> list[Run]:
     runs: dict[Path, Run] = {}
     for place in places:
         path = Path(place)
-        reports = [path] if path.is_file() else sorted(path.rglob("accuracy_matrix.json"))
+        reports = [path] if os.path.isfile(path) else []
+        if os.path.isdir(path):
+            reports = sorted(path.rglob("accuracy_matrix.json"))
         found = [_read(report) for report in reports if _last_row(report) is not None]
         if not found:
             raise ConfigurationError(f"{place}: no finished run in or below it, none with {REPORT}")
@@ -78,10 +81,10 @@ def is_finished(folder: Path) -> bool:
 def _last_row(report: Path) -> list[float | None] | None:
     """Return the last row of a report's matrix; None if there is no report or the stream was not learnt to its end."""
     try:
-        matrix = json.loads(report.read_text())["matrix"]
-    except (OSError, ValueError, KeyError):
+        last = json.loads(report.read_text())["matrix"][-1]
+        return last if any(value is not None for value in last) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # something else of that name
         return None
-    return matrix[-1] if matrix and any(value is not None for value in matrix[-1]) else None
 
 
 def _read(report: Path) -> Run:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from dcl_lightning.command_line.arguments import CommandParser
 from dcl_lightning.errors import ConfigurationError, suggestion
 from dcl_lightning.paths import expanded
 from dcl_lightning.studies import fits
@@ -35,7 +36,7 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
     Returns:
         Exit code.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", metavar="SWEEP", help="File that says what to search.")
@@ -44,7 +45,6 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
         "--trials", type=int, help="How many trials there shall be in all; the file's number if left out."
     )
     given, more = parser.parse_known_args(args)
-    fits.check_config(given.file)
     plan = _read(Path(given.file))
     for option in more:
         if option.startswith(("--data.select_on_test", "--data.val_ratio")):
@@ -57,9 +57,9 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
         raise ConfigurationError("sweep needs Optuna: pip install 'dcl-lightning[sweep]'") from error
     folder = Path(given.out or Path("runs") / Path(given.file).stem)
     config = str(Path(given.file).parent / expanded(plan["config"]))
-    fits.check_config(config)
+    text = fits.read_config(config)
     what = {key: plan[key] for key in _KEYS if key != "trials"} | {"options": more}
-    fits.keep_to(folder, what | {"config": Path(config).read_text(encoding="utf-8")})
+    fits.keep_to(folder, what | {"config": text})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}", direction="maximize", load_if_exists=True
@@ -148,12 +148,17 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: a key or value that there is not, or that would let test data have a say.
     """
-    plan: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        plan: Any = yaml.safe_load(fits.read_config(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is no YAML: {error}") from error
     if not isinstance(plan, dict):
         raise ConfigurationError(f"{path}: give {', '.join(_KEYS)}")
     for key in plan:
         if key not in _KEYS:
-            raise ConfigurationError(f"{path}: no such key {key}{suggestion(key, _KEYS)}; there are {', '.join(_KEYS)}")
+            raise ConfigurationError(
+                f"{path}: no such key {key}{suggestion(str(key), _KEYS)}; there are {', '.join(_KEYS)}"
+            )
     plan = {"trials": 20, "val_ratio": 0.2, "seed": 0} | plan
     if not plan.get("config") or not isinstance(plan.get("parameters"), dict) or not plan["parameters"]:
         raise ConfigurationError(f"{path}: give config, the file of a fit, and parameters, the values to try")
