@@ -28,7 +28,7 @@ class ExtraColumns:
 
     def no_rows(self) -> dict[str, Tensor]:
         """Return the columns without rows."""
-        return {name: torch.zeros(0, *shape) for name, shape in self.shapes.items()}
+        return {name: torch.zeros(0, *shape, dtype=torch.float32) for name, shape in self.shapes.items()}
 
     def with_step(self, offer: Offer, weights: Tensor) -> Offer:
         """Return an offer with the columns of the step that it comes from.

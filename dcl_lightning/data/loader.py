@@ -128,10 +128,11 @@ class TaskLoader:
         if real < count:
             mine = torch.cat([mine, order[: count - real]])
         # Made for the whole epoch, and once for steps of the same size: a batch is a part of each, which costs little.
-        weights = torch.ones(len(mine))
+        # Types are said everywhere: in a thread the default may be that of the training step's precision.
+        weights = torch.ones(len(mine), dtype=torch.float32)
         weights[real:] = 0
         columns = mine, self.targets[mine], self.task_ids[mine], weights
-        normaliser, told = torch.zeros(()), 0.0
+        normaliser, told = torch.zeros((), dtype=torch.float32), 0.0
         for step in range(start, len(self)):
             low = step * self.batch_size
             rows, *others = (column[low : low + self.batch_size] for column in columns)
@@ -140,13 +141,13 @@ class TaskLoader:
             if self.train:
                 in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
             if in_step != told:
-                normaliser, told = torch.tensor(in_step), in_step
+                normaliser, told = torch.tensor(in_step, dtype=torch.float32), in_step
             if self.num_rehearsed:
                 again = self._draw(step)
                 # Another draw at each step: an exemplar comes again and again within one epoch.
                 draw_ids = torch.cat([rows, again + ((step + 1) << 32)])
                 rows = torch.cat([rows, again])
-                more = self.targets[again], self.task_ids[again], torch.ones(len(again))
+                more = self.targets[again], self.task_ids[again], torch.ones(len(again), dtype=torch.float32)
                 others = [torch.cat(pair) for pair in zip(others, more, strict=True)]
             targets, task_ids, row_weights = others
             yield Batch(

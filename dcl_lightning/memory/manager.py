@@ -183,7 +183,7 @@ class MemoryManager:
 
     def _weights(self, labels: Tensor, offered: Tensor | None, stored: int | None) -> Tensor:
         if self.config.weighting == "none":
-            return torch.ones(len(labels))
+            return torch.ones(len(labels), dtype=torch.float32)
         return self.buffer.weights(labels, self.batch_size, offered, stored)
 
     def _sum_over_workers(self, value: float) -> float:

@@ -129,3 +129,17 @@ def test_a_loader_ahead_gives_the_same_batches_and_its_place_is_that_of_the_last
     before = threading.active_count()
     next(iter(AheadLoader(loader(range(20)))))
     assert threading.active_count() <= before + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_types_of_a_batch_do_not_depend_on_the_default_one(dtype: torch.dtype) -> None:
+    """Under ``bf16-true`` a step sets that for all threads, also for the one that prepares the next batch meanwhile."""
+    x, y = torch.arange(5.0)[:, None], torch.arange(5)
+    loader = TaskLoader(x, y, y * 0, 2, torch.arange(3), train=True)
+    loader.visit(torch.arange(3), 0, torch.tensor([3, 4]), 1)
+    torch.set_default_dtype(dtype)
+    try:
+        batches = list(loader)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(batch.weights.dtype, batch.normaliser.dtype) for batch in batches} == {(torch.float32, torch.float32)}

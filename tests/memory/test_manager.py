@@ -48,3 +48,19 @@ def test_stages_have_names_in_a_profile_of_a_gpu(scope: str, names: list[str], m
     assert seen == []
     manager_of(scope, "cuda").advance(offer(0), draw=True)
     assert seen == names
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_types_do_not_depend_on_the_default_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ``bf16-true`` a step sets that for all threads, also for the one that draws meanwhile."""
+    manager = manager_of("local")
+    monkeypatch.setattr(manager, "config", RehearsalConfig(buffer_size=4, num_samples=3, weighting="none"))
+    rows = offer(1)
+    torch.set_default_dtype(dtype)
+    try:
+        drawn = manager.advance(rows, draw=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert drawn is not None
+    assert drawn.weights.dtype == torch.float32
+    assert drawn.weight_share == len(drawn.weights) == 2
