@@ -261,7 +261,9 @@ class TaskClock(pl.Callback):
             self._finish_epoch(trainer, pl_module)
             # Lightning sees the end of an epoch by comparing its batches with the next epoch's, which can be longer.
             loop.batch_progress.current.completed = _BEYOND_ANY_EPOCH
-        elif self._stopping and trainer.fit_loop.restarted_mid_epoch and self._may_end(trainer, epoch_is_over=False):
+        elif loop.restarted_on_train_batch_end:
+            self._validate_if_due(trainer)
+        if self._stopping and trainer.fit_loop.restarted_mid_epoch and self._may_end(trainer, epoch_is_over=False):
             self._close_epoch(trainer)
         self._end_tasks_owed(trainer, pl_module)
         self._hold_min_epochs(trainer)
@@ -295,21 +297,26 @@ class TaskClock(pl.Callback):
 
     def _finish_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what Lightning leaves out after resume from an epoch's last step: validate, let early stopping decide."""
-        progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
+        progress = trainer.fit_loop.epoch_progress.current
         progress.completed -= 1  # Lightning is in the next epoch already
         task = self.tasks[self.task_at(trainer.current_epoch)]
         if trainer.current_epoch + 1 in self.boundaries and self.evaluated_rows <= task.index:
             self._end_owed_task(trainer, pl_module, task)  # a signal has broken it off, before it was validated
-        if trainer.enable_validation and _validation_is_due(trainer):
-            trainer.validating = True
-            loop.restarting = False
-            loop.run()
-            trainer.training = True
+        self._validate_if_due(trainer)
         for stopper in trainer.early_stopping_callbacks:
             stopper.on_train_epoch_end(trainer, pl_module)
         progress.completed += 1
         # Lightning has these loaders for the next epoch's. If the task has ended now, that epoch has one more.
-        loop._last_val_dl_reload_epoch = float("-inf")
+        trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = float("-inf")
+
+    def _validate_if_due(self, trainer: pl.Trainer) -> None:
+        """Validate if it is due after the batch at whose end was saved, which Lightning leaves out."""
+        if trainer.enable_validation and _validation_is_due(trainer):
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            trainer.validating = True
+            loop.restarting = False
+            loop.run()
+            trainer.training = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a task in its first epoch."""
@@ -536,11 +543,19 @@ class TaskClock(pl.Callback):
 
 
 def _validation_is_due(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates after the last batch of this epoch."""
-    every = trainer.check_val_every_n_epoch
+    """Whether Lightning validates after the batch at whose end the checkpoint was saved, as its epoch loop decides."""
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    progress = trainer.fit_loop.epoch_loop.batch_progress
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         return False  # Lightning starts measuring the time again
-    if every is not None:
-        return (trainer.current_epoch + 1) % every == 0
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-    return isinstance(trainer.val_check_batch, int) and batches % trainer.val_check_batch == 0
+    if every is None:
+        return progress.total.ready % int(trainer.val_check_batch) == 0
+    batches = progress.current.ready
+    if (trainer.current_epoch + 1) % every or not isinstance(interval, (int, float)):
+        return False
+    if batches >= _BEYOND_ANY_EPOCH:
+        return True  # the end of an epoch, resumed with other numbers of samples a step
+    if isinstance(interval, float):
+        # At the end of an epoch Lightning has the next one's number of batches already.
+        interval = max(int(batches * interval), 1) if progress.is_last_batch else int(trainer.val_check_batch)
+    return batches % interval == 0

@@ -46,6 +46,7 @@ WAYS = {
     "not finite": ({}, math.nan, {}, BATCHES),
     "after each batch": ({"patience": 1}, 1.0, {"val_check_interval": 1}, 2),
     "threshold after the first batch": ({"stopping_threshold": 2.0}, 1.0, {"val_check_interval": 1}, 1),
+    "after every second batch": ({"patience": 1}, 1.0, {"val_check_interval": 2}, BATCHES + 2),
     "patience over epochs": ({"patience": 4}, 1.0, {"val_check_interval": 1}, BATCHES + 2),
     "never": ({"patience": 9}, 1.0, {}, EPOCHS * BATCHES),
     "metric not there": ({"monitor": "none", "strict": False, "patience": 0}, 1.0, {}, EPOCHS * BATCHES),
@@ -73,7 +74,8 @@ def stopping_run(folder: Path, way: str, check: bool | None, savers=(), ckpt_pat
 @pytest.mark.parametrize("way", WAYS)
 def test_an_early_stop_ends_its_task(tmp_path: Path, way: str, check: bool | None) -> None:
     steps = WAYS[way][3]
-    if check is not False and "val_check_interval" in WAYS[way][2]:  # looks at the end of each epoch only
+    interval = WAYS[way][2].get("val_check_interval")
+    if interval and (check or (check is None and interval == 1)):  # looks at the end of each epoch only
         patience = WAYS[way][0].get("patience", 0)
         steps = BATCHES * min(EPOCHS, max(patience + 1 if patience else 1, WAYS[way][2].get("min_epochs", 1)))
     agent, trainer, metric, _ = stopping_run(tmp_path, way, check)
@@ -82,14 +84,14 @@ def test_an_early_stop_ends_its_task(tmp_path: Path, way: str, check: bool | Non
     assert not trainer.should_stop
 
 
-@pytest.mark.parametrize("way", ["threshold", "after each batch", "patience over epochs", "min_epochs"])
+@pytest.mark.parametrize(
+    "way", ["threshold", "after each batch", "after every second batch", "patience over epochs", "min_epochs"]
+)
 def test_an_early_stop_resumes_from_every_checkpoint(tmp_path: Path, way: str) -> None:
     options = {"save_top_k": -1, "filename": "{epoch}-{step}"}
     after_validation = "val_check_interval" in WAYS[way][2]
-    # Lightning leaves out a validation that is due after the batch at whose end was saved, except an epoch's last.
-    each_step = [] if after_validation else [ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, **options)]
     savers = [
-        *each_step,
+        ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, **options),
         ModelCheckpoint(tmp_path / "checks", monitor="metric", save_on_train_epoch_end=not after_validation, **options),
         ModelCheckpoint(tmp_path / "epochs", save_on_train_epoch_end=True, **options),
     ]
