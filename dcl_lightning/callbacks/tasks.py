@@ -544,12 +544,12 @@ class TaskClock(pl.Callback):
 
 def _validation_is_due(trainer: pl.Trainer) -> bool:
     """Whether Lightning validates after the batch at whose end the checkpoint was saved, as its epoch loop decides."""
-    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
-    progress = trainer.fit_loop.epoch_loop.batch_progress
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         return False  # Lightning starts measuring the time again
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    progress, due = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.val_check_batch or 1)
     if every is None:
-        return progress.total.ready % int(trainer.val_check_batch) == 0
+        return progress.total.ready % due == 0
     batches = progress.current.ready
     if (trainer.current_epoch + 1) % every or not isinstance(interval, (int, float)):
         return False
@@ -557,5 +557,5 @@ def _validation_is_due(trainer: pl.Trainer) -> bool:
         return True  # the end of an epoch, resumed with other numbers of samples a step
     if isinstance(interval, float):
         # At the end of an epoch Lightning has the next one's number of batches already.
-        interval = max(int(batches * interval), 1) if progress.is_last_batch else int(trainer.val_check_batch)
+        interval = max(int(batches * interval), 1) if progress.is_last_batch else due
     return batches % interval == 0
