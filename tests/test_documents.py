@@ -69,6 +69,11 @@ NOT_RUN: list[tuple[str, str, Check]] = [
     (r"python benchmarks/", "minutes, a quiet machine, a GPU", a_script_with_these_options),
     (r"python -m dcl_lightning\.distributed\.install", "builds Horovod", a_script_with_these_options),
     (r"(python -m |\w+=\w+ )?pytest ", "the suite itself, or a GPU's", existing_tests),
+    (
+        r"python tests/conformance/surface\.py",
+        "writes the page, which tests/conformance/test_lightning_surface.py compares",
+        existing_tests,
+    ),
     (r"pip install", "the network", an_extra),
     (r"(horovodrun|mpirun) ", "several hosts, Open MPI", parsed_behind),
     (r"nsys ", "a GPU", parsed_behind),
