@@ -56,10 +56,12 @@ def test_early_building_is_the_same(kind, kwargs, spec, dim):
     assert torch.equal(early.eval()(x), late.eval()(x))
 
 
-def test_what_is_given_wins_over_the_data():
-    backbone = MLP(input_size=6)
-    backbone.adapt(InputSpec(1, 4, 4))
-    assert backbone.input_spec == InputSpec(1, 6, 6)
+def test_a_size_that_is_given_is_the_datas_where_the_network_takes_no_other():
+    with pytest.raises(ConfigurationError, match=r"input_size=\(6, 6\), but the data have 4 x 4 pixels"):
+        MLP(input_size=6).adapt(InputSpec(1, 4, 4))
+    any_size = ResNet(depth=20, input_size=64)
+    any_size.adapt(InputSpec(3, 32, 32))
+    assert any_size.input_spec == InputSpec(3, 64, 64)
 
 
 # Parameters with the head, the length of the features, and the shape of the last map before pooling, of the networks
