@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import sys
 import warnings
 
@@ -12,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dcl_lightning.command_line.suggestions import cut
-from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, suggestion
+from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError
 from dcl_lightning.paths import expanded
 from dcl_lightning.screen import tolerant
 
@@ -107,23 +106,5 @@ def _user_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, _USER_ERRORS):
             return str(error)
-        if str(error).startswith("You selected an invalid"):
-            return _of_name(str(error))
         error = error.__cause__ or error.__context__
     return None
-
-
-def _of_name(message: str) -> str:
-    """Return Lightning's message on an accelerator or strategy that there is not, with the nearest."""
-    from lightning.pytorch.accelerators import AcceleratorRegistry
-    from lightning.pytorch.strategies import StrategyRegistry
-
-    found = re.search(r"`(accelerator|strategy)='([^']*)'`", message)
-    if found is None:
-        return message
-    names = StrategyRegistry.available_strategies()
-    if found[1] == "accelerator":
-        names = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
-    usual = [name for name in ("auto", "ddp", "horovod", "fsdp") if name in ("auto", *names)]
-    listed = names if found[1] == "accelerator" else usual
-    return f"trainer.{found[1]}={found[2]}: give {', '.join(listed)} or a class path{suggestion(found[2], names)}"

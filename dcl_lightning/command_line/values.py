@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
@@ -40,8 +41,24 @@ def of_lightning() -> Iterator[None]:
         while innermost.__cause__ is not None and not isinstance(innermost, ConfigurationError):
             innermost = innermost.__cause__  # type: ignore[assignment]
         if _raised_in(innermost).partition(".")[0] in _LIBRARIES:
-            raise ConfigurationError(str(innermost) or repr(innermost)) from error
+            raise ConfigurationError(_of_name(str(innermost)) or repr(innermost)) from error
         raise
+
+
+def _of_name(message: str) -> str:
+    """Return Lightning's message on an accelerator or strategy that there is not, with the nearest."""
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    found = re.search(r"`(accelerator|strategy)='([^']*)'`", message)
+    if found is None:
+        return message
+    names = StrategyRegistry.available_strategies()
+    if found[1] == "accelerator":
+        names = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    usual = [name for name in ("auto", "ddp", "horovod", "fsdp") if name in ("auto", *names)]
+    listed = names if found[1] == "accelerator" else usual
+    return f"trainer.{found[1]}={found[2]}: give {', '.join(listed)} or a class path{suggestion(found[2], names)}"
 
 
 def _raised_in(error: BaseException) -> str:
