@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 
 from dcl_lightning.data import ContinualDataModule, scenarios, transforms
 from dcl_lightning.data.loader import TaskLoader
@@ -35,7 +36,7 @@ def in_trainer(data, epoch: int, rank: int = 0, size: int = 1, training: bool = 
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(
         current_epoch=epoch, global_rank=rank, world_size=size, training=training, strategy=strategy,
-        precision_plugin=Precision(),
+        precision_plugin=Precision(), state=SimpleNamespace(fn=TrainerFn.FITTING),
     )  # fmt: skip
     return data
 
