@@ -15,6 +15,7 @@ import pytest
 import torch
 import written
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from dcl_lightning import NIL, FineTuning, ICaRL
 from dcl_lightning.backbones import MLP
@@ -137,7 +138,10 @@ def module(root: Path, **kwargs) -> ContinualDataModule:
 
 def at(epoch: int) -> SimpleNamespace:
     on_cpu = SimpleNamespace(root_device=torch.device("cpu"))
-    return SimpleNamespace(current_epoch=epoch, global_rank=0, world_size=1, training=True, strategy=on_cpu)
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    return SimpleNamespace(
+        current_epoch=epoch, global_rank=0, world_size=1, training=True, strategy=on_cpu, state=state
+    )
 
 
 def test_processes_live_on_over_tasks_and_evaluation(root: Path) -> None:
