@@ -166,6 +166,7 @@ def test_processes_live_on_over_tasks_and_evaluation(root: Path) -> None:
 def test_training_is_cropped_by_readers_and_mirrored_on_the_device(root: Path) -> None:
     data = module(root, num_workers=0)
     data.setup()
+    data.attach_clock(TwoEpochsATask())
     data.trainer = at(0)
     batch = next(iter(data.train_dataloader()))
     plain = next(iter(data.train_eval_loader(batch.sample_ids)))
@@ -176,6 +177,7 @@ def test_training_is_cropped_by_readers_and_mirrored_on_the_device(root: Path) -
     assert torch.equal(found, expected)
     calm = module(root, num_workers=0, augment=False)
     calm.setup()
+    calm.attach_clock(TwoEpochsATask())
     calm.trainer = data.trainer
     assert torch.equal(next(iter(calm.train_dataloader())).inputs, plain.inputs)
 
