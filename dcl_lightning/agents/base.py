@@ -361,13 +361,9 @@ class ContinualAgent(pl.LightningModule):
         _BROUGHT[trainer].append(undo)
         return [own]
 
-    def withdraw_callbacks(self) -> None:
-        """Take this agent's callbacks from the trainer, which another module may use next."""
-        _withdraw(self.trainer)
-
     def teardown(self, stage: str) -> None:
         """Take this agent's callbacks from the trainer, which another module may use next."""
-        self.withdraw_callbacks()
+        _withdraw(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and a schedule that is counted from the start of each task."""

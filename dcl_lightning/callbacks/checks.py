@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
 
 __all__ = [
-    "refuse_changing_accumulation", "refuse_early_stopping", "refuse_limits", "refuse_rare_validation",
-    "refuse_selection_on_test", "refuse_single_validation", "refuse_tuning", "refuse_tuning_on_resume",
+    "refuse_changing_accumulation", "refuse_early_stopping", "refuse_empty_epochs", "refuse_limits",
+    "refuse_rare_validation", "refuse_selection_on_test", "refuse_single_validation", "refuse_tuning",
+    "refuse_tuning_on_resume",
 ]  # fmt: skip
 
 
@@ -70,15 +71,42 @@ def refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: Any
     interval = getattr(trainer, "val_check_interval", None)  # not there where the interval is a time
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.enable_validation:
         return
-    samples, rows = 0, trainer.world_size * data.batch_size
-    for task in tasks:
-        samples = task.num_samples + (samples if data.concatenate_tasksets else 0)
-        batches = -(-samples // rows)
+    for task, batches in _epochs(trainer, tasks, data):
         if batches < interval:
             raise ConfigurationError(
                 f"trainer.val_check_interval={interval}, but task {task.index} has only {batches} batches an epoch: "
                 "give trainer.check_val_every_n_epoch=null to count over epochs and tasks"
             )
+
+
+def refuse_empty_epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> None:
+    """Refuse a share of training batches that leaves none of a task's: Lightning would, but only in that task.
+
+    Args:
+        trainer: has ``limit_train_batches``.
+        tasks: the stream.
+        data: the data module.
+
+    Raises:
+        ConfigurationError: with the smallest share that leaves one.
+    """
+    limit = trainer.limit_train_batches
+    if not isinstance(limit, float) or limit == 0:
+        return
+    for task, batches in _epochs(trainer, tasks, data):
+        if int(batches * limit) == 0:
+            raise ConfigurationError(
+                f"trainer.limit_train_batches={limit} of {batches} batches an epoch of task {task.index} is less than "
+                f"one: give at least {1 / batches:.3g}, a whole number of batches, or a smaller data.batch_size"
+            )
+
+
+def _epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> Iterator[tuple[Task, int]]:
+    """Yield each task with the number of batches of one of its epochs."""
+    samples, rows = 0, trainer.world_size * data.batch_size
+    for task in tasks:
+        samples = task.num_samples + (samples if data.concatenate_tasksets else 0)
+        yield task, max(-(-samples // rows), 1)
 
 
 def refuse_single_validation(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:

@@ -31,6 +31,7 @@ from dcl_lightning.callbacks.boundaries import (
 )
 from dcl_lightning.callbacks.checks import (
     refuse_early_stopping,
+    refuse_empty_epochs,
     refuse_limits,
     refuse_rare_validation,
     refuse_selection_on_test,
@@ -198,6 +199,7 @@ class TaskClock(pl.Callback):
         refuse_stochastic_averaging(trainer)
         refuse_empty_share(trainer, data.test_loaders(data.num_tasks - 1))
         refuse_rare_validation(trainer, self.tasks, data)
+        refuse_empty_epochs(trainer, self.tasks, data)
         refuse_single_validation(trainer, pl_module, data)
         self._attach(trainer, data)
         trainer.fit_loop.max_epochs = total
@@ -230,11 +232,8 @@ class TaskClock(pl.Callback):
         self._fitting = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave trainer, callbacks and data module as they were; Lightning calls no hook of the agent's now."""
+        """Leave trainer, callbacks and data module as they were."""
         self._release()
-        withdraw = getattr(pl_module, "withdraw_callbacks", None)
-        if withdraw is not None:
-            withdraw()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave trainer, callbacks and data module as they were."""

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from dcl_lightning.distributed.checkpoint_io import check_seal
 from dcl_lightning.errors import CheckpointError, ConfigurationError, suggestion
 
 __all__ = ["of_lightning", "refuse_no_checkpoint", "refuse_nulls"]
@@ -98,6 +99,7 @@ def refuse_no_checkpoint(path: Any) -> None:
     try:
         keys = set(torch.load(path, map_location="meta", weights_only=True))
     except Exception as error:  # whatever reading a broken file raises
+        check_seal(path)
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({str(error).partition(chr(10))[0]})") from error
     if not keys >= {"state_dict", "pytorch-lightning_version"}:
         raise CheckpointError(f"{path} is no checkpoint of Lightning's: give one that a fit has saved")
