@@ -234,7 +234,8 @@ def test_one_fit_a_task_rehearses_the_tasks_before(execution: str, tmp_path: Pat
         fit_of(memory, module, of_class(y), tmp_path)
         labels = torch.cat([labels[5:] for _, labels in module.batches])
         assert set(labels.tolist()) <= set(range(y + 1))
-        assert y == 0 or set(range(y)) <= set(labels.tolist())
+        if execution != "nonblocking":  # which waits for no draw
+            assert y == 0 or set(range(y)) <= set(labels.tolist())
         for inputs, targets in module.batches:
             assert not wrong_rows(inputs, targets, inputs[:, 0].long())
         draws.append(memory.manager.steps)
