@@ -265,13 +265,12 @@ class ContinualAgent(pl.LightningModule):
             refuse_tuning(self.trainer, self.scale_lr)
             if self.milestones or self.warmup_epochs:
                 refuse_changing_accumulation(self.trainer)
-        if stage == "fit":
             self._refuse_other_labels(data)
+            # Lightning does not look at it.
+            check_number("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, at_least=1)
         elif not self.inference.labels:
             self.inference.note(data)
         scenario = getattr(data, "scenario", None)
-        if stage == "fit":  # Lightning does not look at it
-            check_number("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, at_least=1)
         if stage != "fit" or scenario is None:
             return
         if scenario not in self.scenarios:

@@ -10,11 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
+from dcl_lightning.callbacks.evaluation import refuse_empty_share
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
 
 __all__ = [
-    "refuse_changing_accumulation", "refuse_early_stopping", "refuse_empty_epochs", "refuse_limits",
+    "refuse_changing_accumulation", "refuse_early_stopping", "refuse_empty_shares", "refuse_limits",
     "refuse_rare_validation", "refuse_selection_on_test", "refuse_single_validation", "refuse_tuning",
     "refuse_tuning_on_resume",
 ]  # fmt: skip
@@ -79,26 +80,25 @@ def refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: Any
             )
 
 
-def refuse_empty_epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> None:
-    """Refuse a share of training batches that leaves none of a task's: Lightning would, but only in that task.
+def refuse_empty_shares(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> None:
+    """Refuse shares of training and test batches that leave none of a task's: Lightning would, but only in that task.
 
     Args:
-        trainer: has ``limit_train_batches``.
+        trainer: has ``limit_train_batches`` and ``limit_test_batches``.
         tasks: the stream.
         data: the data module.
 
     Raises:
-        ConfigurationError: with the smallest share that leaves one.
+        ConfigurationError: with the remedy.
     """
-    limit = trainer.limit_train_batches
-    if not isinstance(limit, float) or limit == 0:
-        return
-    for task, batches in _epochs(trainer, tasks, data):
-        if int(batches * limit) == 0:
-            raise ConfigurationError(
-                f"trainer.limit_train_batches={limit} of {batches} batches an epoch of task {task.index} is less than "
-                f"one: give at least {1 / batches:.3g}, a whole number of batches, or a smaller data.batch_size"
-            )
+    epochs = ((f"task {task.index}'s epoch", batches) for task, batches in _epochs(trainer, tasks, data))
+    refuse_empty_share("limit_train_batches", trainer.limit_train_batches, epochs, "data.batch_size")
+    loaders = data.test_loaders(data.num_tasks - 1)
+    # Of each task first the worker that has the fewest.
+    sets = ((f"task {t}'s test set", n) for t, loader in enumerate(loaders) for n in sorted(loader.lengths()))
+    refuse_empty_share(
+        "limit_test_batches", trainer.limit_test_batches, sets, f"data.eval_batch_size than {data.eval_batch_size}"
+    )
 
 
 def _epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> Iterator[tuple[Task, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -135,24 +135,23 @@ def turns(labels: Tensor) -> Tensor:
     return places
 
 
-def refuse_empty_share(trainer: pl.Trainer, loaders: list[TaskLoader]) -> None:
-    """Refuse a share of test batches that leaves none of a task's, as Lightning's ``test`` does.
+def refuse_empty_share(name: str, limit: int | float | None, counts: Iterable[tuple[str, int]], smaller: str) -> None:
+    """Refuse a share of batches that leaves none of a task's, as Lightning does, but before the first step.
 
     Args:
-        trainer: has ``limit_test_batches``.
-        loaders: the test sets of all tasks.
+        name: of the Trainer's argument.
+        limit: its value; a whole number of batches leaves some.
+        counts: what has batches, in words, and how many; what has none is passed over.
+        smaller: what makes more batches of them when it is smaller.
 
     Raises:
         ConfigurationError: with the smallest share that leaves one.
     """
-    limit = trainer.limit_test_batches
     if not isinstance(limit, float) or limit == 0:
         return
-    for task, loader in enumerate(loaders):
-        counts = [count for count in loader.lengths() if count]
-        if any(limited(count, limit) == 0 for count in counts):
+    for what, count in counts:
+        if count and limited(count, limit) == 0:
             raise ConfigurationError(
-                f"trainer.limit_test_batches={limit} of {min(counts)} batches of task {task}'s test set is less than "
-                f"one: give at least {1 / min(counts):.3g}, a whole number of batches, or a smaller "
-                f"data.eval_batch_size than {loader.batch_size}"
+                f"trainer.{name}={limit} of {count} batches of {what} is less than one: give at least {1 / count:.3g}, "
+                f"a whole number of batches, or a smaller {smaller}"
             )

@@ -31,14 +31,14 @@ from dcl_lightning.callbacks.boundaries import (
 )
 from dcl_lightning.callbacks.checks import (
     refuse_early_stopping,
-    refuse_empty_epochs,
+    refuse_empty_shares,
     refuse_limits,
     refuse_rare_validation,
     refuse_selection_on_test,
     refuse_single_validation,
     refuse_tuning_on_resume,
 )
-from dcl_lightning.callbacks.evaluation import batches, evaluating, prepared, refuse_empty_share
+from dcl_lightning.callbacks.evaluation import batches, evaluating, prepared
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
 from dcl_lightning.callbacks.sample_counts import SampleCounts
 from dcl_lightning.callbacks.scoring import scores_of
@@ -197,9 +197,8 @@ class TaskClock(pl.Callback):
         trainer.__dict__.pop("save_checkpoint", None)  # of an earlier fit that was stopped
         refuse_selection_on_test(trainer, data)
         refuse_stochastic_averaging(trainer)
-        refuse_empty_share(trainer, data.test_loaders(data.num_tasks - 1))
         refuse_rare_validation(trainer, self.tasks, data)
-        refuse_empty_epochs(trainer, self.tasks, data)
+        refuse_empty_shares(trainer, self.tasks, data)
         refuse_single_validation(trainer, pl_module, data)
         self._attach(trainer, data)
         trainer.fit_loop.max_epochs = total
