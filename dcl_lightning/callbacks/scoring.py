@@ -7,16 +7,15 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from dcl_lightning.callbacks.evaluation import evaluating, prepared
 from dcl_lightning.types import Batch
 
 __all__ = ["scores_of"]
 
 
-@torch.no_grad()
 def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | None:
     """Return what gives scores ``(B, K)`` of a batch, highest for the predicted class.
 
@@ -33,13 +32,10 @@ def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | N
     if callable(getattr(module, "evaluate", None)):
         return module.evaluate
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
     try:
-        batch = move_data_to_device(next(iter(data.test_loaders(0)[0])), trainer.strategy.root_device)
-        inputs = data.prepare_batch(batch, train=False, epoch=0).inputs[:2]
-        with trainer.precision_plugin.forward_context():
-            found = module(inputs)
+        with evaluating(trainer, module, averaged=False) as in_precision:
+            inputs = prepared(trainer, next(iter(data.test_loaders(0)[0]))).inputs[:2]
+            found = in_precision(module, inputs)
         expected = (len(inputs), data.num_classes)
         if isinstance(found, Tensor) and found.shape == expected:
             return partial(_forward, module)
@@ -47,9 +43,6 @@ def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | N
         reason = f"gives {shape} for {expected[0]} samples of {expected[1]} classes"
     except Exception as error:  # the user's code: whatever it raises, the stream can be trained without a matrix
         reason = f"raises {type(error).__name__}" + (f": {error}".splitlines()[0] if str(error) else "")
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     rank_zero_warn(
         f"no accuracy matrix: {type(module).__name__} has no evaluate(batch), and its forward(inputs) {reason}; let "
         f"one of them return scores (samples, {data.num_classes})"

@@ -282,10 +282,7 @@ class TaskClock(pl.Callback):
 
     def _end_tasks_owed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End tasks that a limit of steps or time cut off: a resumed run begins with the epoch after."""
-        task = self.task_at(trainer.current_epoch)
-        if self.evaluated_rows >= task:
-            return
-        for index in range(self.evaluated_rows, task):
+        for index in range(self.evaluated_rows, self.task_at(trainer.current_epoch)):
             self._end_owed_task(trainer, pl_module, self.tasks[index])
 
     def _end_owed_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
