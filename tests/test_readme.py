@@ -34,7 +34,7 @@ def test_every_python_block_runs(tmp_path: Path, block: Block, monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "fading", raising=False)
     # In this process: most of a small script's time are the imports.
     runpy.run_path(str(tmp_path / "block.py"), run_name="__main__")
-    if "ContinualDataModule(" in block.text:
+    if "ContinualDataModule(" in block.text and "TaskClock(" not in block.text:  # an agent writes a report
         assert list(tmp_path.rglob("report/accuracy_matrix.json"))
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
@@ -123,12 +123,17 @@ def refuse_nulls(config: Any, key: str = "") -> None:
     values = config.get("init_args")
     if isinstance(config.get("class_path"), str) and hasattr(values, "get"):
         kind = _class_at(config["class_path"])
-        for name, value in vars(values).items():
+        for name, value in _entries(values):
             if value is None and kind is not None:
                 _refuse_null(kind, name, f"{key}.{name}")
-    for name, value in (vars(config) if not isinstance(config, Mapping) else config).items():
+    for name, value in _entries(config):
         inner = "" if name in ("class_path", "init_args") else name
         refuse_nulls(value, ".".join(part for part in (key, inner) if part))
+
+
+def _entries(level: Any) -> Iterable[tuple[str, Any]]:
+    # The items of a parser's namespace are those of all levels below it.
+    return (level if isinstance(level, Mapping) else vars(level)).items()
 
 
 def _class_at(path: str) -> Any:

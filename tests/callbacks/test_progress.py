@@ -79,7 +79,7 @@ def test_the_time_left_knows_tasks_that_grow_and_a_limit_of_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(progress, "print", lambda text, flush: told.append(text), raising=False)
+    monkeypatch.setattr(progress, "show", told.append)
     # 3, 6 and 9 batches an epoch, two epochs each.
     fit(tmp_path, [Clockwork(monkeypatch)], make_data(concatenate_tasksets=True))
     assert [line.split(" · ")[-1] for line in told] == ["2 epochs of 14 samples", "0:00:30 left", "0:00:18 left"]

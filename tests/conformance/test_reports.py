@@ -161,9 +161,9 @@ def test_forward_transfer_where_tasks_share_their_classes_only(tmp_path: Path) -
     facts = facts_of(tmp_path)
     ahead, before = facts["matrix"][0][1], float(agent.clock.baseline[1])
     assert facts["forward_transfer"] == pytest.approx(ahead - before)
-    data = make_data()
-    make_trainer(tmp_path).fit(make_agent("base", data, future_tasks=True), datamodule=data)
-    facts = facts_of(tmp_path)
+    data, folder = make_data(), tmp_path / "by_class"
+    make_trainer(folder).fit(make_agent("base", data, future_tasks=True), datamodule=data)
+    facts = facts_of(folder)
     assert facts["matrix"][0][2] == 0, "of classes not seen yet"
     assert facts["forward_transfer"] is None
 

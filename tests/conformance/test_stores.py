@@ -62,14 +62,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_references_are_rows_bit_for_bit(tmp_path: Path, pictures: Path, kind: str) -> None:
     make = images if kind.startswith("arrays") else lambda: files(pictures)
-    rows, references = (fit(tmp_path, make(), store=store, **CONFIGS[kind]) for store in ("rows", "reference"))
+    rows, references = (fit(tmp_path / store, make(), store=store, **CONFIGS[kind]) for store in ("rows", "reference"))
     assert_same_fit(references, rows)
     assert buffer_of(references[0]).state.size > 6
     assert references[0].clock.samples_seen["rehearsed"] > 30
     kept, ids = stored_rows(rows[0]), stored_rows(references[0])
     assert "inputs" not in ids
     assert torch.equal(ids["sample_ids"], kept["sample_ids"])
-    assert torch.equal(references[0].rehearsal._references.complete(ids)["inputs"], kept["inputs"])
+    data = make()
+    data.prepare_data()
+    data.setup("fit")
+    assert torch.equal(References(data).complete(ids)["inputs"], kept["inputs"])
     assert buffer_of(references[0]).store.num_bytes == 12 * 4 * 8
 
 
