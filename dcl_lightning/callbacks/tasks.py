@@ -254,6 +254,8 @@ class TaskClock(pl.Callback):
         """Finish what a resumed run's checkpoint left unfinished."""
         self._mark = time.monotonic()
         self._adopted = False
+        if trainer.fit_loop.restarted_on_epoch_end:
+            self._leave_epoch(trainer)
         loop = trainer.fit_loop.epoch_loop
         if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
             self._finish_epoch(trainer, pl_module)
@@ -265,6 +267,16 @@ class TaskClock(pl.Callback):
             self._close_epoch(trainer)
         self._end_tasks_owed(trainer, pl_module)
         self._hold_min_epochs(trainer)
+
+    def _leave_epoch(self, trainer: pl.Trainer) -> None:
+        """Go on with the next epoch where the checkpoint is of an epoch's end.
+
+        With ``max_steps`` Lightning enters the finished epoch again and counts it twice, so that another one is lost.
+        """
+        fit_loop = trainer.fit_loop
+        fit_loop.epoch_progress.increment_completed()
+        for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
+            loop.on_iteration_done()
 
     def _close_epoch(self, trainer: pl.Trainer) -> None:
         """End the epoch amid which an ``EarlyStopping`` stopped before the checkpoint was saved."""

@@ -57,6 +57,8 @@ WAYS = {
         {"min_epochs": 2, "val_check_interval": 1},
         2 * BATCHES,
     ),
+    "threshold, max_steps far away": ({"stopping_threshold": 2.0}, 1.0, {"max_steps": 1000}, BATCHES),
+    "never, max_steps far away": ({"patience": 9}, 1.0, {"max_steps": 1000}, EPOCHS * BATCHES),
 }
 
 
@@ -85,7 +87,16 @@ def test_an_early_stop_ends_its_task(tmp_path: Path, way: str, check: bool | Non
 
 
 @pytest.mark.parametrize(
-    "way", ["threshold", "after each batch", "after every second batch", "patience over epochs", "min_epochs"]
+    "way",
+    [
+        "threshold",
+        "after each batch",
+        "after every second batch",
+        "patience over epochs",
+        "min_epochs",
+        "threshold, max_steps far away",
+        "never, max_steps far away",
+    ],
 )
 def test_an_early_stop_resumes_from_every_checkpoint(tmp_path: Path, way: str) -> None:
     options = {"save_top_k": -1, "filename": "{epoch}-{step}"}
