@@ -57,6 +57,11 @@ class Cutting:
                 f"data.num_tasks={self.num_tasks} with data.scenario={self.scenario}: it is of scenarios domain and "
                 "instance only; give data.increment, the classes of a task, where classes arrive task by task"
             )
+        if self.initial_increment is not None and self.scenario not in ("class", "blurry"):
+            raise ConfigurationError(
+                f"data.initial_increment={self.initial_increment} with data.scenario={self.scenario}: it is of "
+                "scenarios class and blurry only, where classes arrive task by task; leave it out, or give null"
+            )
         if self.blurriness is not None and self.scenario != "blurry":
             raise ConfigurationError(
                 f"data.blurriness={self.blurriness} with data.scenario={self.scenario}: give data.scenario=blurry"

@@ -438,7 +438,7 @@ class ContinualDataModule(pl.LightningDataModule):
         """Return the seed, what must be the same when a run is resumed, and how far it got."""
         return {
             "seed": self.seed,
-            "stream": self.stream.facts(self.dataset_name),
+            "stream": self._facts(),
             "tasks_seen": self._tasks_seen,
         }
 
@@ -453,9 +453,12 @@ class ContinualDataModule(pl.LightningDataModule):
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         saved = state_dict["stream"]
         facts = saved if fits else {"class_order": saved["class_order"]}
-        refuse_another_stream(facts, self.stream.facts(self.dataset_name))
+        refuse_another_stream(facts, self._facts())
         self._tasks_seen = state_dict.get("tasks_seen", 0)
         self._take_seed(state_dict["seed"])
+
+    def _facts(self) -> dict[str, Any]:
+        return {**self.stream.facts(self.dataset_name), "concatenate_tasksets": self.concatenate_tasksets}
 
     def _take_seed(self, seed: int) -> None:
         if seed != self.seed:

@@ -77,6 +77,13 @@ def test_a_resumed_run_takes_the_leaks_of_its_own_seed_back() -> None:
         at_fit(make(scenario="blurry", blurriness=0.3)).load_state_dict(first.state_dict())
 
 
+def test_a_run_is_not_resumed_with_tasks_of_other_sizes() -> None:
+    saved = make(concatenate_tasksets=True).state_dict()
+    at_fit(make(concatenate_tasksets=True)).load_state_dict(saved)
+    with pytest.raises(ConfigurationError, match=r"concatenate_tasksets True, this one has False"):
+        at_fit(make()).load_state_dict(saved)
+
+
 def at_fit(data):
     data.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
     return data
@@ -112,6 +119,8 @@ def test_hold_outs_of_a_blurry_stream_are_of_every_class_that_can_spare_one() ->
         ({"scenario": "blurry", "blurriness": 1.0}, r"data\.blurriness=1.0.*0 to below 1"),
         ({"scenario": "blurry", "blurriness": -0.1}, r"data\.blurriness=-0.1"),
         ({"blurriness": 0.1}, r"data\.blurriness=0.1.*scenario=class.*blurry"),
+        ({"scenario": "domain", "initial_increment": 2}, r"data\.initial_increment=2.*scenario=domain.*class"),
+        ({"scenario": "none", "initial_increment": 2}, r"data\.initial_increment=2.*scenario=none.*class"),
         ({"cut": "shuffled"}, r"data\.cut=shuffled.*domain"),
         ({"cut": "random", "scenario": "domain"}, r"data\.cut='random'.*shuffled"),
         ({"scenario": "klass"}, r"data\.scenario='klass'.*blurry"),
