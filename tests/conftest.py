@@ -1,4 +1,4 @@
-"""Shared by all tests: quiet Lightning, and in CI no test may be skipped."""
+"""Shared by all tests: quiet Lightning, reports without pictures, and in CI no test may be skipped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import os
 import pytest
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _reports_without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out a report's pictures, which take half of a small run's time, where a test is not marked ``pictures``."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr("dcl_lightning.callbacks.report.pictures_of", lambda *_: {})
 
 
 @pytest.hookimpl(trylast=True)

@@ -41,6 +41,8 @@ KEYS = [
     "versions",
 ]
 
+pytestmark = pytest.mark.pictures
+
 
 class Clock(pl.Callback):
     """As much of a task clock as the report looks at."""
