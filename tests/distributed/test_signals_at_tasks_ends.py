@@ -62,7 +62,10 @@ for share in (0.0, 0.4, 0.8):
         raise AssertionError("it went on")
     assert os.listdir(folder).count("last.ckpt") == 1, os.listdir(folder)
     agent, found = fit(NAME, ckpt=f"{folder}/last.ckpt")
-    assert same(found, expected), share
+    ended = torch.load(f"{folder}/last.ckpt")["callbacks"]["TaskClock"]["ended_tasks"]
+    # A thread hears of the signal: where that was after all was done, nothing was left to make the memory for.
+    nothing_left = ended == 2 and found[3] is None
+    assert same(found[:3], expected[:3]) and (nothing_left or same(found[3], expected[3])), share
 """
 
 
