@@ -24,9 +24,10 @@ import torch
 from common import HEADER, Size, report, rounds_of
 from torch import Tensor
 
+from dcl_lightning.agents import NIL
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.comm import SingleProcessComm
-from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Offer
 from dcl_lightning.memory.policies import make_policy
 from dcl_lightning.memory.storage import RowStore
@@ -74,7 +75,9 @@ def full_manager(case: Case) -> MemoryManager:
     assert len(buffer) == case.rows
     buffer.policy = make_policy("nil", CANDIDATES)
     config = RehearsalConfig(buffer_size=case.rows, num_candidates=CANDIDATES, num_samples=case.drawn)
-    return MemoryManager(config, buffer, SingleProcessComm(), NEW, (rows, rows["targets"]), torch.device("cpu"))
+    return MemoryManager(
+        resolve(config, NIL.memory), buffer, SingleProcessComm(), NEW, (rows, rows["targets"]), torch.device("cpu")
+    )
 
 
 def advancing(case: Case, steps: int) -> Callable[[], float]:

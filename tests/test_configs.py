@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ import pytest
 import yaml
 
 from dcl_lightning import FineTuning, cli
+from dcl_lightning.agents import presets
 from dcl_lightning.backbones import MLP
+from dcl_lightning.memory.size import MemorySize
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "data"))
@@ -225,6 +228,14 @@ def test_a_regime_follows_any_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert model["init_args"]["rehearsal"]["buffer_size"] == 200
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_files_say_of_the_memory_only_what_differs_from_the_agents_own(path: Path) -> None:
+    model = read(path).get("model", {})
+    given = model.get("init_args", {}).get("rehearsal", {})
+    own = getattr(getattr(presets, str(model.get("class_path")), None), "memory", MemorySize())
+    assert not given.items() & own.explicit.items()
+
+
 def test_nil_on_imagenet_is_the_published_run() -> None:
     config = read(ROOT / "configs" / "nil_imagenet_blurred.yaml")
     model, data = config["model"]["init_args"], config["data"]["init_args"]
@@ -233,7 +244,8 @@ def test_nil_on_imagenet_is_the_published_run() -> None:
         "rehearsal_ratio": 0.3, "num_candidates": 14, "num_samples": 7, "policy": "class_balanced",
         "scope": "global", "execution": "blocking",
     }  # fmt: skip
-    assert wanted.items() <= model["rehearsal"].items()
+    agent = presets.nil_global(MLP([4], 1, 4), 4, model["rehearsal"])
+    assert wanted.items() <= asdict(agent.rehearsal.config).items()
     assert config["trainer"]["precision"] == "bf16-mixed"
     shared = {key: value for key, value in model.items() if key != "rehearsal"}
     for twin in ("base", "transfer", "scratch"):

@@ -17,7 +17,6 @@ from dcl_lightning.errors import ConfigurationError
     [
         ({"loss": "summ"}, r"rehearsal\.loss='summ': give mean, sum; did you mean 'sum'\?"),
         ({"scope": "Global"}, r"rehearsal\.scope='Global': give local, global; did you mean 'global'\?"),
-        ({"quota": None}, r"rehearsal\.quota=None: give fixed, adaptive"),
         ({"policy": "lifo"}, r"rehearsal\.policy='lifo': give nil, .*; did you mean 'fifo'\?"),
         ({"update": "task-end"}, r"rehearsal\.update='task-end': give step, task_end"),
     ],

@@ -6,6 +6,7 @@ algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,17 +31,21 @@ class AGEM(RehearsingAgent):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work.
+        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
         **kwargs: arguments of ``ContinualAgent``.
     """
 
     memory: ClassVar[RehearsalConfig] = RehearsalConfig(
-        policy="class_balanced", update="task_end", rehearse="past", weighting="none", loss="sum"
+        policy="class_balanced", update="task_end", rehearse="past", loss="sum"
     )
     required: ClassVar[dict[str, Any]] = {"rehearse": "past", "weighting": "none", "loss": "sum"}
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, rehearsal: RehearsalConfig = memory, **kwargs: Any
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, rehearsal, **kwargs)
         self._reference: Tensor | None = None

@@ -5,6 +5,7 @@ Wu, Chen, Wang, Ye, Liu, Guo and Fu, "Large Scale Incremental Learning", CVPR 20
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +52,7 @@ class BiC(RehearsingAgent):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work.
+        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
         temperature: T of both softmaxes of the distillation, above 0.
         held_out: share of the samples that the correction is fitted to, in (0, 1).
         **kwargs: arguments of ``ContinualAgent``.
@@ -61,14 +62,14 @@ class BiC(RehearsingAgent):
     """
 
     scenarios = ("class",)
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="class_balanced", quota="adaptive", weighting="none")
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="class_balanced", quota="adaptive")
     required: ClassVar[dict[str, Any]] = {"update": "step", "weighting": "none"}
 
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: RehearsalConfig = memory,
+        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
         temperature: float = 2.0,
         held_out: float = 0.1,
         **kwargs: Any,

@@ -6,6 +6,7 @@ Baseline", NeurIPS 2020, arXiv 2004.07211, algorithm 2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class DERpp(DarkReplay):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work.
+        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
         alpha: factor of the distance, at least 0.
         beta: factor of the representatives' cross entropy, at least 0.
         **kwargs: arguments of ``ContinualAgent``.
@@ -43,7 +44,7 @@ class DERpp(DarkReplay):
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: RehearsalConfig = DarkReplay.memory,
+        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
         alpha: float = 0.5,
         beta: float = 0.5,
         **kwargs: Any,

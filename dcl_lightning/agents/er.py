@@ -6,12 +6,9 @@ Chaudhry, Rohrbach, Elhoseiny, Ajanthan, Dokania, Torr and Ranzato, "On Tiny Epi
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
-from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
 
 __all__ = ["ER"]
@@ -26,20 +23,11 @@ class ER(RehearsingAgent):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work.
+        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
         **kwargs: arguments of ``ContinualAgent``.
     """
 
     boundaries = ("known", "hidden")
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        rehearsal: RehearsalConfig = RehearsingAgent.memory,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy over the step's samples of all workers, and the logits."""

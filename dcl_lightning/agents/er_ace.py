@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcl_lightning.agents.rehearsing import RehearsingAgent
 from dcl_lightning.functional.losses import asymmetric_cross_entropy
@@ -27,18 +27,13 @@ class ERACE(RehearsingAgent):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work.
+        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
         **kwargs: arguments of ``ContinualAgent``.
     """
 
     boundaries = ("known", "hidden")
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="reservoir", weighting="none", loss="sum")
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(loss="sum")
     required: ClassVar[dict[str, Any]] = {"weighting": "none", "loss": "sum"}
-
-    def __init__(
-        self, backbone: nn.Module, num_classes: int, rehearsal: RehearsalConfig = memory, **kwargs: Any
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of both cross entropies, each a mean over the samples of all workers, and the logits."""

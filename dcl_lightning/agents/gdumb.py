@@ -6,6 +6,7 @@ algorithms 1 and 2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,18 +30,18 @@ class GDumb(RehearsingAgent):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work.
+        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
         **kwargs: arguments of ``ContinualAgent``.
     """
 
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="greedy", quota="adaptive", weighting="none", loss="sum")
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="greedy", quota="adaptive", loss="sum")
     required: ClassVar[dict[str, Any]] = {"update": "step", "rehearse": "seen", "weighting": "none", "loss": "sum"}
 
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: RehearsalConfig = memory,
+        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, rehearsal, reset_state_dict=True, **kwargs)

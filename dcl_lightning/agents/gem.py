@@ -5,6 +5,7 @@ Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIP
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,7 @@ class GEM(RehearsingAgent):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work.
+        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
         margin: least share of each earlier task's gradient where the direction is changed, at least 0.
         **kwargs: arguments of ``ContinualAgent``.
 
@@ -41,7 +42,7 @@ class GEM(RehearsingAgent):
     """
 
     memory: ClassVar[RehearsalConfig] = RehearsalConfig(
-        policy="class_balanced", update="task_end", rehearse="past", weighting="none", loss="sum"
+        policy="class_balanced", update="task_end", rehearse="past", loss="sum"
     )
     required: ClassVar[dict[str, Any]] = {"rehearse": "past", "weighting": "none", "loss": "sum"}
 
@@ -49,7 +50,7 @@ class GEM(RehearsingAgent):
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: RehearsalConfig = memory,
+        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
         margin: float = 0.5,
         **kwargs: Any,
     ) -> None:

@@ -6,6 +6,7 @@ CVPR 2017, arXiv 1611.07725, algorithms 1 to 5.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ class ICaRL(ContinualAgent):
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: MemorySize | dict[str, Any] | None = None,
+        rehearsal: MemorySize | Mapping[str, Any] | None = None,
         bce_reduction: Literal["mean", "sum"] = "mean",
         selection: Literal["herding", "nearest"] = "herding",
         nme_flip: bool = False,
@@ -71,7 +72,7 @@ class ICaRL(ContinualAgent):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
-        self.rehearsal = MemorySize(**rehearsal) if isinstance(rehearsal, dict) else rehearsal or MemorySize()
+        self.rehearsal = MemorySize.of(rehearsal)
         self.bce_reduction = bce_reduction
         self.selection = selection
         self.nme_flip = nme_flip

@@ -96,14 +96,7 @@ class derpp(DERpp):
 class derpp_task_end(DERpp):
     """DER++ whose memory is filled at the ends of tasks, class by class, with the logits of then."""
 
-    memory = RehearsalConfig(
-        policy="class_balanced", quota="adaptive", update="task_end", rehearse="past", weighting="none", loss="sum"
-    )
-
-    def __init__(
-        self, backbone: nn.Module, num_classes: int, rehearsal: RehearsalConfig = memory, **kwargs: Any
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+    memory = RehearsalConfig(policy="class_balanced", quota="adaptive", update="task_end", rehearse="past")
 
 
 class agem(AGEM):
@@ -158,73 +151,33 @@ class nil(NIL):
 class nil_v1(NIL):
     """NIL, managed one step ahead in the background; both sides wait for each other. Equals ``nil``."""
 
-    fixed = {"execution": "blocking", "stage": "sample"}
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        rehearsal: RehearsalConfig = RehearsalConfig(execution="blocking"),  # noqa: B008
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+    memory = RehearsalConfig(execution="blocking")
+    required = {"execution": "blocking", "stage": "sample"}
 
 
 class nil_v2(NIL):
     """NIL in the background; the step never waits and may meet the last representatives again."""
 
-    fixed = {"execution": "nonblocking"}
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        rehearsal: RehearsalConfig = RehearsalConfig(execution="nonblocking"),  # noqa: B008
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+    memory = RehearsalConfig(execution="nonblocking")
+    required = {"execution": "nonblocking"}
 
 
 class nil_v3(NIL):
     """NIL in the background, which also brings the representatives to the device. Equals ``nil``."""
 
-    fixed = {"execution": "blocking", "stage": "assemble"}
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        rehearsal: RehearsalConfig = RehearsalConfig(execution="blocking", stage="assemble"),  # noqa: B008
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+    memory = RehearsalConfig(execution="blocking", stage="assemble")
+    required = {"execution": "blocking", "stage": "assemble"}
 
 
 class nil_v4(NIL):
     """NIL in the background, which also draws the next batch of the loader. Equals ``nil``."""
 
-    fixed = {"execution": "blocking", "stage": "load"}
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        rehearsal: RehearsalConfig = RehearsalConfig(execution="blocking", stage="load"),  # noqa: B008
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+    memory = RehearsalConfig(execution="blocking", stage="load")
+    required = {"execution": "blocking", "stage": "load"}
 
 
 class nil_global(NIL):
     """NIL over the memories of all workers."""
 
-    fixed = {"scope": "global"}
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        rehearsal: RehearsalConfig = RehearsalConfig(execution="blocking", scope="global"),  # noqa: B008
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+    memory = RehearsalConfig(execution="blocking", scope="global")
+    required = {"scope": "global"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.config import RehearsalConfig, resolve
+from dcl_lightning.memory.size import SIZES
 from dcl_lightning.types import Batch
 
-__all__ = ["DarkReplay", "RehearsingAgent", "refuse_another_memory"]
+__all__ = ["DarkReplay", "RehearsingAgent"]
 
 
 class RehearsingAgent(ContinualAgent):
@@ -25,68 +26,66 @@ class RehearsingAgent(ContinualAgent):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work; or a dict of what differs from ``memory``.
+        rehearsal: values of the memory that differ from ``memory``, as a configuration or a dict.
         **kwargs: arguments of ``ContinualAgent``.
 
     Raises:
-        ConfigurationError: a value of the memory contradicts ``required``.
+        ConfigurationError: values of the memory contradict each other, or ``required``.
     """
 
     rehearses = True
-    # The method's own memory: what is not said otherwise. One with another gives it as its constructor's default, too,
-    # where the command line looks for it.
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="reservoir", weighting="none")
+    # The method's own memory: what is not said otherwise. A subclass gives what differs from its base's, and has it
+    # completed by that.
+    memory: ClassVar[RehearsalConfig] = resolve(RehearsalConfig())
     # Values of the memory without which it would be another method.
     required: ClassVar[dict[str, Any]] = {"weighting": "none"}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "memory" in vars(cls):
+            base: Any = next(kind for kind in cls.__mro__[1:] if "memory" in vars(kind))
+            cls.memory = resolve(cls.memory, base.memory, owner=f"agent {base.__name__}")
 
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
-        rehearsal: RehearsalConfig = memory,
+        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
-        # The command line reads one class; Python and checkpoints give dicts, too.
-        config = replace(self.memory, **rehearsal) if isinstance(rehearsal, Mapping) else rehearsal
-        for key, value in self.required.items():
-            if getattr(config, key) != value:
-                raise ConfigurationError(
-                    f"rehearsal.{key}={getattr(config, key)}: agent {type(self).__name__} has {key}={value}"
-                )
-        self.rehearsal = Rehearsal(config)
+        self._given = RehearsalConfig.of(rehearsal)
+        self.rehearsal = Rehearsal(self._given)
+        self._complete(self.rehearsal)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return clock, report and rehearsal, or adopt those that the trainer has already."""
-        refuse_another_memory(self.trainer, self.rehearsal, self.memory, self.required)
+        """Return clock, report and rehearsal, or adopt those that the trainer has already.
+
+        Raises:
+            ConfigurationError: a ``Rehearsal`` among the trainer's callbacks contradicts the agent.
+        """
+        theirs = [c for c in self.trainer.callbacks if isinstance(c, Rehearsal)]  # type: ignore[attr-defined]
+        for rehearsal in theirs or [self.rehearsal]:
+            if rehearsal is not self.rehearsal:
+                self._refuse_contradiction(rehearsal)
+            self._complete(rehearsal)
         return [*super().configure_callbacks(), *self.adopt(Rehearsal, "rehearsal")]
 
+    def _complete(self, rehearsal: Rehearsal) -> None:
+        own, owner = (self.memory, self._given), f"agent {type(self).__name__}"
+        config = rehearsal.complete(*own, required=self.required, owner=owner)
+        if "rehearsal" in self.hparams:  # else a subclass has left it out
+            self.save_hyperparameters({"rehearsal": asdict(config)}, logger=self._log_hyperparams)
 
-def refuse_another_memory(
-    trainer: pl.Trainer, own: Rehearsal, by_default: RehearsalConfig, required: Mapping[str, Any]
-) -> None:
-    """Refuse a ``Rehearsal`` among the trainer's callbacks that contradicts the agent's own memory.
-
-    Args:
-        trainer: has the callbacks.
-        own: the agent's.
-        by_default: the agent's memory where nothing is said.
-        required: values without which it would be another method.
-
-    Raises:
-        ConfigurationError: both values are named.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, Rehearsal) or callback is own:
-            continue
-        for field in fields(RehearsalConfig):
-            key = field.name
-            ours, theirs = getattr(own.config, key), getattr(callback.config, key)
-            if ours != theirs and (ours != getattr(by_default, key) or key in required):
-                raise ConfigurationError(
-                    f"model.rehearsal.{key}={ours} and {key}={theirs} of the Rehearsal among the callbacks contradict "
-                    "each other: leave one of them out"
-                )
+    def _refuse_contradiction(self, theirs: Rehearsal) -> None:
+        for name, value in self._given.explicit.items():
+            rivals = SIZES if name in SIZES else (name,)
+            for key, other in theirs.given.explicit.items():
+                if key in rivals and (key, other) != (name, value):
+                    raise ConfigurationError(
+                        f"model.rehearsal.{name}={value} and {key}={other} of the Rehearsal among the callbacks "
+                        "contradict each other: leave one of them out"
+                    )
 
 
 class DarkReplay(RehearsingAgent):
@@ -95,16 +94,20 @@ class DarkReplay(RehearsingAgent):
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
         num_classes: classes of the whole stream, K.
-        rehearsal: the memory, its draws and who does the work.
+        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
         **kwargs: arguments of ``ContinualAgent``.
     """
 
     boundaries = ("known", "hidden")
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="reservoir", weighting="none", loss="sum")
+    memory: ClassVar[RehearsalConfig] = RehearsalConfig(loss="sum")
     required: ClassVar[dict[str, Any]] = {"weighting": "none", "loss": "sum"}
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, rehearsal: RehearsalConfig = memory, **kwargs: Any
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, rehearsal, **kwargs)
         self.row_shapes = {"logits": (num_classes,)}

@@ -26,7 +26,7 @@ from dcl_lightning.distributed.side_files import (
 )
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 from dcl_lightning.memory.comm import Comm
-from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Representatives
 from dcl_lightning.memory.nests import flatten, rebuild
 from dcl_lightning.memory.redeal import redeal
@@ -41,7 +41,7 @@ _HARMLESS = ("execution", "stage", "storage")
 def save_memory(
     trainer: pl.Trainer,
     checkpoint: dict[str, Any],
-    config: RehearsalConfig,
+    config: ResolvedConfig,
     manager: MemoryManager,
     in_flight: Representatives | None,
 ) -> None:
@@ -80,7 +80,7 @@ class SavedMemories:
         self.folder = Path(memory["folder"])
 
     @classmethod
-    def of(cls, checkpoint: dict[str, Any], config: RehearsalConfig, comm: Comm) -> SavedMemories | None:
+    def of(cls, checkpoint: dict[str, Any], config: ResolvedConfig, comm: Comm) -> SavedMemories | None:
         """Return the memories of a checkpoint, whole; None if it was saved before there were any.
 
         Args:
@@ -168,7 +168,7 @@ class SavedMemories:
 
 
 def refuse_another_memory(
-    before: dict[str, Any] | RehearsalConfig, now: RehearsalConfig, what: str, free: Sequence[str] = _HARMLESS
+    before: dict[str, Any] | ResolvedConfig, now: ResolvedConfig, what: str, free: Sequence[str] = _HARMLESS
 ) -> None:
     """Refuse to go on with a memory that was filled in another way.
 
@@ -181,9 +181,10 @@ def refuse_another_memory(
     Raises:
         ConfigurationError: a value differs that says what is stored; both are named.
     """
-    former = asdict(before) if isinstance(before, RehearsalConfig) else before
+    # Completed, as an earlier version's leaves out what was as by default.
+    former = asdict(resolve(RehearsalConfig.of(before)))
     for name, value in asdict(now).items():
-        if name not in free and former.get(name, value) != value:
+        if name not in free and former[name] != value:
             raise ConfigurationError(
                 f"rehearsal.{name}={value}: {what} {former[name]}; go on with that, or begin with an empty memory"
             )

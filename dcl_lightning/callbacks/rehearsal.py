@@ -28,7 +28,7 @@ from dcl_lightning.distributed.slurm import requeue_between_steps
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.comm import Comm
-from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.engine import MemoryEngine
 from dcl_lightning.memory.joining import Room, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
@@ -64,14 +64,24 @@ class Rehearsal(pl.Callback):
     with an empty memory.
 
     Args:
-        config: size, policy, scope and execution of the memory.
+        config: size, policy, scope and execution of the memory; or a dict. What is not given is an agent's own value,
+            or beside any other module that of plain replay, see ``RehearsalConfig``.
         label: with another module, where a batch has its labels: a key or a place; None where the policy
             needs none.
         num_classes: with ``label``, the number of classes.
+
+    Attributes:
+        given: what was given of ``config``.
     """
 
+    _config: ResolvedConfig | None
+    _own: tuple[tuple[RehearsalConfig, ...], Mapping[str, Any] | None, str] = (), None, ""
+
     def __init__(
-        self, config: RehearsalConfig | None = None, label: int | str | None = None, num_classes: int | None = None
+        self,
+        config: RehearsalConfig | Mapping[str, Any] | None = None,
+        label: int | str | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         if (label is None) != (num_classes is None):
@@ -79,7 +89,7 @@ class Rehearsal(pl.Callback):
                 f"Rehearsal(label={label!r}, num_classes={num_classes}): give both, or neither where the policy needs "
                 "no labels"
             )
-        self.config = config or RehearsalConfig()
+        self.config = config
         self.label, self.num_classes = label, num_classes
         self.manager: MemoryManager | None = None
         self._engine: MemoryEngine[_Prepared | None] | None = None
@@ -97,6 +107,37 @@ class Rehearsal(pl.Callback):
         self._wait_s = 0.0
         # Of the taskset that is offered at a task's end: the task, the rows of each worker so far, the workers.
         self._offered: tuple[int, int, int] | None = None
+
+    # -- configuration -----------------------------------------------------------------------------
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """What the memory works with: what was given, completed; any configuration can be assigned between fits."""
+        if self._config is None:
+            own, required, owner = self._own
+            self._config = resolve(self.given, *own, required=required, owner=owner)
+        return self._config
+
+    @config.setter
+    def config(self, config: RehearsalConfig | Mapping[str, Any] | None) -> None:
+        self.given = RehearsalConfig.of(config)
+        self._config = None
+
+    def complete(
+        self, *own: RehearsalConfig, required: Mapping[str, Any] | None = None, owner: str = ""
+    ) -> ResolvedConfig:
+        """Return ``config``, from now on completed by an agent's own values, or by those of plain replay.
+
+        Args:
+            *own: the agent's, of which later ones win; none for plain replay.
+            required: values without which the agent would be another method.
+            owner: whose own they are, for messages.
+
+        Raises:
+            ConfigurationError: values contradict each other, or ``required``.
+        """
+        self._own, self._config = (own, required, owner), None
+        return self.config
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -116,6 +157,8 @@ class Rehearsal(pl.Callback):
         requeue_between_steps(trainer)
         if stage != "fit":
             return
+        if getattr(pl_module, "rehearsal", None) is not self:
+            self.complete()  # an agent that had it in an earlier fit has completed it by its own values
         data: Any = getattr(trainer, "datamodule", None)
         stream = getattr(data, "stream", None)
         self.saved = self._offered = None
@@ -470,7 +513,7 @@ class Rehearsal(pl.Callback):
         # All workers look before one of them takes its part.
         _together(comm, lambda: refuse_lack_of_space(example, capacity, config.storage, on_host))
         store = _together(comm, lambda: RowStore(example, capacity, config.storage))
-        candidates = config.candidates
+        candidates = config.num_candidates
         if config.update == "task_end" and candidates is not None:  # every sample is a candidate
             candidates = data.eval_batch_size
         buffer = RehearsalBuffer(

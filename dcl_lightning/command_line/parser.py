@@ -90,7 +90,9 @@ def _subclasses(kind: Any) -> Iterator[Any]:
 
 
 def memory_help(agent: str) -> str:
-    """Return the help of the keys below ``--model.rehearsal``: jsonargparse cannot show what is nested that deep.
+    """Return the help of the keys below ``--model.rehearsal``, with the agent's own values as defaults.
+
+    jsonargparse cannot show what is nested that deep.
 
     Args:
         agent: short name.
@@ -108,5 +110,7 @@ def memory_help(agent: str) -> str:
             usage = f"fit --model {agent} [--model.rehearsal.KEY VALUE ...]"
             parser = ContinualParser(usage=usage, description=f"Memory of agent {agent}.", add_help=False)
             parser.add_class_arguments(config, "model.rehearsal")
+            own = getattr(kind, "memory", MemorySize()).explicit
+            parser.set_defaults({f"model.rehearsal.{key}": value for key, value in own.items()})
             return parser.format_help()
     raise ConfigurationError(f"agent {agent} has no memory, and so no keys below --model.rehearsal")

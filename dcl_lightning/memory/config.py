@@ -1,28 +1,83 @@
-"""Everything that a rehearsal memory can be told, checked when it is made."""
+"""Everything that a rehearsal memory can be told, checked when it is made, and completed by an agent's own values."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from dcl_lightning.errors import ConfigurationError, check_words, whole_number
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.size import SIZES, MemorySize
 
-__all__ = ["RehearsalConfig"]
+__all__ = ["RehearsalConfig", "ResolvedConfig", "resolve"]
+
+_Policy = Literal["nil", "class_balanced", "reservoir", "greedy", "fifo"]
+_Quota = Literal["fixed", "adaptive"]
+_Update = Literal["step", "task_end"]
+_Rehearse = Literal["seen", "past"]
+_Loss = Literal["mean", "sum"]
+_Weighting = Literal["nil", "none"]
+_Scope = Literal["local", "global"]
+_Execution = Literal["inline", "blocking", "nonblocking"]
+_Stage = Literal["sample", "assemble", "load"]
+_Store = Literal["rows", "reference", "transformed"]
+
+_OFFERS_ALL = ("reservoir", "greedy")
+_NUM_CANDIDATES = 20
+# Values that contradict each other (None: any value), and what to do.
+_CONTRADICTIONS: tuple[tuple[dict[str, tuple[str, ...] | None], str], ...] = (
+    (
+        {"num_candidates": None, "policy": _OFFERS_ALL},
+        "all samples are offered; leave num_candidates out, or give policy=class_balanced, fifo or nil",
+    ),
+    (
+        {"policy": _OFFERS_ALL, "weighting": ("nil",)},
+        "that weighting counts candidates, and all samples are offered; give weighting=none, or policy=nil",
+    ),
+    (
+        {"scope": ("global",), "rehearse": ("past",), "update": ("step",)},
+        "a global draw does not know classes; give update=task_end, or scope=local",
+    ),
+    (
+        {"scope": ("global",), "quota": ("adaptive",)},
+        "a global draw needs rows that stay; give quota=fixed, or scope=local",
+    ),
+    (
+        {"store": ("transformed",), "update": ("task_end",)},
+        "at a task's end nothing is augmented; give update=step, or store=rows",
+    ),
+    (
+        {"stage": ("assemble", "load"), "execution": ("inline",)},
+        "it is background work; give execution=blocking, or stage=sample",
+    ),
+)
+
+
+def _refuse_contradictions(values: Mapping[str, Any], given: Collection[str], whose: str) -> None:
+    for clash, remedy in _CONTRADICTIONS:
+        found = {name: values.get(name) for name in clash}
+        if all(found[name] is not None and (words is None or found[name] in words) for name, words in clash.items()):
+            first, *others = sorted(clash, key=lambda name: name not in given)
+            said = " and ".join(f"{n}={found[n]}" + ("" if n in given else f" ({whose})") for n in others)
+            raise ConfigurationError(f"rehearsal.{first}={found[first]} does not go with {said}: {remedy}")
 
 
 @dataclass(frozen=True)
 class RehearsalConfig(MemorySize):
     """What is stored, how it is drawn, and who does the work.
 
+    A key that is None is not given: ``resolve`` takes the agent's own value, from the ``memory`` of its class, or, for
+    a ``Rehearsal`` beside any other module, that of plain replay, a reservoir that is filled at each step. A size that
+    is given takes the place of any size of the agent's own.
+
     Args:
         num_representatives: stored samples per class and worker, R; 60 if no size is given.
         buffer_size: stored samples in all, over all workers and classes.
         rehearsal_ratio: share of the training set that is stored, in (0, 1].
-        num_candidates: c, samples of each batch offered to the memory; 20 if None; None for ``reservoir``
-            and ``greedy``, to which all are offered.
-        num_samples: r, representatives added to each batch of a worker.
+        num_samples: r, representatives added to each batch of a worker, at least 1.
         policy: which samples enter and which leave.
+        num_candidates: c, samples of each batch offered to the memory, at least 1. Not for ``reservoir`` and
+            ``greedy``, to which all are offered.
         quota: room of a class: ``fixed`` (all classes of the stream share from the start) or ``adaptive``
             (the classes seen so far share).
         update: samples enter at every training ``step``, or once at the ``task_end``.
@@ -40,61 +95,54 @@ class RehearsalConfig(MemorySize):
             ``transformed`` (inputs as the network got them, never augmented again).
         storage: where rows lie: ``cpu``, ``cuda`` or a folder for a memory-mapped file.
         seed: of choice and draws, each worker adds its rank; that of ``seed_everything`` if None.
+
+    Raises:
+        ConfigurationError: a value out of range, or values that contradict each other.
     """
 
+    num_samples: int | None = None
+    policy: _Policy | None = None
     num_candidates: int | None = None
-    num_samples: int = 20
-    policy: Literal["nil", "class_balanced", "reservoir", "greedy", "fifo"] = "nil"
-    quota: Literal["fixed", "adaptive"] = "fixed"
-    update: Literal["step", "task_end"] = "step"
-    rehearse: Literal["seen", "past"] = "seen"
-    loss: Literal["mean", "sum"] = "mean"
-    weighting: Literal["nil", "none"] = "nil"
-    scope: Literal["local", "global"] = "local"
-    execution: Literal["inline", "blocking", "nonblocking"] = "inline"
-    stage: Literal["sample", "assemble", "load"] = "sample"
-    store: Literal["rows", "reference", "transformed"] = "rows"
-    storage: str = "cpu"
+    quota: _Quota | None = None
+    update: _Update | None = None
+    rehearse: _Rehearse | None = None
+    loss: _Loss | None = None
+    weighting: _Weighting | None = None
+    scope: _Scope | None = None
+    execution: _Execution | None = None
+    stage: _Stage | None = None
+    store: _Store | None = None
+    storage: str | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_words("rehearsal", get_type_hints(RehearsalConfig), vars(self))
-        if self.num_samples < 1:
-            raise ConfigurationError(f"rehearsal.num_samples={self.num_samples}: give at least 1")
-        if self.num_candidates is not None and self.num_candidates < 1:
-            raise ConfigurationError(f"rehearsal.num_candidates={self.num_candidates}: give at least 1")
-        if self.seed is not None:
-            whole_number("rehearsal.seed", self.seed, 0, 1 << 32)
-        offers_all = self.policy in ("reservoir", "greedy")
-        if offers_all and self.num_candidates is not None:
-            raise ConfigurationError(
-                f"rehearsal.num_candidates={self.num_candidates} with policy={self.policy}: leave it out, all are "
-                "offered"
-            )
-        if offers_all and self.weighting == "nil":
-            raise ConfigurationError(
-                f"rehearsal.weighting=nil needs candidates: with policy={self.policy} give weighting=none"
-            )
-        if self.scope == "global" and self.rehearse == "past" and self.update == "step":
-            raise ConfigurationError(
-                "rehearsal.rehearse=past with update=step goes with scope=local: a global draw knows sizes alone; give "
-                "update=task_end"
-            )
-        if self.scope == "global" and self.quota == "adaptive":
-            raise ConfigurationError("rehearsal.quota=adaptive goes with scope=local: a global draw's rows stay")
-        if self.store == "transformed" and self.update == "task_end":
-            raise ConfigurationError(
-                "rehearsal.store=transformed goes with update=step: at a task's end nothing is augmented"
-            )
-        if self.stage != "sample" and self.execution == "inline":
-            raise ConfigurationError(f"rehearsal.stage={self.stage} is background work: give execution=blocking")
+        check_words("rehearsal", get_type_hints(type(self)), vars(self))
+        for name, least, below in (("num_samples", 1, None), ("num_candidates", 1, None), ("seed", 0, 1 << 32)):
+            if name in self.explicit:
+                whole_number(f"rehearsal.{name}", self.explicit[name], least, below)
+        _refuse_contradictions(vars(self), self.explicit, "")
 
-    @property
-    def candidates(self) -> int | None:
-        """c, with its default."""
-        offers_all = self.policy in ("reservoir", "greedy")
-        return self.num_candidates if self.num_candidates is not None or offers_all else 20
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(RehearsalConfig):
+    """A configuration without gaps, as ``resolve`` makes it: at most one size is given, all else is.
+
+    For what each value means see ``RehearsalConfig``; ``num_candidates`` is None where all are offered to the policy.
+    """
+
+    num_samples: int
+    policy: _Policy
+    quota: _Quota
+    update: _Update
+    rehearse: _Rehearse
+    loss: _Loss
+    weighting: _Weighting
+    scope: _Scope
+    execution: _Execution
+    stage: _Stage
+    store: _Store
+    storage: str
 
     def forgets_tasks(self) -> str | None:
         """Return what becomes of tasks whose classes come again in later ones; None if the memory keeps them alike."""
@@ -162,3 +210,48 @@ class RehearsalConfig(MemorySize):
                 f"rehearsal.policy={self.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
                 "policy='reservoir'"
             )
+
+
+# Plain replay, which needs neither labels nor tasks nor a loss that knows of it.
+_NEUTRAL = RehearsalConfig(
+    num_samples=20, policy="reservoir", quota="fixed", update="step", rehearse="seen", loss="mean", weighting="none",
+    scope="local", execution="inline", stage="sample", store="rows", storage="cpu",
+)  # fmt: skip
+
+
+def resolve(
+    given: RehearsalConfig,
+    *own: RehearsalConfig,
+    required: Mapping[str, Any] | None = None,
+    owner: str = "",
+) -> ResolvedConfig:
+    """Return a configuration without gaps: what was given, over own values, over those of plain replay.
+
+    Two keys depend on others: a size takes the place of any other size, and where all samples are offered to the policy
+    there are no candidates, unless they were given, which is refused.
+
+    Args:
+        given: by the user.
+        *own: values of an agent, of which later ones win.
+        required: values without which the agent would be another method.
+        owner: whose own values these are, for messages: ``agent ER``; empty for those of plain replay.
+
+    Raises:
+        ConfigurationError: a value contradicts another one or ``required``; what was given is named first.
+    """
+    values: dict[str, Any] = {}
+    for layer in (_NEUTRAL, *own, given):
+        if any(size in layer.explicit for size in SIZES):
+            values = {name: value for name, value in values.items() if name not in SIZES}
+        if layer.policy in _OFFERS_ALL:
+            values.pop("num_candidates", None)
+        values |= layer.explicit
+    if values["policy"] not in _OFFERS_ALL:
+        values.setdefault("num_candidates", _NUM_CANDIDATES)
+    for name, value in (required or {}).items():
+        if values[name] != value:
+            raise ConfigurationError(
+                f"rehearsal.{name}={values[name]}: {owner} has {name}={value}; leave {name} out, or take another agent"
+            )
+    _refuse_contradictions(values, given.explicit, f"{owner}'s own" if owner else "the default")
+    return ResolvedConfig(**values)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
-from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.config import ResolvedConfig
 from dcl_lightning.memory.exchange import GlobalExchange, RowLayout, Served
 from dcl_lightning.memory.ranges import stage
 from dcl_lightning.types import MemoryRows
@@ -70,7 +70,7 @@ class MemoryManager:
 
     def __init__(
         self,
-        config: RehearsalConfig,
+        config: ResolvedConfig,
         buffer: RehearsalBuffer,
         comm: Comm,
         batch_size: int,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, check_number, suggestion, whole_number
 
-__all__ = ["MemorySize"]
+__all__ = ["SIZES", "MemorySize"]
 
+SIZES = ("num_representatives", "buffer_size", "rehearsal_ratio")  # of which at most one is given
 
 _MOST_ROWS = 2**40  # the ids of rows have to be int64, their bytes, too
+
+_Size = TypeVar("_Size", bound="MemorySize")
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,40 @@ class MemorySize:
     rehearsal_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        names = ("num_representatives", "buffer_size", "rehearsal_ratio")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: value for name, value in self.explicit.items() if name in SIZES}
         if len(given) > 1:
-            raise ConfigurationError(
-                f"rehearsal: {given} given together; give one of num_representatives, buffer_size, rehearsal_ratio"
-            )
+            said = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ConfigurationError(f"rehearsal: {said} given together; give one of {', '.join(SIZES)}")
         for name, value in given.items():
-            if not (0 < value <= (1 if name == "rehearsal_ratio" else _MOST_ROWS)):
-                allowed = "a share in (0, 1]" if name == "rehearsal_ratio" else f"a whole number from 1 to {_MOST_ROWS}"
-                raise ConfigurationError(f"rehearsal.{name}={value}: give {allowed}")
+            if name == "rehearsal_ratio":
+                check_number(f"rehearsal.{name}", value, above=0, at_most=1)
+            else:
+                whole_number(f"rehearsal.{name}", value, 1, _MOST_ROWS + 1)
+
+    @classmethod
+    def of(cls: type[_Size], given: MemorySize | Mapping[str, Any] | None) -> _Size:
+        """Return a configuration of what may also be a dict, or nothing.
+
+        Args:
+            given: a configuration, or a dict of its values.
+
+        Raises:
+            ConfigurationError: a key that there is not, or what the constructor refuses.
+        """
+        if given is not None and not isinstance(given, (MemorySize, Mapping)):
+            raise ConfigurationError(f"rehearsal={given!r}: give a {cls.__name__}, or a dict of its values")
+        values = given.explicit if isinstance(given, MemorySize) else given or {}
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                near = suggestion(str(key), names) or f"; give one of {', '.join(names)}"
+                raise ConfigurationError(f"rehearsal.{key}: no such key{near}")
+        return cls(**values)
+
+    @property
+    def explicit(self) -> dict[str, Any]:
+        """The values that are given, by name: those that are not None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def total(self, num_classes: int, num_workers: int, num_samples: int, default: int) -> int:
         """Return the capacity in samples over the whole job.

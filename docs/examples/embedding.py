@@ -84,7 +84,7 @@ def run(module, loader, *callbacks):
 
 def memory(label):
     """Return a memory of 200 images, as many of each class, of which 32 join every batch."""
-    config = RehearsalConfig(buffer_size=200, num_samples=32, policy="class_balanced", weighting="none")
+    config = RehearsalConfig(buffer_size=200, num_samples=32, policy="class_balanced")
     return Rehearsal(config, label=label, num_classes=10)
 
 

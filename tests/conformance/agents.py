@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ from dcl_lightning.backbones import MLP
 
 NAMES = presets.__all__
 # Agents whose memory the callback manages, and those that keep samples in another way.
-REHEARSING = [name for name in NAMES if hasattr(getattr(presets, name), "memory") or name.startswith("nil")]
+REHEARSING = [name for name in NAMES if hasattr(getattr(presets, name), "memory")]
 KEEPING = [*REHEARSING, "icarl", "icarl_v1"]
 # What a stream has to be for them, beside tasks of two classes.
 STREAMS: dict[str, dict[str, Any]] = {"joint": {"scenario": "none"}, "cumulative": {"concatenate_tasksets": True}}
@@ -27,9 +26,5 @@ def make(name: str, data: Any, seed: int = 0, memory: dict[str, Any] | None = No
         config: dict[str, Any] = {"buffer_size": 12}
         if name in REHEARSING:
             config["num_samples"] = 4
-        if name.startswith("nil"):
-            # These take a whole configuration: theirs is their default's.
-            default = inspect.signature(kind.__init__).parameters["rehearsal"].default
-            config |= {"execution": default.execution, "stage": default.stage} if default is not None else {}
         common["rehearsal"] = config | (memory or {})
     return kind(MLP([8]), data.num_classes, **common)

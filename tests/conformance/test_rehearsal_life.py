@@ -14,11 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from rehearsals import assert_same_run, buffer_of, fit, make_nil, same, watch
 from streams import make_data, make_trainer
 
-from dcl_lightning.agents import presets
-from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer
-from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.engine import MemoryEngine
 
 _THREAD = "rehearsal"
@@ -160,21 +157,3 @@ def test_a_second_fit_starts_with_an_empty_memory(tmp_path: Path) -> None:
         assert all(float(v) >= 0 for k, v in zip(header.split(","), first.split(","), strict=True) if "wait" in k and v)
     assert rehearsed[0] == rehearsed[18] == 0
     assert rehearsed[19] == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("nil", ("inline", "sample", "local")),
-        ("nil_v1", ("blocking", "sample", "local")),
-        ("nil_v2", ("nonblocking", "sample", "local")),
-        ("nil_v3", ("blocking", "assemble", "local")),
-        ("nil_v4", ("blocking", "load", "local")),
-        ("nil_global", ("inline", "sample", "global")),
-    ],
-)
-def test_a_short_name_stands_for_its_way_to_work_in_python_too(name: str, expected: tuple[str, str, str]) -> None:
-    agent = getattr(presets, name)(MLP([8], 1, 4), 6, RehearsalConfig(buffer_size=12))
-    config = agent.rehearsal.config
-    assert (config.execution, config.stage, config.scope) == expected
-    assert config.buffer_size == 12

@@ -15,7 +15,7 @@ from streams import make_data, weights
 from dcl_lightning import ContinualDataModule
 from dcl_lightning.callbacks.references import References
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.config import RehearsalConfig, resolve
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 import written
@@ -113,7 +113,7 @@ def test_a_store_for_imagenet_shrinks_to_ids(tmp_path: Path) -> None:
 def test_references_need_a_data_set_at_hand() -> None:
     config = RehearsalConfig(buffer_size=4, policy="reservoir", weighting="none", store="reference")
     with pytest.raises(ConfigurationError, match=r"rehearsal\.store=reference needs an agent of ours.*store='rows'"):
-        config.check_without_agent(has_labels=True)
+        resolve(config).check_without_agent(has_labels=True)
     with pytest.raises(ConfigurationError, match=r"store=reference needs a ContinualDataModule: give store=rows"):
         References(None)
 
@@ -157,5 +157,5 @@ def test_transformed_samples_resume(tmp_path: Path) -> None:
 
 
 def test_at_a_tasks_end_nothing_is_augmented() -> None:
-    with pytest.raises(ConfigurationError, match="store=transformed goes with update=step"):
+    with pytest.raises(ConfigurationError, match="store=transformed does not go with update=task_end"):
         RehearsalConfig(store="transformed", update="task_end")

@@ -17,7 +17,7 @@ from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from streams import make_agent, make_data, make_trainer
+from streams import make_agent, make_data, make_trainer, weights
 
 NUM_TASKS = 3
 
@@ -181,19 +181,19 @@ def test_another_method_is_refused_and_a_subclass_is_one(tmp_path: Path) -> None
 
 # -- one memory ----------------------------------------------------------------------------------------
 
-OF_ER = {"policy": "reservoir", "weighting": "none"}
-
 
 @pytest.mark.parametrize(
     ("kind", "own", "theirs", "words"),
     [
         (NIL, {"buffer_size": 200}, {"buffer_size": 50}, "buffer_size=200 and buffer_size=50"),
-        (ER, {"buffer_size": 200, **OF_ER}, {"buffer_size": 50, **OF_ER}, "buffer_size=200 and buffer_size=50"),
-        (ER, OF_ER, {"buffer_size": 50}, "weighting=none and weighting=nil"),
-        (presets.nil_v1, {}, {"buffer_size": 50}, "execution=blocking and execution=inline"),
+        (ER, {"buffer_size": 200}, {"num_representatives": 5}, "buffer_size=200 and num_representatives=5"),
+        (ER, {"policy": "reservoir"}, {"policy": "fifo"}, "policy=reservoir and policy=fifo"),
+        (ER, {}, {"policy": "nil", "weighting": "nil"}, "weighting=nil: agent ER has weighting=none"),
+        (presets.nil_v1, {}, {"execution": "inline"}, "execution=inline: agent nil_v1 has execution=blocking"),
         (NIL, {"buffer_size": 50}, {"buffer_size": 50}, ""),
         (NIL, {}, {"buffer_size": 50}, ""),
-        (ER, OF_ER, {"buffer_size": 50, **OF_ER}, ""),
+        (presets.nil_v1, {}, {"buffer_size": 50}, ""),
+        (ER, {"policy": "fifo"}, {"buffer_size": 50}, ""),
     ],
 )
 def test_a_rehearsal_of_the_users_that_contradicts_the_agents_memory_is_refused(
@@ -211,6 +211,9 @@ def test_a_rehearsal_of_the_users_that_contradicts_the_agents_memory_is_refused(
         trainer.fit(agent, datamodule=data)
         assert agent.rehearsal is callback
         assert sum(isinstance(c, Rehearsal) for c in trainer.callbacks) == 1
+        whole = kind(MLP([8]), 6, own | theirs, input_spec=data.input_spec)
+        assert callback.config == whole.rehearsal.config
+        assert agent.hparams == whole.hparams
 
 
 def test_two_memories_on_the_command_line_are_one_line(
@@ -224,3 +227,83 @@ def test_two_memories_on_the_command_line_are_one_line(
     assert "buffer_size=200" in error
     assert "buffer_size=50" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_however_its_memory_is_said(tmp_path: Path) -> None:
+    def run(rehearsal: Any, *callbacks: pl.Callback, kind: Any = ER, **kwargs: Any) -> torch.Tensor:
+        data = make_data()
+        pl.seed_everything(0)
+        agent = kind(MLP([8]), 6, rehearsal, input_spec=data.input_spec)
+        make_trainer(tmp_path, callbacks, limit_val_batches=0).fit(agent, datamodule=data, **kwargs)
+        return weights(agent)
+
+    given = {"buffer_size": 12, "num_samples": 3}
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, path = run(RehearsalConfig(**given), saver), tmp_path / "step=4.ckpt"
+    for rehearsal, callbacks, kind in (
+        (given, [], ER),
+        (given, [], presets.er),
+        (RehearsalConfig(**given, policy="reservoir", weighting="none", execution="blocking"), [], ER),
+        (ER(MLP([8], 1, 4), 6, given).rehearsal.config, [], ER),
+        (None, [Rehearsal(RehearsalConfig(**given))], ER),
+        ({"num_samples": 3}, [Rehearsal({"buffer_size": 12})], ER),
+    ):
+        assert torch.equal(run(rehearsal, *callbacks, kind=kind, ckpt_path=path), whole), (rehearsal, callbacks)
+    for other, words in (({"policy": "fifo"}, "policy=fifo: .* had reservoir"), ({"store": "transformed"}, "had rows")):
+        with pytest.raises(ConfigurationError, match=words):
+            run(given | other, ckpt_path=path)
+
+
+def test_what_a_checkpoint_says_of_its_memory_makes_the_same_agent(tmp_path: Path) -> None:
+    data = make_data()
+    agent = presets.derpp_task_end(MLP([8]), 6, {"num_samples": 3}, input_spec=data.input_spec)
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    make_trainer(tmp_path, [saver, Rehearsal({"buffer_size": 12})], max_steps=1).fit(agent, datamodule=data)
+    checkpoint = torch.load(saver.last_model_path, weights_only=True)
+    said = checkpoint["hyper_parameters"]["rehearsal"]
+    assert (said["buffer_size"], said["num_samples"], said["policy"]) == (12, 3, "class_balanced")
+    assert checkpoint["dcl_lightning"]["memory"]["config"] == said
+    again = presets.derpp_task_end.load_from_checkpoint(saver.last_model_path, backbone=MLP([8]))
+    assert again.rehearsal.config == agent.rehearsal.config
+
+
+def test_a_rehearsal_takes_each_agents_own_values_and_beside_another_module_those_of_plain_replay(
+    tmp_path: Path,
+) -> None:
+    class Plain(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 6))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.net(batch.inputs), batch.targets)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    memory = Rehearsal({"buffer_size": 12})
+    for module, words in (
+        (NIL(MLP([8], 1, 4), 6), ("nil", "nil", "mean")),
+        (Plain(), ("reservoir", "none", "mean")),
+        (presets.gdumb(MLP([8], 1, 4), 6), ("greedy", "none", "sum")),
+        (Plain(), ("reservoir", "none", "mean")),
+    ):
+        trainer = make_trainer(tmp_path, [memory], max_steps=1, enable_checkpointing=False, limit_val_batches=0)
+        trainer.fit(module, datamodule=make_data(scenario="none"))
+        assert (memory.config.policy, memory.config.weighting, memory.config.loss) == words
+        assert len(memory.manager.buffer) > 0
+
+
+def test_another_configuration_can_be_given_to_an_agents_memory_between_fits(tmp_path: Path) -> None:
+    data = make_data()
+    agent = presets.gdumb(MLP([8]), 6, {"num_samples": 3}, input_spec=data.input_spec)
+    for given, wanted in (({"buffer_size": 8}, (8, 3, "greedy")), ({"num_samples": 4}, (None, 4, "greedy"))):
+        agent.rehearsal.config = given
+        trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+        trainer.fit(agent, datamodule=data)
+        config = agent.rehearsal.config
+        assert (config.buffer_size, config.num_samples, config.policy) == wanted
+        assert agent.hparams["rehearsal"]["num_samples"] == wanted[1]
+    agent.rehearsal.config = {"policy": "fifo", "loss": "mean"}
+    with pytest.raises(ConfigurationError, match="loss=mean: agent gdumb has loss=sum"):
+        make_trainer(tmp_path).fit(agent, datamodule=data)

@@ -7,15 +7,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from dcl_lightning.agents import NIL
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.comm import SingleProcessComm
-from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Offer
 from dcl_lightning.memory.storage import RowStore
 
 
 def manager_of(scope: str, device: str = "cpu") -> MemoryManager:
-    config = RehearsalConfig(buffer_size=4, num_candidates=2, num_samples=3, scope=scope)  # type: ignore[arg-type]
+    config = resolve(RehearsalConfig.of({"buffer_size": 4, "num_samples": 3, "scope": scope}), NIL.memory)
     example = torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)
     buffer = RehearsalBuffer(2, 4, "nil", "fixed", 2, RowStore(example[0], 4))
     return MemoryManager(config, buffer, SingleProcessComm(), 2, example, torch.device(device))
@@ -54,7 +55,7 @@ def test_stages_have_names_in_a_profile_of_a_gpu(scope: str, names: list[str], m
 def test_types_do_not_depend_on_the_default_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ``bf16-true`` a step sets that for all threads, also for the one that draws meanwhile."""
     manager = manager_of("local")
-    monkeypatch.setattr(manager, "config", RehearsalConfig(buffer_size=4, num_samples=3, weighting="none"))
+    monkeypatch.setattr(manager, "config", resolve(RehearsalConfig(buffer_size=4, num_samples=3)))
     rows = offer(1)
     torch.set_default_dtype(dtype)
     try:

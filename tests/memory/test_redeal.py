@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.comm import SingleProcessComm
-from dcl_lightning.memory.config import RehearsalConfig
+from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager
 from dcl_lightning.memory.redeal import redeal
 from dcl_lightning.memory.storage import RowStore
@@ -27,7 +27,7 @@ def make(total: int, size: int, rank: int, policy: str, quota: str) -> MemoryMan
     candidates = None if policy in ("reservoir", "greedy") else 3
     buffer = RehearsalBuffer(CLASSES, capacity, policy, quota, candidates, RowStore(EXAMPLE, capacity), seed=rank)
     config = RehearsalConfig(buffer_size=total, policy=policy, quota=quota, num_candidates=candidates, weighting="none")
-    return MemoryManager(config, buffer, SingleProcessComm(), 4, EXAMPLE, torch.device("cpu"), seed=7)
+    return MemoryManager(resolve(config), buffer, SingleProcessComm(), 4, EXAMPLE, torch.device("cpu"), seed=7)
 
 
 def offer(managers: list[MemoryManager], batches: int, first: int = 0) -> int:
