@@ -1,13 +1,17 @@
-"""Shared by all tests: quiet Lightning, reports without pictures, and in CI no test may be skipped."""
+"""Shared by all tests: quiet Lightning that starts fast, reports without pictures, and in CI no test may be skipped."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import logging
 import os
 
 import pytest
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+# Each trainer reads from all installed packages what they offer to Lightning, which takes as long as some fits here.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 @pytest.fixture(autouse=True)

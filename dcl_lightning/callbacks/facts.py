@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import platform
@@ -152,6 +153,7 @@ def _hash(path: Path) -> str | None:
         return None
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     try:
         return version(name)

@@ -117,6 +117,7 @@ _OFTEN = {
     "num_candidates": 0.3, "schedule": 0.25, "logits": 0.3, "task_aware": 0.2, "future_tasks": 0.2, "part": 0.3,
     "stopping": 0.3, "limit": 0.2, "limit_train_batches": 0.25, "validation": 0.5, "sanity": 0.2, "scenario": 0.4,
     "boundaries": 0.1, "concatenate_tasksets": 0.03, "checkpoint": 0.2, "augment": 0.25, "resume": 0.7, "size": 0.6,
+    "epochs_per_task": 0.35,
 }  # fmt: skip
 
 # By which words a message names an axis that cannot be recognised by its own name.
@@ -165,6 +166,16 @@ def draw(seed: int, number: int) -> Draw:
             found.pop("update", None)
         if found.get("validation") == "every_second_batch":
             found.pop("limit_train_batches", None)
+    if rng.random() < 0.7:
+        kind = getattr(presets, agent)
+        for axis, value in getattr(kind, "required", {}).items():  # another method's memory
+            if found.get(axis, value) != value:
+                found.pop(axis)
+        if agent in _ICARL and found.get("execution") == "nonblocking":
+            found.pop("execution")
+        own = getattr(getattr(kind, "memory", None), "policy", None)
+        if found.get("policy", own) in ("reservoir", "greedy"):
+            found.pop("num_candidates", None)
     applies = _applicable(agent)
     return {axis: value for axis, value in found.items() if applies(axis)}
 
@@ -355,8 +366,16 @@ class _Stop(pl.Callback):
                 timer._offset = 1e9
 
 
-def make_trainer(drawn: Draw, folder: Path, callbacks: list[pl.Callback], **more: Any) -> pl.Trainer:
-    """Return a fresh trainer."""
+class _NoReport(TaskReport):
+    """Stands in the report's place and writes none."""
+
+    def _write_once(self, trainer: pl.Trainer, agent: pl.LightningModule) -> None:
+        pass
+
+
+def make_trainer(drawn: Draw, folder: Path, callbacks: list[pl.Callback], reports: bool = False,
+                 **more: Any) -> pl.Trainer:  # fmt: skip
+    """Return a fresh trainer; what it reports is seen in no other place, so that most fits go without."""
 
     def get(axis: str) -> Any:
         return value_of(drawn, axis)
@@ -388,7 +407,8 @@ def make_trainer(drawn: Draw, folder: Path, callbacks: list[pl.Callback], **more
         callbacks.append(EarlyStopping("val/loss", check_on_train_epoch_end=False, **stopping))
     if any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
         options["enable_checkpointing"] = True
-    return pl.Trainer(callbacks=[*callbacks, TaskReport(pictures=False)], **(options | more))
+    callbacks.append(TaskReport(pictures=False) if reports else _NoReport(pictures=False))
+    return pl.Trainer(callbacks=callbacks, **(options | more))
 
 
 def make_saver(drawn: Draw, folder: Path) -> ModelCheckpoint:
@@ -500,9 +520,10 @@ class Recorder(pl.Callback):
             )
         )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, agent: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    # Not after the batch: for a callback that looks there, an agent logs each step.
+    def on_before_backward(self, trainer: pl.Trainer, agent: Any, loss: Tensor) -> None:
         step = self.fit.steps[-1]
-        step.loss = float(outputs["loss"])
+        step.loss = float(loss)
         if hasattr(agent, "columns_of_step"):
             step.new_logits = agent.columns_of_step()["logits"].float().clone()
 
@@ -542,7 +563,8 @@ def run_fit(
     threads = set(threading.enumerate())
     recorder = Recorder(truth, fit, modes)
     try:
-        trainer = fit.trainer = make_trainer(drawn, folder, [recorder, *([saver] if saver else [])], **more)
+        callbacks = [recorder, *([saver] if saver else [])]
+        trainer = fit.trainer = make_trainer(drawn, folder, callbacks, reports=saver is not None, **more)
         callbacks = list(trainer.callbacks)
         trainer.fit(agent, datamodule=data, ckpt_path=None if ckpt is None else str(ckpt))
     except (Exception, SystemExit) as error:
@@ -633,9 +655,9 @@ class Examination:
         return self
 
     def _fit(self, what: str, data: Any, agent: Any, saver: Any = None, ckpt: Path | None = None,
-             drawn: Draw | None = None) -> Fit:  # fmt: skip
+             drawn: Draw | None = None, **more: Any) -> Fit:  # fmt: skip
         drawn = self.drawn if drawn is None else drawn
-        fit = run_fit(drawn, self.truth, self.folder, data, agent, saver, ckpt, **self.more())
+        fit = run_fit(drawn, self.truth, self.folder, data, agent, saver, ckpt, **self.more(), **more)
         refused = isinstance(fit.error, (ConfigurationError, MisconfigurationException)) and not fit.steps
         errors = self.gather(None if fit.error is None else type(fit.error).__name__)
         if len(set(errors)) > 1:
@@ -1005,17 +1027,20 @@ class Examination:
         other = {axis: value for axis, value in self.drawn.items() if axis in keep}
         name = value_of(self.drawn, "second")
         other |= {"agent": "base" if name == "nil_v2" else name}
+        # Only what the data module gives is of interest here.
+        brief = {"barebones": True, "limit_train_batches": 2, "limit_val_batches": 0}
         fits = []
         for place, used in (("fresh", None), ("used", data)):
             try:
                 second = make_agent(other, self.truth, self.folder / place, seed=3)
             except (ConfigurationError, MisconfigurationException):
                 return
-            fits.append(self._fit("second", used or self.truth.datamodule(self.drawn, 0), second, drawn=other))
+            fits.append(self._fit("second", used or self.truth.datamodule(self.drawn, 0), second, drawn=other, **brief))
             if fits[0].error is not None:  # it cannot learn from such a stream
                 other = {**other, "agent": "base"}
                 second = make_agent(other, self.truth, self.folder / place, seed=3)
-                fits = [self._fit("second, base", self.truth.datamodule(self.drawn, 0), second, drawn=other)]
+                fresh = self.truth.datamodule(self.drawn, 0)
+                fits = [self._fit("second, base", fresh, second, drawn=other, **brief)]
         if fits[-1].error is None:
             self._agree(f"{other['agent']} on the used data module", fits[1], fits[0])
             self._untouched(data, f"the fit of {other['agent']}")
