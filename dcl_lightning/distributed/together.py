@@ -22,7 +22,7 @@ from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.types import Clock
 
-__all__ = ["StoppedBySignal", "break_off_if_signalled", "fail_together", "keep_together", "through_signals"]
+__all__ = ["StoppedBySignal", "break_off_if_signalled", "fail_together", "keep_together", "part", "through_signals"]
 
 R = TypeVar("R")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -132,6 +132,18 @@ def keep_together(trainer: pl.Trainer, comm: Comm, gradients: GradientAverager) 
     _put_around(trainer, first, _Last(comm, gradients))
 
 
+def part(trainer: pl.Trainer) -> None:
+    """Give a trainer the callbacks back that it had before.
+
+    Args:
+        trainer: whose run has ended, well or not.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, _First):
+            callback.end()
+    set_callbacks(trainer, [c for c in callbacks_of(trainer) if not isinstance(c, (_First, _Last))])
+
+
 def _begin(trainer: pl.Trainer) -> _First:
     callbacks = callbacks_of(trainer)
     first = next((c for c in callbacks if isinstance(c, _First)), None)
@@ -163,6 +175,9 @@ class _First(pl.Callback):
         """
         self._counted = False
         trainer.__dict__.pop("save_checkpoint", None)
+
+    def end(self) -> None:
+        """Let those save after exceptions that did so before; ``trainer.save_checkpoint`` waits for the next run."""
         while self._silenced:
             self._silenced.pop().save_on_exception = True
 
@@ -183,6 +198,7 @@ class _First(pl.Callback):
         # Lightning leaves a fit without batches before the first hook; the others ask for its count there.
         if stage == "fit" and not self._counted:
             self._count(trainer, 0.0)
+        part(trainer)
 
     def _count(self, trainer: pl.Trainer, batches: float) -> None:
         self._counted = True

@@ -62,7 +62,9 @@ def train(strategy, folder, batch, callbacks=(), model=None, ckpt=None, **option
     t = trainer(strategy, enable_checkpointing=True, callbacks=[saver, *callbacks], plugins=[CountingIO()], **options)
     model = model or Full()
     place = (0, 1) if strategy == "auto" else (rank, 2)
+    before = list(t.callbacks)
     t.fit(model, shard(*place, batch), shard(*place, batch), ckpt_path=ckpt)
+    assert t.callbacks == before
     return t, model, saver
 
 # -- checkpoints: the same files as one process writes, and each once, by worker 0 alone
@@ -108,6 +110,22 @@ for monitor, epochs in (("own", 3), ("val", 2)):
     assert ends == [epochs, epochs], ends
     both = t.strategy.all_gather(weights(m))
     assert torch.equal(both[0], both[1])
+
+# -- what is refused on all workers leaves the trainer as it was, and the next fit saves after an exception again
+class Refused(Full):
+    def setup(self, stage):
+        raise dcl_lightning.errors.ConfigurationError("no")
+
+saver = ModelCheckpoint(root / "refused", save_on_exception=True)
+t = trainer("horovod", enable_checkpointing=True, callbacks=[saver], max_epochs=1)
+before = list(t.callbacks)
+try:
+    t.fit(Refused(), shard(rank, 2, 8))
+except dcl_lightning.errors.ConfigurationError:
+    pass
+assert t.callbacks == before and saver.save_on_exception
+t.fit(Full(), shard(rank, 2, 8))
+assert t.callbacks == before and t.current_epoch == 1
 """
 
 STATISTICS = """
