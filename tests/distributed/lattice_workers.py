@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import sys
@@ -62,6 +65,9 @@ def examined(drawn: lattice.Draw, folder: Path, exchange: Exchange) -> lattice.E
 def main(folder: str, draws: list[lattice.Draw]) -> None:
     """Run draws and leave what was found of each, in ``found.json``, a line each."""
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # As in tests/conftest.py: each trainer reads from all installed packages what they offer to Lightning.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     torch.set_num_threads(1)
     rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
     exchange = Exchange(Path(folder, "exchange"), rank, size)
