@@ -441,7 +441,6 @@ class Rehearsal(pl.Callback):
 
     def on_task_end(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
         """With ``update: task_end`` offer the whole taskset, in random order."""
-        self.wait(trainer)  # a task may end amid an epoch
         if self.config.update != "task_end":
             return
         assert self.manager is not None

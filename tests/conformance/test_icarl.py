@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -69,6 +70,18 @@ def test_distillation_against_numpy() -> None:
 
     p, q = softmax(teacher.numpy()), softmax(logits.numpy())
     assert float(distillation(logits, teacher)) == pytest.approx((p * np.log(p / q)).sum() / 5, rel=1e-5)
+
+
+def test_all_of_the_memory_is_divided_among_the_classes_seen_so_far(tmp_path: Path) -> None:
+    sizes: list[dict[int, int]] = []
+
+    class Look(pl.Callback):
+        def on_task_evaluated(self, trainer, agent, task) -> None:
+            sizes.append({y: len(ids) for y, ids in agent.exemplars.items()})
+
+    data = make_data()  # two classes a task, 7 samples each
+    make_trainer(tmp_path, [Look()]).fit(make_agent("icarl", data), datamodule=data)  # room for 12
+    assert sizes == [dict.fromkeys(range(2), 6), dict.fromkeys(range(4), 3), dict.fromkeys(range(6), 2)]
 
 
 def test_a_class_with_fewer_samples_than_its_quota(tmp_path: Path) -> None:

@@ -149,14 +149,23 @@ def test_momentum_and_rate_start_anew_with_each_task(tmp_path: Path) -> None:
     data = make_data()
     agent = make_agent("base", data, milestones=[1])
     rates: list[float] = []
+    plain: list[bool] = []  # of each epoch's first step: whether it is that of descent without momentum
 
     class Spy(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.rate, self.before = trainer.optimizers[0].param_groups[0]["lr"], weights(module)
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.gradient = torch.cat([p.grad.cpu().flatten() for p in module.parameters()])
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             if batch_idx == 0:
-                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+                rates.append(self.rate)
+                plain.append(torch.allclose(weights(module), self.before - self.rate * self.gradient, atol=1e-7))
 
     make_trainer(tmp_path, [Spy()]).fit(agent, datamodule=data)
     assert rates == pytest.approx([0.05, 0.005] * 3)
+    assert plain == [True, False] * 3
 
 
 def test_scratch_starts_each_task_from_the_same_weights(tmp_path: Path) -> None:
