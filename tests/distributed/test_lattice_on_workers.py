@@ -20,7 +20,7 @@ import lattice
 
 SEED = int(os.environ.get("LATTICE_SEED", 20))
 ALONE = json.loads(os.environ.get("LATTICE_DRAW", "null"))
-ALL, PART = 400, 20
+FAST, ALL, PART = 40, 400, 20
 FILE = "tests/distributed/test_lattice_on_workers.py"
 
 counts: Counter[str] = Counter()
@@ -36,7 +36,9 @@ def parts(first: int, last: int, *marks: Any) -> list[Any]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("draws", parts(0, ALL, pytest.mark.exhaustive) if ALONE is None else [[ALONE]])
+@pytest.mark.parametrize(
+    "draws", [*parts(0, FAST), *parts(FAST, ALL, pytest.mark.exhaustive)] if ALONE is None else [[ALONE]]
+)
 def test_draws(draws: list[lattice.Draw], tmp_path: Path) -> None:
     ended = run_workers(f"import lattice_workers; lattice_workers.main({str(tmp_path)!r}, {draws!r})", 2, deadline=540)
     lines = [json.loads(line) for line in (tmp_path / "found.json").read_text().splitlines()]
@@ -53,9 +55,11 @@ def test_draws(draws: list[lattice.Draw], tmp_path: Path) -> None:
     assert len(lines) == len(draws)
 
 
-@pytest.mark.exhaustive
-def test_most_draws_ran(capsys: pytest.CaptureFixture[str]) -> None:
-    """Comes last, and prints the counts of the draws before it."""
-    with capsys.disabled():
-        print(f"\nlattice on workers, seed {SEED}:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
-    assert counts["run"] >= 0.6 * (counts["run"] + counts["refused"])
+if ALONE is None:
+
+    def test_most_draws_ran(capsys: pytest.CaptureFixture[str]) -> None:
+        """Comes last, and prints the counts of the draws before it; a part of them is too few to judge by."""
+        with capsys.disabled():
+            print(f"\nlattice on workers, seed {SEED}:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+        tried = counts["run"] + counts["refused"]
+        assert tried < FAST or counts["run"] >= 0.6 * tried
