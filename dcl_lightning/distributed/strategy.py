@@ -31,7 +31,7 @@ from dcl_lightning.distributed.loaders import warn_of_fork
 from dcl_lightning.distributed.place import launched_by_horovod, set_rank_from_environment
 from dcl_lightning.distributed.sharing import share_buffers, share_tensors
 from dcl_lightning.distributed.slurm import accept_allocation, check_srun, horovod_environment, requeue_together
-from dcl_lightning.distributed.together import part
+from dcl_lightning.distributed.together import restore_callbacks
 from dcl_lightning.distributed.waiting import rest_while_waiting
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
@@ -281,10 +281,9 @@ class HorovodStrategy(ParallelStrategy):
         self._averager.detach()
         if self._layer_sync is not None and self._comm.size > 1 and self.model is not None:
             self.model = self._layer_sync.revert(self.model)
-        if self.lightning_module is not None and self.lightning_module.trainer.interrupted:
-            part(
-                self.lightning_module.trainer
-            )  # after a run that ended well the callbacks have their hooks yet to come
+        trainer = None if self.lightning_module is None else self.lightning_module.trainer
+        if trainer is not None and trainer.interrupted:  # else the callbacks' own teardown comes later, and does it
+            restore_callbacks(trainer)
         super().teardown()
 
     # -- gradients ---------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.types import Clock
 
-__all__ = ["StoppedBySignal", "break_off_if_signalled", "fail_together", "keep_together", "part", "through_signals"]
+__all__ = [
+    "StoppedBySignal", "break_off_if_signalled", "fail_together", "keep_together", "restore_callbacks",
+    "through_signals",
+]  # fmt: skip
 
 R = TypeVar("R")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -132,7 +135,7 @@ def keep_together(trainer: pl.Trainer, comm: Comm, gradients: GradientAverager) 
     _put_around(trainer, first, _Last(comm, gradients))
 
 
-def part(trainer: pl.Trainer) -> None:
+def restore_callbacks(trainer: pl.Trainer) -> None:
     """Give a trainer the callbacks back that it had before.
 
     Args:
@@ -198,7 +201,7 @@ class _First(pl.Callback):
         # Lightning leaves a fit without batches before the first hook; the others ask for its count there.
         if stage == "fit" and not self._counted:
             self._count(trainer, 0.0)
-        part(trainer)
+        restore_callbacks(trainer)
 
     def _count(self, trainer: pl.Trainer, batches: float) -> None:
         self._counted = True
