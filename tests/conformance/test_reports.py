@@ -24,6 +24,7 @@ def lines_of(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.pictures
 def test_every_file_of_a_stream_of_six_classes(tmp_path: Path) -> None:
     data = make_data()
     agent = make_agent("icarl", data, task_aware=True)
