@@ -110,6 +110,17 @@ def test_no_row_is_lost_and_the_job_stays_the_same(policy, quota, total, sizes, 
         assert len(manager.buffer.draw(6)) == min(6, len(manager.buffer))
 
 
+def test_under_fifo_rows_that_were_dealt_out_leave_once_their_class_is_full() -> None:
+    managers = [make(50, 2, rank, "fifo", "fixed") for rank in range(2)]  # ten rows of a class in all
+    first = offer(managers, 1)
+    (one,) = deal(managers, 50, 1)
+    before = set(rows_of(one))
+    assert len(before) == 6
+    for left in (6, 4, 1):  # three candidates of class 0 enter at a time
+        first = offer([one], 1, first)
+        assert len(before & set(rows_of(one))) == left
+
+
 def test_rows_go_class_by_class_in_the_order_of_workers_and_slots() -> None:
     managers = [make(30, 2, rank, "class_balanced", "fixed") for rank in range(2)]
     for rank, manager in enumerate(managers):
