@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,11 +109,19 @@ def test_short_names_with_flags_only(tmp_path: Path) -> None:
         ([], "subcommand"),
     ],
 )
-def test_wrong_usage_is_one_message_and_code_2(args: list[str], word: str, tmp_path: Path) -> None:
-    done = run(args, tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert word in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_usage_is_one_message_and_code_2(
+    args: list[str], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code: Any = cli.main(args)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    error = capfd.readouterr().err
+    assert word in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
 
 
 # cases.md 45
