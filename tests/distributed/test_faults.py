@@ -134,7 +134,7 @@ def test_a_worker_that_never_comes_is_named(job: Job) -> None:
     assert "WorkerError: worker 1 of 2 did not come within 5 s of worker 0" in job.text
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_horovodrun_ends_at_once(signum: signal.Signals, tmp_path: Path) -> None:
     job = Job(tmp_path, "signal", "0", launcher=(str(Path(sys.executable).parent / "horovodrun"), "-np", "2"))
     try:

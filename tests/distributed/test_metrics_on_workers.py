@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_ended_well, run_workers
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_logged_values_and_metrics_equal_one_process(workers: int, tmp_path: Path) -> None:
     assert_ended_well(run_workers(f"FOLDER = {str(tmp_path)!r}\n{SOURCE}", workers))
 

@@ -75,8 +75,12 @@ def run(tmp_path: Path, source: str, workers: int, **names: object) -> None:
     assert_ended_well(run_workers(lines + COMMON.replace("SIGNAL", f"signal.{names['WHICH']}") + source, workers))
 
 
+MANY = pytest.mark.exhaustive
+
+
 @pytest.mark.parametrize(
-    ("name", "shard"), [("icarl", "epoch"), ("derpp_task_end", "epoch"), ("derpp_task_end", "fixed")]
+    ("name", "shard"),
+    [("icarl", "epoch"), pytest.param("derpp_task_end", "epoch", marks=MANY), ("derpp_task_end", "fixed")],
 )
 def test_both_workers_stop_at_the_same_batch_and_are_resumed(tmp_path: Path, name: str, shard: str) -> None:
     run(tmp_path, STOP, 2, NAME=name, SHARD=shard, STRATEGY="horovod", WHICH="SIGTERM")
@@ -92,8 +96,15 @@ assert same(found, expected)
 """
 
 
-@pytest.mark.parametrize(("workers", "strategy"), [(1, "auto"), (2, "horovod")])
-@pytest.mark.parametrize("name", ["icarl", "derpp_task_end"])
+@pytest.mark.parametrize(
+    ("workers", "strategy", "name"),
+    [
+        (1, "auto", "icarl"),
+        (2, "horovod", "derpp_task_end"),
+        pytest.param(1, "auto", "derpp_task_end", marks=MANY),
+        pytest.param(2, "horovod", "icarl", marks=MANY),
+    ],
+)
 def test_slurms_signal_saves_and_requeues_within_a_tasks_end(
     tmp_path: Path, allocation: pytest.MonkeyPatch, workers: int, strategy: str, name: str
 ) -> None:
