@@ -23,8 +23,8 @@ from dcl_lightning import ContinualDataModule
     ("case", "low", "high"),
     [
         ("naive", 0, 25),
-        ("transfer", 92.4, 100),
-        ("scratch", 90.2, 100),
+        pytest.param("transfer", 92.4, 100, marks=pytest.mark.exhaustive),
+        pytest.param("scratch", 90.2, 100, marks=pytest.mark.exhaustive),
         ("icarl, 50 exemplars", 80.8, 100),
         ("icarl, 200 exemplars", 85.5, 100),
         ("nil, 50 stored", 73.3, 100),

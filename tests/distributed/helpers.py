@@ -17,6 +17,9 @@ from dcl_lightning.distributed.workers import started_workers
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
+# Drawing takes most of a small run's time; what reports look like is tested elsewhere.
+WITHOUT_PICTURES = "from dcl_lightning.callbacks import report; report.pictures_of = lambda *_: {}\n"
+
 
 @dataclass
 class Ended:
@@ -50,7 +53,7 @@ def run_workers(source: str, count: int, deadline: float = 150) -> list[Ended]:
     def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[str]:
         files.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
         return subprocess.Popen(
-            [sys.executable, "-c", source],
+            [sys.executable, "-c", WITHOUT_PICTURES + source if ".fit(" in source else source],
             env={**environment(), **variables, **torch_port},
             stdout=files[-1],
             stderr=subprocess.STDOUT,

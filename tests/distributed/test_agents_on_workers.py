@@ -28,7 +28,10 @@ def fit(folder: Path, *args: str, timeout: float = 240) -> tuple[dict, dict]:
     return report, checkpoint
 
 
-@pytest.mark.parametrize(("agent", "strategy"), [("base", "horovod"), ("icarl", "horovod"), ("icarl", "ddp")])
+@pytest.mark.parametrize(
+    ("agent", "strategy"),
+    [("base", "horovod"), ("icarl", "horovod"), pytest.param("icarl", "ddp", marks=pytest.mark.exhaustive)],
+)
 def test_two_workers_equal_one_with_the_double_batch(agent: str, strategy: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()

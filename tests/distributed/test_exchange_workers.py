@@ -6,7 +6,7 @@ import pytest
 from helpers import assert_ended_well, run_workers
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_global_draws_on_horovod_workers(count: int) -> None:
     assert_ended_well(run_workers(HOROVOD + CHECKS, count))
 

@@ -35,7 +35,7 @@ def first_error(job: Job) -> str:
     return "".join(lines[start:])
 
 
-@pytest.mark.parametrize("job", ["raise 1", "raise 0"], indirect=True)
+@pytest.mark.parametrize("job", ["raise 1", pytest.param("raise 0", marks=pytest.mark.exhaustive)], indirect=True)
 def test_an_exception_is_the_first_thing_shown_and_nobody_saves(job: Job) -> None:
     job.wait_for("FAULT AT")
     assert job.end() == 1, job.text
@@ -51,7 +51,7 @@ def test_an_exception_is_the_first_thing_shown_and_nobody_saves(job: Job) -> Non
     assert job.check_saved() == 4
 
 
-@pytest.mark.parametrize("job", ["kill 1", "kill 0"], indirect=True)
+@pytest.mark.parametrize("job", ["kill 1", pytest.param("kill 0", marks=pytest.mark.exhaustive)], indirect=True)
 def test_a_killed_worker_takes_the_others_with_it(job: Job) -> None:
     job.wait_for("FAULT AT")
     code = job.end()
@@ -105,7 +105,7 @@ def test_a_signal_before_training_ends_all(signum: signal.Signals, job: Job) -> 
     assert "no checkpoint is saved" in job.text
 
 
-@pytest.mark.parametrize("job", ["hang 1", "hang 0"], indirect=True)
+@pytest.mark.parametrize("job", ["hang 1", pytest.param("hang 0", marks=pytest.mark.exhaustive)], indirect=True)
 def test_a_worker_that_hangs_is_named_and_shows_where(job: Job) -> None:
     job.wait_for("FAULT AT")
     assert job.end() == 1, job.text
