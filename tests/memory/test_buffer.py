@@ -185,6 +185,8 @@ def test_weights_in_both_branches():
     weights = buffer.weights(torch.tensor([1, 0, 0]), 8)
     assert weights.dtype == torch.float32
     assert weights.tolist() == pytest.approx([1.0, math.log(40 * 8 / (2 * 3)), math.log(40 * 8 / (2 * 3))])
+    # Of a batch of one sample there is one candidate.
+    assert buffer.weights(torch.tensor([0]), 1).tolist() == pytest.approx([math.log(40 / 3)])
 
 
 def test_labels_are_optional():
