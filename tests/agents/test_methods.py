@@ -196,6 +196,26 @@ def test_derpp_of_the_tasks_ends_stores_the_logits_of_then(tmp_path):
             torch.testing.assert_close(logits, ends[int(task)](inputs[sample][None])[0].detach())
 
 
+@pytest.mark.parametrize(("name", "alpha", "beta"), [("der", 0.3, 0.0), ("derpp", 0.3, 0.8)])
+def test_steps_of_dark_replay_have_each_factor_at_its_term(name, alpha, beta, tmp_path):
+    factors = {"alpha": alpha} | ({"beta": beta} if beta else {})
+    _, seen = fit(name, tmp_path, **factors)
+    checked = 0
+    for step, (batch, net) in enumerate(zip(seen.batches, seen.nets, strict=True)):
+        new, stored = batch.num_new, batch.rehearsed.get("logits", torch.zeros(0))
+        if not len(stored):
+            continue
+        net.zero_grad()
+        logits = net(batch.inputs)
+        loss = F.cross_entropy(logits[:new], batch.targets[:new])
+        loss = loss + alpha * F.mse_loss(logits[new:], stored)
+        (loss + beta * F.cross_entropy(logits[new:], batch.targets[new:])).backward()
+        g = torch.cat([p.grad.flatten() for p in net.parameters()])
+        torch.testing.assert_close(seen.before[step + 1] - seen.before[step], -0.05 * g, atol=1e-6, rtol=1e-3)
+        checked += 1
+    assert checked > 5
+
+
 def test_er_ace_tells_new_classes_from_one_another_only(tmp_path):
     _, seen = fit("er_ace", tmp_path)
     step = seen.tasks.index(1)
