@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.callbacks.rehearsal import Rehearsal
+from dcl_lightning.distributed.step_message import callbacks_of
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.size import SIZES
@@ -64,7 +65,7 @@ class RehearsingAgent(ContinualAgent):
         Raises:
             ConfigurationError: a ``Rehearsal`` among the trainer's callbacks contradicts the agent.
         """
-        theirs = [c for c in self.trainer.callbacks if isinstance(c, Rehearsal)]  # type: ignore[attr-defined]
+        theirs = [c for c in callbacks_of(self.trainer) if isinstance(c, Rehearsal)]
         for rehearsal in theirs or [self.rehearsal]:
             if rehearsal is not self.rehearsal:
                 self._refuse_contradiction(rehearsal)

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 
 __all__ = [
-    "adopt_rates", "begin_anew", "extend_schedules", "forget_best", "forget_best_checkpoints", "hyperparameters",
-    "keep_limits", "keep_order", "reset_optimizers", "scale_rates", "write_rates",
+    "adopt_rates", "begin_anew", "end_resumption", "extend_schedules", "forget_best", "forget_best_checkpoints",
+    "hyperparameters", "keep_limits", "keep_order", "reset_optimizers", "scale_rates", "write_rates",
 ]  # fmt: skip
 
 
@@ -27,8 +27,18 @@ def begin_anew(trainer: pl.Trainer) -> None:
     if not loop.epoch_progress.total.ready:
         return
     loop.load_state_dict(type(loop)(trainer).state_dict())
+    end_resumption(trainer)
+
+
+def end_resumption(trainer: pl.Trainer) -> None:
+    """Let a trainer's loops begin what comes next, in place of going on amid what a checkpoint was saved in.
+
+    Args:
+        trainer: of the fit.
+    """
+    loop = trainer.fit_loop
     for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
-        part.on_iteration_done()  # nothing is resumed
+        part.on_iteration_done()
 
 
 def keep_limits(trainer: pl.Trainer) -> Callable[[], None]:

@@ -22,6 +22,7 @@ from dcl_lightning.callbacks.averaging import (
 from dcl_lightning.callbacks.boundaries import (
     adopt_rates,
     begin_anew,
+    end_resumption,
     extend_schedules,
     forget_best,
     forget_best_checkpoints,
@@ -273,18 +274,15 @@ class TaskClock(pl.Callback):
 
         With ``max_steps`` Lightning enters the finished epoch again and counts it twice, so that another one is lost.
         """
-        fit_loop = trainer.fit_loop
-        fit_loop.epoch_progress.increment_completed()
-        for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
-            loop.on_iteration_done()
+        trainer.fit_loop.epoch_progress.increment_completed()
+        end_resumption(trainer)
 
     def _close_epoch(self, trainer: pl.Trainer) -> None:
         """End the epoch amid which an ``EarlyStopping`` stopped before the checkpoint was saved."""
         fit_loop, self._raised = trainer.fit_loop, True
         fit_loop.epoch_loop.reset()
         fit_loop.on_advance_end()
-        for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
-            loop.on_iteration_done()
+        end_resumption(trainer)
 
     def _hold_min_epochs(self, trainer: pl.Trainer) -> None:
         """Let Lightning count ``min_epochs`` from the task's start."""

@@ -69,7 +69,7 @@ def test_a_dict_says_what_a_configuration_does(kind: type[MemorySize]) -> None:
     with pytest.raises(ConfigurationError, match=r"rehearsal\.bufer_size: no such key; did you mean 'buffer_size'\?"):
         kind.of({"bufer_size": 4})
     with pytest.raises(ConfigurationError, match=rf"rehearsal=4: give a {kind.__name__}, or a dict"):
-        kind.of(4)  # type: ignore[arg-type]
+        kind.of(4)  # type: ignore[arg-type]  # a caller without a type checker
 
 
 # -- refused ---------------------------------------------------------------------------------------
@@ -103,7 +103,9 @@ def test_each_contradiction_names_all_its_keys_and_first_what_was_given(values: 
             with pytest.raises(ConfigurationError) as refused:
                 resolve(made(**given), made(**own), owner="agent X")
             said = str(refused.value)
-            assert re.match(r"rehearsal\.(\w+)=", said)[1] in given  # type: ignore[index]
+            first = re.match(r"rehearsal\.(\w+)=", said)
+            assert first is not None
+            assert first[1] in given
             assert all(f"{key}={value} (agent X's own)" in said for key, value in own.items())
             assert all(f"{key}={value}" in said and f"{key}={value} (" not in said for key, value in given.items())
 
