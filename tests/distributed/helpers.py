@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import random
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+import types
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dcl_lightning.distributed.workers import started_workers
 
@@ -45,31 +49,63 @@ def free_port() -> int:
             return port
 
 
+# Workers are forked from a process that has imported what takes longer than most tests do.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "horovod.torch",
+        "lightning.pytorch.cli",
+        "continuum",
+        "sklearn.datasets",
+        "dcl_lightning.command_line.program",
+        "dcl_lightning.distributed.strategy",
+    ]
+)
+
+
+class Worker(ForkServerProcess):
+    """Runs ``source`` as ``python -c`` does, and can be asked and ended as a ``subprocess.Popen``."""
+
+    def __init__(self, source: str, variables: dict[str, str], output: Path) -> None:
+        super().__init__()
+        self.source, self.variables, self.output = source, variables, output
+        self.start()
+
+    def run(self) -> None:
+        with self.output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ.clear()
+        os.environ.update(self.variables)
+        sys.path.insert(0, str(HERE))
+        sys.argv = ["-c"]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            exec(compile(self.source, "<string>", "exec"), main.__dict__)
+        finally:
+            atexit._run_exitfuncs()  # a forked process ends without them
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self) -> None:
+        self.join()
+
+
 def run_workers(source: str, count: int, deadline: float = 150) -> list[Ended]:
     """Run ``source`` on ``count`` workers; a worker that ends does not end the others."""
-    files = []
-    torch_port = {"TORCH_PORT": str(free_port())}
-
-    def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[str]:
-        files.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below)
-        return subprocess.Popen(
-            [sys.executable, "-c", WITHOUT_PICTURES + source if ".fit(" in source else source],
-            env={**environment(), **variables, **torch_port},
-            stdout=files[-1],
-            stderr=subprocess.STDOUT,
-        )
-
-    with started_workers(count, 1, start) as processes:
-        end = time.monotonic() + deadline
-        while time.monotonic() < end and any(p.poll() is None for p in processes):
-            time.sleep(0.05)
-        codes = [p.poll() for p in processes]
-    ended = []
-    for code, file in zip(codes, files, strict=True):
-        file.seek(0)
-        ended.append(Ended(code, file.read()))
-        file.close()
-    return ended
+    source = WITHOUT_PICTURES + source if ".fit(" in source else source
+    variables = {**environment(), "TORCH_PORT": str(free_port())}
+    with TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(count)]
+        with started_workers(
+            count, 1, lambda rank, place: Worker(source, {**variables, **place}, outputs[rank])
+        ) as processes:
+            end = time.monotonic() + deadline
+            while time.monotonic() < end and any(p.poll() is None for p in processes):
+                time.sleep(0.05)
+            codes = [p.poll() for p in processes]
+        return [Ended(code, output.read_text()) for code, output in zip(codes, outputs, strict=True)]
 
 
 def assert_ended_well(workers: list[Ended]) -> None:
