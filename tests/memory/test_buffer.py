@@ -78,6 +78,22 @@ def test_rows_are_rows_once_offered(stream, policy, quota, capacity, c):
         assert len(buffer) == min(capacity, len(offered))
 
 
+@pytest.mark.parametrize("quota", ["fixed", "adaptive"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_stay_rows_as_classes_come_one_after_another(policy, quota):
+    # A class shrinks whenever the next one comes, and samples of all classes so far are offered again.
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        buffer = make(policy, quota, capacity=int(random.integers(1, 13)), c=int(random.integers(1, 9)), seed=seed)
+        offered = set()
+        for step in range(12):
+            labels = random.integers(0, step // 3 + 1, int(random.integers(0, 9)))
+            ids = labels + 4 * random.integers(0, 6, labels.size)
+            buffer.add(*rows(labels, ids))
+            offered |= set(zip(labels.tolist(), ids.tolist(), strict=True))
+            check(buffer, offered)
+
+
 @settings(max_examples=30, deadline=None)
 @given(batches, st.sampled_from(POLICIES), st.sampled_from(["fixed", "adaptive"]))
 def test_a_saved_state_goes_on_alike(tmp_path_factory, stream, policy, quota):
