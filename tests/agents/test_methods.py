@@ -94,11 +94,12 @@ def test_steps_are_those_of_the_projected_gradient(name, accumulated, tmp_path):
     assert changed > 2
 
 
-def test_lwf_learns_from_the_network_before_the_task(tmp_path):
+@pytest.mark.parametrize("task", [1, 2])
+def test_lwf_learns_from_the_network_before_the_task(task, tmp_path):
     _, seen = fit("lwf", tmp_path, strength=0.5, temperature=3.0)
-    first = seen.tasks.index(1)
-    teacher, classes = seen.nets[first], [0, 1]
-    for step in range(first, seen.tasks.index(2)):
+    steps = [step for step, t in enumerate(seen.tasks) if t == task]
+    teacher, classes = seen.nets[steps[0]], list(range(2 * task))
+    for step in steps:
         batch, net = seen.batches[step], seen.nets[step]
         net.zero_grad()
         logits, taught = net(batch.inputs), teacher(batch.inputs).detach()

@@ -73,15 +73,25 @@ def test_distillation_against_numpy() -> None:
 
 
 def test_all_of_the_memory_is_divided_among_the_classes_seen_so_far(tmp_path: Path) -> None:
-    sizes: list[dict[int, int]] = []
+    kept: list[dict[int, list[int]]] = []
+    trained: list[set[int]] = [set() for _ in range(3)]
 
     class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, agent, outputs, batch, batch_idx) -> None:
+            trained[agent.clock.task_at(trainer.current_epoch)] |= set(batch.sample_ids.tolist())
+
         def on_task_evaluated(self, trainer, agent, task) -> None:
-            sizes.append({y: len(ids) for y, ids in agent.exemplars.items()})
+            kept.append({y: ids.tolist() for y, ids in agent.exemplars.items()})
 
     data = make_data()  # two classes a task, 7 samples each
     make_trainer(tmp_path, [Look()]).fit(make_agent("icarl", data), datamodule=data)  # room for 12
+    sizes = [{y: len(ids) for y, ids in exemplars.items()} for exemplars in kept]
     assert sizes == [dict.fromkeys(range(2), 6), dict.fromkeys(range(4), 3), dict.fromkeys(range(6), 2)]
+    for task, before in enumerate([{}, *kept[:2]]):
+        # Each task trains on its own samples and on the exemplars that there are; of these the first are kept.
+        own = set(data.train_indices(task).tolist())
+        assert trained[task] == own.union(*before.values())
+        assert all(kept[task][y] == ids[: len(kept[task][y])] for y, ids in before.items())
 
 
 def test_a_class_with_fewer_samples_than_its_quota(tmp_path: Path) -> None:
