@@ -68,3 +68,31 @@ for name, memory in CASES:
 
 def test_methods_do_not_depend_on_the_number_of_workers(tmp_path) -> None:
     assert_ended_well(run_workers(f"FOLDER = {str(tmp_path)!r}\n{CHECKS}", 2, deadline=240))
+
+
+def test_each_task_warms_up_by_its_own_number_of_steps() -> None:
+    assert_ended_well(run_workers(WARM_UP, 2))
+
+
+WARM_UP = """
+import torch, lightning.pytorch as pl
+from toy import trainer
+from dcl_lightning import ContinualDataModule, FineTuning
+from dcl_lightning.backbones import MLP
+
+# Tasks of 8 and 16 samples: two and four steps an epoch, by which the rate rises from one worker's to two workers'.
+y = torch.tensor([0] * 8 + [1] * 16)
+data = ContinualDataModule((torch.rand(24, 1, 2, 2), y) * 2, increment=1, batch_size=2)
+agent = FineTuning(
+    MLP([4]), 2, input_spec=data.input_spec, epochs_per_task=2, lr=0.1, scale_lr="linear", warmup_epochs=1
+)
+rates = []
+
+class Look(pl.Callback):
+    def on_before_optimizer_step(self, trainer, agent, optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+trainer("horovod", max_epochs=-1, callbacks=[Look()]).fit(agent, datamodule=data)
+expected = [0.1 + 0.1 * k / n if k < n else 0.2 for n in (2, 4) for k in range(1, 2 * n + 1)]
+torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected))
+"""
