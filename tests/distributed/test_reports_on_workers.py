@@ -70,3 +70,28 @@ print("IDS", *rows.sample_ids.tolist())
 if job.global_rank == 0:
     fit("auto", "one", agent)
 """
+
+
+def test_exemplars_that_all_workers_share_are_counted_once(tmp_path: Path) -> None:
+    assert_ended_well(run_workers(f"FOLDER = {str(tmp_path)!r}\n{SHARED}", 2))
+    report = json.loads((tmp_path / "report/accuracy_matrix.json").read_text())
+    assert report["buffer_rows"] == {"nominal": 12, "stored": 12, "distinct": 12}
+    assert report["buffer_bytes"] == 12 * 8 + 6 * 8 * 4  # ids, and the means of six classes' features
+    with (tmp_path / "report/buffer.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["task"] == "1"]
+    assert [(line["worker"], line["rows"]) for line in lines] == [("all", "2")] * 6
+
+
+SHARED = """
+import torch
+from toy import trainer
+from dcl_lightning import ContinualDataModule, ICaRL, TaskReport
+from dcl_lightning.backbones import MLP
+
+y = torch.arange(6).repeat(4)
+x = torch.randn(24, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+data = ContinualDataModule((x, y, x, y), increment=3, batch_size=3)
+agent = ICaRL(MLP([8]), 6, {"buffer_size": 12}, input_spec=data.input_spec)
+options = {"limit_val_batches": 0, "callbacks": [TaskReport(pictures=False)], "default_root_dir": FOLDER}
+trainer("horovod", max_epochs=-1, **options).fit(agent, datamodule=data)
+"""
