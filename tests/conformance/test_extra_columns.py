@@ -93,3 +93,21 @@ def test_the_logits_are_those_of_the_step(tmp_path: Path) -> None:
     agent.training_loss = training_loss
     make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
     assert len(seen) == 42
+
+
+def test_a_step_that_is_left_out_stores_nothing(tmp_path: Path) -> None:
+    data = make_data(batch_size=5)
+    agent = make("derpp", data, memory={"buffer_size": 42}, lr=1e-4)
+    told(agent)
+    trained: set[int] = set()
+    inner = agent.training_step
+
+    def training_step(batch, batch_idx):
+        if batch_idx == 1:
+            return None
+        trained.update(batch.sample_ids[: batch.num_new].tolist())
+        return inner(batch, batch_idx)
+
+    agent.training_step = training_step
+    make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
+    assert set(agent.rehearsal.manager.memory_rows().sample_ids.tolist()) == trained

@@ -15,6 +15,10 @@ def test_global_draws_on_two_torch_workers() -> None:
     assert_ended_well(run_workers(TORCH + CHECKS, 2))
 
 
+def test_weights_are_of_what_all_workers_were_offered() -> None:
+    assert_ended_well(run_workers(HOROVOD + WEIGHTS, 2))
+
+
 HOROVOD = """
 import horovod.torch as hvd
 from dcl_lightning.distributed.comm import HorovodComm
@@ -145,4 +149,32 @@ assert draw.flush() == more
 main.barrier()
 close()
 print("done")
+"""
+
+WEIGHTS = """
+import math
+import torch
+from dcl_lightning.agents import NIL
+from dcl_lightning.memory.buffer import RehearsalBuffer
+from dcl_lightning.memory.config import resolve, RehearsalConfig
+from dcl_lightning.memory.manager import MemoryManager, Offer
+from dcl_lightning.memory.storage import RowStore
+torch.set_num_threads(1)
+
+# One row of each class and worker; worker 0 meets class 0 alone, worker 1 mostly class 1.
+config = resolve(RehearsalConfig.of({"buffer_size": 4, "num_samples": 3, "scope": "global"}), NIL.memory)
+example = torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
+buffer = RehearsalBuffer(2, 2, "nil", "fixed", 4, RowStore(example[0], 2))
+manager = MemoryManager(config, buffer, comm, 4, example, torch.device("cpu"))
+labels = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]])[comm.rank]
+for step in range(20):
+    drawn = manager.advance(Offer(torch.rand(4, 1), labels, torch.full((4,), -1)), draw=True)
+    before = max(step - 1, 0)  # offers that all workers knew of when the exchange began
+    expected = {0: max(math.log(5 * before / 3), 1), 1: max(math.log(3 * before / 3), 1)} if before else {}
+    assert sorted(drawn.labels.tolist()) == ([0, 0, 1] if before else []), (step, drawn.labels)
+    wanted = torch.tensor([expected[y] for y in drawn.labels.tolist()])
+    torch.testing.assert_close(drawn.weights, wanted, check_dtype=False)
+    assert math.isclose(drawn.weight_share, float(wanted.sum()), rel_tol=1e-6)
+assert expected[0] > expected[1] > 1
+close()
 """
