@@ -21,6 +21,7 @@ from streams import make_data, make_trainer
 
 from dcl_lightning import RehearsalConfig
 from dcl_lightning.agents import presets
+from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional import agem_projection, gem_projection, si_importance
@@ -93,6 +94,15 @@ def test_steps_are_those_of_the_projected_gradient(name, accumulated, tmp_path):
         torch.testing.assert_close(moved, -0.05 * expected, atol=1e-6, rtol=1e-3)
         assert not set(targets.tolist()) & {y for b in batches for y in b.targets[: b.num_new].tolist()}
     assert changed > 2
+
+
+def test_a_teacher_says_what_its_network_says_in_evaluation():
+    torch.manual_seed(0)
+    net, inputs = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)), torch.randn(8, 3)
+    agent = torch.nn.ModuleList([net, Teacher(net)]).train()
+    net(inputs)  # moves the running statistics
+    agent[1].renew(net)
+    assert torch.equal(agent[1](inputs), net.eval()(inputs))
 
 
 @pytest.mark.parametrize("task", [1, 2])
