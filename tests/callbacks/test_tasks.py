@@ -86,6 +86,21 @@ def test_an_early_stop_ends_its_task(tmp_path: Path, way: str, check: bool | Non
     assert not trainer.should_stop
 
 
+def test_tasks_after_one_that_is_stopped_have_all_their_epochs(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("base", data, epochs_per_task=EPOCHS)
+
+    class TaskNumber(Metric):
+        def on_validation_epoch_end(self, trainer, module):
+            module.log("metric", torch.tensor(float(self.steps[-1][0])))  # below the threshold in task 0 alone
+
+    metric = TaskNumber()
+    stopper = EarlyStopping("metric", mode="min", stopping_threshold=0.5, patience=100)
+    make_trainer(tmp_path, [metric, stopper], enable_checkpointing=False).fit(agent, datamodule=data)
+    counts = [[task for task, _ in metric.steps].count(t) for t in range(TASKS)]
+    assert counts == [BATCHES] + [BATCHES * EPOCHS] * (TASKS - 1)
+
+
 @pytest.mark.parametrize(
     "way",
     [
