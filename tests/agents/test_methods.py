@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
-import lightning.pytorch.callbacks as lightning_callbacks
 import numpy as np
 import pytest
 import torch
@@ -139,14 +138,6 @@ def test_ewc_measures_single_samples_and_holds_on_to_the_weights(tmp_path):
             torch.testing.assert_close(seen.before[end + 2] - seen.before[end + 1], -0.05 * g, atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(agent.fisher, fisher, atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(agent.anchor, weights(agent))
-
-
-@pytest.mark.skipif(not hasattr(lightning_callbacks, "EMAWeightAveraging"), reason="Lightning has it since 2.6")
-def test_ewc_measures_the_weights_that_are_trained_not_their_average(tmp_path):
-    averaging = lightning_callbacks.EMAWeightAveraging(decay=0.5)
-    plain, beside = (fit("ewc", tmp_path, trainer={"callbacks": c})[0] for c in ([], [averaging]))
-    assert torch.equal(plain.fisher, beside.fisher)
-    assert not torch.equal(weights(plain), weights(beside))  # which has the averages by now
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

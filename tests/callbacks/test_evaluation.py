@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from streams import make_data, make_trainer, matrix
+from streams import make_data, make_trainer, matrix, weights
 
 from dcl_lightning import FineTuning
 from dcl_lightning.agents import presets
@@ -190,6 +190,20 @@ def test_the_matrix_is_of_averaged_weights_where_these_are_kept(tmp_path: Path, 
     if name == "base":  # the others learn from features of averaged weights
         _, alone, _ = run([])
         assert all(torch.equal(a, b) for a, b in zip(weights, alone, strict=True)), "training goes on as without"
+
+
+@pytest.mark.parametrize("how", averaging())
+def test_ewc_measures_the_weights_that_are_trained_not_their_average(tmp_path: Path, how: str) -> None:
+    def run(callbacks):
+        data = make_data(batch_size=7)
+        agent = make("ewc", data)
+        make_trainer(tmp_path, callbacks, limit_val_batches=0).fit(agent, datamodule=data)
+        return agent
+
+    plain, beside = run([]), run([averaging()[how]()])
+    assert torch.equal(plain.fisher, beside.fisher)
+    # Its weights are the averages by now.
+    assert not torch.equal(weights(plain), weights(beside))
 
 
 def test_stochastic_weight_averaging_is_refused_with_what_to_use(tmp_path: Path) -> None:
