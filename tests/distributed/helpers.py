@@ -77,7 +77,6 @@ class Worker(ForkServerProcess):
             os.dup2(file.fileno(), 2)
         os.environ.clear()
         os.environ.update(self.variables)
-        sys.path.insert(0, str(HERE))
         sys.argv = ["-c"]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         try:
