@@ -94,21 +94,22 @@ def test_rows_stay_rows_as_classes_come_one_after_another(policy, quota):
             check(buffer, offered)
 
 
-@settings(max_examples=30, deadline=None)
-@given(batches, st.sampled_from(POLICIES), st.sampled_from(["fixed", "adaptive"]))
-def test_a_saved_state_goes_on_alike(tmp_path_factory, stream, policy, quota):
-    first, second = make(policy, quota, seed=1), make(policy, quota, seed=2)
-    half = len(stream) // 2
-    for ids in stream[:half]:
-        first.add(*rows([k % 4 for k in ids], ids))
-    path = tmp_path_factory.mktemp("state") / "state.pt"
-    torch.save(first.state_dict(), path)
-    second.load_state_dict(torch.load(path, weights_only=True))
-    for ids in stream[half:]:
-        for buffer in (first, second):
-            buffer.add(*rows([k % 4 for k in ids], ids))
-        assert torch.equal(first.draw(4), second.draw(4))
-    assert all(torch.equal(a, b) for a, b in zip(stored(first), stored(second), strict=True))
+@pytest.mark.parametrize("quota", ["fixed", "adaptive"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_saved_state_goes_on_alike(tmp_path, policy, quota):
+    # Samples that are stored come again, before the memory is full and after.
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        first, second = make(policy, quota, seed=1), make(policy, quota, seed=2)
+        for step in range(8):
+            if step == seed % 8:
+                torch.save(first.state_dict(), tmp_path / "state.pt")
+                second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            ids = random.integers(0, 20, int(random.integers(0, 9)))
+            for buffer in (first, second) if step >= seed % 8 else (first,):
+                buffer.add(*rows(ids % 4, ids))
+            assert step < seed % 8 or torch.equal(first.draw(4), second.draw(4))
+        assert all(torch.equal(a, b) for a, b in zip(stored(first), stored(second), strict=True))
 
 
 @pytest.mark.parametrize("policy", ["nil", "class_balanced", "greedy", "fifo"])
