@@ -6,6 +6,7 @@ import copy
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -123,6 +124,8 @@ class TaskClock(pl.Callback):
         self._mark = 0.0
         self._fitting = self._begun = self._adopted = False
         self._min_epochs = 0
+        self._lifted: tuple[int, bool] | None = None  # limits that wait for what a checkpoint left unfinished
+        self._before_training = False
         # An EarlyStopping has asked for the task's end; the trainer was told to stop for it; so did someone else.
         self._stopping = self._raised = self._others = False
         self._undo: list[Callable[[], None]] = []
@@ -193,6 +196,7 @@ class TaskClock(pl.Callback):
         self._snapshot = None
         self._begun = False
         self._stopping = self._raised = self._others = False
+        self._lifted, self._before_training = None, True
         refuse_limits(trainer)
         self._ended_by = []
         trainer.__dict__.pop("save_checkpoint", None)  # of an earlier fit that was stopped
@@ -223,6 +227,7 @@ class TaskClock(pl.Callback):
             ]
         if stoppers:  # Lightning calls this hook of theirs after everyone's but those that save
             self._undo.append(wrap_hook(stoppers[-1], "on_train_epoch_end", self._then_end_task))
+        self._undo.append(wrap_hook(trainer.fit_loop, "setup_data", partial(self._then_lift_limits, trainer)))
         data.attach_clock(self)
         self._undo.append(lambda: data.attach_clock(None))
 
@@ -251,10 +256,37 @@ class TaskClock(pl.Callback):
 
     # -- training --------------------------------------------------------------------------------
 
+    def _then_lift_limits(self, trainer: pl.Trainer, setup_data: Callable[[], None]) -> Callable[[], None]:
+        """Return what Lightning calls before it looks whether a fit has reached its limits of steps and time already.
+
+        It would then call no hook, and a task whose last step the checkpoint has, but not its end, would never end. The
+        limits hold again once it has ended.
+        """
+
+        def hook() -> None:
+            setup_data()
+            if not self._before_training or not trainer.fit_loop.restarting:
+                return
+            epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
+            amid_the_end = batches.is_last_batch and epochs.processed < epochs.ready
+            ended = sum(end <= trainer.current_epoch for end in self.boundaries[1:])
+            if amid_the_end or self.evaluated_rows < ended:
+                loop = trainer.fit_loop.epoch_loop
+                self._lifted = loop.max_steps, trainer.should_stop
+                loop.max_steps, trainer.should_stop = -1, False
+
+        return hook
+
+    def _restore_limits(self, trainer: pl.Trainer) -> None:
+        if self._lifted is not None:
+            trainer.fit_loop.epoch_loop.max_steps, stopped = self._lifted
+            trainer.should_stop |= stopped
+            self._lifted = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish what a resumed run's checkpoint left unfinished."""
         self._mark = time.monotonic()
-        self._adopted = False
+        self._adopted = self._before_training = False
         if trainer.fit_loop.restarted_on_epoch_end:
             self._leave_epoch(trainer)
         loop = trainer.fit_loop.epoch_loop
@@ -267,6 +299,7 @@ class TaskClock(pl.Callback):
         if self._stopping and trainer.fit_loop.restarted_mid_epoch and self._may_end(trainer, epoch_is_over=False):
             self._close_epoch(trainer)
         self._end_tasks_owed(trainer, pl_module)
+        self._restore_limits(trainer)
         self._hold_min_epochs(trainer)
 
     def _leave_epoch(self, trainer: pl.Trainer) -> None:

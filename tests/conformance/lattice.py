@@ -147,8 +147,6 @@ def draw(seed: int, number: int) -> Draw:
     if rng.random() < 0.9:
         if "optimizer" in found:
             found.pop("momentum", None)
-            if found.get("precision") == "16-true":  # in which Adam's epsilon is 0
-                found.pop("precision")
         if "stopping" in found:
             found["val_ratio"] = 0.25
             found.pop("boundaries", None)
@@ -330,7 +328,8 @@ def make_agent(drawn: Draw, truth: Truth, folder: Path, seed: int = 0) -> Any:
     if get("epochs_per_task") == "unequal":
         options["epochs_per_task"] = [2, *[1] * (truth.num_tasks - 1)]
     if get("optimizer") == "adam":
-        options["optimizer"] = lambda parameters: torch.optim.Adam(parameters, lr=0.05)
+        # Of float16 the default epsilon is 0.
+        options["optimizer"] = lambda parameters: torch.optim.Adam(parameters, lr=0.05, eps=1e-4)
     if get("schedule") == "milestones":
         options |= {"milestones": [1], "gamma": 0.5}
     elif get("schedule") == "warmup_epochs":
@@ -773,9 +772,9 @@ class Examination:
             if any(len(s.ids) > s.num_new for log in self.logs for s in log):
                 self.faults.append("an agent without memory rehearses")
             return
-        self._drawn_rows(first_task)
+        self._drawn_rows(first_task, cut)
 
-    def _drawn_rows(self, first_task: dict[int, int]) -> None:
+    def _drawn_rows(self, first_task: dict[int, int], cut: bool) -> None:
         """Check what is rehearsed: met before, from where it may be drawn, as many as there are, none twice."""
         config, single = self.config, len(self.logs) == 1
         if config is None:
@@ -789,7 +788,9 @@ class Examination:
                 if strange:
                     self.faults.append(f"step {number}: samples {strange} are rehearsed before they came")
                     return
-                if config.update == "task_end" or config.rehearse == "past":
+                # What a limit has left out of its task is new in a later one, where that comes with the earlier ones.
+                late = config.update == "task_end" and cut and value_of(self.drawn, "concatenate_tasksets")
+                if (config.update == "task_end" or config.rehearse == "past") and not late:
                     present = [i for i in old if first_task.get(i, -1) >= step.task]
                     if present:
                         self.faults.append(f"step {number}: samples {present} of the present task are rehearsed")
@@ -925,6 +926,8 @@ class Examination:
         truth = self.truth
         if tasks is None or truth.tasks is None or len(self.logs) > 1 or value_of(self.drawn, "val_ratio") > 0:
             return None
+        if value_of(self.drawn, "limit_train_batches") != 1.0:
+            return None  # which samples of a task the limit leaves is for the package to choose
         return [torch.nonzero(truth.tasks == task).flatten().tolist() for task in range(tasks)]
 
     def _exemplars(self) -> None:

@@ -15,7 +15,8 @@ from dcl_lightning.callbacks import TaskReport
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 g = torch.Generator().manual_seed(0)
-y = torch.arange(6).repeat(9)
+# One sample more in the first task: of it the workers' memories hold different numbers.
+y = torch.cat([torch.arange(6).repeat(9), torch.tensor([0])])
 x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, generator=g)
 
 def fit(name, workers, **memory):
