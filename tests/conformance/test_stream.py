@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from agents import make
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from streams import make_agent, make_data, make_trainer, matrix, weights
 
@@ -82,6 +83,43 @@ def test_every_step_of_a_stream_with_early_stopping_resumes(tmp_path: Path) -> N
         assert trainer2.current_epoch == 6, path
         assert torch.equal(weights(again), weights(agent)), path
         assert torch.equal(matrix(again).nan_to_num(-1), matrix(agent).nan_to_num(-1)), path
+
+
+class Stop(pl.Callback):
+    """Asks for the fit's end before it begins, as a ``Timer`` whose time is over, and saves at that end."""
+
+    def __init__(self, path, stops):
+        self.path, self.stops = path, stops
+
+    def on_fit_start(self, trainer, module):
+        trainer.should_stop |= self.stops
+
+    def on_train_end(self, trainer, module):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("limit", ["steps", "time"])
+@pytest.mark.parametrize("kind", ["base", "icarl", "derpp_task_end"])
+def test_a_task_ends_in_a_resumed_fit_that_has_no_step_left(tmp_path: Path, kind: str, limit: str) -> None:
+    """The checkpoint of a task's last step, from before the end of the task: 3 steps an epoch, 2 epochs a task."""
+
+    def fit(callbacks, ckpt=None, **trainer):
+        agent = make(kind, data := make_data(), epochs_per_task=2)
+        made = make_trainer(tmp_path, callbacks, **trainer)
+        made.fit(agent, datamodule=data, ckpt_path=ckpt)
+        return agent, made
+
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    stopped, _ = fit([saver], max_steps=6)
+    ended, trainer = fit([Stop(tmp_path / "ended.ckpt", limit == "time")], tmp_path / "step=6.ckpt", max_steps=6)
+    assert trainer.global_step == 6
+    assert trainer.max_steps == 6
+    assert torch.equal(matrix(ended).nan_to_num(-1), matrix(stopped).nan_to_num(-1))
+    assert not matrix(ended)[0, 0].isnan()
+    assert torch.equal(weights(ended), weights(stopped))
+    (whole, _), (on, _) = fit([]), fit([], tmp_path / "ended.ckpt")
+    assert torch.equal(matrix(on).nan_to_num(-1), matrix(whole).nan_to_num(-1))
+    assert torch.equal(weights(on), weights(whole))
 
 
 def test_fast_dev_run_crosses_a_boundary(tmp_path: Path) -> None:
