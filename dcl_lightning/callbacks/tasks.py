@@ -267,7 +267,8 @@ class TaskClock(pl.Callback):
             setup_data()
             if not self._before_training or not trainer.fit_loop.restarting:
                 return
-            epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
+            epochs: Any = trainer.fit_loop.epoch_progress.current
+            batches = trainer.fit_loop.epoch_loop.batch_progress
             amid_the_end = batches.is_last_batch and epochs.processed < epochs.ready
             ended = sum(end <= trainer.current_epoch for end in self.boundaries[1:])
             if amid_the_end or self.evaluated_rows < ended:
