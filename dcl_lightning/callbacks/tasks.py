@@ -259,8 +259,8 @@ class TaskClock(pl.Callback):
     def _then_lift_limits(self, trainer: pl.Trainer, setup_data: Callable[[], None]) -> Callable[[], None]:
         """Return what Lightning calls before it looks whether a fit has reached its limits of steps and time already.
 
-        It would then call no hook, and a task whose last step the checkpoint has, but not its end, would never end. The
-        limits hold again once it has ended.
+        It would then call no hook: a validation that follows the checkpoint's last step, and the end of a task, would
+        never come. The limits hold again after them.
         """
 
         def hook() -> None:
@@ -268,10 +268,8 @@ class TaskClock(pl.Callback):
             if not self._before_training or not trainer.fit_loop.restarting:
                 return
             epochs: Any = trainer.fit_loop.epoch_progress.current
-            batches = trainer.fit_loop.epoch_loop.batch_progress
-            amid_the_end = batches.is_last_batch and epochs.processed < epochs.ready
             ended = sum(end <= trainer.current_epoch for end in self.boundaries[1:])
-            if amid_the_end or self.evaluated_rows < ended:
+            if epochs.processed < epochs.ready or self.evaluated_rows < ended:
                 loop = trainer.fit_loop.epoch_loop
                 self._lifted = loop.max_steps, trainer.should_stop
                 loop.max_steps, trainer.should_stop = -1, False
