@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
-from dcl_lightning.callbacks.evaluation import refuse_empty_share
+from dcl_lightning.callbacks.evaluation import limited, refuse_empty_share
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
 
@@ -73,6 +73,7 @@ def refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: Any
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.enable_validation:
         return
     for task, batches in _epochs(trainer, tasks, data):
+        batches = limited(batches, trainer.limit_train_batches)
         if batches < interval:
             raise ConfigurationError(
                 f"trainer.val_check_interval={interval}, but task {task.index} has only {batches} batches an epoch: "

@@ -233,6 +233,8 @@ def test_a_resumed_online_run_validates_at_the_same_steps(tmp_path):
 def test_validation_rarer_than_a_task_is_long_is_refused_before_training(tmp_path):
     with pytest.raises(ConfigurationError, match=r"val_check_interval=3, but task 2 has only 2 .*every_n_epoch=null"):
         online(tmp_path, 3)
+    with pytest.raises(ConfigurationError, match=r"val_check_interval=2, but task 0 has only 1 "):
+        online(tmp_path, 2, limit_train_batches=1)
     _, at, _ = online(tmp_path, 2, enable_checkpointing=False)
     assert at == [(2, 1), (5, 2), (7, 2), (10, 3)]
 

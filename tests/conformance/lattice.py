@@ -772,9 +772,9 @@ class Examination:
             if any(len(s.ids) > s.num_new for log in self.logs for s in log):
                 self.faults.append("an agent without memory rehearses")
             return
-        self._drawn_rows(first_task, cut)
+        self._drawn_rows(first_task, complete)
 
-    def _drawn_rows(self, first_task: dict[int, int], cut: bool) -> None:
+    def _drawn_rows(self, first_task: dict[int, int], complete: bool) -> None:
         """Check what is rehearsed: met before, from where it may be drawn, as many as there are, none twice."""
         config, single = self.config, len(self.logs) == 1
         if config is None:
@@ -788,8 +788,8 @@ class Examination:
                 if strange:
                     self.faults.append(f"step {number}: samples {strange} are rehearsed before they came")
                     return
-                # What a limit has left out of its task is new in a later one, where that comes with the earlier ones.
-                late = config.update == "task_end" and cut and value_of(self.drawn, "concatenate_tasksets")
+                # What was left out of its task is new in a later one, where that comes with the earlier ones.
+                late = config.update == "task_end" and not complete and value_of(self.drawn, "concatenate_tasksets")
                 if (config.update == "task_end" or config.rehearse == "past") and not late:
                     present = [i for i in old if first_task.get(i, -1) >= step.task]
                     if present:
