@@ -6,7 +6,7 @@ STAMP := .venv/.ready
 .PHONY: setup demo test test-exhaustive lint bench docs wheel clean
 
 setup: $(STAMP)
-	@$(BIN)/python -m dcl_lightning.distributed.install
+	@$(BIN)/python -m dcl_lightning.tools.install_horovod
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -25,8 +25,8 @@ from common import HEADER, Size, report, rounds_of
 from torch import Tensor
 
 from dcl_lightning.agents import NIL
+from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.memory.buffer import RehearsalBuffer
-from dcl_lightning.memory.comm import SingleProcessComm
 from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Offer
 from dcl_lightning.memory.policies import make_policy

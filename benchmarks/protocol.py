@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from scipy.stats import t as student
 
 from dcl_lightning import NIL, ContinualAgent, ContinualDataModule, FineTuning, ICaRL
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.size import MemorySize
@@ -100,7 +100,7 @@ def agent(
     drawn = {"buffer_size": size, "num_samples": 16 // workers}
     stored = {} if size is None else {"rehearsal": drawn | (memory or {})}
     return Case(
-        lambda data: getattr(presets, name)(
+        lambda data: getattr(short_names, name)(
             MLP(), data.num_classes, epochs_per_task=10, input_spec=data.input_spec, **stored, **options
         ),
         concatenate=name == "cumulative",

@@ -28,8 +28,8 @@ from torch import nn
 
 from dcl_lightning import NIL, ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP, ResNet
+from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.memory.buffer import RehearsalBuffer
-from dcl_lightning.memory.comm import SingleProcessComm
 from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Offer
 from dcl_lightning.memory.storage import RowStore

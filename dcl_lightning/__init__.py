@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Makes ``Trainer(strategy="horovod")`` known; imports no Horovod.
-from dcl_lightning.distributed.strategy import HorovodStrategy
+from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 
 if TYPE_CHECKING:
     from dcl_lightning.agents import (

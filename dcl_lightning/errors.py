@@ -72,7 +72,7 @@ class HorovodNotFoundError(ImportError):
     def __init__(self) -> None:
         super().__init__(
             "strategy=horovod needs Horovod with PyTorch support, which is not installed: "
-            "run `python -m dcl_lightning.distributed.install`"
+            "run `python -m dcl_lightning.tools.install_horovod`"
         )
 
 

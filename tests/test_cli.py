@@ -205,7 +205,7 @@ def test_another_agent_after_a_config_keeps_only_what_is_shared(tmp_path: Path) 
     done = run(["fit", "--config", config, "--model", "base", "--print_config"], tmp_path)
     assert done.returncode == 0, done.stderr
     model = yaml.safe_load(done.stdout)["model"]
-    assert model["class_path"].endswith("presets.base")
+    assert model["class_path"].endswith("short_names.base")
     assert (model["init_args"]["momentum"], model["init_args"]["logits"]) == (0.9, "all")
     assert "model.logits" in done.stderr
 
@@ -218,7 +218,7 @@ def test_bare_name_quoted_lists_and_numbers_in_yaml(tmp_path: Path) -> None:
     done = run(["fit", "--config", "a.yaml", "--model.lr", "1e-2", "--print_config"], tmp_path)
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load(done.stdout)
-    assert config["model"]["class_path"].endswith("presets.icarl")
+    assert config["model"]["class_path"].endswith("short_names.icarl")
     assert config["model"]["init_args"]["lr"] == 0.01
     assert config["data"]["init_args"]["class_order"][:2] == [1, 0]
 
@@ -264,7 +264,7 @@ def test_any_network_of_timm_by_name(capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises(SystemExit):
         cli.main([*args, "--print_config"])
     backbone = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["backbone"]
-    assert backbone["class_path"].endswith("backbones.presets.timm")
+    assert backbone["class_path"].endswith("backbones.short_names.timm")
     assert backbone["init_args"]["name"] == "resnet10t"
     monkeypatch.setitem(sys.modules, "timm", None)
     assert cli.main(args) == 2

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from dcl_lightning import FineTuning, cli
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.size import MemorySize
 
@@ -232,7 +232,7 @@ def test_a_regime_follows_any_file(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_files_say_of_the_memory_only_what_differs_from_the_agents_own(path: Path) -> None:
     model = read(path).get("model", {})
     given = model.get("init_args", {}).get("rehearsal", {})
-    own = getattr(getattr(presets, str(model.get("class_path")), None), "memory", MemorySize())
+    own = getattr(getattr(short_names, str(model.get("class_path")), None), "memory", MemorySize())
     assert not given.items() & own.explicit.items()
 
 
@@ -244,7 +244,7 @@ def test_nil_on_imagenet_is_the_published_run() -> None:
         "rehearsal_ratio": 0.3, "num_candidates": 14, "num_samples": 7, "policy": "class_balanced",
         "scope": "global", "execution": "blocking",
     }  # fmt: skip
-    agent = presets.nil_global(MLP([4], 1, 4), 4, model["rehearsal"])
+    agent = short_names.nil_global(MLP([4], 1, 4), 4, model["rehearsal"])
     assert wanted.items() <= asdict(agent.rehearsal.config).items()
     assert config["trainer"]["precision"] == "bf16-mixed"
     shared = {key: value for key, value in model.items() if key != "rehearsal"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dcl_lightning import FineTuning, ICaRL, RehearsalConfig
-from dcl_lightning.agents.presets import icarl_v1, nil
+from dcl_lightning.agents.short_names import icarl_v1, nil
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 

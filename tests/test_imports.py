@@ -43,7 +43,7 @@ def test_imports_point_downwards(file: Path) -> None:
 
 
 # What methods share; the short names stand for them all.
-SHARED = {"__init__", "base", "evaluation", "optimisation", "presets", "rehearsing", "teacher", "weights"}
+SHARED = {"__init__", "base", "evaluation", "optimisation", "short_names", "rehearsing", "teacher", "weights"}
 METHODS = sorted({f.stem for f in (PACKAGE / "agents").glob("*.py")} - SHARED)
 
 

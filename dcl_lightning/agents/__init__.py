@@ -1,7 +1,7 @@
 """Agents: one file a method, each a ``LightningModule``."""
 
 # Checkpoints of the command line name agents by their short names; Lightning loads what is imported only.
-from dcl_lightning.agents import presets as presets
+from dcl_lightning.agents import short_names as short_names
 from dcl_lightning.agents.agem import AGEM
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.bic import BiC
@@ -16,7 +16,7 @@ from dcl_lightning.agents.gem import GEM
 from dcl_lightning.agents.icarl import ICaRL
 from dcl_lightning.agents.lwf import LwF
 from dcl_lightning.agents.nil import NIL
-from dcl_lightning.agents.rehearsing import DarkReplay, RehearsingAgent
+from dcl_lightning.agents.replay import DarkReplay, RehearsingAgent
 from dcl_lightning.agents.si import SI
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_dtype, trained_parameters, write_gradient
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.projections import agem_projection

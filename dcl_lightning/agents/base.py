@@ -21,24 +21,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dcl_lightning.agents.evaluation import EvaluationCounts
-from dcl_lightning.agents.optimisation import KeepUnseenRows, build
+from dcl_lightning.agents.optimization import KeepUnseenRows, build
 from dcl_lightning.agents.prediction import Inference, Prediction
 from dcl_lightning.agents.step_log import StepLog
 from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
-from dcl_lightning.callbacks.boundaries import scale_rates
-from dcl_lightning.callbacks.checkpoint_care import CheckpointCare
-from dcl_lightning.callbacks.checks import refuse_changing_accumulation, refuse_tuning
-from dcl_lightning.callbacks.contradictions import refuse_another_run
+from dcl_lightning.callbacks.checkpoint import CheckpointCare
 from dcl_lightning.callbacks.hooks import leave_out_idle_hooks, wrap_hook
 from dcl_lightning.callbacks.loss_guard import LossGuard
-from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.callbacks.task_reset import scale_rates
+from dcl_lightning.callbacks.trainer_checks import refuse_changing_accumulation, refuse_tuning
+from dcl_lightning.checkpoint.resume import refuse_another_run
+from dcl_lightning.comm import Comm, comm_of
 from dcl_lightning.errors import ConfigurationError, check_number, check_words
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.parameter_groups import parameter_groups
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, warmup_divisor
 from dcl_lightning.functional.scores import top_k_hits
-from dcl_lightning.memory.comm import Comm
 from dcl_lightning.types import Batch, InputSpec, Task
 
 __all__ = ["ContinualAgent"]
@@ -181,7 +180,7 @@ class ContinualAgent(pl.LightningModule):
     @classmethod
     def method(cls) -> str:
         """Return the name of the class that says what is learnt: a short name is that of its base with other values."""
-        return next(kind.__name__ for kind in cls.__mro__ if kind.__module__ != "dcl_lightning.agents.presets")
+        return next(kind.__name__ for kind in cls.__mro__ if kind.__module__ != "dcl_lightning.agents.short_names")
 
     # -- what a method defines ---------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
 from dcl_lightning.errors import check_number

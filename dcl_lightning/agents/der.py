@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dcl_lightning.agents.rehearsing import DarkReplay
+from dcl_lightning.agents.replay import DarkReplay
 from dcl_lightning.errors import check_number
 from dcl_lightning.functional.losses import logit_matching
 from dcl_lightning.memory.config import RehearsalConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.types import Batch
 
 __all__ = ["ER"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcl_lightning.comm import Comm
 from dcl_lightning.functional.scores import restricted, top_k_hits
-from dcl_lightning.memory.comm import Comm
 
 __all__ = ["EvaluationCounts"]
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.weights import flat_weights, trained_parameters
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.memory.config import RehearsalConfig

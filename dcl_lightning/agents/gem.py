@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_dtype, trained_parameters, write_gradient
 from dcl_lightning.errors import check_number
 from dcl_lightning.functional.projections import gem_projection

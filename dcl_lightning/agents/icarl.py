@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
-from dcl_lightning.distributed.together import break_off_if_signalled
+from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
 from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
 

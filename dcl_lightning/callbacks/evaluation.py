@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dcl_lightning.callbacks.averaging import averaged_network
 from dcl_lightning.data.loader import TaskLoader
-from dcl_lightning.distributed.together import break_off_if_signalled
+from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Batch
 

@@ -12,8 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from dcl_lightning.callbacks.hooks import log_interval
-from dcl_lightning.callbacks.memory_log import rows_of
-from dcl_lightning.callbacks.tasks import TaskClock
+from dcl_lightning.callbacks.task_clock import TaskClock
+from dcl_lightning.report.buffer_log import rows_of
 from dcl_lightning.screen import is_watched, show
 from dcl_lightning.types import Batch
 

@@ -16,23 +16,22 @@ from torch import Tensor
 from dcl_lightning.callbacks.evaluation import batches, limited_ids, turns
 from dcl_lightning.callbacks.extras import ExtraColumns
 from dcl_lightning.callbacks.hooks import before_first_layer, log_interval, pass_through
-from dcl_lightning.callbacks.memory_checkpoint import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.callbacks.references import AS_EVALUATED, References
+from dcl_lightning.checkpoint.io import keep_side_files
+from dcl_lightning.checkpoint.memories import SavedMemories, refuse_another_memory, save_memory
+from dcl_lightning.checkpoint.worker_files import told
+from dcl_lightning.comm import Comm, comm_of
 from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.stream import Stream
-from dcl_lightning.distributed.checkpoint_io import keep_side_files
-from dcl_lightning.distributed.comm import comm_of
-from dcl_lightning.distributed.place import place
-from dcl_lightning.distributed.side_files import told
+from dcl_lightning.distributed.ranks import place
 from dcl_lightning.distributed.slurm import requeue_between_steps
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
-from dcl_lightning.memory.comm import Comm
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
-from dcl_lightning.memory.engine import MemoryEngine
 from dcl_lightning.memory.joining import Room, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
-from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows
+from dcl_lightning.memory.prefetch import MemoryEngine
+from dcl_lightning.memory.pytree import concat, flatten, map_tensors, num_rows
 from dcl_lightning.memory.ranges import stage
 from dcl_lightning.memory.storage import RowStore, refuse_lack_of_space
 from dcl_lightning.types import Batch, Task

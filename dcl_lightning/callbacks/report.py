@@ -12,12 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dcl_lightning.callbacks.facts import facts_of
-from dcl_lightning.callbacks.files import begin_run, replacing, run_folder
-from dcl_lightning.callbacks.memory_log import MemoryLog, rows_of
-from dcl_lightning.callbacks.pictures import can_draw, log_picture, matrix_figure, pictures_of, png, takes_pictures
-from dcl_lightning.callbacks.tables import csv_text, over_tasks_text, progress_text, summary_text, table_text
-from dcl_lightning.distributed.comm import comm_of
+from dcl_lightning.comm import comm_of
+from dcl_lightning.report.buffer_log import MemoryLog, rows_of
+from dcl_lightning.report.content import facts_of
+from dcl_lightning.report.figures import can_draw, log_picture, matrix_figure, pictures_of, png, takes_pictures
+from dcl_lightning.report.paths import begin_run, replacing, run_folder
+from dcl_lightning.report.text import csv_text, over_tasks_text, progress_text, summary_text, table_text
 from dcl_lightning.screen import show
 from dcl_lightning.types import Task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcl_lightning.memory.comm import Comm
+from dcl_lightning.comm import Comm
 from dcl_lightning.types import Batch
 
 __all__ = ["SampleCounts"]

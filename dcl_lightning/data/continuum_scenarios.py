@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcl_lightning.data.continuum_sets import imported
 from dcl_lightning.data.scenarios import check_labels
-from dcl_lightning.data.splits import Splits, from_arrays
+from dcl_lightning.data.sources.arrays import Splits, from_arrays
+from dcl_lightning.data.sources.continuum import imported
 from dcl_lightning.data.transformed import TransformedInputs
 from dcl_lightning.errors import ConfigurationError, DataError
 

@@ -12,17 +12,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from dcl_lightning.data import scenarios, sources, staging, transforms
-from dcl_lightning.data.ahead import AheadLoader
+from dcl_lightning.data import scenarios, transforms
 from dcl_lightning.data.continuum_scenarios import splits_of_scenario
-from dcl_lightning.data.cutting import Cutting
-from dcl_lightning.data.images import ImageFiles
+from dcl_lightning.data.images.dataset import ImageFiles
+from dcl_lightning.data.images.pool import Readers
 from dcl_lightning.data.loader import Inputs, TaskLoader, for_all
-from dcl_lightning.data.readers import Readers
+from dcl_lightning.data.prefetch import AheadLoader
 from dcl_lightning.data.seeds import seed_of_run
+from dcl_lightning.data.sources import staging
+from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.stream import Stream, refuse_another_stream
+from dcl_lightning.data.task_split import Cutting
 from dcl_lightning.data.transformed import TransformedInputs
-from dcl_lightning.distributed.place import place, worker_threads
+from dcl_lightning.distributed.ranks import place, worker_threads
 from dcl_lightning.errors import ConfigurationError, whole_number
 from dcl_lightning.paths import absolute
 from dcl_lightning.types import Batch, Clock, InputSpec, Replay, Task

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcl_lightning.data.images import ImageFiles
+from dcl_lightning.data.images.dataset import ImageFiles
 from dcl_lightning.data.transformed import TransformedInputs
 from dcl_lightning.types import Batch
 

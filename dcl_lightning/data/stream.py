@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning.data import scenarios
-from dcl_lightning.data.cutting import Cutting
-from dcl_lightning.data.splits import Splits
+from dcl_lightning.data.sources.arrays import Splits
+from dcl_lightning.data.task_split import Cutting
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
 

@@ -1,4 +1,4 @@
-"""Many workers: Horovod's strategy and launcher, and the collectives that the rest of the package uses.
+"""Many workers: Horovod's strategy and its launcher, the cores of a worker, and SLURM.
 
 Nothing here imports Horovod before a strategy, or a collective, needs it.
 """
@@ -9,13 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dcl_lightning.distributed.comm import comm_of
-    from dcl_lightning.distributed.metrics import attach_metrics
-    from dcl_lightning.distributed.strategy import HorovodStrategy
+    from dcl_lightning.distributed.horovod.metrics import attach_metrics
+    from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 
-__all__ = ["HorovodStrategy", "attach_metrics", "comm_of"]
+__all__ = ["HorovodStrategy", "attach_metrics"]
 
-_HOMES = {"HorovodStrategy": "strategy", "attach_metrics": "metrics", "comm_of": "comm"}
+_HOMES = {"HorovodStrategy": "horovod.strategy", "attach_metrics": "horovod.metrics"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from dcl_lightning.distributed.environment import HorovodEnvironment
-from dcl_lightning.distributed.place import launched_by_horovod
-from dcl_lightning.distributed.step_message import StepMessage, callbacks_of, set_callbacks, step_is_whole
+from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
+from dcl_lightning.distributed.horovod.step_message import StepMessage, callbacks_of, set_callbacks, step_is_whole
+from dcl_lightning.distributed.ranks import launched_by_horovod
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = [

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional.nil import nil_weights
-from dcl_lightning.memory.nests import Nest, num_rows
 from dcl_lightning.memory.policies import Fifo, make_policy
+from dcl_lightning.memory.pytree import Nest, num_rows
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState, rooms
 from dcl_lightning.memory.storage import RowStore
 

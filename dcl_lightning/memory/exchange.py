@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dcl_lightning.memory.comm import Comm, Pending
-from dcl_lightning.memory.nests import Nest, flatten, map_tensors, rebuild
+from dcl_lightning.comm import Comm, Pending
+from dcl_lightning.memory.pytree import Nest, flatten, map_tensors, rebuild
 
 __all__ = [
     "HEADER_BYTES", "Drawn", "Exchanged", "GlobalExchange", "Plan", "RowLayout", "Served", "plan_draws", "plan_of",

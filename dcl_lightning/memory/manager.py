@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcl_lightning.comm import Comm, SingleProcessComm
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer
-from dcl_lightning.memory.comm import Comm, SingleProcessComm
 from dcl_lightning.memory.config import ResolvedConfig
 from dcl_lightning.memory.exchange import GlobalExchange, RowLayout, Served
 from dcl_lightning.memory.ranges import stage

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
-from dcl_lightning.memory.nests import Nest, flatten, map_tensors, rebuild, refuse_another_row
+from dcl_lightning.memory.pytree import Nest, flatten, map_tensors, rebuild, refuse_another_row
 
 __all__ = ["RowStore", "available_bytes", "refuse_lack_of_space"]
 

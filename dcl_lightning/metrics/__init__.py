@@ -5,7 +5,7 @@ What torchmetrics has is used as it is: the confusion matrix over a stream is it
 
 from dcl_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from dcl_lightning.metrics.class_accuracy import ClassAccuracy
-from dcl_lightning.metrics.figures_of_matrix import (
+from dcl_lightning.metrics.stream_metrics import (
     AverageAccuracy,
     AverageIncrementalAccuracy,
     BackwardTransfer,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dcl_lightning.callbacks.files import replacing
-from dcl_lightning.command_line.arguments import CommandParser
+from dcl_lightning.cli.arguments import CommandParser
 from dcl_lightning.functional.continual_metrics import FORMULAS
+from dcl_lightning.report.paths import replacing
 from dcl_lightning.studies import tables
 from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
 from dcl_lightning.studies.statistics import Estimate, between, estimate, paired
@@ -122,8 +122,8 @@ def _picture(groups: dict[str, list[Run]]) -> bytes:
     """Draw the accuracy over all samples seen, after each task: means, and bars of one deviation."""
     from matplotlib.figure import Figure
 
-    from dcl_lightning.callbacks.pictures import png
     from dcl_lightning.metrics import drawing
+    from dcl_lightning.report.figures import png
 
     figure = Figure(figsize=drawing.CURVE_SIZE, layout="constrained")
     ax = figure.subplots()

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from dcl_lightning import RehearsalConfig, cli
-from dcl_lightning.agents import presets
-from dcl_lightning.agents.rehearsing import RehearsingAgent
+from dcl_lightning.agents import short_names
+from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.backbones import MLP
-from dcl_lightning.command_line.program import ContinualCLI
+from dcl_lightning.cli.program import ContinualCLI
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import ResolvedConfig
 
@@ -46,7 +46,7 @@ GIVEN: dict[str, Any] = {"buffer_size": 200, "num_samples": 7, "store": "referen
 
 
 def in_python(name: str, rehearsal: Any, *_: Any) -> Any:
-    return getattr(presets, name)(MLP([4], 1, 4), 6, rehearsal)
+    return getattr(short_names, name)(MLP([4], 1, 4), 6, rehearsal)
 
 
 def by_class(name: str, given: dict[str, Any], *_: Any) -> Any:
@@ -73,7 +73,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_every_agent_with_a_memory_is_here() -> None:
-    assert set(OWN) == {name for name in presets.__all__ if issubclass(getattr(presets, name), RehearsingAgent)}
+    assert set(OWN) == {name for name in short_names.__all__ if issubclass(getattr(short_names, name), RehearsingAgent)}
 
 
 @pytest.mark.parametrize("way", [in_python, by_class, on_the_command_line])
@@ -95,7 +95,7 @@ def test_a_null_is_not_given(made: list[Any], tmp_path: Path) -> None:
     for way in (in_python, on_the_command_line):
         agent = way("bic", {"buffer_size": 30, "num_samples": 4, "policy": None}, made, tmp_path)
         assert (agent.rehearsal.config.policy, agent.rehearsal.config.buffer_size) == ("class_balanced", 30)
-    assert in_python("bic", None).rehearsal.config == presets.bic.memory
+    assert in_python("bic", None).rehearsal.config == short_names.bic.memory
 
 
 @pytest.mark.parametrize("way", [in_python, by_class])
@@ -119,7 +119,7 @@ def test_a_value_that_contradicts_the_agents_own_is_refused(
 
 
 def test_an_agents_memory_says_what_differs_from_its_bases() -> None:
-    class Mine(presets.derpp_task_end):
+    class Mine(short_names.derpp_task_end):
         memory = RehearsalConfig(policy="fifo", buffer_size=30)
 
     class Ours(Mine):

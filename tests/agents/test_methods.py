@@ -19,7 +19,7 @@ from agents import make
 from streams import make_data, make_trainer
 
 from dcl_lightning import RehearsalConfig
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
@@ -492,4 +492,4 @@ def test_a_memory_that_forgets_tasks_says_so_once_before_training(policy, stream
 )
 def test_what_a_short_name_stands_for_is_not_changed_silently(name, memory, message) -> None:
     with pytest.raises(ConfigurationError, match=rf"rehearsal\.{message}; leave .* out, or take another agent"):
-        getattr(presets, name)(MLP([4]), 4, input_spec=(1, 2, 2), rehearsal=memory)
+        getattr(short_names, name)(MLP([4]), 4, input_spec=(1, 2, 2), rehearsal=memory)

@@ -6,7 +6,7 @@ import torch
 from torchvision import models
 
 from dcl_lightning import cli
-from dcl_lightning.backbones import MLP, CandleNet, LinearHead, MNISTNet, ResNet, TimmModel, presets
+from dcl_lightning.backbones import MLP, CandleNet, LinearHead, MNISTNet, ResNet, TimmModel, short_names
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import InputSpec
 
@@ -202,10 +202,10 @@ def test_wrong_arguments_say_what_is_allowed(make, message):
 
 def test_short_names_are_the_classes():
     kinds = {"candlenet": CandleNet, "mlp": MLP, "mnistnet": MNISTNet, "resnet": ResNet, "timm": TimmModel}
-    assert sorted(presets.__all__) == sorted(kinds)
+    assert sorted(short_names.__all__) == sorted(kinds)
     for name, kind in kinds.items():
-        assert issubclass(getattr(presets, name), kind)
-    assert presets.resnet(depth=20, in_channels=3, input_size=32).feature_dim == 64
+        assert issubclass(getattr(short_names, name), kind)
+    assert short_names.resnet(depth=20, in_channels=3, input_size=32).feature_dim == 64
 
 
 def test_channels_that_the_data_do_not_have_are_refused():

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 from streams import make_data, make_trainer, matrix, weights
 
 from dcl_lightning import FineTuning
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 
@@ -32,7 +32,7 @@ def make(name, data, backbone=None, **kwargs):
     elif name not in ("base", "ewc"):
         kwargs["rehearsal"] = {"buffer_size": 12, "num_samples": 4}
     common = {"epochs_per_task": 1, "lr": 0.05, "input_spec": data.input_spec} | kwargs
-    return getattr(presets, name)(backbone or MLP([8]), data.num_classes, **common)
+    return getattr(short_names, name)(backbone or MLP([8]), data.num_classes, **common)
 
 
 class Frozen(nn.Module):

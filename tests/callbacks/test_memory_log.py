@@ -6,8 +6,8 @@ import copy
 
 import torch
 
-from dcl_lightning.callbacks.memory_log import MemoryLog
-from dcl_lightning.memory.comm import SingleProcessComm
+from dcl_lightning.comm import SingleProcessComm
+from dcl_lightning.report.buffer_log import MemoryLog
 from dcl_lightning.types import MemoryRows
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcl_lightning.callbacks.sample_counts import SampleCounts
-from dcl_lightning.memory.comm import SingleProcessComm
+from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.types import Batch
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 from rehearsals import same
 from streams import make_data, make_trainer, matrix, weights
 
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def fit(name: str, folder: Path, at: int | None, ckpt: Path | None = None):
         options["rehearsal"] = {"buffer_size": 12}
     elif name not in ("base", "ewc"):
         options["rehearsal"] = {"buffer_size": 12, "num_samples": 4}
-    agent, steps = getattr(presets, name)(Signalled(), data.num_classes, **options), Steps()
+    agent, steps = getattr(short_names, name)(Signalled(), data.num_classes, **options), Steps()
     agent.backbone.at = at  # not the teacher's
     saver = ModelCheckpoint(folder, filename="{step}", every_n_epochs=100, save_on_exception=True)
     trainer = make_trainer(folder, [steps, saver], limit_val_batches=0)

@@ -21,8 +21,8 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 from dcl_lightning import RehearsalConfig, cli
-from dcl_lightning.command_line.parser import AGENTS
-from dcl_lightning.command_line.program import ContinualCLI
+from dcl_lightning.cli.parser import AGENTS
+from dcl_lightning.cli.program import ContinualCLI
 
 __all__ = ["AGENTS", "VALUES", "Outcome", "attempt", "leaf_keys", "quick", "refused"]
 
@@ -103,7 +103,7 @@ def quick(parsers: dict[type, Any]) -> Iterator[None]:
         patch.setattr(_TrainingEpochLoop, "on_advance_end", reached)
         for launcher in (_MultiProcessingLauncher, _SubprocessScriptLauncher):
             patch.setattr(launcher, "launch", reached)
-        patch.setattr("dcl_lightning.distributed.launcher.HorovodLauncher.launch", reached, raising=False)
+        patch.setattr("dcl_lightning.distributed.horovod.launcher.HorovodLauncher.launch", reached, raising=False)
         patch.setattr(ContinualCLI, "setup_parser", setup_parser)
         yield
 

@@ -102,7 +102,7 @@ def test_case_g42_without_horovod_asking_for_it_is_one_line(
     assert cli.main(["fit", "--trainer.strategy", "horovod", "--trainer.accelerator", "cpu"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
-    assert "python -m dcl_lightning.distributed.install" in lines[0]
+    assert "python -m dcl_lightning.tools.install_horovod" in lines[0]
     assert not list(tmp_path.iterdir())
 
 

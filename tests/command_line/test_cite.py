@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 import dcl_lightning
-from dcl_lightning import citations, cli
-from dcl_lightning.agents import presets
-from dcl_lightning.citations import DATASETS, METHODS, PROJECT, method_of, references
-from dcl_lightning.data.sources import SOURCES
+from dcl_lightning import cli
+from dcl_lightning.agents import short_names
+from dcl_lightning.data.sources.table import SOURCES
+from dcl_lightning.report import citations
+from dcl_lightning.report.citations import DATASETS, METHODS, PROJECT, method_of, references
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = Path(citations.__file__).with_name("references.bib").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def docstring_of(method: str) -> str:
 
 
 def test_every_agent_and_data_set_has_an_entry() -> None:
-    assert all(method_of(getattr(presets, name)) for name in presets.__all__)
+    assert all(method_of(getattr(short_names, name)) for name in short_names.__all__)
     assert set(DATASETS) == set(SOURCES)
     # No entry that nothing asks for, none that is asked for and missing.
     assert sorted({*KEYS, PROJECT}) == sorted(re.findall(r"^@\w+\{(\S+),$", TEXT, re.MULTILINE))

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from dcl_lightning import cli
-from dcl_lightning.command_line.parser import AGENTS, BACKBONES
-from dcl_lightning.command_line.suggestions import in_one_line
+from dcl_lightning.cli.parser import AGENTS, BACKBONES
+from dcl_lightning.cli.suggestions import in_one_line
 from dcl_lightning.errors import suggestion
 
 

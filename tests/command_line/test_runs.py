@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dcl_lightning import cli
-from dcl_lightning.command_line.folders import OwnFolders
+from dcl_lightning.cli.run_dir import OwnFolders
 
 ROOT = Path(__file__).parent.parent.parent
 # A stream of two tasks of two steps each.

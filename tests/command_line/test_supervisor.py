@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dcl_lightning import cli
-from dcl_lightning.command_line.supervisor import Supervisor, with_workers
+from dcl_lightning.cli.supervisor import Supervisor, with_workers
 
 ROOT = Path(__file__).parent.parent.parent
 # Kills its process, or only rank 1's, once at a step; what "once" is, a file tells.

@@ -36,7 +36,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from dcl_lightning import ContinualDataModule, TaskReport
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.errors import ConfigurationError
 
 Draw = dict[str, Any]
@@ -44,8 +44,8 @@ Draw = dict[str, Any]
 # -- the space ---------------------------------------------------------------------------------------------------------
 
 # Each axis with its values, the default first. None leaves the key out.
-_AGENTS = ("base", *(name for name in presets.__all__ if name != "base"))
-_REHEARSING = {name for name in _AGENTS if name.startswith("nil") or hasattr(getattr(presets, name), "memory")}
+_AGENTS = ("base", *(name for name in short_names.__all__ if name != "base"))
+_REHEARSING = {name for name in _AGENTS if name.startswith("nil") or hasattr(getattr(short_names, name), "memory")}
 _ICARL = {"icarl", "icarl_v1"}
 
 SPACE: dict[str, tuple[Any, ...]] = {
@@ -165,7 +165,7 @@ def draw(seed: int, number: int) -> Draw:
         if found.get("validation") == "every_second_batch":
             found.pop("limit_train_batches", None)
     if rng.random() < 0.7:
-        kind = getattr(presets, agent)
+        kind = getattr(short_names, agent)
         for axis, value in getattr(kind, "required", {}).items():  # another method's memory
             if found.get(axis, value) != value:
                 found.pop(axis)
@@ -345,7 +345,7 @@ def make_agent(drawn: Draw, truth: Truth, folder: Path, seed: int = 0) -> Any:
             options |= {k: given[k] for k in ("execution", "num_samples") if k in given}
             options |= {k: get(k) for k in ("exemplars", "selection") if get(k) is not None}
         options["rehearsal"] = memory
-    agent = getattr(presets, name)(_Network(truth.side), truth.num_classes, **options)
+    agent = getattr(short_names, name)(_Network(truth.side), truth.num_classes, **options)
     if get("part") == "frozen":
         agent.backbone.first.requires_grad_(False)
     elif get("part") == "in_evaluation_mode":

@@ -17,7 +17,7 @@ from streams import make_data, make_trainer, matrix, weights
 from torch.utils.data import DataLoader, TensorDataset
 
 import dcl_lightning
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 
 ROOT = Path(__file__).parent.parent.parent
@@ -182,8 +182,8 @@ def test_true_precision(name: str, precision: str, dtype: torch.dtype, tmp_path:
 
 
 def test_every_name_is_in_the_package_and_has_its_file(tmp_path: Path) -> None:
-    kinds = {base for n in NAMES for base in getattr(presets, n).__mro__ if base.__module__.startswith("dcl_light")}
-    kinds = {kind for kind in kinds if kind.__module__ != presets.__name__ and not inspect.isabstract(kind)}
+    kinds = {base for n in NAMES for base in getattr(short_names, n).__mro__ if base.__module__.startswith("dcl_light")}
+    kinds = {kind for kind in kinds if kind.__module__ != short_names.__name__ and not inspect.isabstract(kind)}
     assert {kind.__name__ for kind in kinds} <= set(dcl_lightning.__all__)
     models = [yaml.safe_load(f.read_text()).get("model") for f in (ROOT / "configs").glob("*_digits.yaml")]
     with_files = {model["class_path"] for model in models if isinstance(model, dict)}

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from dcl_lightning import ContinualDataModule
 from dcl_lightning.callbacks.hooks import before_first_layer
 from dcl_lightning.callbacks.rehearsal import Rehearsal
+from dcl_lightning.checkpoint.buffer_files import RowsFile
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.rows_file import RowsFile
 
 
 @pytest.fixture(autouse=True)

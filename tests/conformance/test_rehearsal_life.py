@@ -16,7 +16,7 @@ from streams import make_data, make_trainer
 
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer
-from dcl_lightning.memory.engine import MemoryEngine
+from dcl_lightning.memory.prefetch import MemoryEngine
 
 _THREAD = "rehearsal"
 

@@ -17,9 +17,9 @@ from streams import make_agent, make_data, make_trainer, matrix, weights
 
 from dcl_lightning import NIL
 from dcl_lightning.backbones import MLP
-from dcl_lightning.distributed.newest import newest_checkpoint, problem_of
+from dcl_lightning.checkpoint.buffer_files import RowsFile
+from dcl_lightning.checkpoint.latest import newest_checkpoint, problem_of
 from dcl_lightning.errors import CheckpointError
-from dcl_lightning.memory.rows_file import RowsFile
 
 KEPT = Path(__file__).parent.parent / "data" / "checkpoint_v1" / "step=8.ckpt"
 
@@ -253,11 +253,11 @@ def test_all_that_a_checkpoint_needs_is_on_the_disk_before_it_is(
 
 def test_rows_of_every_type_and_shape_come_back(tmp_path: Path) -> None:
     """The file holds columns as they lie in memory: also empty ones, booleans, halves, rows that are one number."""
+    from dcl_lightning.checkpoint.buffer_files import write_memory
+    from dcl_lightning.comm import SingleProcessComm
     from dcl_lightning.memory.buffer import RehearsalBuffer
-    from dcl_lightning.memory.comm import SingleProcessComm
     from dcl_lightning.memory.config import RehearsalConfig
     from dcl_lightning.memory.manager import MemoryManager
-    from dcl_lightning.memory.rows_file import write_memory
     from dcl_lightning.memory.storage import RowStore
 
     g = torch.Generator().manual_seed(0)

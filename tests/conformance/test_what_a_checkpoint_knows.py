@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dcl_lightning import Rehearsal, RehearsalConfig, agents, cli
-from dcl_lightning.agents import ER, NIL, ICaRL, presets
+from dcl_lightning.agents import ER, NIL, ICaRL, short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 
@@ -134,16 +134,16 @@ def test_random_weights_are_warned_of_in_one_line(evaluate: str, tmp_path: Path)
 
 # -- one identity --------------------------------------------------------------------------------------
 
-SHORT = [name for name in presets.__all__ if name not in ("joint", "cumulative")]
+SHORT = [name for name in short_names.__all__ if name not in ("joint", "cumulative")]
 
 
 def class_of(name: str) -> type[pl.LightningModule]:
-    return getattr(agents, getattr(presets, name).method())
+    return getattr(agents, getattr(short_names, name).method())
 
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_name_and_its_class_go_on_with_each_others_checkpoints(name: str, tmp_path: Path) -> None:
-    short, method = getattr(presets, name), class_of(name)
+    short, method = getattr(short_names, name), class_of(name)
     assert method in short.__mro__
     assert short.method() == method.method() == method.__name__
 
@@ -171,7 +171,7 @@ def test_another_method_is_refused_and_a_subclass_is_one(tmp_path: Path) -> None
     data = make_data()
     saver = ModelCheckpoint(tmp_path, save_last=True)
     make_trainer(tmp_path, [saver], max_steps=2).fit(
-        presets.er(MLP([8]), 6, input_spec=data.input_spec), datamodule=data
+        short_names.er(MLP([8]), 6, input_spec=data.input_spec), datamodule=data
     )
     with pytest.raises(ConfigurationError, match="had the agent ER, this one has Mine"):
         make_trainer(tmp_path).fit(
@@ -189,10 +189,10 @@ def test_another_method_is_refused_and_a_subclass_is_one(tmp_path: Path) -> None
         (ER, {"buffer_size": 200}, {"num_representatives": 5}, "buffer_size=200 and num_representatives=5"),
         (ER, {"policy": "reservoir"}, {"policy": "fifo"}, "policy=reservoir and policy=fifo"),
         (ER, {}, {"policy": "nil", "weighting": "nil"}, "weighting=nil: agent ER has weighting=none"),
-        (presets.nil_v1, {}, {"execution": "inline"}, "execution=inline: agent nil_v1 has execution=blocking"),
+        (short_names.nil_v1, {}, {"execution": "inline"}, "execution=inline: agent nil_v1 has execution=blocking"),
         (NIL, {"buffer_size": 50}, {"buffer_size": 50}, ""),
         (NIL, {}, {"buffer_size": 50}, ""),
-        (presets.nil_v1, {}, {"buffer_size": 50}, ""),
+        (short_names.nil_v1, {}, {"buffer_size": 50}, ""),
         (ER, {"policy": "fifo"}, {"buffer_size": 50}, ""),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_run_goes_on_however_its_memory_is_said(tmp_path: Path) -> None:
     whole, path = run(RehearsalConfig(**given), saver), tmp_path / "step=4.ckpt"
     for rehearsal, callbacks, kind in (
         (given, [], ER),
-        (given, [], presets.er),
+        (given, [], short_names.er),
         (RehearsalConfig(**given, policy="reservoir", weighting="none", execution="blocking"), [], ER),
         (ER(MLP([8], 1, 4), 6, given).rehearsal.config, [], ER),
         (None, [Rehearsal(RehearsalConfig(**given))], ER),
@@ -256,14 +256,14 @@ def test_a_run_goes_on_however_its_memory_is_said(tmp_path: Path) -> None:
 
 def test_what_a_checkpoint_says_of_its_memory_makes_the_same_agent(tmp_path: Path) -> None:
     data = make_data()
-    agent = presets.derpp_task_end(MLP([8]), 6, {"num_samples": 3}, input_spec=data.input_spec)
+    agent = short_names.derpp_task_end(MLP([8]), 6, {"num_samples": 3}, input_spec=data.input_spec)
     saver = ModelCheckpoint(tmp_path, save_last=True)
     make_trainer(tmp_path, [saver, Rehearsal({"buffer_size": 12})], max_steps=1).fit(agent, datamodule=data)
     checkpoint = torch.load(saver.last_model_path, weights_only=True)
     said = checkpoint["hyper_parameters"]["rehearsal"]
     assert (said["buffer_size"], said["num_samples"], said["policy"]) == (12, 3, "class_balanced")
     assert checkpoint["dcl_lightning"]["memory"]["config"] == said
-    again = presets.derpp_task_end.load_from_checkpoint(saver.last_model_path, backbone=MLP([8]))
+    again = short_names.derpp_task_end.load_from_checkpoint(saver.last_model_path, backbone=MLP([8]))
     assert again.rehearsal.config == agent.rehearsal.config
 
 
@@ -285,7 +285,7 @@ def test_a_rehearsal_takes_each_agents_own_values_and_beside_another_module_thos
     for module, words in (
         (NIL(MLP([8], 1, 4), 6), ("nil", "nil", "mean")),
         (Plain(), ("reservoir", "none", "mean")),
-        (presets.gdumb(MLP([8], 1, 4), 6), ("greedy", "none", "sum")),
+        (short_names.gdumb(MLP([8], 1, 4), 6), ("greedy", "none", "sum")),
         (Plain(), ("reservoir", "none", "mean")),
     ):
         trainer = make_trainer(tmp_path, [memory], max_steps=1, enable_checkpointing=False, limit_val_batches=0)
@@ -296,7 +296,7 @@ def test_a_rehearsal_takes_each_agents_own_values_and_beside_another_module_thos
 
 def test_another_configuration_can_be_given_to_an_agents_memory_between_fits(tmp_path: Path) -> None:
     data = make_data()
-    agent = presets.gdumb(MLP([8]), 6, {"num_samples": 3}, input_spec=data.input_spec)
+    agent = short_names.gdumb(MLP([8]), 6, {"num_samples": 3}, input_spec=data.input_spec)
     for given, wanted in (({"buffer_size": 8}, (8, 3, "greedy")), ({"num_samples": 4}, (None, 4, "greedy"))):
         agent.rehearsal.config = given
         trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)

@@ -11,9 +11,10 @@ import torch
 import written
 from written import SYNSETS
 
-from dcl_lightning.data import ContinualDataModule, tinyimagenet
-from dcl_lightning.data.cache import VARIABLE, cached
-from dcl_lightning.data.decode import read_image
+from dcl_lightning.data import ContinualDataModule
+from dcl_lightning.data.images.decode import read_image
+from dcl_lightning.data.sources import tinyimagenet
+from dcl_lightning.data.sources.cache import VARIABLE, cached
 from dcl_lightning.errors import DataError
 
 PART = {"num_classes": 4}
@@ -157,7 +158,7 @@ def test_candle_is_scaled_by_training_rows_alone(tmp_path: Path, monkeypatch: py
     assert float(data.test_inputs.max()) > 1.0
     assert data.train_targets.tolist() == [0, 1] * 4
     assert (data.num_classes, data.num_tasks) == (2, 2)
-    monkeypatch.setattr("dcl_lightning.data.candle._parse", None)
+    monkeypatch.setattr("dcl_lightning.data.sources.candle._parse", None)
     assert torch.equal(nt3(tmp_path).train_inputs, data.train_inputs)
 
 

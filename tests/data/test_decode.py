@@ -13,7 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 from written import image, tiff
 
-from dcl_lightning.data.decode import centre, random_box, read_image, read_images
+from dcl_lightning.data.images.decode import centre, random_box, read_image, read_images
 from dcl_lightning.errors import DataError
 
 

@@ -17,7 +17,7 @@ import torchvision.datasets
 import written
 
 from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.data.cifar import FILES
+from dcl_lightning.data.sources.cifar import FILES
 from dcl_lightning.errors import DataError
 
 

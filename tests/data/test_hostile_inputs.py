@@ -18,7 +18,7 @@ from hostile import EARLY, Case, folder
 from PIL import Image
 
 from dcl_lightning import cli
-from dcl_lightning.data.cache import VARIABLE
+from dcl_lightning.data.sources.cache import VARIABLE
 
 SMALL = ["--data.batch_size", "4", "--data.num_workers", "0", "--model.epochs_per_task", "1"]
 SMALL += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

@@ -14,8 +14,10 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from written import SYNSETS
 
-from dcl_lightning.data import ContinualDataModule, decode, sources
-from dcl_lightning.data.files import IMAGE_ENDINGS, per_class
+from dcl_lightning.data import ContinualDataModule
+from dcl_lightning.data.images import decode
+from dcl_lightning.data.images.folders import IMAGE_ENDINGS, per_class
+from dcl_lightning.data.sources import table as sources
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
 

@@ -15,7 +15,7 @@ from dcl_lightning.agents import FineTuning
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import PredictionWriter
 from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.data.cache import VARIABLE
+from dcl_lightning.data.sources.cache import VARIABLE
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.paths import absolute, expanded
 

@@ -20,10 +20,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dcl_lightning import NIL, FineTuning, ICaRL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.data import ContinualDataModule, transforms
-from dcl_lightning.data.ahead import AheadLoader
-from dcl_lightning.data.images import ImageFiles
+from dcl_lightning.data.images.dataset import ImageFiles
+from dcl_lightning.data.images.pool import Readers
 from dcl_lightning.data.loader import TaskLoader
-from dcl_lightning.data.readers import Readers
+from dcl_lightning.data.prefetch import AheadLoader
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.memory.size import MemorySize
 
@@ -232,7 +232,7 @@ def test_a_reader_that_dies_says_so_and_the_next_ones_start() -> None:
 
 _PARENT = """
 import multiprocessing, os, time
-from dcl_lightning.data import readers
+from dcl_lightning.data.images import pool as readers
 
 def main():
     pools = []

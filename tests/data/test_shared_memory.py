@@ -12,8 +12,9 @@ import pytest
 import torch
 import written
 
-from dcl_lightning.data import ContinualDataModule, sources
-from dcl_lightning.data.cache import VARIABLE
+from dcl_lightning.data import ContinualDataModule
+from dcl_lightning.data.sources import table as sources
+from dcl_lightning.data.sources.cache import VARIABLE
 
 SETS = {"cifar10": "train.npy", "mnist": "train-images-idx3-ubyte"}
 READ = """

@@ -13,9 +13,10 @@ import torch
 import written
 from PIL import Image
 
-from dcl_lightning.data import ContinualDataModule, sources
-from dcl_lightning.data.cifar import FILES
+from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.scenarios import check_labels, order_classes
+from dcl_lightning.data.sources import table as sources
+from dcl_lightning.data.sources.cifar import FILES
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
 

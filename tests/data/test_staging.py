@@ -14,8 +14,9 @@ import pytest
 import torch
 import written
 
-from dcl_lightning.data import ContinualDataModule, staging
-from dcl_lightning.data.cache import VARIABLE
+from dcl_lightning.data import ContinualDataModule
+from dcl_lightning.data.sources import staging
+from dcl_lightning.data.sources.cache import VARIABLE
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 
 PART = {"num_classes": 4, "size": 16}

@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dcl_lightning.distributed.workers import started_workers
+from dcl_lightning.distributed.horovod.gloo_rendezvous import started_workers
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -57,8 +57,8 @@ FORKS.set_forkserver_preload(
         "lightning.pytorch.cli",
         "continuum",
         "sklearn.datasets",
-        "dcl_lightning.command_line.program",
-        "dcl_lightning.distributed.strategy",
+        "dcl_lightning.cli.program",
+        "dcl_lightning.distributed.horovod.strategy",
     ]
 )
 

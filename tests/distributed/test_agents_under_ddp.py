@@ -16,7 +16,7 @@ import lightning.pytorch as pl, torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from dcl_lightning import ContinualDataModule
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import TaskReport
 
@@ -32,7 +32,7 @@ def fit(kind, strategy):
     memory = {"rehearsal": {"buffer_size": 12}} if kind.rehearses else {}
     if hasattr(kind, "memory"):
         memory["rehearsal"] |= {"num_samples": 3}
-    elif issubclass(kind, presets.NIL):
+    elif issubclass(kind, short_names.NIL):
         memory["rehearsal"] |= {"num_candidates": 3, "num_samples": 3}
     agent = kind(MLP([8]), data.num_classes, epochs_per_task=2, lr=0.05, input_spec=data.input_spec, **memory)
     trainer = pl.Trainer(
@@ -49,7 +49,7 @@ def ddp():
 
 names = ("base", "icarl", "icarl_v1", "nil", "nil_v1", "nil_v3", "nil_v4", "nil_global")
 for name in (*names, "derpp", "agem", "gem", "si", "bic"):
-    kind = getattr(presets, name)
+    kind = getattr(short_names, name)
     (ours, matrix), (theirs, other) = fit(kind, "horovod"), fit(kind, ddp())
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6, msg=name)
     torch.testing.assert_close(matrix, other, atol=0, rtol=0, equal_nan=True, msg=name)

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcl_lightning import HorovodStrategy
-from dcl_lightning.distributed import binding
-from dcl_lightning.distributed.binding import bind_worker, divide_cores, numa_nodes
-from dcl_lightning.distributed.loaders import fork_hazard
+from dcl_lightning.comm import SingleProcessComm
+from dcl_lightning.distributed import cpu_binding as binding
+from dcl_lightning.distributed.cpu_binding import bind_worker, divide_cores, numa_nodes
+from dcl_lightning.distributed.fork_hazard import fork_hazard
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.comm import SingleProcessComm
 
 
 def test_an_unknown_way_is_refused() -> None:

@@ -16,8 +16,8 @@ from combinations import CASES, Case
 from helpers import assert_ended_well, run_workers
 from torch import Tensor, nn
 
-from dcl_lightning.distributed.batchnorm import HorovodBatchNormSync
-from dcl_lightning.distributed.gradients import GradientAverager
+from dcl_lightning.distributed.horovod.batchnorm import HorovodBatchNormSync
+from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.errors import ConfigurationError
 
 pytestmark = pytest.mark.timeout(600)  # for the launch, which the first test waits for

@@ -10,8 +10,8 @@ from comm_contract import check_contract
 from helpers import assert_ended_well, run_workers
 from torchmetrics.classification import MulticlassAccuracy
 
-from dcl_lightning.distributed import attach_metrics, comm_of
-from dcl_lightning.memory.comm import SingleProcessComm
+from dcl_lightning.comm import SingleProcessComm, comm_of
+from dcl_lightning.distributed import attach_metrics
 
 
 def test_one_process_keeps_the_contract() -> None:
@@ -46,7 +46,7 @@ from comm_contract import check_contract
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 from torchmetrics import CatMetric, MetricCollection
 from dcl_lightning.distributed import attach_metrics
-from dcl_lightning.distributed.comm import HorovodComm
+from dcl_lightning.distributed.horovod.comm import HorovodComm
 hvd.init()
 check_contract(HorovodComm())
 with torch.inference_mode():  # Lightning evaluates in it
@@ -81,7 +81,7 @@ TORCH = """
 import os, torch
 from comm_contract import check_contract
 from types import SimpleNamespace
-from dcl_lightning.distributed.comm import TorchDistributedComm, comm_of
+from dcl_lightning.comm import TorchDistributedComm, comm_of
 port = os.environ["TORCH_PORT"]
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
 torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)

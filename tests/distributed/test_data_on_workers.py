@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from dcl_lightning import NIL, ContinualDataModule
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import TaskReport
-from dcl_lightning.data import staging
+from dcl_lightning.data.sources import staging
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")

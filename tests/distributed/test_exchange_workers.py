@@ -21,7 +21,7 @@ def test_weights_are_of_what_all_workers_were_offered() -> None:
 
 HOROVOD = """
 import horovod.torch as hvd
-from dcl_lightning.distributed.comm import HorovodComm
+from dcl_lightning.distributed.horovod.comm import HorovodComm
 hvd.init()
 main, comm = HorovodComm(), HorovodComm("memory")
 close = hvd.shutdown
@@ -29,7 +29,7 @@ close = hvd.shutdown
 
 TORCH = """
 import os, torch
-from dcl_lightning.distributed.comm import TorchDistributedComm
+from dcl_lightning.comm import TorchDistributedComm
 port = os.environ["TORCH_PORT"]
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
 torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)

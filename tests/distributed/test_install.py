@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dcl_lightning.distributed import install
-from dcl_lightning.distributed.install import Build, InstallError, build_variables, missing_tools, modernise, toolkit
+from dcl_lightning.tools import install_horovod as install
+from dcl_lightning.tools.install_horovod import Build, InstallError, build_variables, missing_tools, modernise, toolkit
 
 BUILD = Build("2.14.1+cu130", "cp311", "x86_64", "cpu", False)
 

@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 import dcl_lightning
 from dcl_lightning import HorovodStrategy
-from dcl_lightning.distributed.environment import HorovodEnvironment
+from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 
 LIGHTNING = Path(pl.__file__).parent
 PACKAGE = Path(dcl_lightning.__file__).parent

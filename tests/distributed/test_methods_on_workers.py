@@ -8,7 +8,7 @@ CHECKS = """
 import warnings
 import lightning.pytorch as pl, torch
 from dcl_lightning import ContinualDataModule
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import TaskReport
 
@@ -22,7 +22,7 @@ x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, g
 def fit(name, workers, **memory):
     pl.seed_everything(0, verbose=False)
     data = ContinualDataModule((x, y, x.clone(), y.clone()), increment=2, batch_size=8 // workers, seed=0)
-    kind = getattr(presets, name)
+    kind = getattr(short_names, name)
     options = {}
     if kind.rehearses:
         # Room for every sample, and all are drawn; in one epoch each comes once.

@@ -56,7 +56,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = next((folder / "venv" / "lib").glob("python*/site-packages"))
     (site / "packages.pth").write_text(f"{links}\n")
     interpreter = folder / "venv" / "bin" / "python"
-    run(interpreter, "-m", "dcl_lightning.distributed.install", "--mpi", "on", "--gpu", "cpu", cwd=ROOT, timeout=1500)
+    run(interpreter, "-m", "dcl_lightning.tools.install_horovod", "--mpi", "on", "--gpu", "cpu", cwd=ROOT, timeout=1500)
     return interpreter
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_ended_well, run_workers
 from torch.nn import functional as F
 
-from dcl_lightning.agents.presets import nil
+from dcl_lightning.agents.short_names import nil
 from dcl_lightning.backbones import MLP
 
 WORKERS = 2
@@ -22,7 +22,7 @@ from pathlib import Path
 import lightning.pytorch as pl, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from dcl_lightning import ContinualDataModule
-from dcl_lightning.agents.presets import nil, nil_global
+from dcl_lightning.agents.short_names import nil, nil_global
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dcl_lightning.distributed import HorovodStrategy
-from dcl_lightning.distributed.child import Child
-from dcl_lightning.distributed.rendezvous import Rendezvous, RendezvousServer, wait_for_workers
-from dcl_lightning.distributed.workers import open_rendezvous
+from dcl_lightning.distributed.horovod.gloo_rendezvous import open_rendezvous
+from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, RendezvousServer, wait_for_workers
+from dcl_lightning.distributed.horovod.worker_process import Child
 from dcl_lightning.errors import ConfigurationError, WorkerError
 
 
@@ -29,7 +29,7 @@ def server() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def meeting(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Rendezvous:
-    monkeypatch.setattr("dcl_lightning.distributed.rendezvous._SCOPE", request.node.name)
+    monkeypatch.setattr("dcl_lightning.distributed.horovod.rendezvous._SCOPE", request.node.name)
     for name, value in server.items():
         monkeypatch.setenv(name, value)
     meeting = Rendezvous.of_job()

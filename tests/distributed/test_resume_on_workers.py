@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from helpers import environment, free_port
 
-from dcl_lightning.memory.rows_file import RowsFile
+from dcl_lightning.checkpoint.buffer_files import RowsFile
 
 PROGRAM = """
 import json, os, sys
@@ -22,7 +22,7 @@ from pathlib import Path
 import lightning.pytorch as pl, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from dcl_lightning import ContinualDataModule
-from dcl_lightning.agents.presets import nil
+from dcl_lightning.agents.short_names import nil
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.config import RehearsalConfig
 
@@ -164,8 +164,8 @@ import os, resource
 from pathlib import Path
 import horovod.torch as hvd
 hvd.init()
-from dcl_lightning.distributed.comm import HorovodComm
-from dcl_lightning.distributed.side_files import check_files, stage_files
+from dcl_lightning.distributed.horovod.comm import HorovodComm
+from dcl_lightning.checkpoint.worker_files import check_files, stage_files
 from dcl_lightning.errors import CheckpointError
 comm, root = HorovodComm(), Path({str(tmp_path)!r})
 told = stage_files(comm, root / "good", lambda file: file.write(bytes([comm.rank]) * (100 + comm.rank)))

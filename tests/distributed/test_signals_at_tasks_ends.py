@@ -15,7 +15,7 @@ import os, signal, sys, torch
 sys.path.insert(0, CONFORMANCE)
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from dcl_lightning.agents import presets
+from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from rehearsals import same
 from streams import make_data, make_trainer, matrix, weights
@@ -38,7 +38,7 @@ def fit(name, at=None, callbacks=(), ckpt=None):
     data = make_data(increment=3, eval_batch_size=5, batch_size=4, shard=SHARD)
     pl.seed_everything(0)
     memory = {"buffer_size": 12} | ({} if name == "icarl" else {"num_samples": 4})
-    agent = getattr(presets, name)(
+    agent = getattr(short_names, name)(
         Signalled([8]), 6, input_spec=data.input_spec, epochs_per_task=2, lr=0.05, rehearsal=memory
     )
     agent.backbone.at = at  # not the teacher's

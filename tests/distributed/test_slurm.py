@@ -14,7 +14,7 @@ from helpers import HERE, assert_ended_well, environment, run_workers
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dcl_lightning import HorovodStrategy
-from dcl_lightning.distributed.environment import HorovodEnvironment
+from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 from dcl_lightning.distributed.slurm import HorovodSLURMEnvironment
 from dcl_lightning.errors import ConfigurationError
 
@@ -62,7 +62,7 @@ before = dict(os.environ)
 import dcl_lightning
 for name in dir(dcl_lightning):
     getattr(dcl_lightning, name)
-import dcl_lightning.distributed.strategy, dcl_lightning.command_line.program
+import dcl_lightning.distributed.horovod.strategy, dcl_lightning.cli.program
 assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
 """
 

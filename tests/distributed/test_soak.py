@@ -14,7 +14,7 @@ import lightning.pytorch as pl, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pathlib import Path
 from dcl_lightning import ContinualDataModule
-from dcl_lightning.agents.presets import nil_global
+from dcl_lightning.agents.short_names import nil_global
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.config import RehearsalConfig
 

@@ -16,7 +16,7 @@ from helpers import assert_ended_well, environment, run_script, run_workers
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from dcl_lightning.distributed import HorovodStrategy
-from dcl_lightning.distributed.environment import HorovodEnvironment
+from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
 
 

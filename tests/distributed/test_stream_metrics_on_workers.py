@@ -18,7 +18,7 @@ import os
 import horovod.torch as hvd
 from all_metrics import check, streams
 from hypothesis import given, settings
-from dcl_lightning.distributed.metrics import attach_metrics
+from dcl_lightning.distributed.horovod.metrics import attach_metrics
 
 hvd.init()
 rank = int(os.environ["HOROVOD_RANK"])

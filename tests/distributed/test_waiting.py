@@ -7,7 +7,7 @@ from helpers import assert_ended_well, run_workers
 PROGRAM = """
 import signal, time
 import horovod.torch as hvd, torch
-from dcl_lightning.distributed.waiting import rest_while_waiting
+from dcl_lightning.distributed.horovod.polling import rest_while_waiting
 hvd.init()
 rest_while_waiting()
 first = hvd.synchronize

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, chisquare
 from torch import Tensor
 
-from dcl_lightning.memory.comm import Comm, Pending, SingleProcessComm, check_async_rows
+from dcl_lightning.comm import Comm, Pending, SingleProcessComm, check_async_rows
 from dcl_lightning.memory.exchange import HEADER_BYTES, GlobalExchange, RowLayout, Served, plan_draws, plan_of
 
 SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=6)

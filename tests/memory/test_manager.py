@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dcl_lightning.agents import NIL
+from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.memory.buffer import RehearsalBuffer
-from dcl_lightning.memory.comm import SingleProcessComm
 from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Offer
 from dcl_lightning.memory.storage import RowStore

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcl_lightning.checkpoint.reshard import redeal
+from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
-from dcl_lightning.memory.comm import SingleProcessComm
 from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager
-from dcl_lightning.memory.redeal import redeal
 from dcl_lightning.memory.storage import RowStore
 
 CLASSES = 5

@@ -8,7 +8,7 @@ import torch
 
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory import storage
-from dcl_lightning.memory.nests import concat, flatten, map_tensors, num_rows, rebuild
+from dcl_lightning.memory.pytree import concat, flatten, map_tensors, num_rows, rebuild
 from dcl_lightning.memory.storage import RowStore, refuse_lack_of_space
 
 

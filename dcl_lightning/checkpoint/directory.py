@@ -1,0 +1,116 @@
+"""The folders that a run saves its checkpoints into: its own, writable, and without what a killed run left half."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import IO
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from dcl_lightning.checkpoint.worker_files import STAGING, raise_together
+from dcl_lightning.comm import Comm
+from dcl_lightning.errors import CheckpointError
+from dcl_lightning.paths import expanded
+
+__all__ = ["ClaimedFolders", "checkpoint_folder"]
+
+_LOCK = "lock"
+
+
+def checkpoint_folder(trainer: pl.Trainer) -> str:
+    """Return the folder of the trainer's first checkpoint callback, or where Lightning would have it.
+
+    Args:
+        trainer: the trainer.
+    """
+    return next(iter(_asked_for(trainer)), os.path.join(trainer.default_root_dir, "checkpoints"))
+
+
+def _asked_for(trainer: pl.Trainer) -> list[str]:
+    folders = (getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks)
+    return [expanded(str(folder)) for folder in folders if folder]
+
+
+class ClaimedFolders:
+    """The folders in which one job saves; the claim ends with its process, however that ends."""
+
+    def __init__(self) -> None:
+        self._locks: dict[Path, IO[str]] = {}
+
+    def claim(self, trainer: pl.Trainer, comm: Comm) -> list[Path]:
+        """Take the folders of the trainer's checkpoints, if it saves any; remove what a killed run left half.
+
+        Args:
+            trainer: the trainer, set up.
+            comm: the cluster; every worker calls this.
+
+        Returns:
+            The folders, on worker 0.
+
+        Raises:
+            CheckpointError: a folder cannot be written, or another job saves there.
+        """
+        if not any(
+            isinstance(saver, Checkpoint) and hasattr(saver, "dirpath") for saver in trainer.checkpoint_callbacks
+        ):
+            return []
+        error = ""
+        if comm.rank == 0:
+            for folder in _asked_for(trainer):
+                try:
+                    if "://" not in folder:
+                        self._claim(Path(os.path.realpath(folder)))
+                except CheckpointError as failed:
+                    error = str(failed)
+                except OSError as failed:
+                    error = (
+                        f"checkpoints cannot be saved in {folder} ({failed.strerror}): give a folder for the results"
+                    )
+        raise_together(comm, error)
+        return list(self._locks)
+
+    def _claim(self, folder: Path) -> None:
+        staging = folder / STAGING
+        while folder not in self._locks:
+            staging.mkdir(parents=True, exist_ok=True)
+            lock = open(staging / _LOCK, "a+")  # noqa: SIM115 (open as long as the job runs)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip()
+                lock.close()
+                raise CheckpointError(
+                    f"another job (process {holder or 'unknown'}) saves its checkpoints in {folder}: wait for its end, "
+                    "or give trainer.default_root_dir or a logger of its own"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            if os.path.exists(lock.name) and os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                self._locks[folder] = lock
+            else:  # removed by a job that has just ended
+                lock.close()
+        held = self._locks[folder]
+        held.truncate(0)
+        held.write(f"{os.getpid()} on {os.uname().nodename}")
+        held.flush()
+        for left in staging.iterdir():
+            if left.name != _LOCK:
+                shutil.rmtree(left, ignore_errors=True)
+                left.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Release the locks; safe to repeat."""
+        while self._locks:
+            folder, lock = self._locks.popitem()
+            try:
+                os.unlink(lock.name)
+                (folder / STAGING).rmdir()
+                folder.rmdir()
+            except OSError:
+                pass  # there is something in it
+            lock.close()

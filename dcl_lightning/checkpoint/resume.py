@@ -1,0 +1,87 @@
+"""A run that is resumed with another configuration than it was started with: both values are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+from dcl_lightning.checkpoint.worker_files import KEY
+from dcl_lightning.errors import CheckpointError, ConfigurationError
+
+__all__ = ["name_of", "refuse_another_run"]
+
+# What does not change what is trained, and the memory's values, which the memory compares or iCaRL takes on.
+_HARMLESS = ("input_spec", "rehearsal", "execution", "_instantiator")
+
+
+def name_of(module: pl.LightningModule) -> str:
+    """Return the name under which a checkpoint keeps its module: of an agent that of its method.
+
+    Args:
+        module: an agent, or any other module.
+    """
+    method: Any = getattr(type(module), "method", None)  # of a class: submodules may have that name
+    return str(method()) if method is not None else type(module).__name__
+
+
+def refuse_another_run(agent: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Refuse to load a network into another one, and to go on with another agent or other values of it.
+
+    Args:
+        agent: into which the checkpoint is loaded.
+        checkpoint: as it was loaded.
+
+    Raises:
+        CheckpointError: training cannot go on from it: it has weights alone.
+        ConfigurationError: agent, network or a value differ.
+    """
+    trainer = agent._trainer
+    fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    saved_agent, name = checkpoint.get(KEY, {}).get("agent"), name_of(agent)
+    if fits and saved_agent not in (None, name, type(agent).__name__):
+        raise ConfigurationError(f"the checkpoint's run had the agent {saved_agent}, this one has {name}: give --model")
+    _refuse_another_network(checkpoint["state_dict"], agent.state_dict())
+    if not fits:
+        return
+    if "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            "the checkpoint has weights alone, from which training cannot go on: resume from another one, or start a "
+            "new run with load_from_checkpoint"
+        )
+    _refuse_other_values(checkpoint.get("hyper_parameters", {}), dict(agent.hparams), "model")
+
+
+def _refuse_another_network(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    # The parts that are configured; what a method keeps besides may change its size.
+    saved, present = ({n: t for n, t in d.items() if n.startswith(("backbone.", "head."))} for d in (saved, present))
+    for name, tensor in present.items():
+        if name in saved and saved[name].shape != tensor.shape:
+            raise ConfigurationError(
+                f"the checkpoint's network has {name} of {list(saved[name].shape)}, this one of {list(tensor.shape)}: "
+                "give the model.backbone and the data that the run was started with"
+            )
+    one_sided = sorted(set(saved) ^ set(present))
+    if one_sided:
+        where = "the checkpoint's network alone" if one_sided[0] in saved else "this network alone"
+        raise ConfigurationError(
+            f"{len(one_sided)} tensors, {one_sided[0]} among them, are in {where}: give the model.backbone that the "
+            "run was started with"
+        )
+
+
+def _refuse_other_values(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str) -> None:
+    for name in sorted(set(saved) & set(present) - set(_HARMLESS)):
+        before, now = saved[name], present[name]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            _refuse_other_values(before, now, f"{prefix}.{name}")
+        elif _plain(before) != _plain(now):
+            raise ConfigurationError(
+                f"{prefix}.{name}={now}: the checkpoint's run had {before}; resume with that, or start a new run"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

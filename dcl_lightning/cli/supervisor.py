@@ -1,0 +1,188 @@
+"""``dcl-lightning run -- fit ...``: a job that is started again from its newest checkpoint when it is lost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from dcl_lightning.cli.arguments import CommandParser
+from dcl_lightning.distributed.horovod.worker_process import end_with_parent
+from dcl_lightning.errors import ConfigurationError
+
+__all__ = ["Supervisor", "main", "with_workers"]
+
+# Done; wrong usage, which would be as wrong again; the user's own stop.
+_ENDS = (0, 2, 130, 143)
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+# What launchers are told the number of workers by.
+_NUMBER = ("-np", "--num-proc", "-n")
+
+
+def main(args: Sequence[str]) -> int:
+    """Run a job and start it again after each loss.
+
+    Args:
+        args: what follows ``run``.
+
+    Returns:
+        Exit code of the job's last start.
+
+    Raises:
+        ConfigurationError: there is no ``fit`` among the job's words, or a number is out of range.
+    """
+    parser = CommandParser("run", description=__doc__, usage="run [options] -- [LAUNCHER ...] fit ...")
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="Starts after the first, at most.")
+    parser.add_argument(
+        "--min-workers", type=int, metavar="M",
+        help="Go on with one worker less after each loss, down to M; without it always with as many.",
+    )  # fmt: skip
+    parser.add_argument("job", nargs=argparse.REMAINDER, help="The job: `fit ...`, also behind `horovodrun -np N ...`.")
+    given = parser.parse_args(args)
+    job = given.job[1:] if given.job[:1] == ["--"] else given.job
+    if "fit" not in job:
+        raise ConfigurationError(
+            f"run: no fit in the job ({' '.join(job) or 'empty'}): give run --max-restarts 3 -- fit ..."
+        )
+    if given.max_restarts < 0:
+        raise ConfigurationError(f"run: --max-restarts={given.max_restarts}: give 0 or more")
+    if given.min_workers is not None and given.min_workers < 1:
+        raise ConfigurationError(f"run: --min-workers={given.min_workers}: give 1 or more")
+    return Supervisor(job, given.max_restarts, given.min_workers).run()
+
+
+class Supervisor:
+    """Runs a job in a process of its own, again after each loss, until it ends by itself or makes no progress.
+
+    Args:
+        job: words of the command; those before ``fit`` start our command line, none stand for this installation's.
+        max_restarts: starts after the first, at least 0.
+        min_workers: number of workers down to which each restart has one less; None for always as many.
+    """
+
+    def __init__(self, job: Sequence[str], max_restarts: int, min_workers: int | None = None) -> None:
+        self.job = list(job)
+        self.max_restarts = max_restarts
+        self.min_workers = min_workers
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def run(self) -> int:
+        """Run the job to its end; return the exit code of its last start."""
+        before = {signum: signal.signal(signum, self._pass_on) for signum in _PASSED_ON}
+        try:
+            code = self._run()
+            return code if code >= 0 else 128 - code  # as a shell has it
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _run(self) -> int:
+        began = time.time_ns()
+        words, newest = self.job, None
+        # A job that cannot go on with fewer is told so now, not after its first loss.
+        workers = None if self.min_workers is None else _workers(self.job, self._trainer)
+        for restart in range(self.max_restarts + 1):
+            code = self._start(words)
+            if self._stopped or code in _ENDS:
+                return code
+            how = f"signal {-code}" if code < 0 else f"code {code}"
+            if restart == self.max_restarts:
+                _say(f"the job ended with {how}; that was the last of {restart + 1} starts")
+                break
+            saved = _newest(self._trainer, began)
+            if restart and saved == newest:
+                _say(f"the job ended with {how} twice without a new checkpoint in between: see what it said before")
+                break
+            newest = saved
+            words = self.job if saved is None else [*self.job, "--ckpt_path", "last"]
+            if workers is not None and self.min_workers is not None:
+                workers = max(workers - 1, self.min_workers)
+                words = with_workers(words, workers)
+            what = "from the beginning" if saved is None else f"from {saved[0]}"
+            on = "" if workers is None else f", on {workers} worker{'s' * (workers > 1)}"
+            _say(f"the job ended with {how}; restart {restart + 1} of {self.max_restarts}, {what}{on}")
+            if self._stopped:
+                return code
+        return code
+
+    def _start(self, words: Sequence[str]) -> int:
+        # A session of its own: what a terminal signals comes once, through this process.
+        self._process = subprocess.Popen(_command(words), start_new_session=True, preexec_fn=end_with_parent())
+        code = self._process.wait()
+        self._process = None
+        return code
+
+    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+        self._stopped = self._stopped or signum in (signal.SIGINT, signal.SIGTERM)
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signum)
+
+    @cached_property
+    def _trainer(self) -> dict[str, Any]:
+        """The job's configuration of the trainer; to find it is the start of a process."""
+        ours = self.job[self.job.index("fit") :]
+        printed = subprocess.run(_command([*ours, "--print_config"]), stdout=subprocess.PIPE, text=True)
+        if printed.returncode:
+            raise SystemExit(printed.returncode)  # it has said why
+        return dict(yaml.safe_load(printed.stdout)["trainer"])
+
+
+def with_workers(words: Sequence[str], workers: int) -> list[str]:
+    """Return the words of a job for another number of workers.
+
+    Args:
+        words: of the job.
+        workers: their number: what ``horovodrun`` and ``mpirun`` are told, else ``trainer.devices``.
+    """
+    place = _place_of_number(words)
+    if place is None:
+        return [*words, "--trainer.devices", str(workers)]
+    return [*words[:place], str(workers), *words[place + 1 :]]
+
+
+def _place_of_number(words: Sequence[str]) -> int | None:
+    """Return where among the words the launcher's number of workers stands; None if it is told none."""
+    launcher = words[: words.index("fit")]
+    return next((place + 1 for place, word in enumerate(launcher[:-1]) if word in _NUMBER), None)
+
+
+def _workers(words: Sequence[str], trainer: dict[str, Any]) -> int:
+    place = _place_of_number(words)
+    key, told = ("trainer.devices", trainer["devices"]) if place is None else (words[place - 1], words[place])
+    if str(told).isdigit():
+        return int(told)
+    raise ConfigurationError(f"run: --min-workers needs a number of workers, {key} is {told}: give a number")
+
+
+def _newest(trainer: dict[str, Any], began: int) -> tuple[Path, int] | None:
+    """Return the newest whole checkpoint since the job began, with its time in ns: names are used again."""
+    from dcl_lightning.checkpoint.latest import newest_checkpoint
+    from dcl_lightning.cli.resume_last import checkpoint_files
+
+    path, _ = newest_checkpoint(checkpoint_files(trainer))
+    if path is None:
+        return None
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        ahead = os.fstat(file.fileno()).st_mtime_ns - time.time_ns()  # a file server has a clock of its own
+    saved = path.stat().st_mtime_ns
+    return (path, saved) if saved >= began + ahead else None
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "dcl_lightning", *words] if words[0] == "fit" else list(words)
+
+
+def _say(what: str) -> None:
+    print(f"run: {what}", file=sys.stderr, flush=True)

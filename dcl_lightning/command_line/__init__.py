@@ -1,1 +1,0 @@
-"""Parts of the command line: its parser, what it says of mistakes, configuration files and run folders."""
