@@ -141,7 +141,7 @@ def work(options: argparse.Namespace) -> None:
 
 def launch(count: int, draws: tuple[int, ...], options: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
     """Return what ``count`` workers measured, by r."""
-    from dcl_lightning.distributed.horovod.gloo_rendezvous import started_workers
+    from dcl_lightning.distributed.horovod.rendezvous import started_workers
 
     command = [sys.executable, __file__, f"--steps={options.steps}", f"--held={options.held}"]
     command += ["--worker", *map(str, draws)]

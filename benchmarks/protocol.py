@@ -30,8 +30,7 @@ from scipy.stats import t as student
 from dcl_lightning import NIL, ContinualAgent, ContinualDataModule, FineTuning, ICaRL
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
-from dcl_lightning.memory.config import RehearsalConfig
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.config import MemorySize, RehearsalConfig
 
 
 class Case(NamedTuple):

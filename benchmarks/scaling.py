@@ -98,7 +98,7 @@ def measure(quick: bool) -> dict[str, dict[str, list[float]]]:
 
 def launch(workers: int, quick: bool) -> dict[str, dict[str, list[float]]]:
     """Return what worker 0 of so many measured."""
-    from dcl_lightning.distributed.horovod.gloo_rendezvous import started_workers
+    from dcl_lightning.distributed.horovod.rendezvous import started_workers
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -18,7 +18,7 @@ from documents import ROOT
 
 from dcl_lightning import ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
-from dcl_lightning.functional.nil import nil_weights
+from dcl_lightning.functional.losses import nil_weights
 from dcl_lightning.memory.exchange import plan_draws, plan_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -21,7 +21,7 @@ import yaml
 from dcl_lightning import FineTuning, cli
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.config import MemorySize
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "data"))

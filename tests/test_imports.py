@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dcl_lightning"
-# A part may import those of lower or equal rank; agents and callbacks build on everything beneath.
-RANK = {
-    "types": 0, "errors": 0, "paths": 0, "screen": 0, "citations": 0, "functional": 1, "memory": 2, "metrics": 2,
-    "backbones": 2,
-    "data": 3, "distributed": 3, "callbacks": 4, "agents": 5,
-    "command_line": 6, "studies": 6, "cli": 6, "__main__": 7, "__init__": 7,
-}  # fmt: skip
+# Each may import those that stand before it.
+ORDER = [
+    "types", "errors", "paths", "screen", "comm", "functional", "metrics", "backbones", "memory", "checkpoint",
+    "distributed", "data", "report", "callbacks", "agents", "tools", "cli", "studies", "__init__", "__main__",
+]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -36,14 +34,14 @@ def test_imports_point_downwards(file: Path) -> None:
     part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for name in imported(file):
         words = name.split(".")
-        if words[0] == "dcl_lightning" and len(words) > 1 and words[1] in RANK:
-            assert RANK[words[1]] <= RANK[part], f"{file.name} imports {name}"
+        if words[0] == "dcl_lightning" and len(words) > 1 and words[1] in ORDER:
+            assert ORDER.index(words[1]) <= ORDER.index(part), f"{file.name} imports {name}"
     if part == "memory":
         assert not any(n.split(".")[0] in ("lightning", "horovod") for n in imported(file))
 
 
 # What methods share; the short names stand for them all.
-SHARED = {"__init__", "base", "evaluation", "optimisation", "short_names", "rehearsing", "teacher", "weights"}
+SHARED = {"__init__", "base", "evaluation", "optimization", "short_names", "replay", "teacher", "weights"}
 METHODS = sorted({f.stem for f in (PACKAGE / "agents").glob("*.py")} - SHARED)
 
 

@@ -5,8 +5,7 @@ from dcl_lightning.agents import short_names as short_names
 from dcl_lightning.agents.agem import AGEM
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.bic import BiC
-from dcl_lightning.agents.der import DER
-from dcl_lightning.agents.derpp import DERpp
+from dcl_lightning.agents.der import DER, DERpp
 from dcl_lightning.agents.er import ER
 from dcl_lightning.agents.er_ace import ERACE
 from dcl_lightning.agents.ewc import EWC

@@ -35,8 +35,7 @@ from dcl_lightning.checkpoint.resume import refuse_another_run
 from dcl_lightning.comm import Comm, comm_of
 from dcl_lightning.errors import ConfigurationError, check_number, check_words
 from dcl_lightning.functional.losses import weighted_cross_entropy
-from dcl_lightning.functional.parameter_groups import parameter_groups
-from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, warmup_divisor
+from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, parameter_groups, warmup_divisor
 from dcl_lightning.functional.scores import top_k_hits
 from dcl_lightning.types import Batch, InputSpec, Task
 

@@ -20,7 +20,7 @@ from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
 from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.config import MemorySize
 from dcl_lightning.types import Batch, MemoryRows, Task
 
 __all__ = ["ICaRL"]

@@ -14,8 +14,7 @@ from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.distributed.horovod.step_message import callbacks_of
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.config import RehearsalConfig, resolve
-from dcl_lightning.memory.size import SIZES
+from dcl_lightning.memory.config import SIZES, RehearsalConfig, resolve
 from dcl_lightning.types import Batch
 
 __all__ = ["DarkReplay", "RehearsingAgent"]

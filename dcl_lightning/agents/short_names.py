@@ -8,8 +8,7 @@ from torch import nn
 
 from dcl_lightning.agents.agem import AGEM
 from dcl_lightning.agents.bic import BiC
-from dcl_lightning.agents.der import DER
-from dcl_lightning.agents.derpp import DERpp
+from dcl_lightning.agents.der import DER, DERpp
 from dcl_lightning.agents.er import ER
 from dcl_lightning.agents.er_ace import ERACE
 from dcl_lightning.agents.ewc import EWC

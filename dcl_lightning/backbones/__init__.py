@@ -1,8 +1,7 @@
 """Networks that make features, and the head on top."""
 
-from dcl_lightning.backbones.base import Backbone
+from dcl_lightning.backbones.base import Backbone, LinearHead
 from dcl_lightning.backbones.candlenet import CandleNet
-from dcl_lightning.backbones.heads import LinearHead
 from dcl_lightning.backbones.mlp import MLP
 from dcl_lightning.backbones.mnistnet import MNISTNet
 from dcl_lightning.backbones.resnet import ResNet

@@ -1,4 +1,4 @@
-"""What all backbones share: layers that are built once the shape of an input is known."""
+"""What all backbones share: layers that are built once the shape of an input is known; and the head on top."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.types import InputSpec
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "LinearHead"]
 
 
 class Backbone(nn.Module):
@@ -87,3 +87,22 @@ class Backbone(nn.Module):
     def _build_if_known(self) -> None:
         if self.in_channels is not None and self.input_size is not None:
             self.adapt(InputSpec(self.in_channels, *self.input_size))
+
+
+class LinearHead(nn.Linear):
+    """One linear layer from features ``(B, feature_dim)`` to logits ``(B, num_classes)``.
+
+    It has the outputs of the whole stream from the start, with torch's default initialisation.
+
+    Args:
+        feature_dim: length of a feature vector, at least 1.
+        num_classes: number of classes, at least 1.
+
+    Raises:
+        ConfigurationError: if one of them is below 1.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int) -> None:
+        if feature_dim < 1 or num_classes < 1:
+            raise ConfigurationError(f"feature_dim={feature_dim} and num_classes={num_classes} must be at least 1")
+        super().__init__(feature_dim, num_classes)

@@ -8,13 +8,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from dcl_lightning.callbacks.task_reset import move_schedules
 from dcl_lightning.checkpoint.directory import ClaimedFolders
 from dcl_lightning.checkpoint.io import keep_side_files
-from dcl_lightning.checkpoint.loop_progress import move_place, place_schedules
-from dcl_lightning.checkpoint.resume import name_of
+from dcl_lightning.checkpoint.resume import move_loop_progress, name_of
 from dcl_lightning.checkpoint.worker_files import FORMAT, KEY
 from dcl_lightning.comm import comm_of
-from dcl_lightning.distributed.slurm import requeue_between_steps
+from dcl_lightning.distributed.horovod.slurm import requeue_between_steps
 
 __all__ = ["CheckpointCare"]
 
@@ -54,7 +54,7 @@ class CheckpointCare(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put schedules to the saved place if a step has another number of samples now."""
         if self._moved_to is not None:
-            place_schedules(trainer, self._moved_to)
+            move_schedules(trainer, self._moved_to)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -81,7 +81,7 @@ class CheckpointCare(pl.Callback):
         """Find the place within the epoch again if a step has another number of samples now."""
         before, now = checkpoint.get(KEY, {}).get("step_samples"), _step_samples(trainer)
         if trainer.state.fn == TrainerFn.FITTING and before and now and now != before:
-            self._moved_to = move_place(checkpoint["loops"]["fit_loop"], before, now)
+            self._moved_to = move_loop_progress(checkpoint["loops"]["fit_loop"], before, now)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Release the folders."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.data.images.dataset import ImageFiles
-from dcl_lightning.data.transformed import TransformedInputs
+from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.joining import columns_of
 from dcl_lightning.types import Batch

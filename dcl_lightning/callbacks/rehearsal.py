@@ -17,14 +17,14 @@ from dcl_lightning.callbacks.evaluation import batches, limited_ids, turns
 from dcl_lightning.callbacks.extras import ExtraColumns
 from dcl_lightning.callbacks.hooks import before_first_layer, log_interval, pass_through
 from dcl_lightning.callbacks.references import AS_EVALUATED, References
+from dcl_lightning.checkpoint.buffer_files import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.checkpoint.io import keep_side_files
-from dcl_lightning.checkpoint.memories import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.checkpoint.worker_files import told
 from dcl_lightning.comm import Comm, comm_of
 from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.stream import Stream
+from dcl_lightning.distributed.horovod.slurm import requeue_between_steps
 from dcl_lightning.distributed.ranks import place
-from dcl_lightning.distributed.slurm import requeue_between_steps
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve

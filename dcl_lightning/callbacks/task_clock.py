@@ -20,10 +20,8 @@ from dcl_lightning.callbacks.averaging import (
     refuse_stochastic_averaging,
     settle_averages,
 )
-from dcl_lightning.callbacks.evaluation import batches, evaluating, prepared
+from dcl_lightning.callbacks.evaluation import batches, evaluating, prepared, scores_of
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
-from dcl_lightning.callbacks.sample_counts import SampleCounts
-from dcl_lightning.callbacks.scoring import scores_of
 from dcl_lightning.callbacks.task_reset import (
     adopt_rates,
     begin_anew,
@@ -50,6 +48,7 @@ from dcl_lightning.distributed.horovod.shutdown import through_signals
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.stream_results import StreamResults, Tally
+from dcl_lightning.report.sample_counts import SampleCounts
 from dcl_lightning.types import Batch, Task
 
 __all__ = ["TaskClock"]

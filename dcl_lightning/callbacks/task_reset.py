@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 __all__ = [
     "adopt_rates", "begin_anew", "end_resumption", "extend_schedules", "forget_best", "forget_best_checkpoints",
-    "hyperparameters", "keep_limits", "keep_order", "reset_optimizers", "scale_rates", "write_rates",
+    "hyperparameters", "keep_limits", "keep_order", "move_schedules", "reset_optimizers", "scale_rates", "write_rates",
 ]  # fmt: skip
 
 
@@ -181,6 +181,24 @@ def scale_rates(checkpoint: dict[str, Any], clock: str, factor: float) -> None:
         group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
     for state in [*checkpoint["lr_schedulers"], *snapshot["schedules"]]:
         state |= {name: [r * factor for r in state[name]] for name in ("base_lrs", "_last_lr") if name in state}
+
+
+def move_schedules(trainer: pl.Trainer, done: int) -> None:
+    """Move schedules that count a task's steps to a step within the epoch.
+
+    Args:
+        trainer: at the start of training.
+        done: steps done within the present epoch.
+    """
+    clock: Any = trainer.lightning_module.clock
+    epoch, every = trainer.current_epoch, trainer.accumulate_grad_batches
+    epochs = epoch - clock.boundaries[clock.task_at(epoch)]
+    steps = epochs * -(-int(trainer.num_training_batches) // every) + done // every
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if config.interval == "step" and isinstance(scheduler, LambdaLR):
+            scheduler.last_epoch = steps
+            write_rates(scheduler)
 
 
 def extend_schedules(trainer: pl.Trainer, snapshot: dict[str, Any]) -> None:

@@ -1,22 +1,26 @@
-"""The folders that a run saves its checkpoints into: its own, writable, and without what a killed run left half."""
+"""The folders that checkpoints are saved into, and the latest whole checkpoint in them."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from dcl_lightning.checkpoint.worker_files import STAGING, raise_together
+from dcl_lightning.checkpoint.io import check_seal
+from dcl_lightning.checkpoint.worker_files import KEY, STAGING, check_files, raise_together, side_folder
 from dcl_lightning.comm import Comm
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.paths import expanded
 
-__all__ = ["ClaimedFolders", "checkpoint_folder"]
+__all__ = ["ClaimedFolders", "checkpoint_folder", "newest_checkpoint", "problem_of"]
+
 
 _LOCK = "lock"
 
@@ -114,3 +118,45 @@ class ClaimedFolders:
             except OSError:
                 pass  # there is something in it
             lock.close()
+
+
+def problem_of(path: Path, resumes: bool = True) -> str:
+    """Return why training cannot go on from a checkpoint, or why it cannot be read; empty if it can.
+
+    Args:
+        path: the checkpoint.
+        resumes: whether its memory and its optimizer are needed, too.
+    """
+    try:
+        check_seal(path)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not resumes:
+            return ""
+        if "optimizer_states" not in checkpoint:
+            return f"{path} has weights alone"
+        memory = checkpoint.get(KEY, {}).get("memory")
+        if memory is None:
+            return ""
+        folder = side_folder(path, memory)
+    except CheckpointError as error:
+        return str(error)
+    except Exception as error:  # whatever reading a broken file raises
+        return f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})"
+    return check_files(folder, memory["files"], list(range(len(memory["files"]))))
+
+
+def newest_checkpoint(files: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint of some, and what is wrong with those that are newer.
+
+    Args:
+        files: the checkpoints.
+        resumes: whether its memory and its optimizer are needed, too.
+    """
+    found = {file.resolve() for file in files if file.is_file()}
+    problems: list[str] = []
+    for path in sorted(found, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
+        problem = problem_of(path, resumes)
+        if not problem:
+            return path, problems
+        problems.append(problem)
+    return None, problems

@@ -1,4 +1,4 @@
-"""A run that is resumed with another configuration than it was started with: both values are named."""
+"""Resuming a run: with the configuration that it was started with, and with another number of samples a step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dcl_lightning.checkpoint.worker_files import KEY
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 
-__all__ = ["name_of", "refuse_another_run"]
+__all__ = ["move_loop_progress", "name_of", "refuse_another_run"]
 
 # What does not change what is trained, and the memory's values, which the memory compares or iCaRL takes on.
 _HARMLESS = ("input_spec", "rehearsal", "execution", "_instantiator")
+_BEYOND_ANY_EPOCH = 2**60
 
 
 def name_of(module: pl.LightningModule) -> str:
@@ -52,6 +53,31 @@ def refuse_another_run(agent: pl.LightningModule, checkpoint: dict[str, Any]) ->
             "new run with load_from_checkpoint"
         )
     _refuse_other_values(checkpoint.get("hyper_parameters", {}), dict(agent.hparams), "model")
+
+
+def move_loop_progress(loop: dict[str, Any], before: int, now: int) -> int:
+    """Change the saved state of Lightning's loops to the step up to which as many samples were trained on.
+
+    Rounded down: what a step has already seen in part comes again, and nothing is left out.
+
+    Args:
+        loop: the saved state of the fit loop, changed in place.
+        before: samples a step over all workers, when it was saved.
+        now: samples a step now.
+
+    Returns:
+        Steps done within the epoch in which the run goes on.
+    """
+    progress = loop["epoch_loop.batch_progress"]
+    current = progress["current"]
+    pending = current["ready"] - current["completed"]  # 1 where it was saved before Lightning had counted the step
+    over = progress["is_last_batch"]
+    steps = _BEYOND_ANY_EPOCH if over and not pending else current["ready"] * before // now
+    current |= {"ready": steps, "started": steps, "processed": steps, "completed": steps - pending}
+    for loader in loop["state_dict"].get("combined_loader", []):
+        if "position" in loader:
+            loader["position"] = steps
+    return 0 if over else steps
 
 
 def _refuse_another_network(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dcl_lightning.cli.arguments import CommandParser
+from dcl_lightning.cli.suggestions import CommandParser
 from dcl_lightning.errors import ConfigurationError, suggestion
 from dcl_lightning.report.citations import DATASETS, METHODS, PROJECT, method_of, references
 

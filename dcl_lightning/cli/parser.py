@@ -22,8 +22,7 @@ from dcl_lightning.backbones import Backbone
 from dcl_lightning.cli.suggestions import in_one_line
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError, suggestion
-from dcl_lightning.memory.config import RehearsalConfig
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.config import MemorySize, RehearsalConfig
 
 __all__ = ["AGENTS", "BACKBONES", "ContinualParser", "HelpFormatter", "memory_help"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from dcl_lightning.checkpoint.latest import newest_checkpoint
+from dcl_lightning.checkpoint.directory import newest_checkpoint
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = ["checkpoint_files", "go_on_from_last"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from dcl_lightning.errors import suggestion
 
-__all__ = ["cut", "in_one_line"]
+__all__ = ["CommandParser", "cut", "in_one_line"]
+
 
 _KEY = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)")
 _UNKNOWN = re.compile(r"unrecognized arguments: (--[^\s=]+)")
@@ -113,3 +117,22 @@ def _flag(key: str, args: Sequence[str]) -> str:
         if flag.startswith("--") and (flag[2:] == key or flag.endswith("." + key)):
             return flag
     return key
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's, but an error is one line, without the usage, and an option without its value is one."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; refuse ``--`` as a value, of which Python before 3.13 makes an empty list."""
+        found, more = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
+        return found, more
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, and exit with code 2."""
+        print(f"error: {cut(f'{self.prog}: {message}')}; see `{self.prog} --help`", file=sys.stderr)
+        sys.exit(2)

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from dcl_lightning.cli.arguments import CommandParser
+from dcl_lightning.cli.suggestions import CommandParser
 from dcl_lightning.distributed.horovod.worker_process import end_with_parent
 from dcl_lightning.errors import ConfigurationError
 
@@ -168,7 +168,7 @@ def _workers(words: Sequence[str], trainer: dict[str, Any]) -> int:
 
 def _newest(trainer: dict[str, Any], began: int) -> tuple[Path, int] | None:
     """Return the newest whole checkpoint since the job began, with its time in ns: names are used again."""
-    from dcl_lightning.checkpoint.latest import newest_checkpoint
+    from dcl_lightning.checkpoint.directory import newest_checkpoint
     from dcl_lightning.cli.resume_last import checkpoint_files
 
     path, _ = newest_checkpoint(checkpoint_files(trainer))

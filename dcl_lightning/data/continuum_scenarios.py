@@ -13,7 +13,7 @@ import torch
 from dcl_lightning.data.scenarios import check_labels
 from dcl_lightning.data.sources.arrays import Splits, from_arrays
 from dcl_lightning.data.sources.continuum import imported
-from dcl_lightning.data.transformed import TransformedInputs
+from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.errors import ConfigurationError, DataError
 
 __all__ = ["splits_of_scenario"]

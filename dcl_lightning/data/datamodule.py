@@ -16,14 +16,13 @@ from dcl_lightning.data import scenarios, transforms
 from dcl_lightning.data.continuum_scenarios import splits_of_scenario
 from dcl_lightning.data.images.dataset import ImageFiles
 from dcl_lightning.data.images.pool import Readers
-from dcl_lightning.data.loader import Inputs, TaskLoader, for_all
-from dcl_lightning.data.prefetch import AheadLoader
+from dcl_lightning.data.loader import AheadLoader, Inputs, TaskLoader, for_all
 from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.sources import staging
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.stream import Stream, refuse_another_stream
 from dcl_lightning.data.task_split import Cutting
-from dcl_lightning.data.transformed import TransformedInputs
+from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.distributed.ranks import place, worker_threads
 from dcl_lightning.errors import ConfigurationError, whole_number
 from dcl_lightning.paths import absolute

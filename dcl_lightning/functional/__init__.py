@@ -18,11 +18,10 @@ from dcl_lightning.functional.losses import (
     icarl_loss,
     icarl_targets,
     logit_matching,
+    nil_weights,
     tempered_distillation,
     weighted_cross_entropy,
 )
-from dcl_lightning.functional.nil import nil_weights
-from dcl_lightning.functional.parameter_groups import parameter_groups
 from dcl_lightning.functional.penalties import (
     merged_fisher,
     quadratic_penalty,
@@ -31,7 +30,7 @@ from dcl_lightning.functional.penalties import (
     si_path,
 )
 from dcl_lightning.functional.projections import agem_projection, gem_projection
-from dcl_lightning.functional.schedules import lr_factor, lr_scale, warmup_divisor
+from dcl_lightning.functional.schedules import lr_factor, lr_scale, parameter_groups, warmup_divisor
 from dcl_lightning.functional.scores import restricted, top_k_hits
 
 __all__ = [

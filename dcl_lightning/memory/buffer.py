@@ -11,7 +11,7 @@ from numpy.random import PCG64, Generator
 from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
-from dcl_lightning.functional.nil import nil_weights
+from dcl_lightning.functional.losses import nil_weights
 from dcl_lightning.memory.policies import Fifo, make_policy
 from dcl_lightning.memory.pytree import Nest, num_rows
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState, rooms

@@ -355,7 +355,7 @@ def _check() -> None:
             f"Horovod is not installed ({error}): run `python -m dcl_lightning.tools.install_horovod`"
         ) from None
 
-    from dcl_lightning.distributed.horovod.gloo_rendezvous import started_workers
+    from dcl_lightning.distributed.horovod.rendezvous import started_workers
 
     def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[Any]:
         return subprocess.Popen(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcl_lightning.callbacks.sample_counts import SampleCounts
 from dcl_lightning.comm import SingleProcessComm
+from dcl_lightning.report.sample_counts import SampleCounts
 from dcl_lightning.types import Batch
 
 

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rehearsals import same
 from streams import make_data, make_trainer, matrix, weights
 
-from dcl_lightning.checkpoint.latest import newest_checkpoint, problem_of
+from dcl_lightning.checkpoint.directory import newest_checkpoint, problem_of
 
 PATIENCE_S = 120
 

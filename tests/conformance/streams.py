@@ -10,7 +10,7 @@ import torch
 
 from dcl_lightning import ContinualDataModule, FineTuning, ICaRL, TaskReport
 from dcl_lightning.backbones import MLP
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.config import MemorySize
 
 # `TEST_ACCELERATOR=gpu pytest tests/conformance` runs what does not ask for a device of its own on a GPU.
 ON = {"accelerator": os.environ.get("TEST_ACCELERATOR", "cpu"), "devices": 1}

@@ -21,7 +21,7 @@ from streams import make_agent, make_data, make_trainer
 
 from dcl_lightning import cli
 from dcl_lightning.backbones import MLP
-from dcl_lightning.checkpoint.latest import newest_checkpoint, problem_of
+from dcl_lightning.checkpoint.directory import newest_checkpoint, problem_of
 from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError
 
 

@@ -14,7 +14,7 @@ from dcl_lightning import ContinualDataModule, ICaRL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional import distillation
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.config import MemorySize
 
 
 def fit(tmp_path: Path, data=None, **kwargs):

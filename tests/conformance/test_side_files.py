@@ -18,7 +18,7 @@ from streams import make_agent, make_data, make_trainer, matrix, weights
 from dcl_lightning import NIL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.checkpoint.buffer_files import RowsFile
-from dcl_lightning.checkpoint.latest import newest_checkpoint, problem_of
+from dcl_lightning.checkpoint.directory import newest_checkpoint, problem_of
 from dcl_lightning.errors import CheckpointError
 
 KEPT = Path(__file__).parent.parent / "data" / "checkpoint_v1" / "step=8.ckpt"

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from streams import make_agent, make_data, make_trainer, matrix, weights
 
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.config import MemorySize
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcl_lightning.data import ContinualDataModule, scenarios
-from dcl_lightning.data.class_orders import named_class_order
+from dcl_lightning.data.task_split import named_class_order
 from dcl_lightning.errors import ConfigurationError
 
 T10 = np.repeat(np.arange(10), 40)

@@ -10,8 +10,7 @@ import torch
 from torchvision.transforms import functional as tv
 
 from dcl_lightning.data import transforms
-from dcl_lightning.data.loader import TaskLoader
-from dcl_lightning.data.prefetch import AheadLoader
+from dcl_lightning.data.loader import AheadLoader, TaskLoader
 
 
 def loader(indices, size=1, rank=0, batch_size=6, train=True):

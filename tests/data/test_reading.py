@@ -22,10 +22,8 @@ from dcl_lightning.backbones import MLP
 from dcl_lightning.data import ContinualDataModule, transforms
 from dcl_lightning.data.images.dataset import ImageFiles
 from dcl_lightning.data.images.pool import Readers
-from dcl_lightning.data.loader import TaskLoader
-from dcl_lightning.data.prefetch import AheadLoader
-from dcl_lightning.memory.config import RehearsalConfig
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.data.loader import AheadLoader, TaskLoader
+from dcl_lightning.memory.config import MemorySize, RehearsalConfig
 
 
 @pytest.fixture(scope="module")

@@ -368,7 +368,7 @@ def test_other_inputs_are_not_warned_of(x) -> None:
 
 
 def test_a_transformation_that_writes_into_its_sample_leaves_the_data_alone() -> None:
-    from dcl_lightning.data.transformed import TransformedInputs
+    from dcl_lightning.data.transforms import TransformedInputs
 
     base = torch.ones(4, 1, 2, 2)
     inputs = TransformedInputs(base, torch.arange(4), torch.zeros(4, dtype=torch.int64), [[lambda x: x.mul_(2)]])

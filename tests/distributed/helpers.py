@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dcl_lightning.distributed.horovod.gloo_rendezvous import started_workers
+from dcl_lightning.distributed.horovod.rendezvous import started_workers
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -21,7 +21,7 @@ from agents import make
 from streams import make_data, matrix, weights
 
 from dcl_lightning.callbacks import TaskReport
-from dcl_lightning.checkpoint.latest import newest_checkpoint
+from dcl_lightning.checkpoint.directory import newest_checkpoint
 
 
 class Tell(pl.Callback):

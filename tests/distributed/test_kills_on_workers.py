@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import HERE, environment
 
-from dcl_lightning.checkpoint.latest import problem_of
+from dcl_lightning.checkpoint.directory import problem_of
 
 sys.path.insert(0, str(HERE.parent / "conformance"))
 

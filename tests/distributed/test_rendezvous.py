@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from dcl_lightning.distributed import HorovodStrategy
-from dcl_lightning.distributed.horovod.gloo_rendezvous import open_rendezvous
-from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, RendezvousServer, wait_for_workers
+from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, RendezvousServer, open_rendezvous, wait_for_workers
 from dcl_lightning.distributed.horovod.worker_process import Child
 from dcl_lightning.errors import ConfigurationError, WorkerError
 

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dcl_lightning import HorovodStrategy
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
-from dcl_lightning.distributed.slurm import HorovodSLURMEnvironment
+from dcl_lightning.distributed.horovod.slurm import HorovodSLURMEnvironment
 from dcl_lightning.errors import ConfigurationError
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.config import RehearsalConfig, resolve
-from dcl_lightning.memory.size import MemorySize
+from dcl_lightning.memory.config import MemorySize, RehearsalConfig, resolve
 
 
 def made(**values: Any) -> RehearsalConfig:

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
-from dcl_lightning.distributed.horovod.gloo_rendezvous import open_rendezvous
+from dcl_lightning.distributed.horovod.rendezvous import open_rendezvous
 from dcl_lightning.distributed.horovod.worker_process import Child
 from dcl_lightning.distributed.ranks import running_horovod, worker_threads
 from dcl_lightning.errors import ConfigurationError, WorkerError

@@ -6,9 +6,11 @@ import hmac
 import json
 import os
 import secrets
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
@@ -16,7 +18,8 @@ from typing import Any, cast
 
 from dcl_lightning.errors import WorkerError
 
-__all__ = ["Rendezvous", "RendezvousServer", "wait_for_workers"]
+__all__ = ["Rendezvous", "RendezvousServer", "open_rendezvous", "started_workers", "wait_for_workers"]
+
 
 _SCOPE = "dcl_lightning"
 _ANSWER_S = 5.0
@@ -216,3 +219,60 @@ def wait_for_workers(
 
 def _workers(ranks: list[int]) -> str:
     return f"worker {ranks[0]}" if len(ranks) == 1 else f"workers {', '.join(map(str, ranks))}"
+
+
+def open_rendezvous(num_workers: int, threads: int) -> tuple[RendezvousServer, list[dict[str, str]]]:
+    """Start the server at which workers of this machine meet.
+
+    Args:
+        num_workers: number of workers.
+        threads: threads of each, unless OMP_NUM_THREADS says otherwise.
+
+    Returns:
+        The server, which is to be stopped, and the environment variables of each worker, by rank.
+    """
+    server = RendezvousServer()
+    common = {
+        **server.variables,
+        "HOROVOD_HOSTNAME": "localhost",
+        "HOROVOD_SIZE": str(num_workers),
+        "HOROVOD_LOCAL_SIZE": str(num_workers),
+        "HOROVOD_CROSS_RANK": "0",
+        "HOROVOD_CROSS_SIZE": "1",
+        "HOROVOD_GLOO_IFACE": "lo",
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return server, [
+        {**common, "HOROVOD_RANK": str(rank), "HOROVOD_LOCAL_RANK": str(rank)} for rank in range(num_workers)
+    ]
+
+
+@contextmanager
+def started_workers(
+    num_workers: int, threads: int, start: Callable[[int, dict[str, str]], subprocess.Popen[Any]]
+) -> Iterator[list[subprocess.Popen[Any]]]:
+    """Start workers of this machine; whatever happens within the block, none outlives it.
+
+    Args:
+        num_workers: number of workers.
+        threads: threads of each, unless OMP_NUM_THREADS says otherwise.
+        start: starts one, given its rank and the environment variables that tell it its place.
+
+    Yields:
+        Their processes, by rank.
+    """
+    server, places = open_rendezvous(num_workers, threads)
+    workers: list[subprocess.Popen[Any]] = []
+    try:
+        for rank, variables in enumerate(places):
+            workers.append(start(rank, variables))
+        yield workers
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+        server.stop()

@@ -32,8 +32,8 @@ from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.polling import rest_while_waiting
 from dcl_lightning.distributed.horovod.shutdown import restore_callbacks
+from dcl_lightning.distributed.horovod.slurm import accept_allocation, check_srun, horovod_environment, requeue_together
 from dcl_lightning.distributed.ranks import launched_by_horovod, set_rank_from_environment
-from dcl_lightning.distributed.slurm import accept_allocation, check_srun, horovod_environment, requeue_together
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
 
 __all__ = ["HorovodStrategy"]
