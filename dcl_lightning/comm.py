@@ -61,10 +61,6 @@ class Comm(Protocol):
         """Return every worker's tensor; first dimensions may differ, any dtype, also empty."""
         ...
 
-    def alltoall(self, tensor: Tensor, splits: list[int]) -> tuple[Tensor, list[int]]:
-        """Send ``splits[k]`` rows to worker k; return the rows received and how many from each."""
-        ...
-
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
         """Start to send ``splits[k]`` rows to worker k and to receive ``received[k]`` from it.
 
@@ -138,12 +134,6 @@ class SingleProcessComm:
     def allgather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensor alone."""
         return [tensor]
-
-    def alltoall(self, tensor: Tensor, splits: list[int]) -> tuple[Tensor, list[int]]:
-        """Return the tensor and its number of rows."""
-        if splits != [tensor.shape[0]]:
-            raise ValueError(f"splits {splits} must be [{tensor.shape[0]}], the number of rows")
-        return tensor, splits
 
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
         """Return what gives the tensor back."""
@@ -235,28 +225,12 @@ class RowComm(ABC):
         """
         if tensor.ndim == 0:
             return [rows[0] for rows in self.allgather(tensor.reshape(1))]
-        table = self._table(tensor, [])
+        table = self._table(tensor)
         value = _adopt(table, tensor.detach())
         counts = [row[0] for row in table]
         if not _row_bytes(value) or not sum(counts):
             return [value.new_empty((count, *value.shape[1:])) for count in counts]
         return [_from_bytes(part, value) for part in self._gather(_as_bytes(value), counts).split(counts)]
-
-    def alltoall(self, tensor: Tensor, splits: list[int]) -> tuple[Tensor, list[int]]:
-        """Send ``splits[k]`` rows to worker k; return the rows received and how many came from each.
-
-        Args:
-            tensor: rows for all workers, those for worker 0 first; may be empty, as for ``allgather``.
-            splits: one count per worker, together all rows.
-        """
-        if len(splits) != self.size or sum(splits) != tensor.shape[0] or min(splits) < 0:
-            raise ValueError(f"splits {splits}: give {self.size} counts that add up to the {tensor.shape[0]} rows")
-        table = self._table(tensor, splits)
-        value = _adopt(table, tensor.detach())
-        received = [row[3 + _MAX_DIMS + self.rank] for row in table]
-        if not _row_bytes(value) or not any(row[0] for row in table):
-            return value.new_empty((sum(received), *value.shape[1:])), received
-        return _from_bytes(self._exchange(_as_bytes(value), splits, received), value), received
 
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
         """Start to send ``splits[k]`` rows to worker k and to receive ``received[k]`` from it.
@@ -288,13 +262,13 @@ class RowComm(ABC):
             return value.clone()
         return _from_bytes(self._send(_as_bytes(value.reshape(1, *value.shape)), src), value[None])[0]
 
-    def _table(self, tensor: Tensor, splits: list[int]) -> list[list[int]]:
-        """Return every worker's number of rows, dtype, shape of a row and splits."""
+    def _table(self, tensor: Tensor) -> list[list[int]]:
+        """Return every worker's number of rows, dtype and shape of a row."""
         shape = tensor.shape[1:]
         if len(shape) > _MAX_DIMS or tensor.dtype not in _DTYPES:
             raise ValueError(f"cannot send {tensor.dtype} with {tensor.ndim} dimensions")
         padding = [0] * (_MAX_DIMS - len(shape))
-        mine = [tensor.shape[0], _DTYPES.index(tensor.dtype), len(shape), *shape, *padding, *splits]
+        mine = [tensor.shape[0], _DTYPES.index(tensor.dtype), len(shape), *shape, *padding]
         packed = torch.tensor(mine, dtype=torch.int64).view(torch.uint8)[None]
         return self._gather(packed, [1] * self.size).cpu().view(torch.int64).tolist()
 
@@ -303,9 +277,6 @@ class RowComm(ABC):
 
     @abstractmethod
     def _gather(self, data: Tensor, counts: list[int]) -> Tensor: ...
-
-    @abstractmethod
-    def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor: ...
 
     @abstractmethod
     def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]: ...
@@ -350,12 +321,6 @@ class TorchDistributedComm(RowComm):
         parts = [torch.empty_like(padded) for _ in counts]
         torch.distributed.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(data.device)
-
-    def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor:
-        sent = self._wire(data)
-        out = sent.new_empty((sum(received), *sent.shape[1:]))
-        torch.distributed.all_to_all_single(out, sent, received, splits)
-        return out.to(data.device)
 
     def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
         if self._own_group is None:

@@ -2,7 +2,6 @@
 
 from dcl_lightning.functional.bias_correction import distillation_share, fitted_bias
 from dcl_lightning.functional.continual_metrics import (
-    accuracy_of_classes,
     average_accuracy,
     average_incremental_accuracy,
     backward_transfer,
@@ -34,7 +33,6 @@ from dcl_lightning.functional.schedules import lr_factor, lr_scale, parameter_gr
 from dcl_lightning.functional.scores import restricted, top_k_hits
 
 __all__ = [
-    "accuracy_of_classes",
     "agem_projection",
     "asymmetric_cross_entropy",
     "average_accuracy",

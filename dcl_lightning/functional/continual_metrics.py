@@ -16,7 +16,6 @@ from torch import Tensor
 
 __all__ = [
     "FORMULAS",
-    "accuracy_of_classes",
     "average_accuracy",
     "average_incremental_accuracy",
     "backward_transfer",
@@ -173,25 +172,6 @@ def learning_accuracy(matrix: Tensor) -> Tensor:
     """
     matrix = _checked(matrix)
     return matrix.diagonal().nanmean() if len(matrix) > 1 else matrix.new_tensor(float("nan"))
-
-
-def accuracy_of_classes(confusion: Tensor) -> Tensor:
-    r"""Return the accuracy of each class, its recall, from a confusion matrix (Sokolova and Lapalme 2009).
-
-    .. math:: c_y = C_{y, y} / \sum_k C_{y, k}
-
-    Args:
-        confusion: ``(K, K)`` counts, ``C[y, k]`` the samples of class y that were taken for class k.
-
-    Returns:
-        ``(K,)`` float64, NaN for a class without samples.
-
-    Example:
-        >>> import torch
-        >>> accuracy_of_classes(torch.tensor([[3, 1], [0, 2]]))
-        tensor([0.7500, 1.0000], dtype=torch.float64)
-    """
-    return confusion.diagonal().double() / confusion.sum(1).double()
 
 
 def over_tasks(figure: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:

@@ -246,11 +246,6 @@ class GlobalExchange:
         self._error: Exception | None = None
         self.last = Exchanged(0, 0, 0, 0, 0.0)
 
-    @property
-    def pending(self) -> bool:
-        """Whether an exchange was started and not collected."""
-        return self._plan is not None
-
     def start(self, step: int, sizes: Sequence[int], size: int, note: Tensor | None = None) -> None:
         """Send the rows that the workers drew from this memory, without waiting.
 
@@ -330,10 +325,6 @@ class GlobalExchange:
         notes = torch.cat(parts[1::3]).cpu().view(torch.int64).view(workers, -1)
         amount = math.fsum(headers["amount"].tolist())
         return Drawn(self._layout.unpack(rows), headers["size"].tolist(), amount, notes)
-
-    def flush(self) -> list[int] | None:
-        """Wait for an exchange that is pending and drop its rows; return the sizes it brought, if any."""
-        return self.collect().sizes if self._plan is not None else None
 
 
 def _leaves(columns: Nest) -> list[tuple[str, Tensor]]:

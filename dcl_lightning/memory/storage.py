@@ -286,15 +286,14 @@ class RowStore:
                 source = source.index_select(0, _moved(chosen, source.device))
             target.index_copy_(0, there, _as_words(_moved(source, self.device), word))
 
-    def gather(self, slots: Tensor, out: Nest | None = None) -> Nest:
+    def gather(self, slots: Tensor) -> Nest:
         """Read rows.
 
         Args:
             slots: ``(m,)`` int64, in ``[0, capacity)``.
-            out: a nest like the example, of m rows, to write into; it may be a view, and on another device.
 
         Returns:
-            A nest of m rows: ``out`` if given, else new tensors on the device of the store.
+            A nest of m rows, new tensors on the device of the store.
         """
         if self.device.type == "cpu" and slots.numel():
             places = slots.numpy()
@@ -307,11 +306,7 @@ class RowStore:
         else:
             slots = _moved(slots, self.device)
             rows = [self._selected(index, slots) for index in range(len(self._columns))]
-        if out is None:
-            return rebuild(self._example, rows)
-        for (_, target), source in zip(flatten(out), rows, strict=True):
-            target.copy_(source, non_blocking=True)
-        return out
+        return rebuild(self._example, rows)
 
     def column(self, name: str, slots: Tensor) -> Tensor:
         """Return rows ``(m, ...)`` of one column alone, on the CPU.

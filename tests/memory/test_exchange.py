@@ -276,18 +276,15 @@ def test_an_overwritten_slot_serves_its_new_sample():
     assert exchange.collect().rows.tolist() == [5.0] * 4
 
 
-def test_turns_are_kept_and_flush_ends_them():
+def test_turns_are_kept():
     [worker] = workers(1, 3)
-    assert worker.exchange.flush() is None
     with pytest.raises(RuntimeError, match="start one first"):
         worker.exchange.collect()
     worker.held = 2
     worker.start(0)
-    assert worker.exchange.pending
     with pytest.raises(RuntimeError, match="collect it before"):
         worker.start(1)
-    assert worker.exchange.flush() == [2]
-    assert not worker.exchange.pending
+    assert worker.exchange.collect().sizes == [2]
     with pytest.raises(ValueError, match="one for each of 1 workers"):
         worker.exchange.start(1, [1, 1], 2)
     with pytest.raises(ValueError, match="a note of 0 numbers, expected 2"):

@@ -76,16 +76,6 @@ def test_every_dtype_and_row_size(dtype, shape):
     assert torch.equal(store.gather(torch.tensor([2]))[0], strided[[0]])
 
 
-def test_writes_into_the_tail_of_a_batch():
-    store = RowStore(rows(1), 4)
-    store.insert(torch.arange(4), rows(4))
-    batch = rows(6, 100)
-    tail = map_tensors(lambda t: t[4:], batch)
-    store.gather(torch.tensor([3, 1]), out=tail)
-    assert batch["y"].tolist() == [100, 101, 102, 103, 3, 1]
-    assert torch.equal(batch["image"][4:], rows(4)["image"][[3, 1]])
-
-
 def test_refuses_other_rows():
     store = RowStore(rows(1), 4)
     with pytest.raises(ValueError, match="have the columns"):

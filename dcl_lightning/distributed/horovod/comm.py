@@ -44,9 +44,6 @@ class HorovodComm(RowComm):
     def _gather(self, data: Tensor, counts: list[int]) -> Tensor:
         return self._call("allgather", data)
 
-    def _exchange(self, data: Tensor, splits: list[int], received: list[int]) -> Tensor:
-        return self._call("alltoall", data, splits=splits)[0]
-
     def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
         counts = torch.tensor(splits, dtype=torch.int32)
         with torch.inference_mode(False), torch.no_grad():
