@@ -27,7 +27,7 @@ from dcl_lightning.agents.step_log import StepLog
 from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
 from dcl_lightning.callbacks.checkpoint import CheckpointCare
-from dcl_lightning.callbacks.hooks import leave_out_idle_hooks, wrap_hook
+from dcl_lightning.callbacks.hooks import wrap_hook
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.callbacks.task_reset import scale_rates
 from dcl_lightning.callbacks.trainer_checks import refuse_changing_accumulation, refuse_tuning
@@ -350,7 +350,7 @@ class ContinualAgent(pl.LightningModule):
         if present:
             setattr(self, name, present[0])
             return []
-        trainer, own = self.trainer, leave_out_idle_hooks(getattr(self, name))
+        trainer, own = self.trainer, getattr(self, name)
 
         def undo() -> None:
             trainer.callbacks = [c for c in trainer.callbacks if c is not own]  # type: ignore[attr-defined]

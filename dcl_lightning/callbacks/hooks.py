@@ -12,18 +12,9 @@ from torch import nn
 from dcl_lightning.types import Task
 
 __all__ = [
-    "before_first_layer", "call_callbacks", "call_task_hook", "leave_out_idle_hooks", "log_interval", "pass_through",
+    "before_first_layer", "call_callbacks", "call_task_hook", "log_interval", "pass_through",
     "wrap_hook",
 ]  # fmt: skip
-
-_OF_A_STEP = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
 
 
 def log_interval(trainer: pl.Trainer) -> int:
@@ -99,20 +90,6 @@ def before_first_layer(module: nn.Module) -> nn.Parameter | None:
     layers = [[p for p in part.parameters(recurse=False) if p.requires_grad] for part in module.modules()]
     layers = [parameters for parameters in layers if parameters]
     return layers[1][0] if len(layers) > 1 else None
-
-
-def leave_out_idle_hooks(callback: pl.Callback) -> pl.Callback:
-    """Spare a callback the calls of hooks that it has not, which together are seen in the step of a small network.
-
-    Lightning calls a hook within a profiler's context, where it is callable.
-
-    Args:
-        callback: changed in place, and returned.
-    """
-    for name in _OF_A_STEP:
-        if getattr(type(callback), name) is getattr(pl.Callback, name):
-            setattr(callback, name, None)
-    return callback
 
 
 def call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task, done: list[str] | None = None) -> None:

@@ -245,7 +245,7 @@ def test_without_optuna_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_sweep_that_comes_along_can_be_read() -> None:
-    path = Path(cli.__file__).parent.parent / "configs" / "sweep_icarl_digits.yaml"
+    path = Path(cli.__file__).parents[2] / "configs" / "sweep_icarl_digits.yaml"
     plan = sweep._read(path)
     assert (path.parent / plan["config"]).is_file()
 

@@ -1,4 +1,4 @@
-"""Samples seen, whatever number of steps is counted at once."""
+"""Samples seen by training, over all steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dcl_lightning.report.sample_counts import SampleCounts
 from dcl_lightning.types import Batch
 
 
-@pytest.mark.parametrize("steps", [1, 255, 256, 600])
+@pytest.mark.parametrize("steps", [1, 2, 60])
 def test_steps_are_counted_each_as_it_was(steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     counts, expected = SampleCounts(), {"new": 0, "rehearsed": 0}
