@@ -67,7 +67,7 @@ def nothing(words: tuple[str, ...]) -> None:
 NOT_RUN: list[tuple[str, str, Check]] = [
     (r"make ", "the suite runs within `make test`, and the others take minutes", a_target),
     (r"python benchmarks/", "minutes, a quiet machine, a GPU", a_script_with_these_options),
-    (r"python -m dcl_lightning\.distributed\.install", "builds Horovod", a_script_with_these_options),
+    (r"python -m dcl_lightning\.tools\.install_horovod", "builds Horovod", a_script_with_these_options),
     (r"(python -m |\w+=\w+ )?pytest ", "the suite itself, or a GPU's", existing_tests),
     (
         r"python tests/conformance/surface\.py",
