@@ -23,7 +23,7 @@ from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
 def test_without_horovod_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "horovod" else find(name, *a))
-    with pytest.raises(HorovodNotFoundError, match=r"python -m dcl_lightning\.distributed\.install"):
+    with pytest.raises(HorovodNotFoundError, match=r"python -m dcl_lightning\.tools\.install_horovod"):
         HorovodStrategy()
 
 
