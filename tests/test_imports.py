@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dcl_lightning"
 # Each may import those that stand before it.
 ORDER = [
-    "types", "errors", "paths", "screen", "comm", "functional", "metrics", "backbones", "memory", "checkpoint",
+    "types", "errors", "paths", "screen", "_lightning", "comm", "functional", "metrics", "backbones", "memory", "checkpoint",
     "distributed", "data", "report", "callbacks", "agents", "tools", "cli", "studies", "__init__", "__main__",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dcl_lightning._lightning import callbacks_of, datamodule_of, set_callbacks, trainer_of
 from dcl_lightning.agents.evaluation import EvaluationCounts
 from dcl_lightning.agents.optimization import KeepUnseenRows, build
 from dcl_lightning.agents.prediction import Inference, Prediction
@@ -257,7 +258,7 @@ class ContinualAgent(pl.LightningModule):
         """
         # Lightning does so only after it has loaded a checkpoint, whose double precision would be lost.
         self.trainer.precision_plugin.convert_module(self)
-        data, name = getattr(self.trainer, "datamodule", None), type(self).__name__
+        data, name = datamodule_of(self.trainer), type(self).__name__
         if stage == "fit":
             self.step_log.start(self.trainer)
             refuse_tuning(self.trainer, self.scale_lr)
@@ -343,7 +344,7 @@ class ContinualAgent(pl.LightningModule):
         Raises:
             ConfigurationError: the trainer has several.
         """
-        present = [c for c in self.trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
+        present = [c for c in callbacks_of(self.trainer) if isinstance(c, kind)]
         if len(present) > 1:
             names = ", ".join(type(c).__name__ for c in present)
             raise ConfigurationError(f"trainer.callbacks has {names}: give one {kind.__name__}")
@@ -353,7 +354,7 @@ class ContinualAgent(pl.LightningModule):
         trainer, own = self.trainer, getattr(self, name)
 
         def undo() -> None:
-            trainer.callbacks = [c for c in trainer.callbacks if c is not own]  # type: ignore[attr-defined]
+            set_callbacks(trainer, [c for c in callbacks_of(trainer) if c is not own])
 
         _BROUGHT[trainer].append(undo)
         return [own]
@@ -395,7 +396,7 @@ class ContinualAgent(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Note the labels of the data that are learnt now, and how images become inputs."""
-        self.inference.note(getattr(self.trainer, "datamodule", None))
+        self.inference.note(datamodule_of(self.trainer))
 
     def on_fit_start(self) -> None:
         """Keep the initial weights if tasks start from them."""
@@ -428,7 +429,7 @@ class ContinualAgent(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
-        self.evaluation_counts.start(getattr(self.trainer, "datamodule", None))
+        self.evaluation_counts.start(datamodule_of(self.trainer))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count hits and losses of one batch of one task."""
@@ -487,7 +488,7 @@ class ContinualAgent(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what is of another run; take the initial weights back."""
         refuse_another_run(self, checkpoint)
-        trainer = self._trainer
+        trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "lr_scale" in checkpoint:
             factor = lr_scale(self.scale_lr, trainer.world_size) / checkpoint["lr_scale"]
             if factor != 1:  # now on another number of workers

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
@@ -145,7 +146,7 @@ class BiC(RehearsingAgent):
 
     def _held_out_logits(self) -> tuple[Tensor, Tensor]:
         """Return logits ``(n, K)`` and labels of what is stored and held out, by ids, the same on all workers."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(self.trainer)
         self.rehearsal.wait(self.trainer)
         manager = self.rehearsal.manager
         assert manager is not None

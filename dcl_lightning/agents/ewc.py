@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.weights import fit_vectors, flat_weights, sum_dtype, trained_parameters, trained_part
 from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
@@ -113,7 +114,7 @@ class EWC(ContinualAgent):
 
     def on_task_end(self, task: Task) -> None:
         """Measure what the task's outputs depend on, and hold on to the present weights."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(self.trainer)
         ids = limited_ids(self.trainer, data.train_indices(task.index))
         if self.fisher_samples is not None:
             order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(task.index))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
@@ -234,7 +235,7 @@ class ICaRL(ContinualAgent):
 
     @property
     def _data(self) -> Any:
-        return self.trainer.datamodule  # type: ignore[attr-defined]
+        return datamodule_of(self.trainer)
 
     # -- checkpoint --------------------------------------------------------------------------------
 

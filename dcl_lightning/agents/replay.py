@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from dcl_lightning._lightning import callbacks_of
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.callbacks.rehearsal import Rehearsal
-from dcl_lightning.distributed.horovod.step_message import callbacks_of
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import SIZES, RehearsalConfig, resolve
 from dcl_lightning.types import Batch

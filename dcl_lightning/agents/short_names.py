@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.agem import AGEM
 from dcl_lightning.agents.bic import BiC
 from dcl_lightning.agents.der import DER, DERpp
@@ -69,7 +70,7 @@ class cumulative(FineTuning):
             ConfigurationError: with the remedy.
         """
         super().setup(stage)
-        if stage == "fit" and not self.trainer.datamodule.concatenate_tasksets:  # type: ignore[attr-defined]
+        if stage == "fit" and not datamodule_of(self.trainer).concatenate_tasksets:
             raise ConfigurationError(
                 "agent cumulative trains on the data of all tasks so far: give data.concatenate_tasksets=true, or take "
                 "--model base"

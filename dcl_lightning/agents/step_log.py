@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from dcl_lightning._lightning import loggers_write
+
 __all__ = ["StepLog"]
 
 
@@ -50,7 +52,7 @@ class StepLog:
             self._each_step
             or trainer.is_last_batch
             # Counts batches that stepped, as loggers do; ``global_step`` counts each optimizer's steps.
-            or trainer._logger_connector.should_update_logs
+            or loggers_write(trainer)
             or 0 < trainer.max_steps == trainer.global_step + 1
         )
 

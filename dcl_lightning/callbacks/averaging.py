@@ -11,6 +11,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 
+from dcl_lightning._lightning import callbacks_of
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = ["average_the_network_alone", "averaged_network", "refuse_stochastic_averaging", "settle_averages"]
@@ -20,7 +21,7 @@ _NETWORK = ("backbone.", "head.")
 
 def _averaging(trainer: pl.Trainer) -> list[Any]:
     kind = getattr(callbacks, "WeightAveraging", ())  # Lightning has it since 2.6
-    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, kind)]
 
 
 @contextmanager
@@ -104,7 +105,7 @@ def refuse_stochastic_averaging(trainer: pl.Trainer) -> None:
     Raises:
         ConfigurationError: with what to use.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging):
             raise ConfigurationError(
                 f"{type(callback).__name__} replaces the schedule of each task by its own, and sets the average of the "

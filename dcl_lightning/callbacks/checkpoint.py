@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.callbacks.task_reset import move_schedules
 from dcl_lightning.checkpoint.directory import ClaimedFolders
 from dcl_lightning.checkpoint.io import keep_side_files
@@ -96,5 +97,5 @@ class CheckpointCare(pl.Callback):
 
 
 def _step_samples(trainer: pl.Trainer) -> int | None:
-    batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    batch_size = getattr(datamodule_of(trainer), "batch_size", None)
     return None if batch_size is None else int(trainer.world_size * batch_size)

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
+from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.callbacks.averaging import averaged_network
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
@@ -86,7 +87,7 @@ def prepared(trainer: pl.Trainer, batch: Batch) -> Batch:
     """
     # Not by the strategy's hooks: between training batches these would be the training batch's.
     batch = move_data_to_device(batch, trainer.strategy.root_device)
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = datamodule_of(trainer)
     ready: Batch = data.prepare_batch(batch, train=False, epoch=0)
     return ready
 
@@ -111,7 +112,7 @@ def limited_ids(trainer: pl.Trainer, ids: Tensor) -> Tensor:
         trainer: has the limit.
         ids: sample ids ``(n,)`` int64 of the training set, the same on all workers.
     """
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = datamodule_of(trainer)
     step = data.batch_size * trainer.world_size
     count = limited(-(-len(ids) // step), trainer.limit_train_batches) * step
     if count >= len(ids):
@@ -174,7 +175,7 @@ def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | N
     """
     if callable(getattr(module, "evaluate", None)):
         return module.evaluate
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = datamodule_of(trainer)
     try:
         with evaluating(trainer, module, averaged=False) as in_precision:
             inputs = prepared(trainer, next(iter(data.test_loaders(0)[0]))).inputs[:2]

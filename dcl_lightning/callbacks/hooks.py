@@ -9,18 +9,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from dcl_lightning._lightning import callbacks_of, datamodule_of
 from dcl_lightning.types import Task
 
 __all__ = [
-    "before_first_layer", "call_callbacks", "call_task_hook", "log_interval", "pass_through",
+    "before_first_layer", "call_callbacks", "call_task_hook", "pass_through",
     "wrap_hook",
 ]  # fmt: skip
-
-
-def log_interval(trainer: pl.Trainer) -> int:
-    """Return the steps from one writing of the loggers to the next; 0 for never."""
-    # One of Lightning's connectors puts it on the trainer, which does not declare it.
-    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 def pass_through(
@@ -38,7 +33,7 @@ def pass_through(
     Returns:
         What restores the hook.
     """
-    data = getattr(trainer, "datamodule", None)
+    data = datamodule_of(trainer)
     # Lightning calls the data module's hook if that has one, else the module's; if neither has, it makes no
     # difference, but of a module's beside a data module it warns.
     theirs = data is not None and is_overridden(name, data)
@@ -103,7 +98,7 @@ def call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task, done:
         done: names of those who have returned from it, which are passed over; further ones are added.
     """
     done = [] if done is None else done
-    owners = [trainer.datamodule, agent, *trainer.callbacks]  # type: ignore[attr-defined]
+    owners = [datamodule_of(trainer), agent, *callbacks_of(trainer)]
     for place, owner in enumerate(owners):
         hook = getattr(owner, name, None)
         known = f"{type(owner).__qualname__} {sum(type(other) is type(owner) for other in owners[:place])}"
@@ -122,7 +117,7 @@ def call_callbacks(name: str, trainer: pl.Trainer, agent: Any, task: Task) -> No
         agent: that is trained.
         task: what the hook is told.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         hook = getattr(callback, name, None)
         if hook is not None:
             hook(trainer, agent, task)

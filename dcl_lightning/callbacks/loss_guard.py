@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dcl_lightning.callbacks.hooks import log_interval
+from dcl_lightning._lightning import log_interval
 from dcl_lightning.errors import DataError
 
 __all__ = ["LossGuard"]

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, Timer, TQ
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from dcl_lightning.callbacks.hooks import log_interval
+from dcl_lightning._lightning import callbacks_of, datamodule_of, log_interval
 from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.report.buffer_log import rows_of
 from dcl_lightning.screen import is_watched, show
@@ -48,7 +48,7 @@ class StreamProgress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count time and work from here: what a resumed run has behind it took place in another process."""
-        clocks = [c for c in trainer.callbacks if isinstance(c, TaskClock)]  # type: ignore[attr-defined]
+        clocks = [c for c in callbacks_of(trainer) if isinstance(c, TaskClock)]
         self._clock = clocks[0] if clocks and clocks[0].tasks and trainer.is_global_zero else None
         self._told_task, self._shown, self._told_memory = -1, 0.0, False
         self._started = time.monotonic()
@@ -114,13 +114,13 @@ class StreamProgress(pl.Callback):
         left = sum(_batches(trainer, clock, epoch) for epoch in range(clock.boundaries[-1])) - done
         if trainer.max_steps > 0:
             left = min(left, float(trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
-        times = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+        times = [c.time_remaining() for c in callbacks_of(trainer) if isinstance(c, Timer)]
         return max(min([rate * left, *(t for t in times if t is not None)]), 0.0)
 
 
 def _tell_memory(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Complete Lightning's summary of the model, if there is one: the memory is made with the first batch."""
-    if not any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]
+    if not any(isinstance(c, ModelSummary) for c in callbacks_of(trainer)):
         return
     held = rows_of(trainer, module)
     if held is not None:
@@ -130,7 +130,7 @@ def _tell_memory(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 def _batches(trainer: pl.Trainer, clock: TaskClock, epoch: int) -> float:
     """Return the batches of an epoch as far as they are known beforehand; exemplars may add to them."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = datamodule_of(trainer)
     index = clock.task_at(epoch)
     tasks = clock.tasks[: index + 1] if getattr(data, "concatenate_tasksets", False) else [clock.tasks[index]]
     batches = -(-sum(task.num_samples for task in tasks) // (trainer.world_size * data.batch_size))

@@ -13,9 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
+from dcl_lightning._lightning import datamodule_of, log_interval
 from dcl_lightning.callbacks.evaluation import batches, limited_ids, turns
 from dcl_lightning.callbacks.extras import ExtraColumns
-from dcl_lightning.callbacks.hooks import before_first_layer, log_interval, pass_through
+from dcl_lightning.callbacks.hooks import before_first_layer, pass_through
 from dcl_lightning.callbacks.references import AS_EVALUATED, References
 from dcl_lightning.checkpoint.buffer_files import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.checkpoint.io import keep_side_files
@@ -158,7 +159,7 @@ class Rehearsal(pl.Callback):
             return
         if getattr(pl_module, "rehearsal", None) is not self:
             self.complete()  # an agent that had it in an earlier fit has completed it by its own values
-        data: Any = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
         stream = getattr(data, "stream", None)
         self.saved = self._offered = None
         if isinstance(stream, Stream):
@@ -207,7 +208,7 @@ class Rehearsal(pl.Callback):
         _refuse_several_loaders(trainer)
         self._extras = ExtraColumns(pl_module)
         self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
-        data: Any = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
         if isinstance(getattr(data, "stream", None), Stream):
             # Before the first batch, so that the clock ends a task that was cut off with the memory that it filled.
             self._build(trainer, pl_module, self._batch_without_rows(trainer, pl_module, data))
@@ -430,7 +431,7 @@ class Rehearsal(pl.Callback):
         if self.config.rehearse == "seen" or self.config.update == "task_end":
             return None
         # Not what the agent says: resumed at the end of an epoch, it hears of its task after this batch came.
-        clock: Any = trainer.datamodule.clock  # type: ignore[attr-defined]
+        clock: Any = datamodule_of(trainer).clock
         assert self.manager is not None
         skipped = torch.zeros(self.manager.buffer.state.num_classes, dtype=torch.bool)
         if clock is None:  # there is one task, and nothing before it
@@ -444,7 +445,7 @@ class Rehearsal(pl.Callback):
             return
         assert self.manager is not None
         assert self._extras is not None
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         ids = _shuffled(limited_ids(trainer, data.train_indices(task.index)), self.manager.seed + task.index)
         rows = 0
         if self._offered is not None and self._offered[0] == task.index:  # a signal had broken it off
@@ -491,7 +492,7 @@ class Rehearsal(pl.Callback):
             )
         if not own:
             num_rows(batch)  # what is no tensor is named
-        data: Any = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
         classes = data.num_classes if own else (self.num_classes or 1)
         samples = len(data.train_targets) if own else 0
         total = config.total(classes, comm.size, samples, _PRESET_ROWS * classes * comm.size)
@@ -539,7 +540,7 @@ class Rehearsal(pl.Callback):
 
     def _refer(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.config.store == "reference":
-            self._references = References(getattr(trainer, "datamodule", None), module.device.type == "cuda")
+            self._references = References(datamodule_of(trainer), module.device.type == "cuda")
 
     # -- reports -----------------------------------------------------------------------------------
 

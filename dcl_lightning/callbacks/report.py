@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dcl_lightning._lightning import callbacks_of, datamodule_of
 from dcl_lightning.comm import comm_of
 from dcl_lightning.report.buffer_log import MemoryLog, rows_of
 from dcl_lightning.report.content import facts_of
@@ -57,7 +58,7 @@ class TaskReport(pl.Callback):
             return
         held = rows_of(trainer, agent)
         if held is not None:
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data = datamodule_of(trainer)
             self.memory.note(task.index, held, data.train_targets, data.stream.train_parts, comm_of(trainer.strategy))
         names = ("average_accuracy", "forgetting", "backward_transfer")
         figures = {f"cl/{name}": float(getattr(clock.matrix, name)) for name in names}
@@ -102,7 +103,7 @@ class TaskReport(pl.Callback):
 
     def _write(self, report: Path, trainer: pl.Trainer, agent: pl.LightningModule, clock: Any) -> None:
         facts, results = facts_of(report.parent, trainer, agent, clock, self.memory), clock.results
-        labels = getattr(getattr(trainer, "datamodule", None), "original_labels", None) or range(results.num_classes)
+        labels = getattr(datamodule_of(trainer), "original_labels", None) or range(results.num_classes)
         tasks = [f"task_{j}" for j in range(len(results.tested))]
         report.mkdir(parents=True, exist_ok=True)
         text = json.dumps(facts, indent=1, allow_nan=False, default=_plain)
@@ -153,7 +154,7 @@ def _decorating(what: str) -> Iterator[None]:
 
 def _clock_of(trainer: pl.Trainer) -> Any:
     """Return the trainer's callback that holds the results, or None."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if all(hasattr(callback, name) for name in ("results", "tasks", "evaluated_rows")):
             return callback
     return None

@@ -15,6 +15,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from dcl_lightning._lightning import (
+    callbacks_of,
+    datamodule_of,
+    reload_training_data,
+    reload_validation_data,
+    set_callbacks,
+)
 from dcl_lightning.callbacks.averaging import (
     average_the_network_alone,
     refuse_stochastic_averaging,
@@ -163,7 +170,7 @@ class TaskClock(pl.Callback):
         """Read the stream from the data module and give the fit its length."""
         if stage != TrainerFn.FITTING.value:
             return
-        data = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
         if data is None or not hasattr(data, "tasks"):
             raise ConfigurationError(
                 "TaskClock needs a ContinualDataModule: call trainer.fit(agent, datamodule=ContinualDataModule(...))"
@@ -215,9 +222,9 @@ class TaskClock(pl.Callback):
         self._fitting, self._min_epochs = True, trainer.fit_loop.min_epochs or 0
         self._undo = [keep_limits(trainer), keep_order(trainer)]
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        others = [c for c in callbacks_of(trainer) if c is not self]
         place = next((i for i, c in enumerate(others) if isinstance(c, Checkpoint)), len(others))
-        trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
+        set_callbacks(trainer, [*others[:place], self, *others[place:]])
         stoppers = trainer.early_stopping_callbacks
         for stopper in stoppers:
             self._undo += [
@@ -328,7 +335,7 @@ class TaskClock(pl.Callback):
     def _end_owed_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         self._end(trainer, pl_module, task, resumed=True)
         # The loader of this epoch was made before; it has to be asked for again.
-        trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
+        reload_training_data(trainer)
 
     def _finish_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what Lightning leaves out after resume from an epoch's last step: validate, let early stopping decide."""
@@ -342,7 +349,7 @@ class TaskClock(pl.Callback):
             stopper.on_train_epoch_end(trainer, pl_module)
         progress.completed += 1
         # Lightning has these loaders for the next epoch's. If the task has ended now, that epoch has one more.
-        trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = float("-inf")
+        reload_validation_data(trainer)
 
     def _validate_if_due(self, trainer: pl.Trainer) -> None:
         """Validate if it is due after the batch at whose end was saved, which Lightning leaves out."""
@@ -398,7 +405,7 @@ class TaskClock(pl.Callback):
             self._end_task(trainer, pl_module)
 
     def _count(self, trainer: pl.Trainer, batch: Batch) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         # Exemplars that are part of a task's training set come among the new samples.
         self._samples.add(batch, data.task_id if data.replays_in_task else None)
 
@@ -501,7 +508,7 @@ class TaskClock(pl.Callback):
 
     def _tally(self, trainer: pl.Trainer, agent: Any, last_task: int) -> Tally:
         """Count this worker's hits on the test sets of tasks 0..last_task; the host does not wait for a batch."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         scores = self._scores
         assert scores is not None
         tally = self.results.tally()

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 
+from dcl_lightning._lightning import callbacks_of, set_callbacks
+
 __all__ = [
     "adopt_rates", "begin_anew", "end_resumption", "extend_schedules", "forget_best", "forget_best_checkpoints",
     "hyperparameters", "keep_limits", "keep_order", "move_schedules", "reset_optimizers", "scale_rates", "write_rates",
@@ -68,10 +70,10 @@ def keep_order(trainer: pl.Trainer) -> Callable[[], None]:
     Args:
         trainer: in set-up of a fit.
     """
-    order = {id(callback): i for i, callback in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
+    order = {id(callback): i for i, callback in enumerate(callbacks_of(trainer))}
 
     def undo() -> None:
-        trainer.callbacks = sorted(trainer.callbacks, key=lambda c: order.get(id(c), len(order)))  # type: ignore[attr-defined]
+        set_callbacks(trainer, sorted(callbacks_of(trainer), key=lambda c: order.get(id(c), len(order))))
 
     return undo
 

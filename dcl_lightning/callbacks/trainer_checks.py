@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
+from dcl_lightning._lightning import callbacks_of
 from dcl_lightning.callbacks.evaluation import limited, refuse_empty_share
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
@@ -33,7 +34,7 @@ def refuse_selection_on_test(trainer: pl.Trainer, data: Any) -> None:
     """
     if getattr(data, "val_ratio", 0.0) > 0 or getattr(data, "select_on_test", False):
         return
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str) and monitor.startswith("val/"):
             raise ConfigurationError(
@@ -164,7 +165,7 @@ def refuse_tuning(trainer: pl.Trainer, scale_lr: str) -> None:
     Raises:
         ConfigurationError: with the remedy.
     """
-    if scale_lr != "none" and any(isinstance(c, LearningRateFinder) for c in trainer.callbacks):  # type: ignore[attr-defined]
+    if scale_lr != "none" and any(isinstance(c, LearningRateFinder) for c in callbacks_of(trainer)):
         raise ConfigurationError(
             f"model.scale_lr={scale_lr} scales the rate of one worker, and LearningRateFinder finds that of all: give "
             "model.scale_lr=none, or leave the callback out"
@@ -182,7 +183,7 @@ def refuse_tuning_on_resume(trainer: pl.Trainer) -> None:
     """
     if Path(trainer.ckpt_path or "").name.startswith((".lr_find_", ".scale_batch_size_")):
         return  # the search's own
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
             raise ConfigurationError(
                 f"{type(callback).__name__} would start a resumed run anew: leave it out, and give the value that it "
@@ -199,7 +200,7 @@ def refuse_changing_accumulation(trainer: pl.Trainer) -> None:
     Raises:
         ConfigurationError: with the remedy.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
             raise ConfigurationError(
                 f"{type(callback).__name__}({callback.scheduling}) changes the steps of an epoch, by which "

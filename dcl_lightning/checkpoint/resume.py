@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
+from dcl_lightning._lightning import trainer_of
 from dcl_lightning.checkpoint.worker_files import KEY
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 
@@ -39,7 +40,7 @@ def refuse_another_run(agent: pl.LightningModule, checkpoint: dict[str, Any]) ->
         CheckpointError: training cannot go on from it: it has weights alone.
         ConfigurationError: agent, network or a value differ.
     """
-    trainer = agent._trainer
+    trainer = trainer_of(agent)
     fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
     saved_agent, name = checkpoint.get(KEY, {}).get("agent"), name_of(agent)
     if fits and saved_agent not in (None, name, type(agent).__name__):

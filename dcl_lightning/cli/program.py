@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 import dcl_lightning
+from dcl_lightning._lightning import callbacks_of
 from dcl_lightning.callbacks import PredictionWriter
 from dcl_lightning.cli.config_files import last_model, with_one_optimizer, without_other_agent
 from dcl_lightning.cli.parser import ContinualParser, memory_help
@@ -147,7 +148,7 @@ class ContinualCLI(LightningCLI):
             with tolerant("stdout"):
                 super()._run_subcommand(subcommand)
         except BaseException as error:
-            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks = callbacks_of(self.trainer)
             if any(isinstance(c, SaveConfig) and c.accepted for c in callbacks):
                 raise
             self._folders.remove()

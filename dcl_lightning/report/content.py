@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from dcl_lightning._lightning import callbacks_of, datamodule_of
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.report.buffer_log import MemoryLog
@@ -36,7 +37,7 @@ def facts_of(
         clock: has the results and the tasks.
         memory: what the memories held.
     """
-    data, results = getattr(trainer, "datamodule", None), clock.results
+    data, results = datamodule_of(trainer), clock.results
     baseline = clock.baseline if _comes_again(clock.tasks) else None
     top5 = None if results.top5 is None else figures_of(results.top5)
     aware = {} if results.task_aware is None else figures_of(results.task_aware)
@@ -122,7 +123,7 @@ def _tested(task: Task) -> list[int | str]:
 
 def _selection(trainer: pl.Trainer, data: Any) -> str:
     """Say which samples a callback or schedule selects on: ``none``, ``validation`` or ``test``."""
-    watchers: list[Any] = [*trainer.callbacks, *trainer.lr_scheduler_configs]  # type: ignore[attr-defined]
+    watchers: list[Any] = [*callbacks_of(trainer), *trainer.lr_scheduler_configs]
     if not any(str(getattr(watcher, "monitor", "")).startswith("val/") for watcher in watchers):
         return "none"
     return "validation" if getattr(data, "val_ratio", 0) else "test"

@@ -14,8 +14,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
+from dcl_lightning._lightning import Launcher
 from dcl_lightning.distributed.horovod.rendezvous import open_rendezvous
 from dcl_lightning.distributed.horovod.worker_process import Child
 from dcl_lightning.distributed.ranks import running_horovod, worker_threads
@@ -29,7 +29,7 @@ _PATIENCE_S = 30.0  # for the others to end after worker 0 has ended well, or al
 _ECHOES = ("HorovodInternalError", "WorkerError")  # of another worker's failure
 
 
-class HorovodLauncher(_Launcher):
+class HorovodLauncher(Launcher):
     """Local launcher, like ddp's: no ``horovodrun`` needed on one machine.
 
     Workers 1..N-1 run the same command in process groups of their own; what they write is shown with

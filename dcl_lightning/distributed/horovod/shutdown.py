@@ -15,10 +15,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dcl_lightning._lightning import callbacks_of, set_callbacks
 from dcl_lightning.comm import Comm, SingleProcessComm
 from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
-from dcl_lightning.distributed.horovod.step_message import StepMessage, callbacks_of, set_callbacks
+from dcl_lightning.distributed.horovod.step_message import StepMessage
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.types import Clock
 

@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from dcl_lightning._lightning import callbacks_of, cluster_environment_of, set_callbacks
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
-from dcl_lightning.distributed.horovod.step_message import StepMessage, callbacks_of, set_callbacks, step_is_whole
+from dcl_lightning.distributed.horovod.step_message import StepMessage, step_is_whole
 from dcl_lightning.distributed.ranks import launched_by_horovod
 from dcl_lightning.errors import ConfigurationError
 
@@ -113,7 +114,7 @@ def requeue_between_steps(trainer: pl.Trainer) -> None:
         trainer: the trainer, as its set-up hooks are called.
     """
     if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
-        _requeue(trainer, trainer._accelerator_connector.cluster_environment, None, None)
+        _requeue(trainer, cluster_environment_of(trainer), None, None)
 
 
 def _requeue(

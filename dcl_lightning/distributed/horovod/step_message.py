@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-__all__ = ["StepMessage", "callbacks_of", "set_callbacks", "step_is_whole"]
+__all__ = ["StepMessage", "step_is_whole"]
 
 
 class StepMessage:
@@ -67,26 +67,3 @@ def step_is_whole(trainer: pl.Trainer, began_at: int) -> bool:
         began_at: ``global_step`` when the batch came.
     """
     return trainer.accumulate_grad_batches == 1 or trainer.global_step != began_at
-
-
-def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return a trainer's callbacks.
-
-    Args:
-        trainer: the trainer.
-    """
-    # Lightning sets the attribute from another class, where type checkers do not look for it.
-    untyped: Any = trainer
-    callbacks: list[pl.Callback] = untyped.callbacks
-    return callbacks
-
-
-def set_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
-    """Give a trainer another list of callbacks: one that it is going through at the moment stays as it is.
-
-    Args:
-        trainer: the trainer.
-        callbacks: in the order in which they are called.
-    """
-    untyped: Any = trainer
-    untyped.callbacks = callbacks

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
@@ -20,6 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from dcl_lightning._lightning import optimizers_to_device
 from dcl_lightning.comm import Comm, SingleProcessComm
 from dcl_lightning.distributed.broadcast import share_buffers, share_tensors
 from dcl_lightning.distributed.cpu_binding import bind_worker, check_binding
@@ -251,7 +251,7 @@ class HorovodStrategy(ParallelStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            optimizers_to_device(self.optimizers, self.root_device)
             if self._comm.size > 1:
                 self._averager.attach(self.lightning_module)
 
