@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as Launcher
 
 __all__ = [
-    "Launcher", "callbacks_of", "cluster_environment_of", "datamodule_of", "log_interval", "loggers_write",
-    "optimizers_to_device", "reload_training_data", "reload_validation_data", "set_callbacks", "trainer_of",
+    "Launcher", "callbacks_of", "choose_version", "cluster_environment_of", "datamodule_of", "has_version",
+    "log_interval", "loggers_write", "optimizers_to_device", "reload_training_data", "reload_validation_data",
+    "set_callbacks", "set_wrapped_io", "trainer_of", "wrap_srun_check",
 ]  # fmt: skip
 
 
@@ -102,3 +106,52 @@ def cluster_environment_of(trainer: pl.Trainer) -> ClusterEnvironment:
         trainer: the trainer.
     """
     return trainer._accelerator_connector.cluster_environment
+
+
+def set_wrapped_io(outer: CheckpointIO, inner: CheckpointIO) -> None:
+    """Give another plugin to one that wraps a plugin, as ``AsyncCheckpointIO`` does, which lets nobody set it.
+
+    Args:
+        outer: wraps a plugin.
+        inner: what it wraps from now on.
+    """
+    wrapping: Any = outer
+    wrapping._checkpoint_io = inner
+
+
+def has_version(logger: CSVLogger | TensorBoardLogger) -> bool:
+    """Return whether a logger was given, or has chosen, its version.
+
+    Args:
+        logger: the logger.
+    """
+    return logger._version is not None
+
+
+def choose_version(logger: CSVLogger | TensorBoardLogger, choose: Callable[[Callable[[], int]], int]) -> None:
+    """Let a logger that was given no version ask a function for one.
+
+    Args:
+        logger: the logger.
+        choose: takes the logger's own way to find the first free version, and returns the version.
+    """
+    own = logger._get_next_version
+    vars(logger)["_get_next_version"] = lambda: choose(own)
+
+
+def wrap_srun_check(unless: Callable[[], bool]) -> None:
+    """Leave out Lightning's check of the variables that ``srun`` sets where a condition holds. Safe to repeat.
+
+    Args:
+        unless: the condition.
+    """
+    check = SLURMEnvironment._validate_srun_variables
+    if check.__module__ == __name__:
+        return
+
+    def validate() -> None:
+        if not unless():
+            check()
+
+    untyped: Any = SLURMEnvironment
+    untyped._validate_srun_variables = staticmethod(validate)

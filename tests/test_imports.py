@@ -12,8 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dcl_lightning"
 # Each may import those that stand before it.
 ORDER = [
-    "types", "errors", "paths", "screen", "_lightning", "comm", "functional", "metrics", "backbones", "memory", "checkpoint",
-    "distributed", "data", "report", "callbacks", "agents", "tools", "cli", "studies", "__init__", "__main__",
+    "types", "errors", "paths", "screen", "_lightning", "comm", "functional", "metrics", "backbones", "memory",
+    "checkpoint", "distributed", "data", "report", "callbacks", "agents", "tools", "cli", "studies", "__init__",
+    "__main__",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -57,3 +58,30 @@ def test_importing_the_package_brings_nothing_heavy() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     # matplotlib is not in the list: torchmetrics, and so Lightning, imports it where it is installed.
     assert not {"horovod", "continuum", "sklearn"} & set(loaded)
+
+
+# Private names that are used and are not Lightning's: of named tuples, Python, torch, Horovod and continuum.
+FOREIGN = {
+    "_replace", "_fields", "_exit", "_current_frames", "_actions", "_buffers", "_last_lr", "_execution_engine",
+    "_handle_map",
+}  # fmt: skip
+
+
+def test_private_names_of_lightning_stand_in_one_file() -> None:
+    """Of others' attributes: a class that derives from one of Lightning's overrides names as it has to."""
+    trees = {file: ast.parse(file.read_text()) for file in FILES if file.name != "_lightning.py"}
+    ours, used = set(FOREIGN), {}
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                ours.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                ours.add(node.id)
+            elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
+                if getattr(node.value, "id", "") in ("self", "cls") and isinstance(node.ctx, ast.Store):
+                    ours.add(node.attr)
+                elif getattr(node.value, "id", "") not in ("self", "cls") and "super" not in ast.unparse(node.value):
+                    used[node.attr] = file.name
+            elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning"):
+                assert not any(a.name.startswith("_") for a in node.names), f"{file.name} imports a private name"
+    assert {name: file for name, file in used.items() if name not in ours} == {}

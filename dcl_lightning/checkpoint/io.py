@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
+from dcl_lightning._lightning import set_wrapped_io
 from dcl_lightning.checkpoint.worker_files import FORMAT, KEY, STAGING, Hashed, side_folder, sync_folder
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.paths import expanded
@@ -48,8 +49,8 @@ def keep_side_files(strategy: Any) -> SideFilesIO:
     if holder is None:
         strategy.checkpoint_io = ours
     else:
-        # Within one that saves in the background, so that all is done in one order there. It lets nobody set this.
-        holder._checkpoint_io = ours
+        # Within one that saves in the background, so that all is done in one order there.
+        set_wrapped_io(holder, ours)
     return ours
 
 

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from dcl_lightning._lightning import choose_version, has_version
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.report.paths import run_folder
 
@@ -75,9 +76,8 @@ class OwnFolders:
         self._made: list[Path] = []  # from the top down
         for logger in loggers:
             if isinstance(logger, (CSVLogger, TensorBoardLogger)) and "://" not in str(logger.root_dir):
-                choose: Any = partial(self._next, logger._get_next_version, os.path.abspath(logger.root_dir))
-                logger._get_next_version = choose  # type: ignore[method-assign]
-                if logger._version is not None:  # Lightning makes that folder in set-up
+                choose_version(logger, partial(self._next, os.path.abspath(logger.root_dir)))
+                if has_version(logger):  # Lightning makes that folder in set-up
                     self._note_missing(Path(os.path.abspath(logger.log_dir)))
 
     def remove(self) -> None:
@@ -95,7 +95,7 @@ class OwnFolders:
     def _note_missing(self, folder: Path) -> None:
         self._made += [part for part in (*reversed(folder.parents), folder) if not part.exists()]
 
-    def _next(self, first_free: Callable[[], int], root: str) -> int:
+    def _next(self, root: str, first_free: Callable[[], int]) -> int:
         if root not in self._versions:
             version = first_free()
             self._note_missing(Path(root))

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from dcl_lightning._lightning import callbacks_of, cluster_environment_of, set_callbacks
+from dcl_lightning._lightning import callbacks_of, cluster_environment_of, set_callbacks, wrap_srun_check
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 from dcl_lightning.distributed.horovod.step_message import StepMessage, step_is_whole
 from dcl_lightning.distributed.ranks import launched_by_horovod
@@ -66,15 +66,7 @@ def accept_allocation() -> None:
     Given a strategy's name, Lightning makes an environment of its own before there is a strategy that has one, and that
     one insists on ``--ntasks-per-node``. Safe to repeat.
     """
-    lightnings = SLURMEnvironment._validate_srun_variables
-    if lightnings.__module__ == __name__:
-        return
-
-    def validate() -> None:
-        if not launched_by_horovod():
-            lightnings()
-
-    SLURMEnvironment._validate_srun_variables = staticmethod(validate)  # type: ignore[method-assign]
+    wrap_srun_check(unless=launched_by_horovod)
 
 
 def check_srun() -> None:
