@@ -1,4 +1,4 @@
-"""The collectives that every part of the package knows of the cluster: one process, or torch.distributed."""
+"""Collective operations, for one process and for torch.distributed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown while a program works: a stream that is closed, broken or of another alphabet ends nothing."""
+"""Output to a screen that may be closed, broken, or without Unicode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words that every part of the package shares: a task, a batch, the shape of an input, the clock."""
+"""Types that all parts of the package share: a task, a batch, the shape of an input, the clock."""
 
 from __future__ import annotations
 

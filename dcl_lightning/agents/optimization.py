@@ -1,4 +1,4 @@
-"""What agents do to an optimizer beside stepping it."""
+"""Builds optimizers, and keeps the head's rows of unseen classes as they are."""
 
 from __future__ import annotations
 

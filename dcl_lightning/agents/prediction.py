@@ -1,4 +1,4 @@
-"""What ``predict`` returns: original labels and probabilities, for batches of ours and of any loader."""
+"""What ``predict`` returns: original labels and probabilities, for our batches and for those of any loader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the values of a training step are given to Lightning: at the steps at which someone looks at them."""
+"""Decides at which training steps loss and accuracy are logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sees that what a run saves can be resumed, and that what it resumes is its own."""
+"""Makes checkpoints resumable within an epoch, and refuses those of another run."""
 
 from __future__ import annotations
 

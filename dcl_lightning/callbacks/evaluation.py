@@ -1,4 +1,4 @@
-"""Running the network over a loader outside Lightning's own loops, as Lightning's evaluation would."""
+"""Runs the network over a loader outside Lightning's own loops, in the contexts of Lightning's evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns that an agent stores of samples beside the samples themselves."""
+"""Extra columns: what an agent stores with a sample, such as its logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks that pass batches on, that come near the end of a backward pass, that tell of tasks; how often is logged."""
+"""Wraps hooks of Lightning, and calls the task hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said while a stream is trained: Lightning's bar with task and time left, or a line for each task."""
+"""Progress of a stream: Lightning's bar with task and time left, or one line per task."""
 
 from __future__ import annotations
 

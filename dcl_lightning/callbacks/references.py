@@ -1,4 +1,4 @@
-"""Memories that hold sample ids in place of inputs, which are read from the data set again when they are drawn."""
+"""Index rows: a memory that stores sample ids and reads the inputs from the data set when they are drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rehearsal for any module: representatives join each training batch, managed beside the step."""
+"""Rehearsal for any module: representatives join each training batch, and the memory works in the background."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a boundary between tasks starts anew: optimizers and schedules, and what was best so far."""
+"""What a task boundary resets: optimizers, schedules, and the best value so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainer options that go wrong with a stream of tasks, refused before training."""
+"""Refuses Trainer options that contradict a stream of tasks, before training."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checkpoints: the memories beside them, whole files or none, another number of workers, and what may be resumed."""
+"""Checkpoints: atomic files, the memories beside them, resharding, and what may be resumed."""

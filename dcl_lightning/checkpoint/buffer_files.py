@@ -1,4 +1,4 @@
-"""The memories of all workers in a checkpoint: a file for each worker, read again by as many workers or by others."""
+"""The memories of all workers in a checkpoint: a file per worker, read by the same number of workers or another."""
 
 from __future__ import annotations
 

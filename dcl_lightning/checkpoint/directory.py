@@ -1,4 +1,4 @@
-"""The folders that checkpoints are saved into, and the latest whole checkpoint in them."""
+"""The folders of checkpoints, and the latest whole checkpoint in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a checkpoint gets to its place: the memories beside it first, itself last, and nothing half.
+"""Writes and reads checkpoints atomically: the memories first, the checkpoint itself last.
 
 A checkpoint ``x.ckpt`` is the manifest of ``x.ckpt.memory/<token>/``: it tells the token, the files and their digests.
 Both are written under other names and renamed; the checkpoint's rename is the moment in which all become valid. The

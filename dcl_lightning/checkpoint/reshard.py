@@ -1,4 +1,4 @@
-"""A job's memories dealt out anew to another number of workers."""
+"""Redistributes the memories of a job over another number of workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resuming a run: with the configuration that it was started with, and with another number of samples a step."""
+"""Resuming a run: only with its own configuration, also with another number of samples per step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that all workers write in parallel for one checkpoint, which holds their names, sizes and digests."""
+"""Files that all workers write in parallel for one checkpoint, which records their names, sizes and digests."""
 
 from __future__ import annotations
 

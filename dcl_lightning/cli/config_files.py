@@ -1,4 +1,4 @@
-"""Configuration files that are followed by another agent, or by another optimizer."""
+"""Configuration files that are followed by another agent or another optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--ckpt_path last``: the run's newest whole checkpoint, found before there is a logger, and its folder."""
+"""``--ckpt_path last``: finds the run's latest whole checkpoint, and continues in its folder."""
 
 from __future__ import annotations
 

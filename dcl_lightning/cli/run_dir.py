@@ -1,4 +1,4 @@
-"""The folder of a run: tried before the work, and no other run's."""
+"""The folder of a run: checked before the work begins, and shared with no other run."""
 
 from __future__ import annotations
 

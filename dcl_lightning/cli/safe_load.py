@@ -1,4 +1,4 @@
-"""A checkpoint names classes; it must not choose what is imported."""
+"""Restricts which classes a checkpoint may import."""
 
 from __future__ import annotations
 

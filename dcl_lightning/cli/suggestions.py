@@ -1,4 +1,4 @@
-"""What is said of a mistake on the command line: one line, with the nearest right word. Pure functions."""
+"""Error messages of the command line: one line, with the nearest valid word."""
 
 from __future__ import annotations
 

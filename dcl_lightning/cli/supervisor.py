@@ -1,4 +1,4 @@
-"""``dcl-lightning run -- fit ...``: a job that is started again from its newest checkpoint when it is lost."""
+"""``dcl-lightning run -- fit ...``: restarts a lost job from its latest checkpoint."""
 
 from __future__ import annotations
 

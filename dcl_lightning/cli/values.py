@@ -1,4 +1,4 @@
-"""Values that the parser lets through and that nothing can be made of."""
+"""Checks values that the parser accepts, but from which nothing can be built."""
 
 from __future__ import annotations
 

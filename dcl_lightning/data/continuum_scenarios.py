@@ -1,4 +1,4 @@
-"""Tasks from scenarios of continuum's kind, by class path or as objects; what it does in silence is refused."""
+"""Tasks from scenarios of continuum, given by class path or as objects."""
 
 from __future__ import annotations
 

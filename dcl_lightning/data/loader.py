@@ -1,4 +1,4 @@
-"""A loader over tensors or files of images: equal steps on all workers, a place that resumes."""
+"""The loader over tensors or image files: equal numbers of steps on all workers, resumable within an epoch."""
 
 from __future__ import annotations
 

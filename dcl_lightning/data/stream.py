@@ -1,4 +1,4 @@
-"""The samples of a stream: which of them belongs to which task, and which are held out."""
+"""The samples of a stream: the task of each sample, and which samples are held out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a data set becomes tasks: what ``data.scenario`` and the keys beside it say."""
+"""How a data set is split into tasks: ``data.scenario`` and the keys that go with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batched transforms on the device; each sample has its own draw, whatever batch or worker it is in."""
+"""Batched transforms on the device; a sample's random draws do not depend on its batch or worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many workers: Horovod's strategy and its launcher, the cores of a worker, and SLURM.
+"""Distributed training: ranks, cores and broadcasts; Horovod stands in a package of its own.
 
 Nothing here imports Horovod before a strategy, or a collective, needs it.
 """

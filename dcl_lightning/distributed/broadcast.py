@@ -1,4 +1,4 @@
-"""Worker 0's tensors for all workers, many in one message."""
+"""Broadcasts worker 0's tensors to all workers, many in one message."""
 
 from __future__ import annotations
 

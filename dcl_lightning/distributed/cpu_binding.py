@@ -1,4 +1,4 @@
-"""On which cores a worker runs, and with how many threads."""
+"""Binds a worker to cores, and sets its number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a loader's worker processes are started beside MPI and CUDA."""
+"""Warns of loader processes that are forked although MPI or CUDA has started."""
 
 from __future__ import annotations
 

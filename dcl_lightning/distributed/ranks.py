@@ -1,4 +1,4 @@
-"""Who this worker is, from what a launcher set in the environment; imports neither Lightning nor Horovod."""
+"""The rank of this process, from its launcher's environment variables; imports neither Lightning nor Horovod."""
 
 from __future__ import annotations
 

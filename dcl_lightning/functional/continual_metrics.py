@@ -1,4 +1,4 @@
-"""Figures of continual learning as pure functions of an accuracy matrix.
+"""Metrics of continual learning, as pure functions of an accuracy matrix.
 
 ``matrix`` is ``(T, T)`` float64: entry ``R[i, j]`` is the accuracy on the test samples of task j after
 task i, a fraction in [0, 1], NaN where it was not evaluated. All functions return a 0-dim float64. A

@@ -1,4 +1,4 @@
-"""Penalties on moving weights that mattered to earlier tasks, and how much each mattered."""
+"""Penalties on changing weights that mattered to earlier tasks, and the importance of each weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is right by scores ``(B, K)``, highest for the predicted class."""
+"""Top-k hits, and scores restricted to some classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that a rehearsal memory can be told, checked when it is made, and completed by an agent's own values."""
+"""Options of the rehearsal memory: checked when given, and completed by an agent's own values."""
 
 from __future__ import annotations
 

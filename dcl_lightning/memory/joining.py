@@ -1,4 +1,4 @@
-"""From a batch of new samples and representatives to one augmented batch."""
+"""Joins new samples and representatives into one augmented batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory manager: what happens to the memory in one step, in one order for every way to execute it."""
+"""The memory manager: insertion and draw of a step, in one order for every way of execution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How samples enter the memory: which of a batch, and which slots they take.
+"""Insertion policies: which samples of a batch enter the memory, and which slots they take.
 
 Every policy is written as if the samples came one after another, and computed for the whole batch at once: each sample
 gets the slot that it would have taken, and of several that took the same slot the last one has it. A batch costs the

@@ -1,4 +1,4 @@
-"""Runs the memory's work beside the training step: one thread, and on a GPU one stream, for each worker."""
+"""Runs the memory's work in parallel to the training step: one thread per worker, and one stream on a GPU."""
 
 from __future__ import annotations
 

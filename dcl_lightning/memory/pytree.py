@@ -1,4 +1,4 @@
-"""Nests of tensors: a tuple, list, NamedTuple or dict, also nested, whose tensors share their first dimension."""
+"""Nested tensors: a tuple, list, NamedTuple or dict, whose tensors share their first dimension."""
 
 from __future__ import annotations
 

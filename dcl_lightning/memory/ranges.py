@@ -1,4 +1,4 @@
-"""Names for the memory's work in a profile."""
+"""NVTX ranges of the memory's work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which slots are filled, with what, and whose they are.
+"""The slots of the memory: which are filled, with which sample, and to which class they belong.
 
 All in NumPy: on so few numbers its calls take a third of the time of torch's, and what the memory's thread does in
 Python the training thread waits for.

@@ -1,4 +1,4 @@
-"""Where rows lie: one preallocated column for each tensor of a nest."""
+"""Storage of rows: one preallocated column for each tensor of a sample."""
 
 from __future__ import annotations
 

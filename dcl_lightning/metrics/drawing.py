@@ -1,4 +1,4 @@
-"""Pictures of metrics on matplotlib axes: readable without colour, with units, at the size of a paper's column.
+"""Plots of metrics on matplotlib axes: readable without colour, with units, at the size of a paper's column.
 
 Every function draws fractions as per cent. matplotlib is imported when a picture is made. Sizes are in inches.
 """

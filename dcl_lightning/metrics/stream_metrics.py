@@ -1,4 +1,4 @@
-"""One figure of continual learning each, as torchmetrics classes: an accuracy matrix whose ``compute`` returns it.
+"""Each metric of continual learning as a torchmetrics class: an accuracy matrix whose ``compute`` returns it.
 
 They hold the same counts as ``AccuracyMatrix`` and take the same updates, so that a ``MetricCollection`` of them keeps
 one set of counts. The formulas are those of ``functional/continual_metrics.py``.

@@ -1,4 +1,4 @@
-"""All that evaluation finds over a stream, and how one row of it is counted on the device."""
+"""Everything that evaluation finds over a stream, and the counts of one row on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to cite: the papers of methods and data sets, whose BibTeX lies in ``references.bib`` beside this file."""
+"""What to cite: the papers of methods and data sets, as BibTeX from ``references.bib``."""
 
 from __future__ import annotations
 

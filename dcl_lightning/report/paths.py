@@ -1,4 +1,4 @@
-"""Where a run's files go, and files that readers see whole."""
+"""Where a run's files go, and files that a reader never sees half-written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many samples training has seen, over all workers."""
+"""Counts the samples that training has seen, over all workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds Horovod 0.28.1, its last release, into the present environment, for the PyTorch that is there.
+"""Builds Horovod 0.28.1, its last release, into the current environment, against the installed PyTorch.
 
 ``python -m dcl_lightning.tools.install_horovod``. The release asks for C++14, today's PyTorch for 17 or more:
 two lines of its build files are changed. The wheel is kept in the user's cache.

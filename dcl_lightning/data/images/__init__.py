@@ -1,1 +1,1 @@
-"""Images in files: which there are, and how processes read and decode them."""
+"""Images in files: listing, reading and decoding."""

@@ -1,4 +1,4 @@
-"""Images in files, read when they are needed, a few batches ahead, by processes."""
+"""Images in files, read on demand, a few batches ahead, by reader processes."""
 
 from __future__ import annotations
 

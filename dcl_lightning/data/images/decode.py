@@ -1,4 +1,4 @@
-"""From an image's file to uint8 pixels of the final size: what a process that reads images does."""
+"""Decodes an image file into uint8 pixels of the final size; runs in the reader processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images a data set has and what they show, from folders' names and list files; no image is opened."""
+"""Lists the images of a data set and their labels, from folder names and list files; opens no image."""
 
 from __future__ import annotations
 

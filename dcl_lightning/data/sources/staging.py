@@ -1,4 +1,4 @@
-"""Copies of data sets on a disk of the host, from which its workers read in place of a shared file system."""
+"""Copies data sets to a local disk of each host, for its workers to read in place of a shared file system."""
 
 from __future__ import annotations
 

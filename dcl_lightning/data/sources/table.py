@@ -1,4 +1,4 @@
-"""Where samples come from: one table of named data sets, continuum's classes by path, plain arrays."""
+"""The table of named data sets, and how each is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny ImageNet as it is published, decoded once into arrays that are mapped into memory."""
+"""Tiny ImageNet as published, decoded once into memory-mapped arrays."""
 
 from __future__ import annotations
 

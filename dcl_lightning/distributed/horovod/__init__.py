@@ -1,1 +1,1 @@
-"""Horovod: the strategy, its launcher, and what keeps a job from waiting for ever."""
+"""Horovod: the strategy, its launcher, and protection from hangs."""

@@ -1,4 +1,4 @@
-"""What keeps a job from waiting for ever: for workers that never come, that hang, or that stop alone."""
+"""Keeps a job from hanging: workers that never arrive, that stall, or that stop alone."""
 
 from __future__ import annotations
 

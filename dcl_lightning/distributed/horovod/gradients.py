@@ -1,4 +1,4 @@
-"""Averages gradients while the backward pass still runs."""
+"""Averages gradients while the backward pass is still running."""
 
 from __future__ import annotations
 

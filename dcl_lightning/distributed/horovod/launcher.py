@@ -1,4 +1,4 @@
-"""Starts the other workers of this machine: the calling process is worker 0 and re-runs itself for the rest."""
+"""Starts the other workers of this machine: the calling process is worker 0, and re-runs its command for the others."""
 
 from __future__ import annotations
 

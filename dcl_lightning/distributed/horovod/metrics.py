@@ -1,4 +1,4 @@
-"""torchmetrics reduce through torch.distributed alone; this makes them reduce through Horovod."""
+"""Lets torchmetrics reduce through Horovod in place of torch.distributed."""
 
 from __future__ import annotations
 

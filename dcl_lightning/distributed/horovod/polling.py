@@ -1,4 +1,4 @@
-"""How a worker waits for the others: it sleeps between looks, where Horovod's own wait keeps a core busy."""
+"""Waits for Horovod's operations by polling with short sleeps; Horovod's own wait keeps a core busy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where workers meet: what they can tell each other before Horovod runs, and while its operations wait."""
+"""Where workers meet: their rendezvous, and the words that they exchange before Horovod runs and while it blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all workers do at the same step or not at all: stop after a signal, save, count their batches."""
+"""What all workers have to do at the same step: stop after a signal, save, agree on the number of batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inside a SLURM allocation: Horovod's place, and when Lightning saves and requeues jobs."""
+"""Horovod inside a SLURM allocation: ranks, and when Lightning saves and requeues the job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all workers tell each other at every step, without waiting for it."""
+"""A message that all workers exchange at every step, without waiting for it."""
 
 from __future__ import annotations
 

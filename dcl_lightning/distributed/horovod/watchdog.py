@@ -1,4 +1,4 @@
-"""Ends a job in which a worker hangs: Horovod's own stall check says nothing and ends nothing."""
+"""Ends a job in which a worker hangs; Horovod's own stall check ends nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One of the workers that the local launcher starts: its process, what it writes, and its end."""
+"""One worker process of the local launcher: its start, its output and its end."""
 
 from __future__ import annotations
 
