@@ -73,7 +73,7 @@ def test_gpus_need_a_horovod_that_was_built_for_them(launched: bool, monkeypatch
 
     for name in ("nccl_built", "cuda_built", "rocm_built"):
         monkeypatch.setattr(hvd, name, lambda: 0)
-    with pytest.raises(ConfigurationError, match=r"install --gpu cuda`, or set trainer\.accelerator=cpu"):
+    with pytest.raises(ConfigurationError, match=r"install_horovod --gpu cuda`, or set trainer\.accelerator=cpu"):
         trainer()
     if not launched:
         assert trainer(devices=1).world_size == 1, "a worker alone asks nothing of Horovod"
