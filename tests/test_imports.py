@@ -42,7 +42,7 @@ def test_imports_point_downwards(file: Path) -> None:
 
 
 # What methods share; the short names stand for them all.
-SHARED = {"__init__", "base", "evaluation", "optimization", "short_names", "replay", "teacher", "weights"}
+SHARED = {"__init__", "base", "optimization", "short_names", "replay", "teacher", "weights"}
 METHODS = sorted({f.stem for f in (PACKAGE / "agents").glob("*.py")} - SHARED)
 
 

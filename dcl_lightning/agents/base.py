@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of, set_callbacks, trainer_of
-from dcl_lightning.agents.evaluation import EvaluationCounts
 from dcl_lightning.agents.optimization import KeepUnseenRows, build
 from dcl_lightning.agents.prediction import Inference, Prediction
 from dcl_lightning.agents.step_log import StepLog
@@ -38,6 +37,7 @@ from dcl_lightning.errors import ConfigurationError, check_number, check_words
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, parameter_groups, warmup_divisor
 from dcl_lightning.functional.scores import top_k_hits
+from dcl_lightning.metrics.evaluation import EvaluationCounts
 from dcl_lightning.types import Batch, InputSpec, Task
 
 __all__ = ["ContinualAgent"]

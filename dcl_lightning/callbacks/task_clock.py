@@ -54,7 +54,7 @@ from dcl_lightning.distributed.broadcast import share_buffers
 from dcl_lightning.distributed.horovod.shutdown import through_signals
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
-from dcl_lightning.metrics.stream_results import StreamResults, Tally
+from dcl_lightning.metrics.evaluation import StreamResults, Tally
 from dcl_lightning.report.sample_counts import SampleCounts
 from dcl_lightning.types import Batch, Task
 

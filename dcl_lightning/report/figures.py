@@ -10,7 +10,7 @@ import numpy as np
 
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix, drawing
-from dcl_lightning.metrics.stream_results import StreamResults
+from dcl_lightning.metrics.evaluation import StreamResults
 from dcl_lightning.report.buffer_log import MemoryLog
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dcl_lightning.callbacks.report import TaskReport
-from dcl_lightning.metrics.stream_results import StreamResults
+from dcl_lightning.metrics.evaluation import StreamResults
 from dcl_lightning.report.text import table_text
 from dcl_lightning.types import Task
 

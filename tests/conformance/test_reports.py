@@ -218,7 +218,7 @@ def test_the_matrix_goes_to_tensorboard(tmp_path: Path) -> None:
 
 
 def test_evaluation_fetches_nothing_between_batches() -> None:
-    from dcl_lightning.metrics.stream_results import StreamResults
+    from dcl_lightning.metrics.evaluation import StreamResults
 
     results = StreamResults([[0, 1], [2, 3], [4, 5]], 6, task_aware=True)
     tally = results.tally()

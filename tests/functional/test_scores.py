@@ -9,7 +9,7 @@ import torch
 
 from dcl_lightning.functional.scores import restricted, top_k_hits
 from dcl_lightning.metrics import ClassAccuracy
-from dcl_lightning.metrics.stream_results import StreamResults
+from dcl_lightning.metrics.evaluation import StreamResults
 
 INF = float("inf")
 
