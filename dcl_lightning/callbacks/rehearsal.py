@@ -31,6 +31,7 @@ from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.joining import Room, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
+from dcl_lightning.memory.policies import policy_class
 from dcl_lightning.memory.prefetch import MemoryEngine
 from dcl_lightning.memory.pytree import concat, flatten, map_tensors, num_rows
 from dcl_lightning.memory.ranges import stage
@@ -498,7 +499,7 @@ class Rehearsal(pl.Callback):
         total = config.total(classes, comm.size, samples, _PRESET_ROWS * classes * comm.size)
         if self.saved is not None:  # also where sizes are given for each worker, and there are others now
             total = self.saved.capacity
-        if total < comm.size or (own and config.policy != "reservoir" and total < classes):
+        if total < comm.size or (own and policy_class(config.policy, config.quota).shares_by_class and total < classes):
             raise ConfigurationError(
                 f"a memory of {total} rows is smaller than the {classes} classes: enlarge rehearsal.buffer_size"
             )

@@ -9,7 +9,7 @@ import torch
 from numpy.random import PCG64, SeedSequence
 from torch import Tensor
 
-from dcl_lightning.memory.policies import policy_kind
+from dcl_lightning.memory.policies import policy_class
 from dcl_lightning.memory.slots import Integers, rooms
 
 __all__ = ["Dealt", "redeal"]
@@ -33,10 +33,10 @@ class Dealt(NamedTuple):
 def redeal(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
     """Deal the rows of a job out to another number of workers: none is lost, and the capacity of the job is kept.
 
-    Rows go class by class, within a class by former worker and slot (under ``fifo`` the oldest first), to worker 0, 1,
-    ... and 0 again. Where classes own slots these are dealt in the same way, so that each row finds one of its class,
-    and workers' numbers of rows of a class differ by one at most. What was counted (samples seen, candidates offered)
-    is shared equally. Draws go on from generators of their own.
+    Rows go class by class, within a class by former worker and slot, or by age where the oldest rows leave first: to
+    worker 0, 1, ... and 0 again. Where classes own slots these are dealt in the same way, so that each row finds one of
+    its class, and workers' numbers of rows of a class differ by one at most. What was counted (samples seen, candidates
+    offered) is shared equally. Draws go on from generators of their own.
 
     Args:
         saved: bookkeeping of each former worker's manager.
@@ -49,14 +49,15 @@ def redeal(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
     former = np.repeat(np.arange(len(states)), [slots.size for slots in slots_of])
     place = np.concatenate([np.arange(slots.size) for slots in slots_of])
     of_row = {name: np.concatenate([s[name][t] for s, t in zip(states, slots_of, strict=True)]) for name in _OF_ROW}
-    age = of_row["entered"] if buffer["policy"] == "fifo" else np.zeros_like(place)
+    policy = policy_class(buffer["policy"], buffer["quota"])
+    age = of_row["entered"] if policy.oldest_leave else np.zeros_like(place)
     order = np.lexsort((np.concatenate(slots_of), former, age, of_row["labels"]))
     label = of_row["labels"][order]
 
     admitted = np.any([state["admitted"] for state in states], axis=0)
     capacity = sum(state["labels"].size for state in states)
     position, room = np.arange(label.size), np.zeros(admitted.size, dtype=np.int64)
-    if policy_kind(buffer["policy"], buffer["quota"]).owns_slots:
+    if policy.owns_slots:
         room = np.sum([state["room"] for state in states], axis=0)
         # Under the adaptive quota a worker that met no sample yet gave its slots to no class.
         room = room + rooms(capacity - int(room.sum()), admitted)

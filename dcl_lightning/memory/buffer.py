@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional.losses import nil_weights
-from dcl_lightning.memory.policies import Fifo, make_policy
+from dcl_lightning.memory.policies import make_policy
 from dcl_lightning.memory.pytree import Nest, num_rows
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState, rooms
 from dcl_lightning.memory.storage import RowStore
@@ -130,7 +130,7 @@ class RehearsalBuffer:
                     f"{self.state.num_classes - 1}"
                 )
             if self.policy.owns_slots and self.quota == "adaptive":
-                self.state.admit(classes, self.generator, oldest_leave=isinstance(self.policy, Fifo))
+                self.state.admit(classes, self.generator, oldest_leave=self.policy.oldest_leave)
         assignment = self.policy.assign(self.state, classes, places, self.generator)
         if assignment.rows.size:
             self.store.insert(torch.from_numpy(assignment.slots), rows, torch.from_numpy(assignment.rows))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from dcl_lightning.errors import ConfigurationError, check_number, check_words, suggestion, whole_number
+from dcl_lightning.memory.policies import POLICIES, PolicyName, policy_class
 
 __all__ = ["SIZES", "MemorySize", "RehearsalConfig", "ResolvedConfig", "resolve"]
 
@@ -86,7 +87,6 @@ class MemorySize:
         return default
 
 
-_Policy = Literal["nil", "class_balanced", "reservoir", "greedy", "fifo"]
 _Quota = Literal["fixed", "adaptive"]
 _Update = Literal["step", "task_end"]
 _Rehearse = Literal["seen", "past"]
@@ -97,7 +97,7 @@ _Execution = Literal["inline", "blocking", "nonblocking"]
 _Stage = Literal["sample", "assemble", "load"]
 _Store = Literal["rows", "reference", "transformed"]
 
-_OFFERS_ALL = ("reservoir", "greedy")
+_OFFERS_ALL = tuple(name for name, policy in POLICIES.items() if policy.offers_all)
 _NUM_CANDIDATES = 20
 # Values that contradict each other (None: any value), and what to do.
 _CONTRADICTIONS: tuple[tuple[dict[str, tuple[str, ...] | None], str], ...] = (
@@ -176,7 +176,7 @@ class RehearsalConfig(MemorySize):
     """
 
     num_samples: int | None = None
-    policy: _Policy | None = None
+    policy: PolicyName | None = None
     num_candidates: int | None = None
     quota: _Quota | None = None
     update: _Update | None = None
@@ -207,7 +207,7 @@ class ResolvedConfig(RehearsalConfig):
     """
 
     num_samples: int
-    policy: _Policy
+    policy: PolicyName
     quota: _Quota
     update: _Update
     rehearse: _Rehearse
@@ -221,14 +221,7 @@ class ResolvedConfig(RehearsalConfig):
 
     def forgets_tasks(self) -> str | None:
         """Return what becomes of tasks whose classes come again in later ones; None if the memory keeps them alike."""
-        if self.policy == "reservoir":
-            return None
-        if self.policy == "greedy":
-            return "keeps the first samples of each class, so that the memory takes none or few of the later tasks"
-        return (
-            "lets a class's new samples overwrite its stored ones, so that little or nothing of the earlier tasks is "
-            "left in the memory"
-        )
+        return policy_class(self.policy, self.quota).forgets
 
     def check_stream(self, classes_come_again: bool, boundaries: str) -> None:
         """Refuse what cannot tell the tasks of a stream apart.
@@ -280,7 +273,7 @@ class ResolvedConfig(RehearsalConfig):
                 raise ConfigurationError(
                     f"rehearsal.{name}={value} needs an agent of ours and its data module: give {remedy}"
                 )
-        if not (has_labels or has_tasks) and self.policy in ("nil", "class_balanced", "greedy"):
+        if not (has_labels or has_tasks) and POLICIES[self.policy].needs_labels:
             raise ConfigurationError(
                 f"rehearsal.policy={self.policy} needs labels: give Rehearsal(label=..., num_classes=...), or "
                 "policy='reservoir'"

@@ -11,8 +11,9 @@ tasks alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +22,34 @@ from numpy.random import Generator
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState
 
-__all__ = ["ClassBalanced", "Fifo", "Greedy", "GreedyBalancing", "Nil", "Policy", "Reservoir", "make_policy"]
+__all__ = [
+    "POLICIES", "ClassBalanced", "Fifo", "Greedy", "GreedyBalancing", "Nil", "Policy", "PolicyName", "Reservoir",
+    "make_policy", "policy_class",
+]  # fmt: skip
 
 
 class Policy(Protocol):
-    """Decides which samples of a batch enter and where."""
+    """Decides which samples of a batch enter and where.
 
-    @property
-    def owns_slots(self) -> bool:
-        """Whether each class has slots of its own, a share of all by the quota; else any sample may take any slot."""
-        ...
+    Attributes:
+        owns_slots: whether each class has slots of its own, a share of all by the quota; else any sample may take any
+            slot.
+        refreshes: whether a sample that is stored is written to its slot again instead of being stored twice.
+        shares_by_class: whether the quota gives each class a share of the memory.
+        needs_labels: whether it can do nothing without labels.
+        oldest_leave: whether rows leave in the order in which they came.
+        offers_all: whether all samples of a batch are offered; else c of them, ``candidates``.
+        forgets: what becomes of earlier tasks whose classes come again in later ones, in words; None if the memory
+            keeps all tasks alike.
+    """
 
-    @property
-    def refreshes(self) -> bool:
-        """Whether a sample that is stored is written to its slot again instead of being stored twice."""
-        ...
+    owns_slots: ClassVar[bool]
+    refreshes: ClassVar[bool]
+    shares_by_class: ClassVar[bool]
+    needs_labels: ClassVar[bool]
+    oldest_leave: ClassVar[bool]
+    offers_all: ClassVar[bool]
+    forgets: ClassVar[str | None]
 
     @property
     def candidates(self) -> int | None:
@@ -116,6 +130,13 @@ def _in_class(
     return rows[enters], state.table[state.start[classes[enters]] + place[enters]]
 
 
+_OVERWRITES = (
+    "lets a class's new samples overwrite its stored ones, so that little or nothing of the earlier tasks is left in "
+    "the memory"
+)
+_FIRST_COME = "keeps the first samples of each class, so that the memory takes none or few of the later tasks"
+
+
 @dataclass(frozen=True)
 class Nil:
     """c candidates drawn from the batch; each class among them keeps R drawn from its stored rows and candidates.
@@ -132,8 +153,13 @@ class Nil:
     """
 
     candidates: int
-    refreshes = False
-    owns_slots = True
+    owns_slots: ClassVar[bool] = True
+    refreshes: ClassVar[bool] = False
+    shares_by_class: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
+    oldest_leave: ClassVar[bool] = False
+    offers_all: ClassVar[bool] = False
+    forgets: ClassVar[str | None] = _OVERWRITES
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -162,8 +188,13 @@ class ClassBalanced:
     """
 
     candidates: int
-    refreshes = True
-    owns_slots = True
+    owns_slots: ClassVar[bool] = True
+    refreshes: ClassVar[bool] = True
+    shares_by_class: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
+    oldest_leave: ClassVar[bool] = False
+    offers_all: ClassVar[bool] = False
+    forgets: ClassVar[str | None] = _OVERWRITES
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -192,8 +223,13 @@ class Reservoir:
     """
 
     candidates = None
-    refreshes = True
-    owns_slots = False
+    owns_slots: ClassVar[bool] = False
+    refreshes: ClassVar[bool] = True
+    shares_by_class: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    oldest_leave: ClassVar[bool] = False
+    offers_all: ClassVar[bool] = True
+    forgets: ClassVar[str | None] = None
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -214,8 +250,13 @@ class Greedy:
     """
 
     candidates = None
-    refreshes = True
-    owns_slots = True
+    owns_slots: ClassVar[bool] = True
+    refreshes: ClassVar[bool] = True
+    shares_by_class: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
+    oldest_leave: ClassVar[bool] = False
+    offers_all: ClassVar[bool] = True
+    forgets: ClassVar[str | None] = _FIRST_COME
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -240,8 +281,13 @@ class GreedyBalancing:
     """
 
     candidates = None
-    refreshes = True
-    owns_slots = False
+    owns_slots: ClassVar[bool] = False
+    refreshes: ClassVar[bool] = True
+    shares_by_class: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
+    oldest_leave: ClassVar[bool] = False
+    offers_all: ClassVar[bool] = True
+    forgets: ClassVar[str | None] = _FIRST_COME
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -284,8 +330,13 @@ class Fifo:
     """
 
     candidates: int
-    refreshes = True
-    owns_slots = True
+    owns_slots: ClassVar[bool] = True
+    refreshes: ClassVar[bool] = True
+    shares_by_class: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    oldest_leave: ClassVar[bool] = True
+    offers_all: ClassVar[bool] = False
+    forgets: ClassVar[str | None] = _OVERWRITES
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -301,12 +352,14 @@ class Fifo:
         return Assignment(rows, slots, offered, entered, labels.size)
 
 
-_KINDS: dict[str, type[Nil | ClassBalanced | Reservoir | Greedy | Fifo]] = {
+PolicyName = Literal["nil", "class_balanced", "reservoir", "greedy", "fifo"]
+# A policy is added with its class, its name above and its line here.
+POLICIES: dict[str, type[Policy]] = {
     "nil": Nil, "class_balanced": ClassBalanced, "reservoir": Reservoir, "greedy": Greedy, "fifo": Fifo,
 }  # fmt: skip
 
 
-def policy_kind(name: str, quota: str) -> type[Nil | ClassBalanced | Reservoir | Greedy | GreedyBalancing | Fifo]:
+def policy_class(name: str, quota: str) -> type[Policy]:
     """Return the class of a policy.
 
     Args:
@@ -316,30 +369,27 @@ def policy_kind(name: str, quota: str) -> type[Nil | ClassBalanced | Reservoir |
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if name not in _KINDS:
-        raise ConfigurationError(f"policy '{name}': give one of {', '.join(_KINDS)}")
-    return GreedyBalancing if name == "greedy" and quota == "adaptive" else _KINDS[name]
+    if name not in POLICIES:
+        raise ConfigurationError(f"policy '{name}': give one of {', '.join(POLICIES)}")
+    return GreedyBalancing if name == "greedy" and quota == "adaptive" else POLICIES[name]
 
 
 def make_policy(name: str, num_candidates: int | None, quota: str = "fixed") -> Policy:
     """Return a policy by its name.
 
     Args:
-        name: see ``policy_kind``.
-        num_candidates: c, at least 1; None for ``reservoir`` and ``greedy``.
-        quota: see ``policy_kind``.
+        name: see ``policy_class``.
+        num_candidates: c, at least 1; None for a policy that is offered all samples.
+        quota: see ``policy_class``.
 
     Raises:
         ConfigurationError: the name is unknown, or c is missing, below 1, or given where every sample is offered.
     """
-    kind: Any = policy_kind(name, quota)
-    policy: Policy
-    if kind in (Reservoir, Greedy, GreedyBalancing):
+    kind: Callable[..., Policy] = policy_class(name, quota)
+    if policy_class(name, quota).offers_all:
         if num_candidates is not None:
-            raise ConfigurationError(f"policy {name} offers every sample: num_candidates={num_candidates} must go")
-        policy = kind()
-        return policy
+            raise ConfigurationError(f"policy {name} offers every sample: remove num_candidates={num_candidates}")
+        return kind()
     if num_candidates is None or num_candidates < 1:
         raise ConfigurationError(f"policy {name}: num_candidates={num_candidates}: give a whole number of at least 1")
-    policy = kind(num_candidates)
-    return policy
+    return kind(num_candidates)

@@ -311,7 +311,7 @@ def test_make_policy():
     assert make_policy("greedy", None) == Greedy()
     assert make_policy("greedy", None, "adaptive") == GreedyBalancing()
     for name in ("reservoir", "greedy"):
-        with pytest.raises(ConfigurationError, match="num_candidates=4 must go"):
+        with pytest.raises(ConfigurationError, match="remove num_candidates=4"):
             make_policy(name, 4)
     for name, c in (("nil", None), ("fifo", 0), ("class_balanced", -1), ("ring", 1)):
         with pytest.raises(ConfigurationError, match=r"give"):
