@@ -32,9 +32,8 @@ from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.joining import Room, columns_of, join
 from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
 from dcl_lightning.memory.policies import policy_class
-from dcl_lightning.memory.prefetch import MemoryEngine
+from dcl_lightning.memory.prefetch import MemoryEngine, nvtx_range
 from dcl_lightning.memory.pytree import concat, flatten, map_tensors, num_rows
-from dcl_lightning.memory.ranges import stage
 from dcl_lightning.memory.storage import RowStore, refuse_lack_of_space
 from dcl_lightning.types import Batch, Task
 
@@ -329,7 +328,7 @@ class Rehearsal(pl.Callback):
             if ready is None or not (len(ready.drawn.labels) or ready.drawn.weight_share):
                 # The module may write into its batch, of which the memory reads after the step.
                 return batch._replace(inputs=batch.inputs.clone()) if isinstance(batch, Batch) else batch
-            with stage("join", module.device):
+            with nvtx_range("join", module.device):
                 return self._join(batch, ready, module.device, trainer.global_step)
 
         return add
@@ -418,7 +417,7 @@ class Rehearsal(pl.Callback):
         if self.config.stage == "sample":
             return _Prepared(drawn)
         rows, device, room = drawn.rows, self.manager.device, None
-        with stage("move", device):
+        with nvtx_range("move", device):
             # Not if a step may meet these representatives again: new inputs would lie in front of them already.
             if self.config.execution == "blocking" and isinstance(rows, dict) and "sample_ids" in rows:
                 room = Room(self.manager.batch_size, rows["inputs"], device)

@@ -13,7 +13,7 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.config import ResolvedConfig
 from dcl_lightning.memory.exchange import GlobalExchange, RowLayout, Served
-from dcl_lightning.memory.ranges import stage
+from dcl_lightning.memory.prefetch import nvtx_range
 from dcl_lightning.types import MemoryRows
 
 __all__ = ["MemoryManager", "Offer", "Representatives"]
@@ -137,7 +137,7 @@ class MemoryManager:
             self._insert(offer)
             if not draw:
                 return None
-            with stage("draw", self.device):
+            with nvtx_range("draw", self.device):
                 return self._draw_local(skipped)
         if not draw:
             self._insert(offer)
@@ -146,7 +146,7 @@ class MemoryManager:
 
     def _insert(self, offer: Offer | None) -> None:
         if offer is not None and len(offer.labels):
-            with stage("insert", self.device):
+            with nvtx_range("insert", self.device):
                 self.buffer.add(offer.rows, offer.labels, offer.ids)
 
     def _draw_local(self, skipped: Tensor | None) -> Representatives:
@@ -160,10 +160,10 @@ class MemoryManager:
 
     def _draw_global(self, exchange: GlobalExchange, offer: Offer | None) -> Representatives:
         note = self.buffer.offered if self.config.weighting == "nil" else None
-        with stage("draw", self.device):
+        with nvtx_range("draw", self.device):
             exchange.start(self.steps, self.sizes, len(self.buffer), note)
         self._insert(offer)
-        with stage("exchange", self.device):
+        with nvtx_range("exchange", self.device):
             drawn = exchange.collect()
         rows, labels = drawn.rows
         weights = self._weights(labels, self.offered, sum(self.sizes))

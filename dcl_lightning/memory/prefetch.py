@@ -6,12 +6,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
 
-__all__ = ["MemoryEngine"]
+__all__ = ["MemoryEngine", "nvtx_range"]
+
 
 _PATIENCE_S = 5.0  # for a job to end when the engine is closed
 
@@ -138,3 +140,13 @@ class MemoryEngine(Generic[Result]):
         except BaseException as error:  # handed to whoever collects
             job.error = error
         job.done.set()
+
+
+def nvtx_range(name: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context whose work stands as ``rehearsal.<name>`` in a profile of Nsight Systems (an NVTX range).
+
+    Args:
+        name: of the stage: ``insert``, ``draw``, ``exchange``, ``move`` or ``join``.
+        device: the worker's; on any but a GPU there is no range.
+    """
+    return torch.cuda.nvtx.range(f"rehearsal.{name}") if device.type == "cuda" else nullcontext()
