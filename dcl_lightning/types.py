@@ -61,8 +61,8 @@ class Batch(NamedTuple):
         task_ids: ``(B,)`` int64, the task that each sample came with.
         sample_ids: ``(B,)`` int64, index in the split's data set.
         weights: ``(B,)`` float32; 0 for rows that only pad a shard, else 1.
-        normaliser: 0-dim float32, the step's weights summed over all workers, divided by their
-            number: a worker's loss is ``(weights * losses).sum() / normaliser``.
+        normalizer: 0-dim float32, the step's weights summed over all workers, divided by their
+            number: a worker's loss is ``(weights * losses).sum() / normalizer``.
         draw_ids: ``(B,)`` int64, what augmentation draws are keyed by: the sample id of a new sample, another
             number at each step for a rehearsed one.
         num_new: new samples, which come first; the rest, r of them, are rehearsed.
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
     task_ids: Tensor
     sample_ids: Tensor
     weights: Tensor
-    normaliser: Tensor
+    normalizer: Tensor
     draw_ids: Tensor
     num_new: int
     rehearsed: dict[str, Tensor] = {}  # never written to

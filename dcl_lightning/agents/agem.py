@@ -62,7 +62,7 @@ class AGEM(RehearsingAgent):
             if len(batch.targets) > batch.num_new:
                 seen = self(batch.inputs[old])
                 trained, targets = self.trained(seen, batch.targets[old])
-                loss = weighted_cross_entropy(trained, targets, batch.weights[old], batch.normaliser)
+                loss = weighted_cross_entropy(trained, targets, batch.weights[old], batch.normalizer)
                 self._reference += flat_gradients_of(loss, parameters)
         logits = self(batch.inputs[new])
         return self.cross_entropy(logits, batch, new), torch.cat([logits, seen.detach().to(logits)])

@@ -26,7 +26,7 @@ from dcl_lightning.agents.prediction import Inference, Prediction
 from dcl_lightning.agents.step_log import StepLog
 from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
-from dcl_lightning.callbacks.checkpoint import CheckpointCare
+from dcl_lightning.callbacks.checkpoint import ResumableCheckpoints
 from dcl_lightning.callbacks.hooks import wrap_hook
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.callbacks.task_reset import scale_rates
@@ -90,7 +90,7 @@ class ContinualAgent(pl.LightningModule):
     boundaries: ClassVar[tuple[str, ...]] = ("known",)
     # Whether a method keeps past samples of its own.
     rehearses: ClassVar[bool] = False
-    # Whether the loss weighs rows by batch.weights, over batch.normaliser; any module may say so of its own.
+    # Whether the loss weighs rows by batch.weights, over batch.normalizer; any module may say so of its own.
     weighs_rows: ClassVar[bool] = True
 
     seen: Tensor
@@ -170,7 +170,7 @@ class ContinualAgent(pl.LightningModule):
         self.inference = Inference()
         self.step_log = StepLog()
         self.loss_guard = LossGuard()
-        self.checkpoint_care = CheckpointCare()
+        self.checkpoint_care = ResumableCheckpoints()
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("current", torch.zeros(num_classes, dtype=torch.bool))
         self.tasks_seen = 0
@@ -240,7 +240,7 @@ class ContinualAgent(pl.LightningModule):
     def cross_entropy(self, logits: Tensor, batch: Batch, part: slice = _ALL) -> Tensor:
         """Return the weighted cross entropy of a part of a batch's rows, 0-dim, over the samples of all workers."""
         trained, targets = self.trained(logits[part], batch.targets[part])
-        return weighted_cross_entropy(trained, targets, batch.weights[part], batch.normaliser)
+        return weighted_cross_entropy(trained, targets, batch.weights[part], batch.normalizer)
 
     def mask_unseen(self, scores: Tensor) -> Tensor:
         """Return scores with -inf for classes not seen yet; unchanged before the first task."""
@@ -319,7 +319,7 @@ class ContinualAgent(pl.LightningModule):
         """Return this agent's own callbacks, or adopt those that the trainer has already."""
         kinds = {
             "clock": TaskClock, "report": TaskReport, "progress": StreamProgress, "loss_guard": LossGuard,
-            "checkpoint_care": CheckpointCare,
+            "checkpoint_care": ResumableCheckpoints,
         }  # fmt: skip
         trainer = self.trainer
         _withdraw(trainer)

@@ -56,7 +56,7 @@ class DER(DarkReplay):
         loss = self.cross_entropy(logits, batch, slice(new))
         if batch.rehearsed:
             stored = batch.rehearsed["logits"]
-            loss = loss + self.alpha * logit_matching(logits[new:], stored, batch.weights[new:], batch.normaliser)
+            loss = loss + self.alpha * logit_matching(logits[new:], stored, batch.weights[new:], batch.normalizer)
         return loss, logits
 
 
@@ -100,6 +100,6 @@ class DERpp(DarkReplay):
         self.keep(logits, batch)
         loss = self.cross_entropy(logits, batch, new)
         if batch.rehearsed:
-            distance = logit_matching(logits[old], batch.rehearsed["logits"], batch.weights[old], batch.normaliser)
+            distance = logit_matching(logits[old], batch.rehearsed["logits"], batch.weights[old], batch.normalizer)
             loss = loss + self.alpha * distance + self.beta * self.cross_entropy(logits, batch, old)
         return loss, logits

@@ -42,5 +42,5 @@ class ERACE(RehearsingAgent):
         samples = batch.weights.new_zeros(self.num_classes)
         samples = self.comm.allreduce(samples.index_add_(0, batch.targets[new], batch.weights[new]))
         present = samples > 0
-        loss = asymmetric_cross_entropy(logits[new], batch.targets[new], present, batch.weights[new], batch.normaliser)
+        loss = asymmetric_cross_entropy(logits[new], batch.targets[new], present, batch.weights[new], batch.normalizer)
         return loss + self.cross_entropy(logits, batch, slice(batch.num_new, None)), logits

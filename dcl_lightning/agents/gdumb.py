@@ -54,4 +54,4 @@ class GDumb(RehearsingAgent):
             return 0.0 * flat_weights(trained_parameters(self)).sum(), batch.inputs.new_zeros(0, self.num_classes)
         logits = self(batch.inputs[old])
         trained, targets = self.trained(logits, batch.targets[old])
-        return weighted_cross_entropy(trained, targets, batch.weights[old], batch.normaliser), logits
+        return weighted_cross_entropy(trained, targets, batch.weights[old], batch.normalizer), logits

@@ -108,13 +108,13 @@ class ICaRL(ContinualAgent):
         remembered = self.seen & ~self.current
         targets = icarl_targets(batch.targets, self.num_classes, self.current, remembered, taught)
         divisor = float(self.num_classes) if self.bce_reduction == "mean" else 1.0
-        loss = icarl_loss(logits, targets, batch.weights, batch.normaliser, divisor, self.trained_columns())
+        loss = icarl_loss(logits, targets, batch.weights, batch.normalizer, divisor, self.trained_columns())
         return loss, logits
 
     def _original_loss(self, logits: Tensor, taught: Tensor | None, batch: Batch) -> Tensor:
         new, rehearsed = batch.num_new, len(batch.targets) - batch.num_new
         trained, targets = self.trained(logits[:new], batch.targets[:new])
-        loss = weighted_cross_entropy(trained, targets, batch.weights[:new], batch.normaliser - rehearsed)
+        loss = weighted_cross_entropy(trained, targets, batch.weights[:new], batch.normalizer - rehearsed)
         if taught is not None and rehearsed:
             loss = loss + distillation(logits[new:], taught[new:])
         return loss

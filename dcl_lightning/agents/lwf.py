@@ -61,7 +61,7 @@ class LwF(ContinualAgent):
         if self.clock.task_at(self.current_epoch):
             outputs = self.teacher(batch.inputs)[:, self.taught]
             kept = tempered_distillation(
-                logits[:, self.taught], outputs, batch.weights, batch.normaliser, self.temperature
+                logits[:, self.taught], outputs, batch.weights, batch.normalizer, self.temperature
             )
             loss = loss + self.strength * kept
         return loss, logits

@@ -17,10 +17,10 @@ from dcl_lightning.checkpoint.worker_files import FORMAT, KEY
 from dcl_lightning.comm import comm_of
 from dcl_lightning.distributed.horovod.slurm import requeue_between_steps
 
-__all__ = ["CheckpointCare"]
+__all__ = ["ResumableCheckpoints"]
 
 
-class CheckpointCare(pl.Callback):
+class ResumableCheckpoints(pl.Callback):
     """Claims the folders of the checkpoints, adds what tells whose they are, and finds a saved place again.
 
     A run may go on with another number of workers or another batch size: it then goes on after as many samples of the

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.checkpoint.directory import checkpoint_folder
-from dcl_lightning.checkpoint.reshard import redeal
+from dcl_lightning.checkpoint.reshard import reshard
 from dcl_lightning.checkpoint.worker_files import (
     FORMAT,
     KEY,
@@ -248,7 +248,7 @@ class SavedMemories:
         files = [RowsFile(self.folder / file["name"]) for file in self._memory["files"]]
         comm = manager.comm
         if len(files) != comm.size:
-            dealt = redeal([file.header["manager"] for file in files], comm.size, comm.rank)
+            dealt = reshard([file.header["manager"] for file in files], comm.size, comm.rank)
             manager.take_bookkeeping(dealt.manager)
             for file, (places, slots) in zip(files, dealt.rows, strict=True):
                 file.read_into(manager.buffer.store, places, slots)

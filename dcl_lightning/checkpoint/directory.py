@@ -19,7 +19,7 @@ from dcl_lightning.comm import Comm
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.paths import expanded
 
-__all__ = ["ClaimedFolders", "checkpoint_folder", "newest_checkpoint", "problem_of"]
+__all__ = ["ClaimedFolders", "checkpoint_folder", "latest_checkpoint", "problem_of"]
 
 
 _LOCK = "lock"
@@ -145,7 +145,7 @@ def problem_of(path: Path, resumes: bool = True) -> str:
     return check_files(folder, memory["files"], list(range(len(memory["files"]))))
 
 
-def newest_checkpoint(files: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:
+def latest_checkpoint(files: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint of some, and what is wrong with those that are newer.
 
     Args:

@@ -10,9 +10,9 @@ from numpy.random import PCG64, SeedSequence
 from torch import Tensor
 
 from dcl_lightning.memory.policies import policy_class
-from dcl_lightning.memory.slots import Integers, rooms
+from dcl_lightning.memory.slots import Integers, class_quotas
 
-__all__ = ["Dealt", "redeal"]
+__all__ = ["Dealt", "reshard"]
 
 # What is kept of each row, and what stands where there is none.
 _OF_ROW = {"labels": -1, "ids": -1, "entered": 0, "drawn": 0}
@@ -30,7 +30,7 @@ class Dealt(NamedTuple):
     rows: list[tuple[Tensor, Tensor]]
 
 
-def redeal(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
+def reshard(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
     """Deal the rows of a job out to another number of workers: none is lost, and the capacity of the job is kept.
 
     Rows go class by class, within a class by former worker and slot, or by age where the oldest rows leave first: to
@@ -60,7 +60,7 @@ def redeal(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
     if policy.owns_slots:
         room = np.sum([state["room"] for state in states], axis=0)
         # Under the adaptive quota a worker that met no sample yet gave its slots to no class.
-        room = room + rooms(capacity - int(room.sum()), admitted)
+        room = room + class_quotas(capacity - int(room.sum()), admitted)
         position += (room.cumsum() - room)[label] - label.searchsorted(label)
     # Each slot of the job, counted class by class, goes to one worker.
     owner = position % size

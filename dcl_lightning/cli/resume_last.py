@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from dcl_lightning.checkpoint.directory import newest_checkpoint
+from dcl_lightning.checkpoint.directory import latest_checkpoint
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = ["checkpoint_files", "go_on_from_last"]
@@ -31,7 +31,7 @@ def go_on_from_last(config: Any, trains: bool) -> None:
         return
     trainer = config["trainer"]
     logger = _first_logger(trainer)
-    path, problems = newest_checkpoint(checkpoint_files(trainer), trains)
+    path, problems = latest_checkpoint(checkpoint_files(trainer), trains)
     for problem in problems:
         rank_zero_info(f"passed over: {problem}")
     if path is None:

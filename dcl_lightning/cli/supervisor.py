@@ -168,10 +168,10 @@ def _workers(words: Sequence[str], trainer: dict[str, Any]) -> int:
 
 def _newest(trainer: dict[str, Any], began: int) -> tuple[Path, int] | None:
     """Return the newest whole checkpoint since the job began, with its time in ns: names are used again."""
-    from dcl_lightning.checkpoint.directory import newest_checkpoint
+    from dcl_lightning.checkpoint.directory import latest_checkpoint
     from dcl_lightning.cli.resume_last import checkpoint_files
 
-    path, _ = newest_checkpoint(checkpoint_files(trainer))
+    path, _ = latest_checkpoint(checkpoint_files(trainer))
     if path is None:
         return None
     with tempfile.TemporaryFile(dir=path.parent) as file:

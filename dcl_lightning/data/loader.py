@@ -134,7 +134,7 @@ class TaskLoader:
         weights = torch.ones(len(mine), dtype=torch.float32)
         weights[real:] = 0
         columns = mine, self.targets[mine], self.task_ids[mine], weights
-        normaliser, told = torch.zeros((), dtype=torch.float32), 0.0
+        normalizer, told = torch.zeros((), dtype=torch.float32), 0.0
         for step in range(start, len(self)):
             low = step * self.batch_size
             rows, *others = (column[low : low + self.batch_size] for column in columns)
@@ -143,7 +143,7 @@ class TaskLoader:
             if self.train:
                 in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
             if in_step != told:
-                normaliser, told = torch.tensor(in_step, dtype=torch.float32), in_step
+                normalizer, told = torch.tensor(in_step, dtype=torch.float32), in_step
             if self.num_rehearsed:
                 again = self._draw(step)
                 # Another draw at each step: an exemplar comes again and again within one epoch.
@@ -158,7 +158,7 @@ class TaskLoader:
                 task_ids=task_ids,
                 sample_ids=rows,
                 weights=row_weights,
-                normaliser=normaliser,
+                normalizer=normalizer,
                 draw_ids=draw_ids,
                 num_new=num_new,
             )

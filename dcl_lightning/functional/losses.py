@@ -1,6 +1,6 @@
 """Losses over a worker's share of a batch.
 
-``weights`` is 0 for rows that only pad a shard; ``normaliser`` is the step's weights summed over all
+``weights`` is 0 for rows that only pad a shard; ``normalizer`` is the step's weights summed over all
 workers, divided by their number. So the mean of the workers' losses, and of their gradients, is the
 loss of one process on the concatenated batch.
 """
@@ -38,7 +38,7 @@ def distillation(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True)
 
 
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, normaliser: Tensor | float) -> Tensor:
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, normalizer: Tensor | float) -> Tensor:
     r"""Return the weighted cross entropy, 0-dim.
 
     .. math:: \frac{1}{n} \sum_i w_i \, \mathrm{CE}(z_i, y_i)
@@ -47,13 +47,13 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, nor
         logits: ``(B, K)`` z, floating.
         targets: ``(B,)`` y, int64.
         weights: ``(B,)`` w, float32.
-        normaliser: n, 0-dim float32.
+        normalizer: n, 0-dim float32.
     """
-    return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / normaliser
+    return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / normalizer
 
 
 def tempered_distillation(
-    logits: Tensor, teacher_logits: Tensor, weights: Tensor, normaliser: Tensor | float, temperature: float
+    logits: Tensor, teacher_logits: Tensor, weights: Tensor, normalizer: Tensor | float, temperature: float
 ) -> Tensor:
     r"""Return the distillation loss, 0-dim (Li and Hoiem 2016, arXiv 1606.09282, equations 2 to 4).
 
@@ -66,15 +66,15 @@ def tempered_distillation(
         logits: ``(B, C)`` z of the classes that the teacher knows, floating.
         teacher_logits: ``(B, C)`` t.
         weights: ``(B,)`` w, float32.
-        normaliser: n, 0-dim float32.
+        normalizer: n, 0-dim float32.
         temperature: T, above 0.
     """
     taught = (teacher_logits.detach() / temperature).softmax(1)
-    return (weights * F.cross_entropy(logits / temperature, taught, reduction="none")).sum() / normaliser
+    return (weights * F.cross_entropy(logits / temperature, taught, reduction="none")).sum() / normalizer
 
 
 def asymmetric_cross_entropy(
-    logits: Tensor, targets: Tensor, classes: Tensor, weights: Tensor, normaliser: Tensor | float
+    logits: Tensor, targets: Tensor, classes: Tensor, weights: Tensor, normalizer: Tensor | float
 ) -> Tensor:
     r"""Return the cross entropy among some classes alone, 0-dim (Caccia et al. 2022, arXiv 2104.05025, equation 5).
 
@@ -85,14 +85,14 @@ def asymmetric_cross_entropy(
         targets: ``(B,)`` y int64; each in C, but for rows of weight 0.
         classes: ``(K,)`` bool, C.
         weights: ``(B,)`` w, float32.
-        normaliser: n, 0-dim float32.
+        normalizer: n, 0-dim float32.
     """
     # With its own class the loss of a row of weight 0 is finite, too: 0 times infinity would be NaN.
     told_apart = classes | F.one_hot(targets, logits.shape[1]).bool()
-    return weighted_cross_entropy(logits.masked_fill(~told_apart, -float("inf")), targets, weights, normaliser)
+    return weighted_cross_entropy(logits.masked_fill(~told_apart, -float("inf")), targets, weights, normalizer)
 
 
-def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normaliser: Tensor | float) -> Tensor:
+def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normalizer: Tensor | float) -> Tensor:
     r"""Return the squared distance to stored logits, 0-dim (Buzzega et al. 2020, arXiv 2004.07211, equation 5).
 
     .. math:: \frac{1}{n K} \sum_i w_i \sum_k (z_{ik} - s_{ik})^2
@@ -103,9 +103,9 @@ def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normaliser: 
         logits: ``(B, K)`` z, floating.
         stored: ``(B, K)`` s, of the same samples.
         weights: ``(B,)`` w, float32.
-        normaliser: n, 0-dim float32.
+        normalizer: n, 0-dim float32.
     """
-    return (weights * (logits - stored).square().mean(1)).sum() / normaliser
+    return (weights * (logits - stored).square().mean(1)).sum() / normalizer
 
 
 def icarl_targets(
@@ -138,7 +138,7 @@ def icarl_loss(
     logits: Tensor,
     soft_targets: Tensor,
     weights: Tensor,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     divisor: float,
     columns: Tensor | None = None,
 ) -> Tensor:
@@ -150,14 +150,14 @@ def icarl_loss(
         logits: ``(B, K)`` z, floating.
         soft_targets: ``(B, K)`` q, in [0, 1].
         weights: ``(B,)`` w, float32.
-        normaliser: n, 0-dim float32.
+        normalizer: n, 0-dim float32.
         divisor: D; K for the mean over classes, whatever is masked, or 1 for their sum.
         columns: ``(K,)`` bool, the classes C that are trained; all if None.
     """
     losses = F.binary_cross_entropy_with_logits(logits, soft_targets.to(logits.dtype), reduction="none")
     if columns is not None:
         losses = losses.masked_fill(~columns, 0.0)
-    return (weights * losses.sum(1)).sum() / (normaliser * divisor)
+    return (weights * losses.sum(1)).sum() / (normalizer * divisor)
 
 
 def nil_weights(

@@ -14,7 +14,7 @@ from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional.losses import nil_weights
 from dcl_lightning.memory.policies import make_policy
 from dcl_lightning.memory.pytree import Nest, num_rows
-from dcl_lightning.memory.slots import Assignment, Integers, SlotState, rooms
+from dcl_lightning.memory.slots import Assignment, Integers, SlotState, class_quotas
 from dcl_lightning.memory.storage import RowStore
 
 __all__ = ["RehearsalBuffer", "distinct", "split_total"]
@@ -86,7 +86,7 @@ class RehearsalBuffer:
         self.generator = Generator(PCG64(seed))
         classes = np.full(num_classes, self.policy.owns_slots and quota == "fixed")
         ids_kept = (num_samples or 0) if self.policy.refreshes else 0
-        self.state = SlotState(num_classes, capacity, rooms(capacity, classes), ids_kept)
+        self.state = SlotState(num_classes, capacity, class_quotas(capacity, classes), ids_kept)
 
     def __len__(self) -> int:
         """Return the number of rows stored."""

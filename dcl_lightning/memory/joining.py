@@ -45,10 +45,10 @@ def join(
         inputs: ``(b + r, ...)``, where they lie side by side already; joined here if None.
         extra: names of the columns that the representatives have beside those of ``columns_of``.
     """
-    normaliser = batch.normaliser + share
+    normalizer = batch.normalizer + share
     if loss == "sum":
         # mean over the new + mean over the rehearsed = (sum new + sum rehearsed * new / rehearsed) / new
-        weights, normaliser = weights * (batch.normaliser / share), batch.normaliser
+        weights, normalizer = weights * (batch.normalizer / share), batch.normalizer
     ids = rows["sample_ids"]
     return Batch(
         inputs=torch.cat([batch.inputs, rows["inputs"]]) if inputs is None else inputs,
@@ -56,7 +56,7 @@ def join(
         task_ids=torch.cat([batch.task_ids, rows["task_ids"]]),
         sample_ids=torch.cat([batch.sample_ids, ids]),
         weights=torch.cat([batch.weights, weights]),
-        normaliser=normaliser,
+        normalizer=normalizer,
         draw_ids=torch.cat([batch.draw_ids, ids + ((step + 1) << 32)]),
         num_new=batch.num_new,
         rehearsed={name: rows[name] for name in extra},

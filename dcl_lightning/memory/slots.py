@@ -15,7 +15,7 @@ from numpy.random import Generator
 
 from dcl_lightning.errors import ConfigurationError, DataError
 
-__all__ = ["Assignment", "Integers", "SlotState", "rooms"]
+__all__ = ["Assignment", "Integers", "SlotState", "class_quotas"]
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 
@@ -41,7 +41,7 @@ class Assignment(NamedTuple):
     seen: int
 
 
-def rooms(capacity: int, classes: npt.NDArray[np.bool_]) -> Integers:
+def class_quotas(capacity: int, classes: npt.NDArray[np.bool_]) -> Integers:
     """Share the capacity among classes, what is left over going to the first ones.
 
     Args:
@@ -175,7 +175,7 @@ class SlotState:
         if not (classes & ~self.admitted).any():
             return
         self.admitted |= classes
-        room = rooms(self.capacity, self.admitted)
+        room = class_quotas(self.capacity, self.admitted)
         start = room.cumsum() - room
         slots, owner = self._members(generator, oldest_leave)
         # `rank`: place among the rows of its class, those that leave first.

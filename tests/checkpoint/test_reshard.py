@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcl_lightning.checkpoint.reshard import redeal
+from dcl_lightning.checkpoint.reshard import reshard
 from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig, resolve
@@ -51,7 +51,7 @@ def deal(managers: list[MemoryManager], total: int, size: int) -> list[MemoryMan
     result = []
     for rank in range(size):
         manager = make(total, size, rank, policy, quota)
-        dealt = redeal(saved, size, rank)
+        dealt = reshard(saved, size, rank)
         manager.take_bookkeeping(dealt.manager)
         for old, (places, slots) in zip(managers, dealt.rows, strict=True):
             rows = old.buffer.store.gather(old.buffer.slots_at(places))

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rehearsals import same
 from streams import make_data, make_trainer, matrix, weights
 
-from dcl_lightning.checkpoint.directory import newest_checkpoint, problem_of
+from dcl_lightning.checkpoint.directory import latest_checkpoint, problem_of
 
 PATIENCE_S = 120
 
@@ -101,7 +101,7 @@ def main(root: Path, kills: int, seed: int, names: list[str]) -> dict[str, Any]:
             told["runs"] += 1
             ended = False
             while not ended:
-                path, problems = newest_checkpoint((run / "checkpoints").glob("*.ckpt"))
+                path, problems = latest_checkpoint((run / "checkpoints").glob("*.ckpt"))
                 # At every moment all that is there under its name is whole.
                 assert not problems, problems
                 if path is not None:

@@ -445,7 +445,7 @@ class Step:
     task_ids: Tensor
     draw_ids: Tensor
     weights: Tensor
-    normaliser: float
+    normalizer: float
     written: Tensor
     inputs: Tensor
     logits: Tensor | None
@@ -510,7 +510,7 @@ class Recorder(pl.Callback):
                 task_ids=batch.task_ids.clone(),
                 draw_ids=batch.draw_ids.clone(),
                 weights=batch.weights.clone(),
-                normaliser=float(batch.normaliser),
+                normalizer=float(batch.normalizer),
                 written=self.truth.ids_of(batch.inputs),
                 inputs=batch.inputs.clone(),
                 logits=batch.rehearsed["logits"].clone() if "logits" in batch.rehearsed else None,
@@ -835,8 +835,8 @@ class Examination:
         old = sum(float(s.weights[s.old].sum()) for s in steps) / len(steps)
         expected = new if self.config.loss == "sum" else new + old
         close = 1e-5 if "16-true" not in value_of(self.drawn, "precision") else 1e-2
-        if any(not math.isclose(s.normaliser, expected, rel_tol=close) for s in steps):
-            self.faults.append(f"step {number}: divides by {[s.normaliser for s in steps]}, rows weigh {expected}")
+        if any(not math.isclose(s.normalizer, expected, rel_tol=close) for s in steps):
+            self.faults.append(f"step {number}: divides by {[s.normalizer for s in steps]}, rows weigh {expected}")
         elif self.config.loss == "sum" and old and not math.isclose(old, new, rel_tol=close):
             self.faults.append(f"step {number}: rehearsed rows weigh {old}, new ones {new}")
         elif (self.config.loss, self.config.weighting) == ("mean", "none") and any(
@@ -1000,7 +1000,7 @@ class Examination:
             self.faults.append(f"{what}: {len(fit.steps)} steps in place of at most {len(other.steps)}")
             return
         for number, (ours, theirs) in enumerate(zip(fit.steps, tail, strict=True)):
-            for name in ("epoch", "num_new", "ids", "draw_ids", "weights", "normaliser", "inputs", "logits", "loss"):
+            for name in ("epoch", "num_new", "ids", "draw_ids", "weights", "normalizer", "inputs", "logits", "loss"):
                 if not _same(getattr(ours, name), getattr(theirs, name)) and not _both_nan(ours, theirs, name):
                     self.faults.append(
                         f"{what}: its step {number} of {len(tail)} (epoch {theirs.epoch}) differs in {name}: "

@@ -21,7 +21,7 @@ from streams import make_agent, make_data, make_trainer
 
 from dcl_lightning import cli
 from dcl_lightning.backbones import MLP
-from dcl_lightning.checkpoint.directory import newest_checkpoint, problem_of
+from dcl_lightning.checkpoint.directory import latest_checkpoint, problem_of
 from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError
 
 
@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path, size: int) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".memory") == ["last.ckpt", "step=7.ckpt"]
     assert len(list(folder.glob("*.memory/*/rank_0"))) == 2
-    path, problems = newest_checkpoint(folder.glob("*.ckpt"))
+    path, problems = latest_checkpoint(folder.glob("*.ckpt"))
     assert not problems
     whole = fit(tmp_path)
     assert_same_run(fit(tmp_path, ckpt=path), (whole[0], whole[1][7:]))

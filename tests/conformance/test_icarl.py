@@ -40,7 +40,7 @@ def test_per_step_adds_exemplars_of_earlier_tasks_to_each_batch(tmp_path: Path) 
     def spy(batch):
         rehearsed = batch.targets[batch.num_new :].tolist()
         steps.append((agent.clock.task_at(agent.trainer.current_epoch), len(rehearsed), set(rehearsed)))
-        assert float(batch.normaliser) == float(batch.weights.sum())
+        assert float(batch.normalizer) == float(batch.weights.sum())
         return inner(batch)
 
     agent.training_loss = spy

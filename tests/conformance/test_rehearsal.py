@@ -286,7 +286,7 @@ def test_weights_are_those_of_the_definition(tmp_path: Path, scope: str) -> None
         got = batch.weights.cpu().numpy()
         assert (got[: batch.num_new] == 1).all()
         np.testing.assert_allclose(got[batch.num_new :], expected, rtol=1e-6)
-        np.testing.assert_allclose(float(batch.normaliser), got.sum(), rtol=1e-6)
+        np.testing.assert_allclose(float(batch.normalizer), got.sum(), rtol=1e-6)
         branches.update((expected > 1).tolist())
 
     fit(tmp_path, look=look, buffer_size=6, scope=scope, agent={"epochs_per_task": 8})

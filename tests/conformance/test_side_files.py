@@ -18,7 +18,7 @@ from streams import make_agent, make_data, make_trainer, matrix, weights
 from dcl_lightning import NIL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.checkpoint.buffer_files import RowsFile
-from dcl_lightning.checkpoint.directory import newest_checkpoint, problem_of
+from dcl_lightning.checkpoint.directory import latest_checkpoint, problem_of
 from dcl_lightning.errors import CheckpointError
 
 KEPT = Path(__file__).parent.parent / "data" / "checkpoint_v1" / "step=8.ckpt"
@@ -167,7 +167,7 @@ def test_a_lone_checkpoint_does_all_but_train(tmp_path: Path) -> None:
         fit(tmp_path, ckpt=lone)
     assert "is missing" in problem_of(lone)
     assert problem_of(lone, resumes=False) == ""
-    assert newest_checkpoint([*tmp_path.glob("*.ckpt"), lone])[0].parent == tmp_path
+    assert latest_checkpoint([*tmp_path.glob("*.ckpt"), lone])[0].parent == tmp_path
 
 
 def test_a_checkpoint_of_format_1_resumes_for_ever(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_checkpoint_names_no_file_outside_its_folder(what: str, tmp_path: Path
     with pytest.raises(CheckpointError, match="is not to be trusted"):
         fit(tmp_path, ckpt=tmp_path / "last.ckpt")
     assert "is not to be trusted" in problem_of(tmp_path / "last.ckpt")
-    assert newest_checkpoint([tmp_path / "last.ckpt"])[0] is None
+    assert latest_checkpoint([tmp_path / "last.ckpt"])[0] is None
 
 
 def test_all_that_a_checkpoint_needs_is_on_the_disk_before_it_is(

@@ -205,7 +205,7 @@ def shards(data, epoch: int, size: int) -> list[list[int]]:
         batches = list(loader)
         assert len(batches) == len(loader)
         result.append(torch.cat([b.sample_ids[b.weights > 0] for b in batches]).tolist())
-        normalisers.append([float(b.normaliser) for b in batches])
+        normalisers.append([float(b.normalizer) for b in batches])
         data._train_loader = None
     assert all(one == normalisers[0] for one in normalisers)
     return result
@@ -248,4 +248,4 @@ def test_weights_of_a_step_are_those_of_all_workers() -> None:
         data._train_loader = None
     assert [len(batches) for batches in loaders] == [5, 5]
     for one, other in zip(*loaders, strict=True):
-        assert float(one.normaliser) == float(other.normaliser) == float(one.weights.sum() + other.weights.sum()) / 2
+        assert float(one.normalizer) == float(other.normalizer) == float(one.weights.sum() + other.weights.sum()) / 2

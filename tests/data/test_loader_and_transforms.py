@@ -28,7 +28,7 @@ def test_workers_together_see_what_one_sees_step_by_step(count: int, size: int) 
         parts = [m[step] for m in many]
         real = torch.cat([p.sample_ids[p.weights > 0] for p in parts])
         assert sorted(real.tolist()) == sorted(whole.sample_ids.tolist())
-        assert all(float(p.normaliser) == pytest.approx(len(whole.sample_ids) / size) for p in parts)
+        assert all(float(p.normalizer) == pytest.approx(len(whole.sample_ids) / size) for p in parts)
 
 
 def test_evaluation_shards_are_exact() -> None:
@@ -141,4 +141,4 @@ def test_types_of_a_batch_do_not_depend_on_the_default_one(dtype: torch.dtype) -
         batches = list(loader)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {(batch.weights.dtype, batch.normaliser.dtype) for batch in batches} == {(torch.float32, torch.float32)}
+    assert {(batch.weights.dtype, batch.normalizer.dtype) for batch in batches} == {(torch.float32, torch.float32)}

@@ -21,7 +21,7 @@ from agents import make
 from streams import make_data, matrix, weights
 
 from dcl_lightning.callbacks import TaskReport
-from dcl_lightning.checkpoint.directory import newest_checkpoint
+from dcl_lightning.checkpoint.directory import latest_checkpoint
 
 
 class Tell(pl.Callback):
@@ -40,7 +40,7 @@ def main(folder: Path, name: str, workers: int) -> None:
     """Fit."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    path, problems = newest_checkpoint((folder / "checkpoints").glob("*.ckpt"))
+    path, problems = latest_checkpoint((folder / "checkpoints").glob("*.ckpt"))
     assert not problems, problems
     data: Any = make_data(batch_size=2)
     agent = make(name, data)

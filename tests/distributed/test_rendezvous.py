@@ -14,7 +14,7 @@ import pytest
 
 from dcl_lightning.distributed import HorovodStrategy
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, RendezvousServer, open_rendezvous, wait_for_workers
-from dcl_lightning.distributed.horovod.worker_process import Child
+from dcl_lightning.distributed.horovod.worker_process import WorkerProcess
 from dcl_lightning.errors import ConfigurationError, WorkerError
 
 
@@ -161,7 +161,7 @@ def test_a_childs_lines_are_shown_and_logged_from_the_first_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     code = "import sys, time; print('one', flush=True); time.sleep(1); print('two', file=sys.stderr)"
-    child = Child(3, [sys.executable, "-c", code], {})
+    child = WorkerProcess(3, [sys.executable, "-c", code], {})
     while "one" not in capfd.readouterr().out:
         time.sleep(0.01)
     child.log_to(tmp_path / "logs")
@@ -174,7 +174,7 @@ def test_a_childs_lines_are_shown_and_logged_from_the_first_on(
 
 
 def test_a_child_says_how_it_ended() -> None:
-    child = Child(1, [sys.executable, "-c", "import time; time.sleep(60)"], {})
+    child = WorkerProcess(1, [sys.executable, "-c", "import time; time.sleep(60)"], {})
     child.kill(9)
     child.process.wait(20)
     assert child.how_it_ended() == "ended with code -9 (SIGKILL: killed from outside, or for want of memory)"

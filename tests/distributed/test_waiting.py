@@ -7,11 +7,11 @@ from helpers import assert_ended_well, run_workers
 PROGRAM = """
 import signal, time
 import horovod.torch as hvd, torch
-from dcl_lightning.distributed.horovod.polling import rest_while_waiting
+from dcl_lightning.distributed.horovod.polling import poll_while_waiting
 hvd.init()
-rest_while_waiting()
+poll_while_waiting()
 first = hvd.synchronize
-rest_while_waiting()
+poll_while_waiting()
 assert hvd.synchronize is first, "once is enough"
 
 # Worker 1 comes three seconds later. What counts is the core's time, on however busy a machine.

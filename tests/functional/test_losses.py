@@ -22,8 +22,8 @@ def test_cross_entropy_leaves_padding_out(logits):
 
 def test_workers_average_to_one_process(logits):
     weights = torch.rand(6, generator=torch.Generator().manual_seed(1))
-    normaliser = weights.sum() / 2
-    parts = [weighted_cross_entropy(logits[s], TARGETS[s], weights[s], normaliser) for s in (slice(2), slice(2, 6))]
+    normalizer = weights.sum() / 2
+    parts = [weighted_cross_entropy(logits[s], TARGETS[s], weights[s], normalizer) for s in (slice(2), slice(2, 6))]
     whole = weighted_cross_entropy(logits, TARGETS, weights, weights.sum())
     assert (sum(parts) / 2).item() == pytest.approx(whole.item())
 

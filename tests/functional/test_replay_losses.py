@@ -57,13 +57,13 @@ def test_tempered_distillation(temperature: float) -> None:
 
 @pytest.mark.parametrize("loss", ["asymmetric", "matching", "distillation"])
 def test_workers_average_to_one_process(loss: str) -> None:
-    def of(part: slice, normaliser: float) -> torch.Tensor:
+    def of(part: slice, normalizer: float) -> torch.Tensor:
         if loss == "asymmetric":
             classes = torch.tensor([True, False, True, True])
-            return asymmetric_cross_entropy(LOGITS[part], TARGETS[part], classes, WEIGHTS[part], normaliser)
+            return asymmetric_cross_entropy(LOGITS[part], TARGETS[part], classes, WEIGHTS[part], normalizer)
         if loss == "matching":
-            return logit_matching(LOGITS[part], OTHERS[part], WEIGHTS[part], normaliser)
-        return tempered_distillation(LOGITS[part], OTHERS[part], WEIGHTS[part], normaliser, 2.0)
+            return logit_matching(LOGITS[part], OTHERS[part], WEIGHTS[part], normalizer)
+        return tempered_distillation(LOGITS[part], OTHERS[part], WEIGHTS[part], normalizer, 2.0)
 
     parts = (of(slice(2), N / 2) + of(slice(2, 6), N / 2)) / 2
     assert parts.item() == pytest.approx(of(slice(6), N).item())

@@ -11,7 +11,7 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory import policies
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.policies import ClassBalanced, Fifo, Greedy, GreedyBalancing, Nil, Reservoir, make_policy
-from dcl_lightning.memory.slots import SlotState, rooms
+from dcl_lightning.memory.slots import SlotState, class_quotas
 from dcl_lightning.memory.storage import RowStore
 
 ALL = lambda k: np.ones(k, dtype=np.bool_)  # noqa: E731
@@ -21,7 +21,7 @@ class Memory:
     """The ids stored, driven by a policy."""
 
     def __init__(self, policy, num_classes, capacity, seed=0):
-        room = rooms(capacity, ALL(num_classes) & policy.owns_slots)
+        room = class_quotas(capacity, ALL(num_classes) & policy.owns_slots)
         self.policy, self.state, self.generator = (
             policy,
             SlotState(num_classes, capacity, room),
@@ -196,10 +196,10 @@ def test_a_stored_sample_is_refreshed(policy):
 
 
 def test_rooms_share_with_what_is_left_in_a_fixed_order():
-    assert rooms(25, ALL(10)).tolist() == [3] * 5 + [2] * 5
-    assert rooms(2, ALL(3)).tolist() == [1, 1, 0]
-    assert rooms(5, np.array([False, True, True])).tolist() == [0, 3, 2]
-    assert rooms(5, ~ALL(3)).tolist() == [0, 0, 0]
+    assert class_quotas(25, ALL(10)).tolist() == [3] * 5 + [2] * 5
+    assert class_quotas(2, ALL(3)).tolist() == [1, 1, 0]
+    assert class_quotas(5, np.array([False, True, True])).tolist() == [0, 3, 2]
+    assert class_quotas(5, ~ALL(3)).tolist() == [0, 0, 0]
 
 
 def test_classes_without_room_store_nothing():

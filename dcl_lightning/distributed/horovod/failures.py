@@ -18,12 +18,12 @@ from dcl_lightning.distributed.horovod.watchdog import Watchdog
 from dcl_lightning.distributed.ranks import place
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["JobCare"]
+__all__ = ["FailureProtection"]
 
 _CONNECT_S = 120  # for connections, once all workers are there; horovodrun's 30 s are few on busy machines
 
 
-class JobCare:
+class FailureProtection:
     """Start, watch and end of a job, for the strategy.
 
     Args:

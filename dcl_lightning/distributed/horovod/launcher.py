@@ -17,7 +17,7 @@ import torch
 
 from dcl_lightning._lightning import Launcher
 from dcl_lightning.distributed.horovod.rendezvous import open_rendezvous
-from dcl_lightning.distributed.horovod.worker_process import Child
+from dcl_lightning.distributed.horovod.worker_process import WorkerProcess
 from dcl_lightning.distributed.ranks import running_horovod, worker_threads
 from dcl_lightning.errors import ConfigurationError, WorkerError
 
@@ -43,7 +43,7 @@ class HorovodLauncher(Launcher):
     def __init__(self, num_workers: int) -> None:
         super().__init__()
         self.num_workers = num_workers
-        self._workers: list[Child] = []
+        self._workers: list[WorkerProcess] = []
         self._ending = threading.Event()
         self._reported = threading.Lock()
         self._own_failure = self._failing = self._stopped = False
@@ -152,7 +152,7 @@ class HorovodLauncher(Launcher):
             torch.set_num_threads(threads)
         atexit.register(self._end)
         for rank, variables in enumerate(places[1:], start=1):
-            self._workers.append(Child(rank, command, variables))
+            self._workers.append(WorkerProcess(rank, command, variables))
         os.environ.update(places[0])
         self._forward_signals()
         threading.Thread(target=self._watch, name="horovod-watch", daemon=True).start()
@@ -180,7 +180,7 @@ class HorovodLauncher(Launcher):
 
     # -- end -----------------------------------------------------------------------------------------
 
-    def _cause_of(self, exception: Exception) -> Child | None:
+    def _cause_of(self, exception: Exception) -> WorkerProcess | None:
         """Return the worker whose failure this is the echo of."""
         if self._signal or type(exception).__name__ not in _ECHOES:
             return None
@@ -190,7 +190,7 @@ class HorovodLauncher(Launcher):
             time.sleep(0.05)
         return self._first_failed()
 
-    def _first_failed(self) -> Child | None:
+    def _first_failed(self) -> WorkerProcess | None:
         failed = [worker for worker in self._workers if worker.failed]
         for worker in failed:
             worker.drain()
@@ -258,7 +258,7 @@ class HorovodLauncher(Launcher):
             sys.stderr.flush()
 
 
-def _wait_for(workers: Collection[Child], seconds: float) -> None:
+def _wait_for(workers: Collection[WorkerProcess], seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(worker.running for worker in workers):
         time.sleep(0.05)

@@ -9,10 +9,10 @@ from typing import Any
 
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["end_waits", "handle_waited_for", "is_within_wait", "rest_while_waiting"]
+__all__ = ["end_waits", "handle_waited_for", "is_within_wait", "poll_while_waiting"]
 
-# A job of two workers on two cores that had other work, too, took 1.5 times as long without naps.
-_NAP_S = 2e-5
+# A job of two workers on two cores that had other work, too, took 1.5 times as long without these sleeps.
+_POLL_INTERVAL_S = 2e-5
 _reason: str | None = None
 
 
@@ -26,8 +26,8 @@ def end_waits(reason: str | None) -> None:
     _reason = reason
 
 
-def rest_while_waiting() -> None:
-    """Let whoever waits for an operation of Horovod's sleep between looks, in Horovod's own functions too.
+def poll_while_waiting() -> None:
+    """Let whoever waits for an operation of Horovod's sleep between polls, in Horovod's own functions too.
 
     Its ``synchronize`` asks in a loop that only yields the core. On a CPU that takes the core from what is waited for:
     from Horovod's thread, the memory's, and the other workers of the machine.
@@ -44,7 +44,7 @@ def rest_while_waiting() -> None:
         try:
             # Of another handle, one that was waited for before, Horovod's own function knows what to say.
             while handle in mpi_ops._handle_map and not mpi_ops.poll(handle) and _reason is None:
-                time.sleep(_NAP_S)
+                time.sleep(_POLL_INTERVAL_S)
         finally:
             # Also where a signal ends the sleep with an exception: no operation is left behind.
             result = None if _reason is not None else wait(handle)

@@ -27,10 +27,10 @@ from dcl_lightning.distributed.fork_hazard import warn_of_fork
 from dcl_lightning.distributed.horovod.batchnorm import layer_sync_for_horovod
 from dcl_lightning.distributed.horovod.comm import HorovodComm
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
-from dcl_lightning.distributed.horovod.failures import JobCare
+from dcl_lightning.distributed.horovod.failures import FailureProtection
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
-from dcl_lightning.distributed.horovod.polling import rest_while_waiting
+from dcl_lightning.distributed.horovod.polling import poll_while_waiting
 from dcl_lightning.distributed.horovod.shutdown import restore_callbacks
 from dcl_lightning.distributed.horovod.slurm import accept_allocation, check_srun, horovod_environment, requeue_together
 from dcl_lightning.distributed.ranks import launched_by_horovod, set_rank_from_environment
@@ -108,7 +108,7 @@ class HorovodStrategy(ParallelStrategy):
         )
         self._bind = bind
         self._averager = GradientAverager(op, compression, gradient_predivide_factor, find_unused_parameters)
-        self._care = JobCare(start_timeout, collective_timeout, self._averager)
+        self._care = FailureProtection(start_timeout, collective_timeout, self._averager)
         self._comm: Comm = SingleProcessComm()
         self._failed = False
         set_rank_from_environment()
@@ -197,7 +197,7 @@ class HorovodStrategy(ParallelStrategy):
             trainer = self.lightning_module.trainer if self.lightning_module is not None else None
             self._care.meet(trainer, self._launcher)
         hvd.init()
-        rest_while_waiting()
+        poll_while_waiting()
         self._failed = False
         self._comm = HorovodComm() if hvd.size() > 1 else SingleProcessComm()
         set_rank_from_environment()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["Child", "end_with_parent", "launching_process"]
+__all__ = ["WorkerProcess", "end_with_parent", "launching_process"]
 
 _LAST_LINES = 150  # holds a traceback through all of Lightning
 _LINES_KEPT = 5000  # until the run's folder is known
@@ -27,7 +27,7 @@ def launching_process() -> int | None:
     return parent if os.environ.get(_LAUNCHER) == str(parent) else None
 
 
-class Child:
+class WorkerProcess:
     """A process that ends with this one, whatever ends it.
 
     Its lines are shown here, on the stream of the same name, with ``[rank k]`` before each.
