@@ -24,8 +24,8 @@ from dcl_lightning.checkpoint.worker_files import told
 from dcl_lightning.comm import Comm, comm_of
 from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.stream import Stream
+from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.horovod.slurm import requeue_between_steps
-from dcl_lightning.distributed.ranks import place
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
@@ -508,7 +508,7 @@ class Rehearsal(pl.Callback):
             example = _no_rows(example) | self._extras.no_rows()
         capacity = split_total(total, comm.size, comm.rank)
         seed = seed_of_run(config.seed, "rehearsal.seed")
-        on_host = min(comm.size, max(place("local_size"), trainer.num_devices))
+        on_host = min(comm.size, max(ranks.local_size(), trainer.num_devices))
         # All workers look before one of them takes its part.
         _together(comm, lambda: refuse_lack_of_space(example, capacity, config.storage, on_host))
         store = _together(comm, lambda: RowStore(example, capacity, config.storage))

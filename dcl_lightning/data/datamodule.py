@@ -23,7 +23,8 @@ from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.stream import Stream, refuse_another_stream
 from dcl_lightning.data.task_split import Cutting
 from dcl_lightning.data.transforms import TransformedInputs
-from dcl_lightning.distributed.ranks import place, worker_threads
+from dcl_lightning.distributed import ranks
+from dcl_lightning.distributed.ranks import worker_threads
 from dcl_lightning.errors import ConfigurationError, whole_number
 from dcl_lightning.paths import absolute
 from dcl_lightning.types import Batch, Clock, InputSpec, Replay, Task
@@ -262,7 +263,7 @@ class ContinualDataModule(pl.LightningDataModule):
             return 0
         if self.num_workers is not None:
             return self.num_workers
-        local = max(place("local_size"), getattr(self.trainer, "num_devices", 1))
+        local = max(ranks.local_size(), getattr(self.trainer, "num_devices", 1))
         return min(worker_threads(local), 8)
 
     # -- who says what is trained on, for the time of a fit -----------------------------------------

@@ -6,7 +6,10 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["launched_by_horovod", "mpi_runs", "place", "running_horovod", "set_rank_from_environment", "worker_threads"]
+__all__ = [
+    "host_rank", "launched_by_horovod", "local_rank", "local_size", "mpi_runs", "num_hosts", "rank", "running_horovod",
+    "set_rank_from_environment", "worker_threads", "world_size",
+]  # fmt: skip
 
 _NAMES = {
     "rank": ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"),
@@ -35,25 +38,42 @@ def mpi_runs() -> bool:
     return hvd is not None and bool(hvd.mpi_enabled())
 
 
-def place(what: str) -> int:
-    """Return one number of this worker's place: Horovod's own once it runs, the launcher's before.
+def rank() -> int:
+    """Return the 0-based number of this worker: Horovod's own once it runs, the launcher's before."""
+    return _number("rank", 0)
 
-    Args:
-        what: ``rank``, ``size``, ``local_rank``, ``local_size``, or ``cross_rank`` and ``cross_size``,
-            the number of this host and of all hosts.
-    """
+
+def world_size() -> int:
+    """Return the number of workers."""
+    return _number("size", 1)
+
+
+def local_rank() -> int:
+    """Return the 0-based number of this worker on its host."""
+    return _number("local_rank", 0)
+
+
+def local_size() -> int:
+    """Return the number of workers on this host."""
+    return _number("local_size", 1)
+
+
+def host_rank() -> int:
+    """Return the 0-based number of this host."""
+    # Open MPI does not tell it: exact for equally filled hosts, until Horovod runs.
+    return _number("cross_rank", rank() // local_size() if world_size() > local_size() else 0)
+
+
+def num_hosts() -> int:
+    """Return the number of hosts."""
+    return _number("cross_size", -(-world_size() // local_size()))
+
+
+def _number(name: str, default: int) -> int:
     hvd = running_horovod()
     if hvd is not None:
-        return int(getattr(hvd, what)())
-    for name in _NAMES[what]:
-        if name in os.environ:
-            return int(os.environ[name])
-    # Open MPI does not tell the host's number: exact for equally filled hosts, until Horovod runs.
-    if what == "cross_rank":
-        return place("rank") // place("local_size") if place("size") > place("local_size") else 0
-    if what == "cross_size":
-        return -(-place("size") // place("local_size"))
-    return 1 if what.endswith("size") else 0
+        return int(getattr(hvd, name)())
+    return next((int(os.environ[variable]) for variable in _NAMES[name] if variable in os.environ), default)
 
 
 def set_rank_from_environment() -> None:
@@ -63,7 +83,7 @@ def set_rank_from_environment() -> None:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning_utilities.core.rank_zero import rank_zero_only as shared_rank_zero_only
 
-    rank_zero_only.rank = shared_rank_zero_only.rank = place("rank")  # type: ignore[attr-defined]
+    rank_zero_only.rank = shared_rank_zero_only.rank = rank()  # type: ignore[attr-defined]
 
 
 def worker_threads(local_workers: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning.fabric.plugins import ClusterEnvironment
 
-from dcl_lightning.distributed.ranks import launched_by_horovod, place, set_rank_from_environment
+from dcl_lightning.distributed import ranks
+from dcl_lightning.distributed.ranks import launched_by_horovod, set_rank_from_environment
 
 __all__ = ["HorovodEnvironment", "launched_by_horovod", "set_rank_from_environment"]
 
@@ -34,30 +35,30 @@ class HorovodEnvironment(ClusterEnvironment):
 
     def world_size(self) -> int:
         """Return the number of workers."""
-        return place("size")
+        return ranks.world_size()
 
     def set_world_size(self, size: int) -> None:
         """Ignore: the launcher decides."""
 
     def global_rank(self) -> int:
         """Return the 0-based number of this worker."""
-        return place("rank")
+        return ranks.rank()
 
     def set_global_rank(self, rank: int) -> None:
         """Ignore: the launcher decides."""
 
     def local_rank(self) -> int:
         """Return the 0-based number of this worker on its host."""
-        return place("local_rank")
+        return ranks.local_rank()
 
     def local_size(self) -> int:
         """Return the number of workers on this host."""
-        return place("local_size")
+        return ranks.local_size()
 
     def node_rank(self) -> int:
         """Return the 0-based number of this host."""
-        return place("cross_rank")
+        return ranks.host_rank()
 
     def num_nodes(self) -> int:
         """Return the number of hosts."""
-        return place("cross_size")
+        return ranks.num_hosts()

@@ -10,12 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 
 from dcl_lightning.comm import Comm
+from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_workers
 from dcl_lightning.distributed.horovod.shutdown import fail_together, keep_together
 from dcl_lightning.distributed.horovod.watchdog import Watchdog
-from dcl_lightning.distributed.ranks import place
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = ["FailureProtection"]
@@ -57,14 +57,14 @@ class FailureProtection:
         """
         given = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "0")
         os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(int(given), int(self.start_timeout), _CONNECT_S))
-        if place("size") == 1:
+        if ranks.world_size() == 1:
             return
         if trainer is not None:
             fail_together(trainer)
         meeting = Rendezvous.of_job()
         if meeting is not None:
             failed = launcher.failed_workers if isinstance(launcher, HorovodLauncher) else list
-            wait_for_workers(meeting, place("rank"), place("size"), self.start_timeout, failed)
+            wait_for_workers(meeting, ranks.rank(), ranks.world_size(), self.start_timeout, failed)
 
     def begin(self, trainer: pl.Trainer | None, comm: Comm) -> None:
         """Let all workers of a run stop together, or fail together.
