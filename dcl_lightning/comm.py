@@ -18,6 +18,7 @@ __all__ = [
     "RowComm",
     "SingleProcessComm",
     "TorchDistributedComm",
+    "allgather_text",
     "comm_of",
     "used_here",
 ]
@@ -361,6 +362,17 @@ def comm_of(strategy: Any) -> Comm:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return TorchDistributedComm()
     return SingleProcessComm()
+
+
+def allgather_text(comm: Comm, text: str) -> list[str]:
+    """Return every worker's text.
+
+    Args:
+        comm: the cluster; every worker calls this.
+        text: this worker's.
+    """
+    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
+    return [bytes(part.tolist()).decode() for part in comm.allgather(mine)]
 
 
 def used_here(rows: Tensor) -> None:

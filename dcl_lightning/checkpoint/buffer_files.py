@@ -25,9 +25,8 @@ from dcl_lightning.checkpoint.worker_files import (
     copy_file,
     raise_together,
     stage_files,
-    told,
 )
-from dcl_lightning.comm import Comm, comm_of
+from dcl_lightning.comm import Comm, allgather_text, comm_of
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Representatives
@@ -270,7 +269,7 @@ class SavedMemories:
             checkpoint: is told.
         """
         comm, error = comm_of(trainer.strategy), ""
-        place = Path(told(comm, str(_root(trainer) / uuid.uuid4().hex) if comm.rank == 0 else "")[0])
+        place = Path(allgather_text(comm, str(_root(trainer) / uuid.uuid4().hex) if comm.rank == 0 else "")[0])
         if comm.rank == 0:
             try:
                 place.mkdir(parents=True)

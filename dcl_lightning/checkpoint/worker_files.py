@@ -13,9 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from dcl_lightning.comm import Comm
+from dcl_lightning.comm import Comm, allgather_text
 from dcl_lightning.errors import CheckpointError
 
 __all__ = [
@@ -29,7 +27,6 @@ __all__ = [
     "side_folder",
     "stage_files",
     "sync_folder",
-    "told",
 ]
 
 KEY = "dcl_lightning"  # of our part of a checkpoint
@@ -67,17 +64,6 @@ class Hashed:
         return self._hash.hexdigest()
 
 
-def told(comm: Comm, text: str) -> list[str]:
-    """Return every worker's text.
-
-    Args:
-        comm: the cluster.
-        text: this worker's.
-    """
-    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
-    return [bytes(part.tolist()).decode() for part in comm.allgather(mine)]
-
-
 def raise_together(comm: Comm, error: str) -> None:
     """Raise on all workers if one has an error.
 
@@ -88,7 +74,7 @@ def raise_together(comm: Comm, error: str) -> None:
     Raises:
         CheckpointError: the first worker's error.
     """
-    errors = [text for text in told(comm, error) if text]
+    errors = [text for text in allgather_text(comm, error) if text]
     if errors:
         raise CheckpointError(errors[0])
 
@@ -107,7 +93,7 @@ def stage_files(comm: Comm, root: Path, write: Callable[[IO[bytes] | Any], None]
     Raises:
         CheckpointError: on all workers, if one could not write or its file is not seen by worker 0.
     """
-    place = told(comm, str(root / uuid.uuid4().hex) if comm.rank == 0 else "")[0]
+    place = allgather_text(comm, str(root / uuid.uuid4().hex) if comm.rank == 0 else "")[0]
     folder, name = Path(place), f"rank_{comm.rank}"
     mine: dict[str, Any] = {"name": name, "host": socket.gethostname()}
     try:
@@ -120,7 +106,7 @@ def stage_files(comm: Comm, root: Path, write: Callable[[IO[bytes] | Any], None]
         mine |= {"bytes": hashed.num_bytes, "sha256": hashed.digest()}
     except OSError as error:
         mine["error"] = str(CheckpointError.not_written(folder / name, error))
-    files = [json.loads(text) for text in told(comm, json.dumps(mine))]
+    files = [json.loads(text) for text in allgather_text(comm, json.dumps(mine))]
     errors = [file["error"] for file in files if "error" in file]
     if not errors and comm.rank == 0:
         errors = [
