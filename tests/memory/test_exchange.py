@@ -338,7 +338,8 @@ def test_a_transfer_that_fails_to_start_raises_at_collect():
     worker.start(0)
     with pytest.raises(ConnectionError, match="network down"):
         worker.collect()
-    assert not worker.exchange.pending
+    with pytest.raises(RuntimeError, match="start one first"):
+        worker.collect()
 
 
 @pytest.mark.parametrize(
