@@ -11,9 +11,10 @@ tasks alike.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,34 +29,35 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Policy(Protocol):
-    """Decides which samples of a batch enter and where.
+class Policy(ABC):
+    """Decides which samples of a batch enter and where; a policy states the traits in which it differs from these.
 
     Attributes:
+        candidates: number c of a batch that is offered; None if all are.
         owns_slots: whether each class has slots of its own, a share of all by the quota; else any sample may take any
             slot.
         refreshes: whether a sample that is stored is written to its slot again instead of being stored twice.
         shares_by_class: whether the quota gives each class a share of the memory.
         needs_labels: whether it can do nothing without labels.
         oldest_leave: whether rows leave in the order in which they came.
-        offers_all: whether all samples of a batch are offered; else c of them, ``candidates``.
+        offers_all: whether all samples of a batch are offered, so that it takes no ``candidates``.
         forgets: what becomes of earlier tasks whose classes come again in later ones, in words; None if the memory
             keeps all tasks alike.
     """
 
-    owns_slots: ClassVar[bool]
-    refreshes: ClassVar[bool]
-    shares_by_class: ClassVar[bool]
-    needs_labels: ClassVar[bool]
-    oldest_leave: ClassVar[bool]
-    offers_all: ClassVar[bool]
-    forgets: ClassVar[str | None]
+    candidates: int | None
+    owns_slots: ClassVar[bool] = True
+    refreshes: ClassVar[bool] = True
+    shares_by_class: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
+    oldest_leave: ClassVar[bool] = False
+    offers_all: ClassVar[bool] = False
+    forgets: ClassVar[str | None] = (
+        "lets a class's new samples overwrite its stored ones, so that little or nothing of the earlier tasks is left "
+        "in the memory"
+    )
 
-    @property
-    def candidates(self) -> int | None:
-        """Number c of a batch that is offered; None if all are."""
-        ...
-
+    @abstractmethod
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """Decide; the state stays as it is.
 
@@ -65,7 +67,6 @@ class Policy(Protocol):
             ids: ``(b,)`` int64, -1 for a sample without one; None for no ids.
             generator: for all draws.
         """
-        ...
 
 
 def _last(keys: Integers) -> tuple[Integers, Integers]:
@@ -130,15 +131,11 @@ def _in_class(
     return rows[enters], state.table[state.start[classes[enters]] + place[enters]]
 
 
-_OVERWRITES = (
-    "lets a class's new samples overwrite its stored ones, so that little or nothing of the earlier tasks is left in "
-    "the memory"
-)
 _FIRST_COME = "keeps the first samples of each class, so that the memory takes none or few of the later tasks"
 
 
 @dataclass(frozen=True)
-class Nil:
+class Nil(Policy):
     """c candidates drawn from the batch; each class among them keeps R drawn from its stored rows and candidates.
 
     Computed as reservoir sampling that starts with the S stored rows as seen: after C more each of the S + C is kept
@@ -153,13 +150,7 @@ class Nil:
     """
 
     candidates: int
-    owns_slots: ClassVar[bool] = True
     refreshes: ClassVar[bool] = False
-    shares_by_class: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = True
-    oldest_leave: ClassVar[bool] = False
-    offers_all: ClassVar[bool] = False
-    forgets: ClassVar[str | None] = _OVERWRITES
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -174,7 +165,7 @@ class Nil:
 
 
 @dataclass(frozen=True)
-class ClassBalanced:
+class ClassBalanced(Policy):
     """All b are offered: one whose class has room is appended, else it takes a random slot of it with chance c / b.
 
     Counted as offered are those that the chance fell on, appended or not: c of a batch, as under the other policies.
@@ -188,13 +179,6 @@ class ClassBalanced:
     """
 
     candidates: int
-    owns_slots: ClassVar[bool] = True
-    refreshes: ClassVar[bool] = True
-    shares_by_class: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = True
-    oldest_leave: ClassVar[bool] = False
-    offers_all: ClassVar[bool] = False
-    forgets: ClassVar[str | None] = _OVERWRITES
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -212,7 +196,7 @@ class ClassBalanced:
 
 
 @dataclass(frozen=True)
-class Reservoir:
+class Reservoir(Policy):
     """All b are offered; after n samples each of them is stored with probability capacity / n.
 
     Exact as long as each sample comes once. One that is stored and comes again counts as seen and keeps its slot. Which
@@ -224,10 +208,8 @@ class Reservoir:
 
     candidates = None
     owns_slots: ClassVar[bool] = False
-    refreshes: ClassVar[bool] = True
     shares_by_class: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
-    oldest_leave: ClassVar[bool] = False
     offers_all: ClassVar[bool] = True
     forgets: ClassVar[str | None] = None
 
@@ -243,18 +225,13 @@ class Reservoir:
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(Policy):
     """All b are offered: one whose class has room is appended, and nothing is overwritten.
 
     The first samples of each class stay for good: where it is full, none of a later task enters.
     """
 
     candidates = None
-    owns_slots: ClassVar[bool] = True
-    refreshes: ClassVar[bool] = True
-    shares_by_class: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = True
-    oldest_leave: ClassVar[bool] = False
     offers_all: ClassVar[bool] = True
     forgets: ClassVar[str | None] = _FIRST_COME
 
@@ -270,7 +247,7 @@ class Greedy:
 
 
 @dataclass(frozen=True)
-class GreedyBalancing:
+class GreedyBalancing(Policy):
     """All b are offered: one whose class has fewer rows than its share of the memory enters, GDumb's sampler.
 
     A share is capacity / classes seen, not rounded. While the memory has room, nothing leaves it; once it is full, a
@@ -282,10 +259,6 @@ class GreedyBalancing:
 
     candidates = None
     owns_slots: ClassVar[bool] = False
-    refreshes: ClassVar[bool] = True
-    shares_by_class: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = True
-    oldest_leave: ClassVar[bool] = False
     offers_all: ClassVar[bool] = True
     forgets: ClassVar[str | None] = _FIRST_COME
 
@@ -319,7 +292,7 @@ class GreedyBalancing:
 
 
 @dataclass(frozen=True)
-class Fifo:
+class Fifo(Policy):
     """c candidates drawn from the batch enter; of a full class the oldest leaves. A refreshed row keeps its age.
 
     After R further candidates of a class none of its earlier rows is left: where it comes again, an earlier task is
@@ -330,13 +303,8 @@ class Fifo:
     """
 
     candidates: int
-    owns_slots: ClassVar[bool] = True
-    refreshes: ClassVar[bool] = True
-    shares_by_class: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     oldest_leave: ClassVar[bool] = True
-    offers_all: ClassVar[bool] = False
-    forgets: ClassVar[str | None] = _OVERWRITES
 
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
         """See :meth:`Policy.assign`."""
@@ -385,11 +353,12 @@ def make_policy(name: str, num_candidates: int | None, quota: str = "fixed") -> 
     Raises:
         ConfigurationError: the name is unknown, or c is missing, below 1, or given where every sample is offered.
     """
-    kind: Callable[..., Policy] = policy_class(name, quota)
-    if policy_class(name, quota).offers_all:
+    kind = policy_class(name, quota)
+    make: Callable[..., Policy] = kind
+    if kind.offers_all:
         if num_candidates is not None:
             raise ConfigurationError(f"policy {name} offers every sample: remove num_candidates={num_candidates}")
-        return kind()
+        return make()
     if num_candidates is None or num_candidates < 1:
         raise ConfigurationError(f"policy {name}: num_candidates={num_candidates}: give a whole number of at least 1")
-    return kind(num_candidates)
+    return make(num_candidates)
