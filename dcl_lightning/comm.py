@@ -20,6 +20,7 @@ __all__ = [
     "TorchDistributedComm",
     "allgather_text",
     "comm_of",
+    "raise_together",
     "used_here",
 ]
 
@@ -373,6 +374,19 @@ def allgather_text(comm: Comm, text: str) -> list[str]:
     """
     mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
     return [bytes(part.tolist()).decode() for part in comm.allgather(mine)]
+
+
+def raise_together(comm: Comm, error: str, kind: type[Exception]) -> None:
+    """Raise on all workers if one has an error.
+
+    Args:
+        comm: the cluster; every worker calls this.
+        error: this worker's; empty if it has none.
+        kind: what is raised, with the first worker's error.
+    """
+    errors = [text for text in allgather_text(comm, error) if text]
+    if errors:
+        raise kind(errors[0])
 
 
 def used_here(rows: Tensor) -> None:

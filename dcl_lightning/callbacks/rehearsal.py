@@ -20,7 +20,7 @@ from dcl_lightning.callbacks.hooks import before_first_layer, pass_through
 from dcl_lightning.callbacks.references import AS_EVALUATED, References
 from dcl_lightning.checkpoint.buffer_files import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.checkpoint.io import keep_side_files
-from dcl_lightning.comm import Comm, allgather_text, comm_of
+from dcl_lightning.comm import Comm, comm_of, raise_together
 from dcl_lightning.data.seeds import seed_of_run
 from dcl_lightning.data.stream import Stream
 from dcl_lightning.distributed import ranks
@@ -604,9 +604,7 @@ def _together(comm: Comm, make: Callable[[], _Made]) -> _Made:
         made = make()
     except ConfigurationError as failed:
         error = str(failed)
-    errors = [text for text in allgather_text(comm, error) if text]
-    if errors:
-        raise ConfigurationError(errors[0])
+    raise_together(comm, error, ConfigurationError)
     return cast(_Made, made)
 
 

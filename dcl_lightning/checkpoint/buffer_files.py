@@ -23,10 +23,9 @@ from dcl_lightning.checkpoint.worker_files import (
     STAGING,
     check_files,
     copy_file,
-    raise_together,
     stage_files,
 )
-from dcl_lightning.comm import Comm, allgather_text, comm_of
+from dcl_lightning.comm import Comm, allgather_text, comm_of, raise_together
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Representatives
@@ -218,7 +217,7 @@ class SavedMemories:
         refuse_another_memory(memory["config"], config, "the checkpoint's run had")
         files = memory["files"]
         read = [comm.rank] if len(files) == comm.size else list(range(len(files)))
-        raise_together(comm, check_files(Path(memory["folder"]), files, read))
+        raise_together(comm, check_files(Path(memory["folder"]), files, read), CheckpointError)
         return cls(memory)
 
     @property
@@ -277,7 +276,7 @@ class SavedMemories:
                     copy_file(self.folder / file["name"], place / file["name"])
             except OSError as failed:
                 error = str(CheckpointError.not_written(place, failed))
-        raise_together(comm, error)
+        raise_together(comm, error, CheckpointError)
         memory = {k: v for k, v in self._memory.items() if k != "folder"} | {"token": place.name, "staged": str(place)}
         checkpoint.setdefault(KEY, {"format": FORMAT})["memory"] = memory
 

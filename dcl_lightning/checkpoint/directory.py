@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from dcl_lightning.checkpoint.io import check_seal
-from dcl_lightning.checkpoint.worker_files import KEY, STAGING, check_files, raise_together, side_folder
-from dcl_lightning.comm import Comm
+from dcl_lightning.checkpoint.worker_files import KEY, STAGING, check_files, side_folder
+from dcl_lightning.comm import Comm, raise_together
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.paths import expanded
 
@@ -74,7 +74,7 @@ class ClaimedFolders:
                     error = (
                         f"checkpoints cannot be saved in {folder} ({failed.strerror}): give a folder for the results"
                     )
-        raise_together(comm, error)
+        raise_together(comm, error, CheckpointError)
         return list(self._locks)
 
     def _claim(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from dcl_lightning.comm import Comm, allgather_text
+from dcl_lightning.comm import Comm, allgather_text, raise_together
 from dcl_lightning.errors import CheckpointError
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "Hashed",
     "check_files",
     "copy_file",
-    "raise_together",
     "side_folder",
     "stage_files",
     "sync_folder",
@@ -64,21 +63,6 @@ class Hashed:
         return self._hash.hexdigest()
 
 
-def raise_together(comm: Comm, error: str) -> None:
-    """Raise on all workers if one has an error.
-
-    Args:
-        comm: the cluster.
-        error: this worker's; empty if it has none.
-
-    Raises:
-        CheckpointError: the first worker's error.
-    """
-    errors = [text for text in allgather_text(comm, error) if text]
-    if errors:
-        raise CheckpointError(errors[0])
-
-
 def stage_files(comm: Comm, root: Path, write: Callable[[IO[bytes] | Any], None]) -> dict[str, Any]:
     """Let every worker write its file into a new folder below ``root``; return what the checkpoint tells of them.
 
@@ -116,7 +100,7 @@ def stage_files(comm: Comm, root: Path, write: Callable[[IO[bytes] | Any], None]
             if not _has_size(folder / file["name"], file["bytes"])
         ]
     try:
-        raise_together(comm, errors[0] if errors else "")
+        raise_together(comm, errors[0] if errors else "", CheckpointError)
     except CheckpointError:
         if comm.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
