@@ -170,7 +170,7 @@ class ContinualAgent(pl.LightningModule):
         self.inference = Inference()
         self.step_log = StepLog()
         self.loss_guard = LossGuard()
-        self.checkpoint_care = ResumableCheckpoints()
+        self.resumable_checkpoints = ResumableCheckpoints()
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("current", torch.zeros(num_classes, dtype=torch.bool))
         self.tasks_seen = 0
@@ -319,7 +319,7 @@ class ContinualAgent(pl.LightningModule):
         """Return this agent's own callbacks, or adopt those that the trainer has already."""
         kinds = {
             "clock": TaskClock, "report": TaskReport, "progress": StreamProgress, "loss_guard": LossGuard,
-            "checkpoint_care": ResumableCheckpoints,
+            "resumable_checkpoints": ResumableCheckpoints,
         }  # fmt: skip
         trainer = self.trainer
         _withdraw(trainer)

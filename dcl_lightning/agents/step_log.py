@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from dcl_lightning._lightning import loggers_write
+from dcl_lightning._lightning import callbacks_of, loggers_write
 
 __all__ = ["StepLog"]
 
@@ -63,7 +63,7 @@ def _is_shown(trainer: Any) -> bool:
 
 
 def _is_read_each_step(trainer: Any) -> bool:
-    return bool(trainer.fast_dev_run) or any(_reads(callback) for callback in trainer.callbacks)
+    return bool(trainer.fast_dev_run) or any(_reads(callback) for callback in callbacks_of(trainer))
 
 
 def _reads(callback: pl.Callback) -> bool:

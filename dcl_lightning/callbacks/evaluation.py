@@ -19,7 +19,7 @@ from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Batch
 
-__all__ = ["batches", "evaluating", "limited_ids", "prepared", "refuse_empty_share", "scores_of", "turns"]
+__all__ = ["batches", "evaluating", "limited", "limited_ids", "prepared", "refuse_empty_share", "scores_of", "turns"]
 
 
 P = ParamSpec("P")

@@ -49,6 +49,7 @@ from dcl_lightning.callbacks.trainer_checks import (
     refuse_single_validation,
     refuse_tuning_on_resume,
 )
+from dcl_lightning.checkpoint.resume import BEYOND_ANY_EPOCH
 from dcl_lightning.comm import Comm, SingleProcessComm, comm_of
 from dcl_lightning.distributed.broadcast import share_buffers
 from dcl_lightning.distributed.horovod.shutdown import through_signals
@@ -62,7 +63,6 @@ __all__ = ["TaskClock"]
 
 # Values of ``max_epochs`` that mean "not chosen by the user": Lightning's own default and no limit.
 _UNSET_MAX_EPOCHS = (None, -1, 1000)
-_BEYOND_ANY_EPOCH = 2**60
 
 
 class TaskClock(pl.Callback):
@@ -297,7 +297,7 @@ class TaskClock(pl.Callback):
         if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
             self._finish_epoch(trainer, pl_module)
             # Lightning sees the end of an epoch by comparing its batches with the next epoch's, which can be longer.
-            loop.batch_progress.current.completed = _BEYOND_ANY_EPOCH
+            loop.batch_progress.current.completed = BEYOND_ANY_EPOCH
         elif loop.restarted_on_train_batch_end:
             self._validate_if_due(trainer)
         if self._stopping and trainer.fit_loop.restarted_mid_epoch and self._may_end(trainer, epoch_is_over=False):
@@ -595,7 +595,7 @@ def _validation_is_due(trainer: pl.Trainer) -> bool:
     batches = progress.current.ready
     if (trainer.current_epoch + 1) % every or not isinstance(interval, (int, float)):
         return False
-    if batches >= _BEYOND_ANY_EPOCH:
+    if batches >= BEYOND_ANY_EPOCH:
         return True  # the end of an epoch, resumed with other numbers of samples a step
     if isinstance(interval, float):
         # At the end of an epoch Lightning has the next one's number of batches already.

@@ -12,11 +12,12 @@ from dcl_lightning._lightning import trainer_of
 from dcl_lightning.checkpoint.worker_files import KEY
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 
-__all__ = ["move_loop_progress", "name_of", "refuse_another_run"]
+__all__ = ["BEYOND_ANY_EPOCH", "move_loop_progress", "name_of", "refuse_another_run"]
 
 # What does not change what is trained, and the memory's values, which the memory compares or iCaRL takes on.
 _HARMLESS = ("input_spec", "rehearsal", "execution", "_instantiator")
-_BEYOND_ANY_EPOCH = 2**60
+# Batches of an epoch that is over, whatever number the next one has.
+BEYOND_ANY_EPOCH = 2**60
 
 
 def name_of(module: pl.LightningModule) -> str:
@@ -73,7 +74,7 @@ def move_loop_progress(loop: dict[str, Any], before: int, now: int) -> int:
     current = progress["current"]
     pending = current["ready"] - current["completed"]  # 1 where it was saved before Lightning had counted the step
     over = progress["is_last_batch"]
-    steps = _BEYOND_ANY_EPOCH if over and not pending else current["ready"] * before // now
+    steps = BEYOND_ANY_EPOCH if over and not pending else current["ready"] * before // now
     current |= {"ready": steps, "started": steps, "processed": steps, "completed": steps - pending}
     for loader in loop["state_dict"].get("combined_loader", []):
         if "position" in loader:

@@ -122,6 +122,7 @@ def _flag(key: str, args: Sequence[str]) -> str:
 class CommandParser(argparse.ArgumentParser):
     """argparse's, but an error is one line, without the usage, and an option without its value is one."""
 
+    # argparse declares overloads for namespaces of any class, of which these commands use one.
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:

@@ -83,6 +83,7 @@ def set_rank_from_environment() -> None:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning_utilities.core.rank_zero import rank_zero_only as shared_rank_zero_only
 
+    # Functions, whose attribute the libraries set themselves and declare nowhere.
     rank_zero_only.rank = shared_rank_zero_only.rank = rank()  # type: ignore[attr-defined]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcl_lightning._lightning import callbacks_of
 from dcl_lightning.comm import Comm
 from dcl_lightning.types import MemoryRows
 
@@ -26,7 +27,8 @@ def rows_of(trainer: Any, agent: Any) -> MemoryRows | None:
         trainer: whose callbacks, or the managers that they have, may say it.
         agent: may say it, too.
     """
-    for owner in (agent, *(getattr(callback, "manager", None) for callback in trainer.callbacks), *trainer.callbacks):
+    callbacks = callbacks_of(trainer)
+    for owner in (agent, *(getattr(callback, "manager", None) for callback in callbacks), *callbacks):
         ask = getattr(owner, "memory_rows", None)
         held = ask() if ask is not None else None
         if isinstance(held, MemoryRows):

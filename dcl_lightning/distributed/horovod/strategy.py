@@ -108,7 +108,7 @@ class HorovodStrategy(ParallelStrategy):
         )
         self._bind = bind
         self._averager = GradientAverager(op, compression, gradient_predivide_factor, find_unused_parameters)
-        self._care = FailureProtection(start_timeout, collective_timeout, self._averager)
+        self._protection = FailureProtection(start_timeout, collective_timeout, self._averager)
         self._comm: Comm = SingleProcessComm()
         self._failed = False
         set_rank_from_environment()
@@ -195,7 +195,7 @@ class HorovodStrategy(ParallelStrategy):
         first = not hvd.is_initialized()
         if first:
             trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-            self._care.meet(trainer, self._launcher)
+            self._protection.meet(trainer, self._launcher)
         hvd.init()
         poll_while_waiting()
         self._failed = False
@@ -212,7 +212,7 @@ class HorovodStrategy(ParallelStrategy):
                     flush=True,
                 )
         if self.lightning_module is not None:
-            self._care.begin(self.lightning_module.trainer, self._comm)
+            self._protection.begin(self.lightning_module.trainer, self._comm)
             if self._comm.size > 1:
                 requeue_together(self.lightning_module.trainer, self.environment)
         super().setup_environment()
@@ -235,7 +235,7 @@ class HorovodStrategy(ParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         assert self.lightning_module is not None
-        self._care.watch(trainer, self._comm, self._launcher)
+        self._protection.watch(trainer, self._comm, self._launcher)
         self.accelerator.setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None and self._comm.size > 1:
             self._layer_sync = layer_sync_for_horovod(self._layer_sync)
@@ -265,7 +265,7 @@ class HorovodStrategy(ParallelStrategy):
         if self._failed:
             return
         self._failed = True
-        self._care.end()
+        self._protection.end()
         self._averager.detach()
         if isinstance(self._launcher, HorovodLauncher):
             self._launcher.note_failure(exception)
@@ -277,7 +277,7 @@ class HorovodStrategy(ParallelStrategy):
 
     def teardown(self) -> None:
         """Remove the hooks; Horovod runs on for the next ``fit``."""
-        self._care.end()
+        self._protection.end()
         self._averager.detach()
         if self._layer_sync is not None and self._comm.size > 1 and self.model is not None:
             self.model = self._layer_sync.revert(self.model)
