@@ -65,7 +65,7 @@ def measure(rounds: int, every: int, megabytes: int) -> tuple[list[float], list[
     samples = (rounds + 1) * every * NEW
     data = stream(samples, 32, NEW)
     filled = Filled(full_buffer(rows, 32, samples))
-    config = RehearsalConfig(buffer_size=rows, num_samples=DRAWN, execution="blocking", stage="assemble")
+    config = RehearsalConfig(buffer_size=rows, num_samples=DRAWN, execution="blocking", prefetch="device")
     with tempfile.TemporaryDirectory(dir=".") as folder, contextlib.redirect_stdout(io.StringIO()):
 
         def fit(last: int, *callbacks: pl.Callback, ckpt: str | None = None) -> None:

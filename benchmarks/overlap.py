@@ -92,7 +92,7 @@ def trace_of(storage: str, pixels: int, file: Path) -> list[Event]:
         file: where the trace is kept.
     """
     config = RehearsalConfig(
-        buffer_size=20 * CLASSES, num_samples=DRAWN, execution="blocking", stage="assemble", storage=storage
+        buffer_size=20 * CLASSES, num_samples=DRAWN, execution="blocking", prefetch="device", storage=storage
     )
     data = stream((WARM_UP + STEPS + 3) * NEW, pixels, NEW)
     agent = NIL(ResNet(18), CLASSES, config, input_spec=InputSpec(3, pixels, pixels))

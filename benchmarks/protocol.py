@@ -59,7 +59,7 @@ def icarl(size: int, workers: int = 1, beside: str = "", **options: Any) -> Case
             data.num_classes,
             rehearsal=MemorySize(buffer_size=size),
             bce_reduction="sum",
-            logits="seen",
+            train_classes="seen",
             **{"momentum": 0.9} | options,
             epochs_per_task=10,
             input_spec=data.input_spec,
@@ -119,7 +119,7 @@ def finetuning(reset: bool = False, concatenate: bool = False) -> Case:
     )
 
 
-AT_TASK_ENDS = {"policy": "class_balanced", "quota": "adaptive", "update": "task_end", "rehearse": "past"}
+AT_TASK_ENDS = {"policy": "class_balanced", "quota": "adaptive", "update": "task_end", "draw_from": "past"}
 # Chosen on digits_dev among learning rates with and without momentum.
 TUNED = {"lr": 0.02, "momentum": 0.9}
 CASES: dict[str, Case] = {

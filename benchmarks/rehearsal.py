@@ -127,7 +127,7 @@ def against_plain(name: str, backbone: Callable[[], nn.Module], size: Size, targ
     measured = rounds_of(
         {
             "plain": lambda: step_ms(FineTuning(backbone(), CLASSES, input_spec=SPEC), plain, size.steps),
-            "blocking": rehearse(execution="blocking", stage="assemble"),
+            "blocking": rehearse(execution="blocking", prefetch="device"),
             "inline": rehearse(execution="inline"),
         },
         size.rounds,
@@ -151,8 +151,8 @@ def against_plain_on_gpu(pixels: int, size: Size) -> list[dict[str, Any]]:
     measured = rounds_of(
         {
             "plain": lambda: step_ms(FineTuning(ResNet(18), CLASSES, input_spec=spec), plain, size.steps, **on_gpu),
-            "blocking": rehearse(execution="blocking", stage="assemble"),
-            "blocking, stored on the GPU": rehearse(execution="blocking", stage="assemble", storage="cuda"),
+            "blocking": rehearse(execution="blocking", prefetch="device"),
+            "blocking, stored on the GPU": rehearse(execution="blocking", prefetch="device", storage="cuda"),
             "inline": rehearse(execution="inline"),
         },
         size.rounds,

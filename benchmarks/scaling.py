@@ -53,7 +53,7 @@ def fits(network: Callable[[], nn.Module], steps: int, workers: int) -> dict[str
     data, fewer = stream(samples, 32, BATCH), stream(samples // 2, 32, BATCH - DRAWN)
     filled = Filled(full_buffer(STORED, 32, samples // 2), workers)
     config = RehearsalConfig(
-        buffer_size=STORED * workers, num_samples=DRAWN, scope="global", execution="blocking", stage="assemble"
+        buffer_size=STORED * workers, num_samples=DRAWN, scope="global", execution="blocking", prefetch="device"
     )
 
     def alone() -> float:

@@ -23,6 +23,13 @@ __all__ = [
 ]
 
 
+# Keys and words of earlier versions: an error names what took their place.
+_RENAMED = {
+    "store": "row_format", "rows": "inputs", "reference": "index", "transformed": "augmented",
+    "stage": "prefetch", "sample": "draw", "assemble": "device", "load": "batch",
+    "rehearse": "draw_from", "logits": "train_classes", "cut": "sample_order", "shard": "sharding",
+}  # fmt: skip
+
 _LARGEST_FLOAT32, _LARGEST_INT = 3.4028235e38, 2**62
 
 
@@ -132,7 +139,8 @@ def suggestion(given: str, names: Iterable[str]) -> str:
         names: what would have been right.
     """
     right = sorted(set(names))
-    near = difflib.get_close_matches(given, right, n=1, cutoff=0.6)
+    renamed = _RENAMED.get(given)
+    near = [renamed] if renamed in right else difflib.get_close_matches(given, right, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near and given not in right else ""
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Batch", "Clock", "InputSpec", "MemoryRows", "Replay", "StoresMore", "Task"]
+__all__ = ["Batch", "Clock", "InputSpec", "MemoryRows", "PyTree", "Replay", "StateDict", "StoresMore", "Task"]
+
+PyTree: TypeAlias = Any  # tensors, in lists, tuples and dicts of any depth
+StateDict: TypeAlias = dict[str, Any]  # what an object's ``state_dict`` returns
 
 
 class InputSpec(NamedTuple):

@@ -61,7 +61,7 @@ def test_a_scenario_in_a_configuration_file_comes_back_from_print_config(capsys:
 
 
 def test_blurry_with_hidden_boundaries_in_flags() -> None:
-    flags = ["--data.scenario", "blurry", "--data.blurriness", "0.3", "--data.shard", "fixed"]
+    flags = ["--data.scenario", "blurry", "--data.blurriness", "0.3", "--data.sharding", "fixed"]
     flags += ["--data.boundaries", "hidden"]
     assert fit("--model", "nil", *flags, "--model.rehearsal.buffer_size", "50", "--data.batch_size", "200") == 0
     assert report()["task_classes"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
@@ -78,7 +78,7 @@ def test_blurry_with_hidden_boundaries_in_flags() -> None:
         (["--data.boundaries", "hidden", "--model", "icarl"], ["data.boundaries=known", "ends of tasks"]),
         (["--data.scenario", "continuum.scenarios.Permutations"], ["Permutations", "number of tasks"]),
         (["--data.scenario", "continuum.scenarios.ClassIncremental"], ["data.scenario=class"]),
-        (["--data.shard", "fixd"], ["fixd", "fixed"]),
+        (["--data.sharding", "fixd"], ["fixd", "fixed"]),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(args, words, capsys: pytest.CaptureFixture[str]) -> None:

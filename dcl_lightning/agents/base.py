@@ -71,7 +71,7 @@ class ContinualAgent(pl.LightningModule):
             its own, and its rate if that is given, as in ``partial(Adam, lr=0.001)``, and ``lr`` is not.
         optimizer_reset: whether each task starts with a fresh optimizer state and schedule.
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
-        logits: train ``all`` outputs, or only those of classes ``seen`` so far.
+        train_classes: train the outputs of ``all`` classes, or only of those ``seen`` so far.
         task_aware: whether to report also the accuracy of an agent that is told the task: scores restricted to the
             classes of the sample's task (task-IL), under names that end in ``task_aware``.
         future_tasks: whether tasks not learnt yet are evaluated too, for forward transfer.
@@ -113,7 +113,7 @@ class ContinualAgent(pl.LightningModule):
         optimizer: OptimizerCallable | None = None,
         optimizer_reset: bool = True,
         reset_state_dict: bool = False,
-        logits: Literal["all", "seen"] = "all",
+        train_classes: Literal["all", "seen"] = "all",
         task_aware: bool = False,
         future_tasks: bool = False,
     ) -> None:
@@ -163,7 +163,7 @@ class ContinualAgent(pl.LightningModule):
         self.scale_lr: ScaleLR = scale_lr
         self.optimizer_factory = optimizer
         self.reset_state_dict = reset_state_dict
-        self.logits = logits
+        self.train_classes = train_classes
         self.clock = TaskClock(epochs_per_task, optimizer_reset, task_aware, future_tasks)
         self.report = TaskReport()
         self.progress = StreamProgress()
@@ -228,7 +228,7 @@ class ContinualAgent(pl.LightningModule):
     def trained_columns(self) -> Tensor | None:
         """Return the mask of the outputs that are trained, or None for all."""
         # What is tried out before training, as by LearningRateFinder, is before any class was seen.
-        return self.seen if self.logits == "seen" and self.clock.has_started else None
+        return self.seen if self.train_classes == "seen" and self.clock.has_started else None
 
     def trained(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the columns of the logits that are trained, and the targets as places among them."""
@@ -307,7 +307,7 @@ class ContinualAgent(pl.LightningModule):
             ("milestones", self.milestones, "milestones=[]"),
             ("warmup_epochs", self.warmup_epochs, "warmup_epochs=0"),
             ("reset_state_dict", self.reset_state_dict, "reset_state_dict=false"),
-            ("logits", self.logits == "seen" and self.logits, "logits=all"),
+            ("train_classes", self.train_classes == "seen" and self.train_classes, "train_classes=all"),
         ):
             if value:
                 raise ConfigurationError(
@@ -379,7 +379,7 @@ class ContinualAgent(pl.LightningModule):
             rate = optimizer.param_groups[0]["lr"]
             factor = f"{scale:g} (scale_lr={self.scale_lr}, {workers} workers)"
             rank_zero_info(f"learning rate {rate:g}: {rate / scale:g} x {factor}")
-        if self.logits == "seen":
+        if self.train_classes == "seen":
             KeepUnseenRows(self).attach(optimizer)
         schedule = LambdaLR(optimizer, self._factor)
         every = 1 if self.milestones or self.warmup_epochs else 2**62  # a constant rate is never set again

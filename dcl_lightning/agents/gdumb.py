@@ -35,7 +35,7 @@ class GDumb(RehearsingAgent):
     """
 
     memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="greedy", quota="adaptive", loss="sum")
-    required: ClassVar[dict[str, Any]] = {"update": "step", "rehearse": "seen", "weighting": "none", "loss": "sum"}
+    required: ClassVar[dict[str, Any]] = {"update": "step", "draw_from": "seen", "weighting": "none", "loss": "sum"}
 
     def __init__(
         self,

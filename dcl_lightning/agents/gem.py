@@ -42,9 +42,9 @@ class GEM(RehearsingAgent):
     """
 
     memory: ClassVar[RehearsalConfig] = RehearsalConfig(
-        policy="class_balanced", update="task_end", rehearse="past", loss="sum"
+        policy="class_balanced", update="task_end", draw_from="past", loss="sum"
     )
-    required: ClassVar[dict[str, Any]] = {"rehearse": "past", "weighting": "none", "loss": "sum"}
+    required: ClassVar[dict[str, Any]] = {"draw_from": "past", "weighting": "none", "loss": "sum"}
 
     def __init__(
         self,

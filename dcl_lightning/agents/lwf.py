@@ -23,8 +23,8 @@ class LwF(ContinualAgent):
     """Cross entropy on new samples, and on the same samples the outputs of the network before the task.
 
     The paper has a head for each task. Here is one head: the outputs of classes of earlier tasks are distilled, those
-    that the labels train are said by ``logits``. Outputs are the teacher's of the present view, not of one kept from
-    before the task, as augmentation is drawn anew each time. It keeps no samples.
+    that the labels train are set by ``train_classes``. The teacher sees the same view of a sample as the learner, not
+    one recorded before the task, since augmentation is drawn anew each time. It keeps no samples.
 
     Args:
         backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.

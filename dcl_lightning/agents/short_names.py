@@ -96,7 +96,7 @@ class derpp(DERpp):
 class derpp_task_end(DERpp):
     """DER++ whose memory is filled at the ends of tasks, class by class, with the logits of then."""
 
-    memory = RehearsalConfig(policy="class_balanced", quota="adaptive", update="task_end", rehearse="past")
+    memory = RehearsalConfig(policy="class_balanced", quota="adaptive", update="task_end", draw_from="past")
 
 
 class agem(AGEM):
@@ -152,7 +152,7 @@ class nil_v1(NIL):
     """NIL, managed one step ahead in the background; both sides wait for each other. Equals ``nil``."""
 
     memory = RehearsalConfig(execution="blocking")
-    required = {"execution": "blocking", "stage": "sample"}
+    required = {"execution": "blocking", "prefetch": "draw"}
 
 
 class nil_v2(NIL):
@@ -165,15 +165,15 @@ class nil_v2(NIL):
 class nil_v3(NIL):
     """NIL in the background, which also brings the representatives to the device. Equals ``nil``."""
 
-    memory = RehearsalConfig(execution="blocking", stage="assemble")
-    required = {"execution": "blocking", "stage": "assemble"}
+    memory = RehearsalConfig(execution="blocking", prefetch="device")
+    required = {"execution": "blocking", "prefetch": "device"}
 
 
 class nil_v4(NIL):
     """NIL in the background, which also draws the next batch of the loader. Equals ``nil``."""
 
-    memory = RehearsalConfig(execution="blocking", stage="load")
-    required = {"execution": "blocking", "stage": "load"}
+    memory = RehearsalConfig(execution="blocking", prefetch="batch")
+    required = {"execution": "blocking", "prefetch": "batch"}
 
 
 class nil_global(NIL):

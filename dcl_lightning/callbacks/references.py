@@ -32,11 +32,11 @@ class References:
 
     def __init__(self, data: Any, pin_memory: bool = False) -> None:
         if not hasattr(data, "train_inputs"):
-            raise ConfigurationError("rehearsal.store=reference needs a ContinualDataModule: give store=rows")
+            raise ConfigurationError("rehearsal.row_format=index needs a ContinualDataModule: give row_format=inputs")
         if isinstance(data.train_inputs, TransformedInputs):
             raise ConfigurationError(
-                "rehearsal.store=reference reads samples again, which a scenario's transformations may change: give "
-                "store=rows"
+                "rehearsal.row_format=index reads samples again, which a scenario's transformations may change: give "
+                "row_format=inputs"
             )
         self._data, self._pin_memory = data, pin_memory
 

@@ -151,7 +151,7 @@ class Rehearsal(pl.Callback):
         self.manager = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what does not fit; with ``stage: load`` let the data module prepare batches ahead."""
+        """Refuse what does not fit; with ``prefetch: batch`` let the data module prepare batches ahead."""
         keep_side_files(trainer.strategy)
         requeue_between_steps(trainer)
         if stage != "fit":
@@ -174,9 +174,9 @@ class Rehearsal(pl.Callback):
             self.config.check_stream(stream.classes_come_again, data.boundaries)
             if not data.concatenate_tasksets:
                 self._warn_of_forgotten_tasks(stream)
-        if self.config.stage == "load":
+        if self.config.prefetch == "batch":
             if not hasattr(data, "attach_replay"):
-                raise ConfigurationError("rehearsal.stage=load needs a ContinualDataModule: give stage=assemble")
+                raise ConfigurationError("rehearsal.prefetch=batch needs a ContinualDataModule: give prefetch=device")
             data.attach_replay(self)
 
     # What a data module asks whose batches are prepared ahead.
@@ -217,7 +217,7 @@ class Rehearsal(pl.Callback):
             pass_through(trainer, pl_module, "on_before_batch_transfer", self._before(trainer, pl_module)),
             pass_through(
                 trainer, pl_module, "on_after_batch_transfer", self._after(trainer, pl_module),
-                behind=self.config.store == "transformed",
+                behind=self.config.row_format == "augmented",
             ),
         ]  # fmt: skip
         # On a CPU the background begins when the backward pass has the first layer left. As PyTorch frees what the
@@ -230,14 +230,14 @@ class Rehearsal(pl.Callback):
 
     def _batch_without_rows(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> Batch:
         batch: Batch = trainer.precision_plugin.convert_input(data.batch_without_rows())
-        if self.config.store == "transformed":
+        if self.config.row_format == "augmented":
             batch = data.on_after_batch_transfer(move_data_to_device(batch, module.device), 0)
         return batch
 
     def _go_on(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Let the memory of an earlier fit go on in this one."""
         assert self.manager is not None
-        refuse_another_memory(self.manager.config, self.config, "the memory was filled with", ("execution", "stage"))
+        refuse_another_memory(self.manager.config, self.config, "the memory was filled with", ("execution", "prefetch"))
         self.manager.config = self.config
         self.manager.connect(comm_of(trainer.strategy), module.device)
         self._refer(trainer, module)
@@ -302,7 +302,7 @@ class Rehearsal(pl.Callback):
 
     def _before(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
         def add(batch: Any) -> Any:
-            if self.config.store != "transformed":
+            if self.config.row_format != "augmented":
                 self._note(trainer, module, batch)
             return batch
 
@@ -316,7 +316,7 @@ class Rehearsal(pl.Callback):
 
     def _after(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
         def add(batch: Any) -> Any:
-            if self.config.store == "transformed":
+            if self.config.row_format == "augmented":
                 self._note(trainer, module, batch)
             ready = self._take(trainer)
             self._due, self._came, self._computed = True, True, not module.automatic_optimization
@@ -413,7 +413,7 @@ class Rehearsal(pl.Callback):
             return None
         if self._references is not None:
             drawn = drawn._replace(rows=self._references.complete(drawn.rows))
-        if self.config.stage == "sample":
+        if self.config.prefetch == "draw":
             return _Prepared(drawn)
         rows, device, room = drawn.rows, self.manager.device, None
         with nvtx_range("move", device):
@@ -427,7 +427,7 @@ class Rehearsal(pl.Callback):
 
     def _skipped(self, trainer: pl.Trainer) -> Tensor | None:
         # Of the present task nothing is stored before its end, where rows enter at the ends of tasks.
-        if self.config.rehearse == "seen" or self.config.update == "task_end":
+        if self.config.draw_from == "seen" or self.config.update == "task_end":
             return None
         # Not what the agent says: resumed at the end of an epoch, it hears of its task after this batch came.
         clock: Any = datamodule_of(trainer).clock
@@ -538,7 +538,7 @@ class Rehearsal(pl.Callback):
             self._in_flight = None if drawn is None else _Prepared(drawn)
 
     def _refer(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.config.store == "reference":
+        if self.config.row_format == "index":
             self._references = References(datamodule_of(trainer), module.device.type == "cuda")
 
     # -- reports -----------------------------------------------------------------------------------

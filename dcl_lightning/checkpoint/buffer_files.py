@@ -149,7 +149,7 @@ def _as_bytes(rows: Tensor) -> Tensor:
 
 
 # What says how work is done and where rows lie, and not what is stored.
-_HARMLESS = ("execution", "stage", "storage")
+_HARMLESS = ("execution", "prefetch", "storage")
 
 
 def save_memory(

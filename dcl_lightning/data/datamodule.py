@@ -49,8 +49,8 @@ class ContinualDataModule(pl.LightningDataModule):
             ``{class_path: ..., init_args: ...}``; in Python also two scenario objects, of training and of test, which
             bring their data.
         blurriness: share of each class that leaks in a blurry scenario, in [0, 1); 0.1 if None.
-        cut: how the samples of a class are cut into the tasks of a domain scenario: ``in_order`` as they come, or
-            ``shuffled`` by ``seed``.
+        sample_order: how the samples of a class are split into the tasks of a domain scenario: ``in_order``, as they
+            come, or ``shuffled`` by ``seed``.
         initial_increment: classes of the first task of a class scenario; ``increment`` if None.
         increment: classes of each further task, or a list with one number for each task.
         num_tasks: tasks of a domain or instance scenario; 5 if None.
@@ -61,7 +61,7 @@ class ContinualDataModule(pl.LightningDataModule):
         select_on_test: allow callbacks to select on test data where nothing is held out.
         boundaries: whether agent and callbacks hear of the tasks' starts and ends (``known``), or nothing in training
             depends on them (``hidden``); the optimizer is then not reset. Each task is reported at its end even so.
-        shard: whether samples are dealt to the workers anew each ``epoch``, or keep to one worker for the whole run
+        sharding: whether samples are dealt to the workers anew each ``epoch``, or keep to one worker for the whole run
             (``fixed``), so that memories are disjoint.
         batch_size: training samples a step and worker.
         eval_batch_size: evaluation samples a step and worker; ``batch_size``, but at least 256, if None.
@@ -90,12 +90,12 @@ class ContinualDataModule(pl.LightningDataModule):
         num_tasks: int | None = None,
         class_order: list[int] | list[str] | int | str | None = None,
         blurriness: float | None = None,
-        cut: Literal["in_order", "shuffled"] = "in_order",
+        sample_order: Literal["in_order", "shuffled"] = "in_order",
         concatenate_tasksets: bool = False,
         val_ratio: float = 0.0,
         select_on_test: bool = False,
         boundaries: Literal["known", "hidden"] = "known",
-        shard: Literal["epoch", "fixed"] = "epoch",
+        sharding: Literal["epoch", "fixed"] = "epoch",
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -116,11 +116,11 @@ class ContinualDataModule(pl.LightningDataModule):
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
         for name, word, words in (
             ("boundaries", boundaries, ("known", "hidden")),
-            ("shard", shard, ("epoch", "fixed")),
+            ("sharding", sharding, ("epoch", "fixed")),
         ):
             if word not in words:
                 raise ConfigurationError(f"data.{name}={word!r}: give {' or '.join(words)}")
-        self.root, self.download, self.boundaries, self.shard = absolute(root), download, boundaries, shard
+        self.root, self.download, self.boundaries, self.sharding = absolute(root), download, boundaries, sharding
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
         self.val_ratio, self.batch_size = val_ratio, batch_size
         self.seed = self._own_seed = seed_of_run(seed)
@@ -133,7 +133,7 @@ class ContinualDataModule(pl.LightningDataModule):
         given = not isinstance(scenario, str) or "." in scenario
         self.scenario = scenario if isinstance(scenario, str) and not given else "given"
         self._cutting = Cutting(
-            self.scenario, increment, initial_increment, num_tasks, class_order, blurriness, cut, scenario
+            self.scenario, increment, initial_increment, num_tasks, class_order, blurriness, sample_order, scenario
         )
         self.dataset_name = dataset if isinstance(dataset, str) and isinstance(scenario, (str, dict)) else "arrays"
         sources.check_options(self.dataset_name, source_options or {})
@@ -291,7 +291,7 @@ class ContinualDataModule(pl.LightningDataModule):
         if self._replay is not None and self._replay is not replay:
             raise ConfigurationError(
                 f"{type(self._replay).__name__} and {type(replay).__name__} both add to the data module's batches: "
-                "leave one of them out, or give rehearsal.stage=assemble"
+                "leave one of them out, or give rehearsal.prefetch=device"
             )
         self._replay = replay
 
@@ -404,7 +404,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def owners(self, size: int) -> Tensor | None:
         """Return each training sample's worker among ``size``, where they keep to one; else None."""
-        return self.stream.owners(size, self.seed) if self.shard == "fixed" and size > 1 else None
+        return self.stream.owners(size, self.seed) if self.sharding == "fixed" and size > 1 else None
 
     def _eval_loader(self, inputs: Inputs, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
         rank, size = self._place()

@@ -66,7 +66,7 @@ class Cutting:
         num_tasks: of a domain or instance scenario.
         class_order: labels, a name or a seed.
         blurriness: share of each class that leaks.
-        cut: order in which a class is cut.
+        sample_order: order in which the samples of a class are split.
         source: what brings the tasks.
 
     Raises:
@@ -79,7 +79,7 @@ class Cutting:
     num_tasks: int | None
     class_order: Sequence[Label] | str | int | None
     blurriness: float | None
-    cut: str
+    sample_order: str
     source: Any = None
 
     def __post_init__(self) -> None:
@@ -104,11 +104,11 @@ class Cutting:
             )
         if not 0 <= self.share < 1:
             raise ConfigurationError(f"data.blurriness={self.blurriness}: give a share from 0 to below 1")
-        if self.cut not in ("in_order", "shuffled"):
-            raise ConfigurationError(f"data.cut={self.cut!r}: give in_order or shuffled")
-        if self.cut == "shuffled" and self.scenario not in ("domain", "instance"):
+        if self.sample_order not in ("in_order", "shuffled"):
+            raise ConfigurationError(f"data.sample_order={self.sample_order!r}: give in_order or shuffled")
+        if self.sample_order == "shuffled" and self.scenario not in ("domain", "instance"):
             raise ConfigurationError(
-                f"data.cut=shuffled with data.scenario={self.scenario}: it is of scenarios domain and instance only"
+                f"data.sample_order=shuffled with data.scenario={self.scenario}: give data.scenario=domain or instance"
             )
         if isinstance(self.class_order, str) and self.class_order != "random":
             named_class_order(self.class_order)
@@ -125,7 +125,7 @@ class Cutting:
             return type(self.source[0]).__name__ if isinstance(self.source, (tuple, list)) else str(self.source)
         if self.scenario == "blurry":
             return f"blurry {self.share:g}"
-        return f"{self.scenario}, shuffled" if self.cut == "shuffled" else self.scenario
+        return f"{self.scenario}, shuffled" if self.sample_order == "shuffled" else self.scenario
 
     def home_classes(self, num_classes: int) -> list[list[int]]:
         """Return the model ids of the classes whose home each task is.
@@ -171,7 +171,7 @@ class Cutting:
             training: whether these are training samples: test samples never leak, and are cut in order.
         """
         if self.scenario not in ("class", "blurry"):
-            shuffled = training and self.cut == "shuffled"
+            shuffled = training and self.sample_order == "shuffled"
             return scenarios.part_of_samples(targets, len(homes), seed if shuffled else None)
         home = np.repeat(np.arange(len(homes)), [len(classes) for classes in homes])
         if self.scenario == "blurry" and training:

@@ -89,13 +89,13 @@ class MemorySize:
 
 _Quota = Literal["fixed", "adaptive"]
 _Update = Literal["step", "task_end"]
-_Rehearse = Literal["seen", "past"]
+_DrawFrom = Literal["seen", "past"]
 _Loss = Literal["mean", "sum"]
 _Weighting = Literal["nil", "none"]
 _Scope = Literal["local", "global"]
 _Execution = Literal["inline", "blocking", "nonblocking"]
-_Stage = Literal["sample", "assemble", "load"]
-_Store = Literal["rows", "reference", "transformed"]
+_Prefetch = Literal["draw", "device", "batch"]
+_RowFormat = Literal["inputs", "index", "augmented"]
 
 _OFFERS_ALL = tuple(name for name, policy in POLICIES.items() if policy.offers_all)
 _NUM_CANDIDATES = 20
@@ -110,7 +110,7 @@ _CONTRADICTIONS: tuple[tuple[dict[str, tuple[str, ...] | None], str], ...] = (
         "that weighting counts candidates, and all samples are offered; give weighting=none, or policy=nil",
     ),
     (
-        {"scope": ("global",), "rehearse": ("past",), "update": ("step",)},
+        {"scope": ("global",), "draw_from": ("past",), "update": ("step",)},
         "a global draw does not know classes; give update=task_end, or scope=local",
     ),
     (
@@ -118,12 +118,12 @@ _CONTRADICTIONS: tuple[tuple[dict[str, tuple[str, ...] | None], str], ...] = (
         "a global draw needs rows that stay; give quota=fixed, or scope=local",
     ),
     (
-        {"store": ("transformed",), "update": ("task_end",)},
-        "at a task's end nothing is augmented; give update=step, or store=rows",
+        {"row_format": ("augmented",), "update": ("task_end",)},
+        "at a task's end nothing is augmented; give update=step, or row_format=inputs",
     ),
     (
-        {"stage": ("assemble", "load"), "execution": ("inline",)},
-        "it is background work; give execution=blocking, or stage=sample",
+        {"prefetch": ("device", "batch"), "execution": ("inline",)},
+        "it is background work; give execution=blocking, or prefetch=draw",
     ),
 )
 
@@ -156,18 +156,18 @@ class RehearsalConfig(MemorySize):
         quota: room of a class: ``fixed`` (all classes of the stream share from the start) or ``adaptive``
             (the classes seen so far share).
         update: samples enter at every training ``step``, or once at the ``task_end``.
-        rehearse: draw from everything stored (``seen``), or only from what tasks before the present one left
+        draw_from: draw from everything stored (``seen``), or only from what tasks before the present one left
             (``past``).
         loss: one ``mean`` over new and rehearsed samples, or the ``sum`` of the means of both.
         weighting: weight of a representative: ``nil`` or ``none`` (1).
         scope: draw from this worker's memory (``local``) or from those of all workers (``global``).
         execution: ``inline`` (on the training thread, after the step), ``blocking`` (one step ahead in the
             background) or ``nonblocking`` (the step never waits and may meet the last representatives again).
-        stage: what the background prepares: representatives (``sample``), representatives on the device behind
-            room for the new batch (``assemble``), or the next batch of the loader as well (``load``).
-        store: what is stored: ``rows`` (inputs as the loader gives them, augmented anew when drawn), ``reference``
+        prefetch: what the background prepares: representatives (``draw``), representatives on the device behind
+            room for the new batch (``device``), or the next batch of the loader as well (``batch``).
+        row_format: what is stored: ``inputs`` (as the loader gives them, augmented anew when drawn), ``index``
             (the ids of samples, whose inputs are read from the data set again; the same rows are drawn) or
-            ``transformed`` (inputs as the network got them, never augmented again).
+            ``augmented`` (inputs as the network got them, never augmented again).
         storage: where rows lie: ``cpu``, ``cuda`` or a folder for a memory-mapped file.
         seed: of choice and draws, each worker adds its rank; that of ``seed_everything`` if None.
 
@@ -180,13 +180,13 @@ class RehearsalConfig(MemorySize):
     num_candidates: int | None = None
     quota: _Quota | None = None
     update: _Update | None = None
-    rehearse: _Rehearse | None = None
+    draw_from: _DrawFrom | None = None
     loss: _Loss | None = None
     weighting: _Weighting | None = None
     scope: _Scope | None = None
     execution: _Execution | None = None
-    stage: _Stage | None = None
-    store: _Store | None = None
+    prefetch: _Prefetch | None = None
+    row_format: _RowFormat | None = None
     storage: str | None = None
     seed: int | None = None
 
@@ -210,13 +210,13 @@ class ResolvedConfig(RehearsalConfig):
     policy: PolicyName
     quota: _Quota
     update: _Update
-    rehearse: _Rehearse
+    draw_from: _DrawFrom
     loss: _Loss
     weighting: _Weighting
     scope: _Scope
     execution: _Execution
-    stage: _Stage
-    store: _Store
+    prefetch: _Prefetch
+    row_format: _RowFormat
     storage: str
 
     def forgets_tasks(self) -> str | None:
@@ -233,14 +233,14 @@ class ResolvedConfig(RehearsalConfig):
         Raises:
             ConfigurationError: with the remedy.
         """
-        if self.rehearse == "past" and self.update == "step" and classes_come_again:
+        if self.draw_from == "past" and self.update == "step" and classes_come_again:
             raise ConfigurationError(
-                "rehearsal.rehearse=past tells tasks by their classes, and here a class comes in several tasks: give "
+                "rehearsal.draw_from=past tells tasks by their classes, and here a class comes in several tasks: give "
                 "rehearsal.update=task_end"
             )
         for name, value, remedy in (
             ("update", self.update == "task_end" and self.update, "update=step"),
-            ("rehearse", self.rehearse == "past" and self.rehearse, "rehearse=seen"),
+            ("draw_from", self.draw_from == "past" and self.draw_from, "draw_from=seen"),
         ):
             if value and boundaries == "hidden":
                 raise ConfigurationError(
@@ -265,9 +265,9 @@ class ResolvedConfig(RehearsalConfig):
         for name, value, remedy in (
             ("loss", self.loss == "sum" and self.loss, "loss='mean'"),
             ("update", self.update == "task_end" and self.update, "update='step'"),
-            ("rehearse", self.rehearse == "past" and self.rehearse, "rehearse='seen'"),
+            ("draw_from", self.draw_from == "past" and self.draw_from, "draw_from='seen'"),
             ("rehearsal_ratio", self.rehearsal_ratio, "buffer_size"),
-            ("store", self.store == "reference" and self.store, "store='rows'"),
+            ("row_format", self.row_format == "index" and self.row_format, "row_format='inputs'"),
         ):
             if value and (name == "loss" or not has_tasks):
                 raise ConfigurationError(
@@ -282,8 +282,8 @@ class ResolvedConfig(RehearsalConfig):
 
 # Plain replay, which needs neither labels nor tasks nor a loss that knows of it.
 _NEUTRAL = RehearsalConfig(
-    num_samples=20, policy="reservoir", quota="fixed", update="step", rehearse="seen", loss="mean", weighting="none",
-    scope="local", execution="inline", stage="sample", store="rows", storage="cpu",
+    num_samples=20, policy="reservoir", quota="fixed", update="step", draw_from="seen", loss="mean", weighting="none",
+    scope="local", execution="inline", prefetch="draw", row_format="inputs", storage="cpu",
 )  # fmt: skip
 
 

@@ -19,18 +19,24 @@ from dcl_lightning.memory.config import ResolvedConfig
 
 PLAIN = {
     "num_candidates": None, "num_samples": 20, "policy": "reservoir", "quota": "fixed", "update": "step",
-    "rehearse": "seen", "loss": "mean", "weighting": "none", "scope": "local", "execution": "inline", "stage": "sample",
-    "store": "rows", "storage": "cpu", "seed": None,
+    "draw_from": "seen", "loss": "mean", "weighting": "none", "scope": "local", "execution": "inline",
+    "prefetch": "draw", "row_format": "inputs", "storage": "cpu", "seed": None,
 }  # fmt: skip
 OF_NIL = {"policy": "nil", "num_candidates": 20, "weighting": "nil"}
-PROJECTING = {"policy": "class_balanced", "num_candidates": 20, "update": "task_end", "rehearse": "past", "loss": "sum"}
+PROJECTING = {
+    "policy": "class_balanced",
+    "num_candidates": 20,
+    "update": "task_end",
+    "draw_from": "past",
+    "loss": "sum",
+}
 # What the methods' papers and the documentation say of each.
 OWN: dict[str, dict[str, Any]] = {
     "nil": OF_NIL,
     "nil_v1": OF_NIL | {"execution": "blocking"},
     "nil_v2": OF_NIL | {"execution": "nonblocking"},
-    "nil_v3": OF_NIL | {"execution": "blocking", "stage": "assemble"},
-    "nil_v4": OF_NIL | {"execution": "blocking", "stage": "load"},
+    "nil_v3": OF_NIL | {"execution": "blocking", "prefetch": "device"},
+    "nil_v4": OF_NIL | {"execution": "blocking", "prefetch": "batch"},
     "nil_global": OF_NIL | {"execution": "blocking", "scope": "global"},
     "er": {},
     "er_ace": {"loss": "sum"},
@@ -42,7 +48,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gdumb": {"policy": "greedy", "quota": "adaptive", "loss": "sum"},
     "bic": {"policy": "class_balanced", "num_candidates": 20, "quota": "adaptive"},
 }
-GIVEN: dict[str, Any] = {"buffer_size": 200, "num_samples": 7, "store": "reference"}
+GIVEN: dict[str, Any] = {"buffer_size": 200, "num_samples": 7, "row_format": "index"}
 
 
 def in_python(name: str, rehearsal: Any, *_: Any) -> Any:
@@ -104,11 +110,11 @@ def test_a_null_is_not_given(made: list[Any], tmp_path: Path) -> None:
     [
         ("er", {"weighting": "nil"}, r"rehearsal\.weighting=nil: agent er has weighting=none"),
         ("er", {"num_candidates": 3}, r"num_candidates=3 does not go with policy=reservoir \(agent er's own\)"),
-        ("er", {"stage": "load"}, r"stage=load does not go with execution=inline \(agent er's own\)"),
+        ("er", {"prefetch": "batch"}, r"prefetch=batch does not go with execution=inline \(agent er's own\)"),
         ("nil", {"policy": "reservoir"}, r"policy=reservoir does not go with weighting=nil \(agent nil's own\)"),
         ("bic", {"scope": "global"}, r"scope=global does not go with quota=adaptive \(agent bic's own\)"),
         ("nil_global", {"quota": "adaptive"}, r"quota=adaptive does not go with scope=global \(agent nil_global's"),
-        ("gem", {"store": "transformed"}, r"store=transformed does not go with update=task_end \(agent gem's own\)"),
+        ("gem", {"row_format": "augmented"}, r"augmented does not go with update=task_end \(agent gem's own\)"),
     ],
 )
 def test_a_value_that_contradicts_the_agents_own_is_refused(

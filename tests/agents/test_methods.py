@@ -306,10 +306,10 @@ def test_bic_takes_means_over_the_samples_that_train(loss, tmp_path):
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("store", ["rows", "reference", "transformed"])
+@pytest.mark.parametrize("row_format", ["inputs", "index", "augmented"])
 @pytest.mark.parametrize("policy", ["nil", "class_balanced", "reservoir", "greedy", "fifo"])
-def test_bic_is_fitted_to_all_stored_samples_that_are_held_out(policy, store, scope, tmp_path):
-    memory = {"buffer_size": 30, "policy": policy, "store": store, "scope": scope, "quota": "fixed"}
+def test_bic_is_fitted_to_all_stored_samples_that_are_held_out(policy, row_format, scope, tmp_path):
+    memory = {"buffer_size": 30, "policy": policy, "row_format": row_format, "scope": scope, "quota": "fixed"}
     agent, _ = fit("bic", tmp_path, held_out=0.4, memory=memory)
     buffer = agent.rehearsal.manager.buffer
     stored = buffer.store.column("sample_ids", torch.arange(30))[: len(buffer)]
@@ -408,7 +408,7 @@ def test_weights_that_thaw_between_tasks(name, tmp_path):
     [
         ("er", {"memory": {"weighting": "nil", "policy": "nil"}}, r"weighting=nil: agent er has weighting=none"),
         ("derpp", {"memory": {"loss": "mean"}}, r"rehearsal\.loss=mean: agent derpp has loss=sum"),
-        ("agem", {"memory": {"rehearse": "seen"}}, r"rehearsal\.rehearse=seen: agent agem has rehearse=past"),
+        ("agem", {"memory": {"draw_from": "seen"}}, r"rehearsal\.draw_from=seen: agent agem has draw_from=past"),
         ("gdumb", {"memory": {"update": "task_end"}}, r"rehearsal\.update=task_end: agent gdumb has update=step"),
         ("gem", {"margin": -1.0}, r"model\.margin=-1\.0: give a finite number, at least 0"),
         ("lwf", {"temperature": 0.0}, r"temperature=0\.0: .* above 0"),
@@ -481,11 +481,11 @@ def test_a_memory_that_forgets_tasks_says_so_once_before_training(policy, stream
     [
         ("nil_v1", {"execution": "inline"}, "execution=inline: agent nil_v1 has execution=blocking"),
         ("nil_v2", {"execution": "blocking"}, "execution=blocking: agent nil_v2 has execution=nonblocking"),
-        ("nil_v3", {"stage": "sample"}, "stage=sample: agent nil_v3 has stage=assemble"),
+        ("nil_v3", {"prefetch": "draw"}, "prefetch=draw: agent nil_v3 has prefetch=device"),
         (
             "nil_v4",
-            RehearsalConfig(execution="blocking", stage="assemble"),
-            "stage=assemble: agent nil_v4 has stage=load",
+            RehearsalConfig(execution="blocking", prefetch="device"),
+            "prefetch=device: agent nil_v4 has prefetch=batch",
         ),
         ("nil_global", {"scope": "local"}, "scope=local: agent nil_global has scope=global"),
     ],

@@ -203,7 +203,7 @@ def test_the_rate_found_is_the_one_trained_with(tmp_path, monkeypatch):
     monkeypatch.setattr("dcl_lightning.callbacks.progress.is_watched", lambda: True)
     monkeypatch.setattr("dcl_lightning.callbacks.task_clock.is_watched", lambda: True, raising=False)
     rates, data = Rates(), make_data()
-    agent = make_agent("base", data, lr=0.05, milestones=[1], gamma=0.5, logits="seen")
+    agent = make_agent("base", data, lr=0.05, milestones=[1], gamma=0.5, train_classes="seen")
     tried, inner = set(), agent.training_loss
 
     def spy(batch):

@@ -93,7 +93,7 @@ def nil_agent(data, **config):
 
 def test_a_memory_with_hidden_boundaries_resumes_from_every_step(tmp_path):
     def fit(folder, ckpt=None, callbacks=()):
-        data = make_data(boundaries="hidden", shard="fixed", scenario="blurry", blurriness=0.3)
+        data = make_data(boundaries="hidden", sharding="fixed", scenario="blurry", blurriness=0.3)
         pl.seed_everything(0 if ckpt is None else 5)
         agent = nil_agent(data)
         trainer = make_trainer(folder, callbacks)
@@ -116,9 +116,9 @@ def test_a_memory_with_hidden_boundaries_resumes_from_every_step(tmp_path):
         (lambda data: make_agent("base", data, milestones=[1]), r"model\.milestones=\[1\].*milestones=\[\]"),
         (lambda data: make_agent("base", data, warmup_epochs=1), r"model\.warmup_epochs=1.*warmup_epochs=0"),
         (lambda data: make_agent("base", data, reset_state_dict=True), r"model\.reset_state_dict=True"),
-        (lambda data: make_agent("base", data, logits="seen"), r"model\.logits=seen.*logits=all"),
+        (lambda data: make_agent("base", data, train_classes="seen"), r"model\.train_classes=seen.*train_classes=all"),
         (lambda data: nil_agent(data, update="task_end"), r"rehearsal\.update=task_end.*update=step"),
-        (lambda data: nil_agent(data, rehearse="past"), r"rehearsal\.rehearse=past.*rehearse=seen"),
+        (lambda data: nil_agent(data, draw_from="past"), r"rehearsal\.draw_from=past.*draw_from=seen"),
         (lambda data: ClassesOnly(MLP([4]), data.num_classes, data.input_spec, 2), None),
     ],
 )
@@ -156,12 +156,12 @@ def test_a_method_has_to_say_that_it_needs_no_boundaries(tmp_path):
 def test_past_goes_by_classes_and_is_refused_at_set_up_where_they_come_again(tmp_path):
     data = make_data(scenario="blurry", blurriness=0.3)
     trainer = make_trainer(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"rehearse=past tells tasks by their classes.*update=task_end"):
-        trainer.fit(nil_agent(data, rehearse="past"), datamodule=data)
+    with pytest.raises(ConfigurationError, match=r"draw_from=past tells tasks by their classes.*update=task_end"):
+        trainer.fit(nil_agent(data, draw_from="past"), datamodule=data)
     assert trainer.global_step == 0
 
 
-@pytest.mark.parametrize("options", [{"policy": "class_balanced"}, {"update": "task_end", "rehearse": "past"}, None])
+@pytest.mark.parametrize("options", [{"policy": "class_balanced"}, {"update": "task_end", "draw_from": "past"}, None])
 def test_agents_learn_from_a_blurry_stream(options, tmp_path):
     data = make_data(scenario="blurry", blurriness=0.3, val_ratio=0.2, batch_size=2)
     agent = make_agent("icarl", data, epochs_per_task=4) if options is None else nil_agent(data, **options)

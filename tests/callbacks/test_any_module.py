@@ -92,15 +92,15 @@ def test_the_stream_runs_task_by_task(tmp_path: Path, kind: type) -> None:
     assert (tmp_path / "report" / "accuracy_matrix.json").exists()
 
 
-@pytest.mark.parametrize("rehearse", ["seen", "past"])
-def test_a_memory_beside_the_clock(tmp_path: Path, rehearse: str) -> None:
-    config = RehearsalConfig(buffer_size=12, num_samples=4, policy="reservoir", weighting="none", rehearse=rehearse)
+@pytest.mark.parametrize("draw_from", ["seen", "past"])
+def test_a_memory_beside_the_clock(tmp_path: Path, draw_from: str) -> None:
+    config = RehearsalConfig(buffer_size=12, num_samples=4, policy="reservoir", weighting="none", draw_from=draw_from)
     memory, module = Rehearsal(config), Plain()
     trainer(tmp_path, TaskClock(2), memory).fit(module, datamodule=make_data())
     assert memory.manager is not None
     assert len(memory.manager.buffer) == 12
     rehearsed = [sum(r for epoch, r, _ in module.seen if epoch // 2 == task) for task in range(3)]
-    assert (rehearsed[0] > 0) == (rehearse == "seen")
+    assert (rehearsed[0] > 0) == (draw_from == "seen")
     assert rehearsed[2] > 0
 
 
@@ -122,7 +122,7 @@ def test_a_memory_whose_weights_the_loss_must_know_is_refused(tmp_path: Path, co
 
 
 @pytest.mark.parametrize("execution", ["inline", "blocking"])
-@pytest.mark.parametrize("config", [{}, {"store": "reference"}, {"update": "task_end", "rehearse": "past"}])
+@pytest.mark.parametrize("config", [{}, {"row_format": "index"}, {"update": "task_end", "draw_from": "past"}])
 def test_every_rehearsed_row_is_one_of_the_data_sets(tmp_path: Path, config: dict, execution: str) -> None:
     count = 42
     targets = torch.arange(count) // 7

@@ -79,6 +79,10 @@ def test_help_lists_short_names_and_no_class_of_torch(capsys: pytest.CaptureFixt
         ("fit --trainer.strategy horovd", ["trainer.strategy=horovd", "'horovod'"]),
         ("fit --trainer.callbacks+=LerningRateMonitor", ["LerningRateMonitor", "'LearningRateMonitor'"]),
         ("fit --trainer.logger CSVLoger", ["--trainer.logger=CSVLoger", "'CSVLogger'"]),
+        ("fit --model nil --model.rehearsal.store rows", ["--model.rehearsal.store", "'row_format'"]),
+        ("fit --model nil --model.rehearsal.prefetch assemble", ["assemble", "'device'"]),
+        ("fit --model.logits seen", ["--model.logits", "'train_classes'"]),
+        ("fit --data.shard fixed", ["--data.shard", "'sharding'"]),
         ("fti", ["fti", "'fit'"]),
     ],
 )

@@ -56,7 +56,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "optimizer": (None, "adam"),
     "optimizer_reset": (True, False),
     "schedule": (None, "milestones", "warmup_epochs"),
-    "logits": ("all", "seen"),
+    "train_classes": ("all", "seen"),
     "task_aware": (False, True),
     "future_tasks": (False, True),
     "part": ("trained", "frozen", "in_evaluation_mode"),
@@ -67,13 +67,13 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "policy": (None, "nil", "class_balanced", "reservoir", "greedy", "fifo"),
     "quota": (None, "fixed", "adaptive"),
     "update": (None, "step", "task_end"),
-    "rehearse": (None, "seen", "past"),
+    "draw_from": (None, "seen", "past"),
     "loss": (None, "mean", "sum"),
     "weighting": (None, "nil", "none"),
     "scope": (None, "local", "global"),
     "execution": (None, "inline", "blocking", "nonblocking"),
-    "stage": (None, "sample", "assemble", "load"),
-    "store": (None, "rows", "reference", "transformed"),
+    "prefetch": (None, "draw", "device", "batch"),
+    "row_format": (None, "inputs", "index", "augmented"),
     "storage": (None, "cpu", "folder"),
     "exemplars": (None, "union", "per_step"),
     "selection": (None, "herding", "nearest"),
@@ -99,7 +99,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "augment": (False, True),
     "batch_size": (5, 3, 8),
     "val_ratio": (0.0, 0.25),
-    "shard": ("epoch", "fixed"),
+    "sharding": ("epoch", "fixed"),
     "concatenate_tasksets": (False, True),
     # afterwards
     "again": ("new", "same"),
@@ -107,14 +107,15 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "seed": tuple(range(1000)),
 }
 
-_MEMORY = ("num_samples", "num_candidates", "policy", "quota", "update", "rehearse", "loss", "weighting", "scope",
-           "execution", "stage", "store", "storage")  # fmt: skip
+_MEMORY = ("num_samples", "num_candidates", "policy", "quota", "update", "draw_from", "loss", "weighting", "scope",
+           "execution", "prefetch", "row_format", "storage")  # fmt: skip
 
 # How often an axis leaves its default; the others do so half of the time, those without a default always.
 _OFTEN = {
     "agent": 1.0, "second": 1.0, "seed": 1.0, "optimizer": 0.15, "policy": 0.4, "quota": 0.3, "update": 0.3,
-    "rehearse": 0.2, "loss": 0.2, "weighting": 0.2, "scope": 0.25, "stage": 0.35, "store": 0.4, "precision": 0.4,
-    "num_candidates": 0.3, "schedule": 0.25, "logits": 0.3, "task_aware": 0.2, "future_tasks": 0.2, "part": 0.3,
+    "draw_from": 0.2, "loss": 0.2, "weighting": 0.2, "scope": 0.25, "prefetch": 0.35, "row_format": 0.4,
+    "precision": 0.4, "num_candidates": 0.3, "schedule": 0.25, "train_classes": 0.3, "task_aware": 0.2,
+    "future_tasks": 0.2, "part": 0.3,
     "stopping": 0.3, "limit": 0.2, "limit_train_batches": 0.25, "validation": 0.5, "sanity": 0.2, "scenario": 0.4,
     "boundaries": 0.1, "concatenate_tasksets": 0.03, "checkpoint": 0.2, "augment": 0.25, "resume": 0.7, "size": 0.6,
     "epochs_per_task": 0.35,
@@ -152,7 +153,7 @@ def draw(seed: int, number: int) -> Draw:
             found.pop("boundaries", None)
             if found["stopping"] == "amid_an_epoch":
                 found["validation"] = "every_second_batch"
-        if found.get("stage") not in (None, "sample") and found.get("execution") in (None, "inline"):
+        if found.get("prefetch") not in (None, "sample") and found.get("execution") in (None, "inline"):
             found["execution"] = "blocking"
         if found.get("policy") in ("reservoir", "greedy"):
             found.pop("num_candidates", None)
@@ -160,7 +161,7 @@ def draw(seed: int, number: int) -> Draw:
                 found["weighting"] = "none"
         if found.get("scope") == "global" and found.get("quota") == "adaptive":
             found.pop("quota")
-        if found.get("store") == "transformed":
+        if found.get("row_format") == "augmented":
             found.pop("update", None)
         if found.get("validation") == "every_second_batch":
             found.pop("limit_train_batches", None)
@@ -286,7 +287,7 @@ class Truth:
             eval_batch_size=6,
             **{
                 name: value_of(drawn, name)
-                for name in ("boundaries", "batch_size", "val_ratio", "shard", "concatenate_tasksets", "augment")
+                for name in ("boundaries", "batch_size", "val_ratio", "sharding", "concatenate_tasksets", "augment")
             },
         )
 
@@ -322,8 +323,8 @@ def make_agent(drawn: Draw, truth: Truth, folder: Path, seed: int = 0) -> Any:
     name = get("agent")
     options: dict[str, Any] = {
         "epochs_per_task": get("epochs_per_task"), "lr": 0.05, "momentum": get("momentum"),
-        "optimizer_reset": get("optimizer_reset"), "logits": get("logits"), "task_aware": get("task_aware"),
-        "future_tasks": get("future_tasks"),
+        "optimizer_reset": get("optimizer_reset"), "train_classes": get("train_classes"),
+        "task_aware": get("task_aware"), "future_tasks": get("future_tasks"),
     }  # fmt: skip
     if get("epochs_per_task") == "unequal":
         options["epochs_per_task"] = [2, *[1] * (truth.num_tasks - 1)]
@@ -724,7 +725,7 @@ class Examination:
         if self.config is None or len(self.logs) > 1:
             return
         before: dict[str, dict[int, list[Tensor]]] = {"input": {}, "logits": {}}
-        stored = {"input": self.config.store == "transformed", "logits": self.config.update == "step"}
+        stored = {"input": self.config.row_format == "augmented", "logits": self.config.update == "step"}
         for number, step in enumerate(self.first.steps):
             old = {"input": step.inputs[step.old], "logits": step.logits}
             for name, rows in old.items():
@@ -790,7 +791,7 @@ class Examination:
                     return
                 # What was left out of its task is new in a later one, where that comes with the earlier ones.
                 late = config.update == "task_end" and not complete and value_of(self.drawn, "concatenate_tasksets")
-                if (config.update == "task_end" or config.rehearse == "past") and not late:
+                if (config.update == "task_end" or config.draw_from == "past") and not late:
                     present = [i for i in old if first_task.get(i, -1) >= step.task]
                     if present:
                         self.faults.append(f"step {number}: samples {present} of the present task are rehearsed")
@@ -811,7 +812,7 @@ class Examination:
         """Compare with the memory from which was drawn."""
         assert step.memory is not None
         allowed = step.memory.ids.tolist()
-        if self.config.rehearse == "past" and self.config.update == "step":
+        if self.config.draw_from == "past" and self.config.update == "step":
             present = set(self.truth.labels[step.ids[step.new]].tolist()) if self.truth.tasks is None else None
             if present is None:
                 assert self.truth.tasks is not None
@@ -1026,7 +1027,7 @@ class Examination:
     def _second(self, data: Any, agent: Any, fresh_state: dict[str, Tensor], repeats: bool) -> None:
         """Fit another agent on the data module, then the first one again."""
         keep = {"num_classes", "num_tasks", "scenario", "boundaries", "sizes", "one_row_left", "inputs", "augment",
-                "batch_size", "val_ratio", "shard", "concatenate_tasksets", "seed"}  # fmt: skip
+                "batch_size", "val_ratio", "sharding", "concatenate_tasksets", "seed"}  # fmt: skip
         other = {axis: value for axis, value in self.drawn.items() if axis in keep}
         name = value_of(self.drawn, "second")
         other |= {"agent": "base" if name == "nil_v2" else name}

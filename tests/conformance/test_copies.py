@@ -20,7 +20,7 @@ from dcl_lightning.backbones import MLP
 
 def make(name: str, data: Any, folder: Path) -> Any:
     if name == "er":
-        options = {"buffer_size": 12, "num_samples": 3, "execution": "blocking", "store": "reference"}
+        options = {"buffer_size": 12, "num_samples": 3, "execution": "blocking", "row_format": "index"}
         return ER(MLP([8]), data.num_classes, rehearsal=options, input_spec=data.input_spec)
     if name == "nil in a folder":
         return make_nil(data, storage=str(folder / "rows"))

@@ -141,7 +141,7 @@ def test_blocking_equals_inline_bit_for_bit_under_either_scope(name: str, tmp_pa
     fixed = {"quota": "fixed"}  # under which rows stay, as a global draw needs
     for memory in (
         {},
-        {"execution": "blocking", "stage": "assemble"},
+        {"execution": "blocking", "prefetch": "device"},
         {"scope": "global"} | fixed,
         {"scope": "global", "execution": "blocking"} | fixed,
     ):

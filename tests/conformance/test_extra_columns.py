@@ -15,15 +15,15 @@ from dcl_lightning.types import StoresMore
 MEMORIES = {
     "inline": {},
     "blocking": {"execution": "blocking"},
-    "assemble": {"execution": "blocking", "stage": "assemble"},
-    "load": {"execution": "blocking", "stage": "load"},
+    "device": {"execution": "blocking", "prefetch": "device"},
+    "batch": {"execution": "blocking", "prefetch": "batch"},
     "nonblocking": {"execution": "nonblocking"},
     "global": {"scope": "global", "execution": "blocking"},
-    "reference": {"store": "reference"},
-    "transformed": {"store": "transformed"},
+    "index": {"row_format": "index"},
+    "augmented": {"row_format": "augmented"},
     "folder": {"storage": "rows"},
     "task_end": {"policy": "class_balanced", "update": "task_end"},
-    "task_end by reference": {"policy": "class_balanced", "update": "task_end", "store": "reference"},
+    "task_end, index": {"policy": "class_balanced", "update": "task_end", "row_format": "index"},
 }
 
 

@@ -219,8 +219,8 @@ def test_class_balanced_with_labels(tmp_path: Path) -> None:
         ({"policy": "nil"}, "label="),
         ({"loss": "sum"}, "loss='mean'"),
         ({"update": "task_end"}, "update='step'"),
-        ({"rehearse": "past"}, "rehearse='seen'"),
-        ({"execution": "blocking", "stage": "load"}, "assemble"),
+        ({"draw_from": "past"}, "draw_from='seen'"),
+        ({"execution": "blocking", "prefetch": "batch"}, "device"),
     ],
 )
 def test_what_needs_an_agent_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
@@ -343,7 +343,7 @@ def test_two_steps_of_two_optimizers_a_batch(tmp_path: Path, execution: str) -> 
     assert int(rehearsal.manager.state_dict()["buffer"]["slots"]["seen"]) == 40
 
 
-@pytest.mark.parametrize("config", [{}, {"execution": "blocking"}, {"execution": "blocking", "stage": "assemble"}])
+@pytest.mark.parametrize("config", [{}, {"execution": "blocking"}, {"execution": "blocking", "prefetch": "device"}])
 def test_batches_of_changing_sizes(tmp_path: Path, config: dict[str, Any]) -> None:
     everything, sizes = list(images().dataset), [4, 2, 5, 1, 3, 5]
     cuts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]

@@ -77,12 +77,12 @@ class WritesIntoItsBatch(nn.Module):
 @pytest.mark.parametrize(
     "config",
     [
-        {"execution": "nonblocking", "stage": "assemble"},
-        {"execution": "nonblocking", "stage": "load"},
+        {"execution": "nonblocking", "prefetch": "device"},
+        {"execution": "nonblocking", "prefetch": "batch"},
         {"execution": "nonblocking"},
-        {"execution": "blocking", "stage": "assemble"},
-        {"execution": "blocking", "store": "transformed"},
-        {"rehearse": "past"},
+        {"execution": "blocking", "prefetch": "device"},
+        {"execution": "blocking", "row_format": "augmented"},
+        {"draw_from": "past"},
     ],
 )
 def test_batches_hold_the_data_sets_rows_whoever_writes_into_them(config, tmp_path: Path, monkeypatch) -> None:
@@ -154,7 +154,7 @@ def test_a_task_that_ends_amid_an_epoch_leaves_nothing_pending(update: str, tmp_
     for execution in ("inline", "blocking"):
         data = numbered(val_ratio=0.2, batch_size=4)
         agent = make_nil(
-            data, execution=execution, update=update, rehearse="past", policy="class_balanced", weighting="none",
+            data, execution=execution, update=update, draw_from="past", policy="class_balanced", weighting="none",
             buffer_size=30, num_samples=30, agent={"epochs_per_task": 3},
         )  # fmt: skip
         stopper = EarlyStopping("val/acc", patience=1, mode="min")

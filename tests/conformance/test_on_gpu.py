@@ -37,8 +37,8 @@ def test_every_stage_in_the_background_is_inline_bit_for_bit(tmp_path: Path, sto
     inline = run(0)
     assert inline[0].rehearsal.manager.device.type == "cuda"
     assert len(buffer_of(inline[0])) > 6
-    for number, stage in enumerate(("sample", "assemble", "load"), 1):
-        assert_same_run(inline, run(number, execution="blocking", stage=stage))
+    for number, prefetch in enumerate(("draw", "device", "batch"), 1):
+        assert_same_run(inline, run(number, execution="blocking", prefetch=prefetch))
 
 
 def test_the_memory_holds_what_it_holds_on_a_cpu(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_memory_holds_what_it_holds_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_without_the_gpu(tmp_path: Path) -> None:
-    config: dict[str, Any] = {"execution": "blocking", "stage": "assemble"}
+    config: dict[str, Any] = {"execution": "blocking", "prefetch": "device"}
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     whole = fit(tmp_path, trainer=GPU, callbacks=[saver], **config)
     again = fit(tmp_path, trainer={"accelerator": "cpu"}, ckpt=str(tmp_path / "step=4.ckpt"), **config)
@@ -59,10 +59,10 @@ def test_a_run_goes_on_without_the_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["cpu", "cuda"])
-@pytest.mark.parametrize("stage", ["sample", "assemble"])
+@pytest.mark.parametrize("prefetch", ["draw", "device"])
 @pytest.mark.parametrize("slow", ["training", "memory", "none"])
 def test_rows_arrive_whole_whichever_stream_is_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, stage: str, slow: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, prefetch: str, slow: str
 ) -> None:
     """Each rehearsed image is compared, on the device, with the data set's; freed memory is taken again at once."""
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def test_rows_arrive_whole_whichever_stream_is_behind(
 
     monkeypatch.setattr(MemoryManager, "advance", behind)
     fit(
-        tmp_path, data, look, trainer=GPU, execution="blocking", stage=stage, storage=storage, num_samples=16,
+        tmp_path, data, look, trainer=GPU, execution="blocking", prefetch=prefetch, storage=storage, num_samples=16,
         buffer_size=200,
     )  # fmt: skip
     assert compared > 5000

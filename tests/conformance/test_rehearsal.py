@@ -43,7 +43,7 @@ def test_blocking_is_inline_bit_for_bit(tmp_path: Path, policy: str, mode: str) 
     elif mode == "global":
         config["scope"] = "global"
     elif mode == "past task_end":
-        config |= {"rehearse": "past", "update": "task_end", "loss": "sum"}
+        config |= {"draw_from": "past", "update": "task_end", "loss": "sum"}
     inline = fit(tmp_path, **config)
     assert_same_run(inline, fit(tmp_path, execution="blocking", **config))
     assert len(buffer_of(inline[0])) > 6
@@ -86,7 +86,7 @@ def test_first_layer_is_found_among_those_that_are_trained() -> None:
 
 def test_stages_equal_sample_runs_repeat_and_seeds_differ(tmp_path: Path) -> None:
     sample = fit(tmp_path, execution="blocking")
-    for config in ({"stage": "sample"}, {"stage": "assemble"}, {"stage": "load"}):
+    for config in ({"prefetch": "draw"}, {"prefetch": "device"}, {"prefetch": "batch"}):
         assert_same_run(sample, fit(tmp_path, execution="blocking", **config))
     assert_same_run(fit(tmp_path), fit(tmp_path))
     other = fit(tmp_path, **{"execution": "blocking", "num_samples": 4})
@@ -127,9 +127,9 @@ def test_nonblocking_ends_and_says_how_stale_it_was(tmp_path: Path) -> None:
 _KINDS: dict[str, dict[str, Any]] = {
     "nil": {},
     "nil_v1": {"execution": "blocking"},
-    "nil_v4": {"execution": "blocking", "stage": "load"},
+    "nil_v4": {"execution": "blocking", "prefetch": "batch"},
     "nil_global": {"execution": "blocking", "scope": "global"},
-    "past": {"rehearse": "past", "loss": "sum", "quota": "adaptive", "policy": "class_balanced"},
+    "past": {"draw_from": "past", "loss": "sum", "quota": "adaptive", "policy": "class_balanced"},
     "task_end": {"update": "task_end", "execution": "blocking", "policy": "fifo"},
 }
 
@@ -203,7 +203,7 @@ def test_rehearse_past_gives_no_class_of_the_task(tmp_path: Path) -> None:
         assert (rehearsed < 2 * task).all()
         mixed.append(bool(len(rehearsed)))
 
-    fit(tmp_path, look=look, rehearse="past", execution="blocking")
+    fit(tmp_path, look=look, draw_from="past", execution="blocking")
     assert mixed == [False] * 6 + [True] * 12
 
 
@@ -212,13 +212,13 @@ def test_rehearse_past_where_every_task_has_every_class(tmp_path: Path, scope: s
     """What is past is told by tasks, not by classes."""
     options = {"scenario": "domain", "num_tasks": 3, "increment": 1}
     with pytest.raises(ConfigurationError, match="update=task_end"):
-        fit(tmp_path, data=make_data(**options), rehearse="past")
+        fit(tmp_path, data=make_data(**options), draw_from="past")
     origins: list[tuple[int, set[int]]] = []
 
     def look(agent, batch, loss):
         origins.append((int(batch.task_ids[0]), set(batch.task_ids[batch.num_new :].tolist())))
 
-    fit(tmp_path, data=make_data(**options), look=look, rehearse="past", update="task_end", scope=scope)
+    fit(tmp_path, data=make_data(**options), look=look, draw_from="past", update="task_end", scope=scope)
     assert all(origin < task for task, drawn in origins for origin in drawn)
     assert set.union(*(drawn for task, drawn in origins if task == 2)) == {0, 1}
 

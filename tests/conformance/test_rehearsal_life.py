@@ -119,7 +119,8 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
         engine.submit(lambda turn=turn: turn)
         assert turn % 2 or engine.collect() == turn
         engine.close()
-    for config in ({"execution": "blocking"}, {"execution": "blocking", "stage": "load"}, {"execution": "nonblocking"}):
+    background = {"execution": "blocking"}
+    for config in (background, background | {"prefetch": "batch"}, {"execution": "nonblocking"}):
         for _ in range(2):
             fit(tmp_path, trainer={"max_steps": 4}, **config)
     assert not threads()

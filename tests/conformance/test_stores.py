@@ -54,15 +54,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "arrays, inline": {},
     "arrays, global": {"execution": "blocking", "scope": "global"},
     "files, blocking": {"execution": "blocking", "policy": "reservoir"},
-    "files, load": {"execution": "blocking", "stage": "load", "policy": "class_balanced"},
-    "files, task end": {"update": "task_end", "rehearse": "past"},
+    "files, load": {"execution": "blocking", "prefetch": "batch", "policy": "class_balanced"},
+    "files, task end": {"update": "task_end", "draw_from": "past"},
 }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_references_are_rows_bit_for_bit(tmp_path: Path, pictures: Path, kind: str) -> None:
     make = images if kind.startswith("arrays") else lambda: files(pictures)
-    rows, references = (fit(tmp_path / store, make(), store=store, **CONFIGS[kind]) for store in ("rows", "reference"))
+    rows, references = (fit(tmp_path / kept, make(), row_format=kept, **CONFIGS[kind]) for kept in ("inputs", "index"))
     assert_same_fit(references, rows)
     assert buffer_of(references[0]).state.size > 6
     assert references[0].clock.samples_seen["rehearsed"] > 30
@@ -80,41 +80,41 @@ def test_references_by_reader_processes_and_without_augmentation(tmp_path: Path,
     rows = fit(tmp_path, files(pictures), execution="blocking")
     data = files(pictures)
     data.num_workers = 2
-    assert_same_fit(fit(tmp_path, data, execution="blocking", store="reference"), rows)
+    assert_same_fit(fit(tmp_path, data, execution="blocking", row_format="index"), rows)
     calm = fit(tmp_path, files(pictures, augment=False))
-    assert_same_fit(fit(tmp_path, files(pictures, augment=False), store="reference"), calm)
+    assert_same_fit(fit(tmp_path, files(pictures, augment=False), row_format="index"), calm)
     assert not torch.equal(calm[1], rows[1])
 
 
 def test_references_resume_as_rows_do(tmp_path: Path, pictures: Path) -> None:
-    def run(folder: str, store: str, ckpt: Path | None = None):
+    def run(folder: str, row_format: str, ckpt: Path | None = None):
         saving = ModelCheckpoint(tmp_path / folder, "{step}", save_top_k=-1, every_n_train_steps=1)
-        config = {"store": store, "execution": "blocking", "policy": "class_balanced"}
+        config = {"row_format": row_format, "execution": "blocking", "policy": "class_balanced"}
         return fit(tmp_path, files(pictures), callbacks=[saving], ckpt=ckpt and str(ckpt), **config)
 
-    rows, references = run("rows", "rows"), run("whole", "reference")
+    rows, references = run("rows", "inputs"), run("whole", "index")
     assert_same_fit(references, rows)
     # Within a task, and at a task's end.
     for step in (7, 12):
-        again = run(f"again{step}", "reference", tmp_path / "whole" / f"step={step}.ckpt")
+        again = run(f"again{step}", "index", tmp_path / "whole" / f"step={step}.ckpt")
         assert torch.equal(weights(again[0]), weights(references[0])), step
         assert torch.equal(again[1], references[1][step:])
-    with pytest.raises(ConfigurationError, match=r"rehearsal\.store=reference: the checkpoint's run had rows"):
-        run("other", "reference", tmp_path / "rows" / "step=7.ckpt")
+    with pytest.raises(ConfigurationError, match=r"rehearsal\.row_format=index: the checkpoint's run had inputs"):
+        run("other", "index", tmp_path / "rows" / "step=7.ckpt")
 
 
 def test_a_store_for_imagenet_shrinks_to_ids(tmp_path: Path) -> None:
     stored, pixels = 384_000, 3 * 224 * 224  # 30 % of it
-    agent, _ = fit(tmp_path, images(), buffer_size=stored, store="reference", trainer={"fast_dev_run": 1})
+    agent, _ = fit(tmp_path, images(), buffer_size=stored, row_format="index", trainer={"fast_dev_run": 1})
     assert buffer_of(agent).store.capacity == stored
     assert buffer_of(agent).num_bytes < 100 * stored < pixels * stored / 1000
 
 
 def test_references_need_a_data_set_at_hand() -> None:
-    config = RehearsalConfig(buffer_size=4, policy="reservoir", weighting="none", store="reference")
-    with pytest.raises(ConfigurationError, match=r"rehearsal\.store=reference needs an agent of ours.*store='rows'"):
+    config = RehearsalConfig(buffer_size=4, policy="reservoir", weighting="none", row_format="index")
+    with pytest.raises(ConfigurationError, match=r"row_format=index needs an agent of ours.*row_format='inputs'"):
         resolve(config).check_without_agent(has_labels=True)
-    with pytest.raises(ConfigurationError, match=r"store=reference needs a ContinualDataModule: give store=rows"):
+    with pytest.raises(ConfigurationError, match=r"index needs a ContinualDataModule: give row_format=inputs"):
         References(None)
 
 
@@ -129,17 +129,17 @@ def test_transformed_samples_come_back_as_the_network_got_them(tmp_path: Path) -
             else:
                 seen.append((sample, pixels.clone()))
 
-    config = {"store": "transformed", "policy": "reservoir"}
+    config = {"row_format": "augmented", "policy": "reservoir"}
     inline = fit(tmp_path, images(), look, **config)
     assert len(seen) > 30
     assert all(any(torch.equal(pixels, one) for one in given[sample]) for sample, pixels in seen)
     assert stored_rows(inline[0])["inputs"].dtype == torch.float32
-    for options in ({"execution": "blocking"}, {"execution": "blocking", "stage": "assemble"}):
+    for options in ({"execution": "blocking"}, {"execution": "blocking", "prefetch": "device"}):
         assert_same_fit(fit(tmp_path, images(), **config, **options), inline)
     # Rows that are augmented anew are others.
     assert not torch.equal(fit(tmp_path, images(), policy="reservoir")[1], inline[1])
     # Where nothing is augmented, when the rows are stored makes no difference.
-    calm = [fit(tmp_path, make_data(), store=store) for store in ("rows", "transformed")]
+    calm = [fit(tmp_path, make_data(), row_format=row_format) for row_format in ("inputs", "augmented")]
     assert_same_fit(*calm)
 
 
@@ -147,7 +147,12 @@ def test_transformed_samples_resume(tmp_path: Path) -> None:
     def run(folder: str, ckpt: Path | None = None):
         saving = ModelCheckpoint(tmp_path / folder, "{step}", save_top_k=-1, every_n_train_steps=1)
         return fit(
-            tmp_path, images(), callbacks=[saving], ckpt=ckpt and str(ckpt), store="transformed", execution="blocking"
+            tmp_path,
+            images(),
+            callbacks=[saving],
+            ckpt=ckpt and str(ckpt),
+            row_format="augmented",
+            execution="blocking",
         )
 
     whole = run("whole")
@@ -157,5 +162,5 @@ def test_transformed_samples_resume(tmp_path: Path) -> None:
 
 
 def test_at_a_tasks_end_nothing_is_augmented() -> None:
-    with pytest.raises(ConfigurationError, match="store=transformed does not go with update=task_end"):
-        RehearsalConfig(store="transformed", update="task_end")
+    with pytest.raises(ConfigurationError, match="row_format=augmented does not go with update=task_end"):
+        RehearsalConfig(row_format="augmented", update="task_end")

@@ -249,7 +249,10 @@ def test_a_run_goes_on_however_its_memory_is_said(tmp_path: Path) -> None:
         ({"num_samples": 3}, [Rehearsal({"buffer_size": 12})], ER),
     ):
         assert torch.equal(run(rehearsal, *callbacks, kind=kind, ckpt_path=path), whole), (rehearsal, callbacks)
-    for other, words in (({"policy": "fifo"}, "policy=fifo: .* had reservoir"), ({"store": "transformed"}, "had rows")):
+    for other, words in (
+        ({"policy": "fifo"}, "policy=fifo: .* had reservoir"),
+        ({"row_format": "index"}, "had inputs"),
+    ):
         with pytest.raises(ConfigurationError, match=words):
             run(given | other, ckpt_path=path)
 

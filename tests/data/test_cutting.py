@@ -121,11 +121,11 @@ def test_hold_outs_of_a_blurry_stream_are_of_every_class_that_can_spare_one() ->
         ({"blurriness": 0.1}, r"data\.blurriness=0.1.*scenario=class.*blurry"),
         ({"scenario": "domain", "initial_increment": 2}, r"data\.initial_increment=2.*scenario=domain.*class"),
         ({"scenario": "none", "initial_increment": 2}, r"data\.initial_increment=2.*scenario=none.*class"),
-        ({"cut": "shuffled"}, r"data\.cut=shuffled.*domain"),
-        ({"cut": "random", "scenario": "domain"}, r"data\.cut='random'.*shuffled"),
+        ({"sample_order": "shuffled"}, r"data\.sample_order=shuffled.*domain"),
+        ({"sample_order": "random", "scenario": "domain"}, r"data\.sample_order='random'.*shuffled"),
         ({"scenario": "klass"}, r"data\.scenario='klass'.*blurry"),
         ({"boundaries": "none"}, r"data\.boundaries='none'.*hidden"),
-        ({"shard": "each"}, r"data\.shard='each'.*fixed"),
+        ({"sharding": "each"}, r"data\.sharding='each'.*fixed"),
         ({"class_order": "alphabetic"}, r"data\.class_order='alphabetic'.*random"),
         ({"class_order": -1}, r"data\.class_order=-1"),
     ],
@@ -165,7 +165,7 @@ def test_the_first_task_may_have_more_classes() -> None:
 def test_a_domain_is_cut_in_order_or_shuffled_by_the_seed() -> None:
     in_order = make(scenario="domain", num_tasks=4)
     assert data_of(in_order, 0, 3) == list(range(120, 130))
-    cuts = [make(scenario="domain", num_tasks=4, cut="shuffled", seed=seed) for seed in (0, 0, 1)]
+    cuts = [make(scenario="domain", num_tasks=4, sample_order="shuffled", seed=seed) for seed in (0, 0, 1)]
     assert data_of(cuts[0], 0, 3) == data_of(cuts[1], 0, 3) != data_of(cuts[2], 0, 3)
     for data in cuts:
         assert (counts(data) == 10).all()
@@ -217,7 +217,7 @@ def shards(data, epoch: int, size: int) -> list[list[int]]:
 )
 def test_fixed_shards_keep_each_sample_on_one_worker(labels, size, concatenate, val_ratio) -> None:
     y = np.unique(labels, return_inverse=True)[1]
-    data = make(y, increment=1, shard="fixed", concatenate_tasksets=concatenate, val_ratio=val_ratio, batch_size=2)
+    data = make(y, increment=1, sharding="fixed", concatenate_tasksets=concatenate, val_ratio=val_ratio, batch_size=2)
     owner: dict[int, int] = {}
     for epoch in range(2 * data.num_tasks):
         parts = shards(data, epoch, size)
@@ -230,17 +230,17 @@ def test_fixed_shards_keep_each_sample_on_one_worker(labels, size, concatenate, 
 
 
 def test_the_order_within_a_fixed_shard_changes_with_the_epoch_and_one_worker_has_the_usual_one() -> None:
-    first, second = (shards(make(shard="fixed"), epoch, 2)[0] for epoch in (0, 1))
+    first, second = (shards(make(sharding="fixed"), epoch, 2)[0] for epoch in (0, 1))
     assert first != second
     assert sorted(first) == sorted(second)
-    usual = [shards(make(shard="epoch"), epoch, 2)[0] for epoch in (0, 1)]
+    usual = [shards(make(sharding="epoch"), epoch, 2)[0] for epoch in (0, 1)]
     assert sorted(usual[0]) != sorted(usual[1])
-    assert shards(make(shard="fixed"), 0, 1) == shards(make(shard="epoch"), 0, 1)
+    assert shards(make(sharding="fixed"), 0, 1) == shards(make(sharding="epoch"), 0, 1)
 
 
 def test_weights_of_a_step_are_those_of_all_workers() -> None:
     """The loss of a worker divides by what all workers have in the step, also where one has run out of samples."""
-    data = make(np.zeros(24, dtype=int), increment=1, shard="fixed", batch_size=4)
+    data = make(np.zeros(24, dtype=int), increment=1, sharding="fixed", batch_size=4)
     data.stream.owners = lambda size, seed: torch.tensor([0] * 17 + [1] * 7)
     loaders = []
     for rank in range(2):

@@ -67,10 +67,10 @@ def same(ours, theirs):
 
 ddp = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
 plain = fit("horovod")
-same(fit("horovod", "a", store="reference"), plain)
+same(fit("horovod", "a", row_format="index"), plain)
 torch.testing.assert_close(fit(ddp, "b", execution="blocking"), plain, atol=1e-5, rtol=1e-5)
 everyones = {"scope": "global", "execution": "blocking"}
-same(fit("horovod", "a", store="reference", **everyones), fit("horovod", **everyones))
+same(fit("horovod", "a", row_format="index", **everyones), fit("horovod", **everyones))
 """
 
 

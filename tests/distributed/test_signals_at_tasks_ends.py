@@ -35,7 +35,7 @@ class Signalled(MLP):
 
 def fit(name, at=None, callbacks=(), ckpt=None):
     # Of 21 samples of a task worker 0 has three batches, worker 1 two.
-    data = make_data(increment=3, eval_batch_size=5, batch_size=4, shard=SHARD)
+    data = make_data(increment=3, eval_batch_size=5, batch_size=4, sharding=SHARDING)
     pl.seed_everything(0)
     memory = {"buffer_size": 12} | ({} if name == "icarl" else {"num_samples": 4})
     agent = getattr(short_names, name)(
@@ -70,7 +70,7 @@ for share in (0.0, 0.4, 0.8):
 
 
 def run(tmp_path: Path, source: str, workers: int, **names: object) -> None:
-    given = {"FOLDER": str(tmp_path), "CONFORMANCE": str(HERE.parent / "conformance"), "SHARD": "epoch", **names}
+    given = {"FOLDER": str(tmp_path), "CONFORMANCE": str(HERE.parent / "conformance"), "SHARDING": "epoch", **names}
     lines = "".join(f"{name} = {value!r}\n" for name, value in given.items())
     assert_ended_well(run_workers(lines + COMMON.replace("SIGNAL", f"signal.{names['WHICH']}") + source, workers))
 
@@ -79,11 +79,11 @@ MANY = pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
-    ("name", "shard"),
+    ("name", "sharding"),
     [("icarl", "epoch"), pytest.param("derpp_task_end", "epoch", marks=MANY), ("derpp_task_end", "fixed")],
 )
-def test_both_workers_stop_at_the_same_batch_and_are_resumed(tmp_path: Path, name: str, shard: str) -> None:
-    run(tmp_path, STOP, 2, NAME=name, SHARD=shard, STRATEGY="horovod", WHICH="SIGTERM")
+def test_both_workers_stop_at_the_same_batch_and_are_resumed(tmp_path: Path, name: str, sharding: str) -> None:
+    run(tmp_path, STOP, 2, NAME=name, SHARDING=sharding, STRATEGY="horovod", WHICH="SIGTERM")
 
 
 REQUEUE = """

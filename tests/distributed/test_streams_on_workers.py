@@ -18,9 +18,9 @@ g = torch.Generator().manual_seed(0)
 y = torch.arange(6).repeat(8)[:-1]
 x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, generator=g)
 done = {}
-for shard, update in (("fixed", "step"), ("fixed", "task_end"), ("epoch", "step")):
+for sharding, update in (("fixed", "step"), ("fixed", "task_end"), ("epoch", "step")):
     data = ContinualDataModule((x, y, x.clone(), y.clone()), scenario="blurry", blurriness=0.3, val_ratio=0.2,
-                               batch_size=3, shard=shard, class_order="random", seed=1)
+                               batch_size=3, sharding=sharding, class_order="random", seed=1)
     pl.seed_everything(0)
     agent = NIL(MLP([8]), 6, {"buffer_size": 36, "num_samples": 2, "policy": "class_balanced", "update": update},
                 epochs_per_task=2, input_spec=data.input_spec)
@@ -36,7 +36,7 @@ for shard, update in (("fixed", "step"), ("fixed", "task_end"), ("epoch", "step"
     trainer.fit(agent, datamodule=data)
     buffer = agent.rehearsal.manager.buffer
     rows = buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))
-    done[shard, update] = {
+    done[sharding, update] = {
         "stored": rows["sample_ids"], "met": torch.cat(met), "parts": data.stream.train_parts,
         "held": torch.nonzero(data.stream.held).flatten(), "labels": data.original_labels,
         "weights": torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone(),

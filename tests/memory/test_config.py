@@ -28,9 +28,9 @@ def test_nothing_is_given_by_default() -> None:
 
 def test_plain_replay_is_what_nobody_says_otherwise() -> None:
     assert resolve(RehearsalConfig()).explicit == {
-        "num_samples": 20, "policy": "reservoir", "quota": "fixed", "update": "step", "rehearse": "seen",
-        "loss": "mean", "weighting": "none", "scope": "local", "execution": "inline", "stage": "sample",
-        "store": "rows", "storage": "cpu",
+        "num_samples": 20, "policy": "reservoir", "quota": "fixed", "update": "step", "draw_from": "seen",
+        "loss": "mean", "weighting": "none", "scope": "local", "execution": "inline", "prefetch": "draw",
+        "row_format": "inputs", "storage": "cpu",
     }  # fmt: skip
 
 
@@ -78,11 +78,11 @@ CONTRADICTIONS = [
     {"num_candidates": 4, "policy": "greedy"},
     {"policy": "reservoir", "weighting": "nil"},
     {"policy": "greedy", "weighting": "nil"},
-    {"scope": "global", "rehearse": "past", "update": "step"},
+    {"scope": "global", "draw_from": "past", "update": "step"},
     {"scope": "global", "quota": "adaptive"},
-    {"store": "transformed", "update": "task_end"},
-    {"stage": "assemble", "execution": "inline"},
-    {"stage": "load", "execution": "inline"},
+    {"row_format": "augmented", "update": "task_end"},
+    {"prefetch": "device", "execution": "inline"},
+    {"prefetch": "batch", "execution": "inline"},
 ]
 
 
