@@ -1,4 +1,4 @@
-"""The memories of all workers in a checkpoint: a file per worker, read by the same number of workers or another."""
+"""Saves each worker's rehearsal memory to a file beside the checkpoint, and restores it on any number of workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,6 +20,7 @@ from dcl_lightning.checkpoint.worker_files import (
     FORMAT,
     KEY,
     STAGING,
+    Writable,
     check_files,
     copy_file,
     stage_files,
@@ -31,30 +31,22 @@ from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, Representatives
 from dcl_lightning.memory.pytree import flatten, rebuild
 from dcl_lightning.memory.storage import RowStore
+from dcl_lightning.types import PyTree, StateDict
 
-__all__ = ["RowsFile", "SavedMemories", "Writable", "refuse_another_memory", "save_memory", "write_memory"]
-
+__all__ = ["RowsFile", "SavedMemories", "refuse_another_memory", "save_memory", "write_memory"]
 
 _CHUNK_BYTES = 1 << 23
 _ALIGNED = 64
-_LENGTH = 8  # bytes of the number that the file begins with: the length of what is known of the rows
+_LENGTH = 8  # the file begins with the length of its header, a number of that many bytes
 
 
-class Writable(Protocol):
-    """What bytes can be written into."""
-
-    def write(self, data: Any) -> int:
-        """Write bytes, or what has a buffer of them; return their number."""
-        ...
-
-
-def write_memory(file: Writable, manager: MemoryManager, in_flight: Any = None) -> None:
-    """Write a memory; what it costs beside the file is a few MB, however large the memory.
+def write_memory(file: Writable, manager: MemoryManager, in_flight: object = None) -> None:
+    """Write a memory in chunks, so that the copy in RAM stays within a few MB however large the memory is.
 
     Args:
-        file: to write into, from its beginning to its end.
-        manager: of the memory; nothing may change it meanwhile.
-        in_flight: what was drawn for the next step, in plain types and tensors.
+        file: written from its beginning to its end.
+        manager: of the memory, which must not change meanwhile.
+        in_flight: the draw for the next step, in plain types and tensors.
     """
     buffer = manager.buffer
     store, slots = buffer.store, buffer.slots_at(torch.arange(len(buffer)))
@@ -79,30 +71,30 @@ def write_memory(file: Writable, manager: MemoryManager, in_flight: Any = None) 
 
 
 class RowsFile:
-    """A memory that was written; rows are read when they are asked for.
+    """A saved memory, whose rows are read on demand.
 
     Args:
-        path: the file, of which the digest was looked at.
+        path: the file, with its digest already checked.
 
     Attributes:
-        header: what is known of the rows: ``manager``, ``in_flight``, ``capacity``, ``rows`` and ``columns``.
+        header: ``manager`` (its bookkeeping), ``in_flight``, ``capacity``, ``rows`` and ``columns``.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(_LENGTH), "little")
-            # What was on a GPU may go on without one.
             known = io.BytesIO(file.read(length))
-        self.header: dict[str, Any] = torch.load(known, map_location="cpu", weights_only=True)
+        # A run may resume on a machine without the GPU that it was saved on.
+        self.header: StateDict = torch.load(known, map_location="cpu", weights_only=True)
         self._start = _LENGTH + length
 
     def read_into(self, store: RowStore, places: Tensor, slots: Tensor) -> None:
         """Write rows of the file into slots of a store.
 
         Args:
-            store: where they go.
-            places: ``(m,)`` int64, which rows of the file.
+            store: the destination.
+            places: ``(m,)`` int64, indices of the rows in the file.
             slots: ``(m,)`` int64, distinct.
 
         Raises:
@@ -111,7 +103,7 @@ class RowsFile:
         names = [name for name, _, _ in self.header["columns"]]
         if names != store.names:
             raise ConfigurationError(
-                f"saved memory has the columns {names}, this one {store.names}: resume its own run"
+                f"the saved memory has the columns {names}, this run's has {store.names}: resume the run that saved it"
             )
         if not len(places):
             return
@@ -126,7 +118,7 @@ class RowsFile:
             dtype = getattr(torch, name)
             num_bytes = count * dtype.itemsize * int(np.prod(shape, dtype=np.int64))
             if num_bytes:
-                # Private: rows are only read, and torch wants what it could write.
+                # Mapped copy-on-write: rows are only read, but torch warns of arrays that it cannot write.
                 raw = np.memmap(self.path, np.uint8, "c", start, (num_bytes,))
                 yield torch.from_numpy(raw).view(dtype).view(count, *shape)
             else:
@@ -140,7 +132,7 @@ def _rows_at_once(column: Tensor) -> int:
 
 
 def _gap(num_bytes: int) -> int:
-    """Return how many bytes follow so that a column begins where its type can be read."""
+    """Return the padding in bytes after which the next column is aligned for its type."""
     return -num_bytes % _ALIGNED
 
 
@@ -148,27 +140,29 @@ def _as_bytes(rows: Tensor) -> Tensor:
     return rows.contiguous().reshape(-1).view(torch.uint8)
 
 
-# What says how work is done and where rows lie, and not what is stored.
+# These keys say how the work is done and where rows lie; they do not change which rows are stored.
 _HARMLESS = ("execution", "prefetch", "storage")
 
 
 def save_memory(
     trainer: pl.Trainer,
-    checkpoint: dict[str, Any],
+    checkpoint: StateDict,
     config: ResolvedConfig,
     manager: MemoryManager,
     in_flight: Representatives | None,
 ) -> None:
-    """Write this worker's memory beside a checkpoint that is being saved, and tell the checkpoint of all of them.
+    """Write this worker's memory to a staging folder, and record the files of all workers in the checkpoint.
+
+    Every worker calls this.
 
     Args:
-        trainer: every worker's calls this.
-        checkpoint: is told.
-        config: what the memory was told.
+        trainer: of the fit.
+        checkpoint: being saved; receives the record.
+        config: of the memory.
         manager: of the memory, with no work pending.
-        in_flight: what was drawn for the next step.
+        in_flight: the draw for the next step.
     """
-    # Tensors alone: the file holds no class of the user's batches. Copies: one may be part of a larger tensor.
+    # Tensors only, so that the file holds no class of the user's batches; cloned, as torch.save writes whole storages.
     drawn = None if in_flight is None else ([t.clone() for _, t in flatten(in_flight.rows)], *in_flight[1:])
     files = stage_files(comm_of(trainer.strategy), _root(trainer), lambda file: write_memory(file, manager, drawn))
     ours = checkpoint.setdefault(KEY, {"format": FORMAT})
@@ -183,34 +177,36 @@ def _root(trainer: pl.Trainer) -> Path:
 
 
 class SavedMemories:
-    """The memories of a checkpoint's workers, until the first batch has come and they can be taken.
+    """The memories of a checkpoint's workers, kept until the first batch arrives and the memory can be built.
 
     Args:
-        memory: what the checkpoint tells of them.
+        memory: their record in the checkpoint.
     """
 
-    def __init__(self, memory: dict[str, Any]) -> None:
+    def __init__(self, memory: StateDict) -> None:
         self._memory = memory
         self.folder = Path(memory["folder"])
 
     @classmethod
-    def of(cls, checkpoint: dict[str, Any], config: ResolvedConfig, comm: Comm) -> SavedMemories | None:
-        """Return the memories of a checkpoint, whole; None if it was saved before there were any.
+    def of(cls, checkpoint: StateDict, config: ResolvedConfig, comm: Comm) -> SavedMemories | None:
+        """Return the memories of a checkpoint, their files checked; None if it was saved before the first step.
+
+        Every worker calls this.
 
         Args:
-            checkpoint: as it was loaded.
-            config: what this run's memory was told.
-            comm: the cluster; every worker calls this.
+            checkpoint: as loaded.
+            config: of this run's memory.
+            comm: the cluster.
 
         Raises:
-            CheckpointError: files are missing or damaged, or there are none though the run had begun.
-            ConfigurationError: this run's memory is another one.
+            CheckpointError: files are missing or damaged, or the run had no memory.
+            ConfigurationError: this run's memory is configured differently.
         """
         memory = checkpoint.get(KEY, {}).get("memory")
         if memory is None:
             if checkpoint["global_step"]:
                 raise CheckpointError(
-                    f"the checkpoint of step {checkpoint['global_step']} has no memory: it is of a run without one; "
+                    f"the checkpoint of step {checkpoint['global_step']} has no memory: its run had none; "
                     "start from its weights with load_from_checkpoint"
                 )
             return None
@@ -222,11 +218,11 @@ class SavedMemories:
 
     @property
     def capacity(self) -> int:
-        """Rows of the whole job."""
-        return self._memory["capacity"]
+        """Capacity of the whole job in rows."""
+        return int(self._memory["capacity"])
 
     def fits(self, manager: MemoryManager, comm: Comm) -> bool:
-        """Return whether a memory that is there can take these rows as it is.
+        """Return whether an existing memory can take these rows without being rebuilt.
 
         Args:
             manager: of the memory.
@@ -234,14 +230,14 @@ class SavedMemories:
         """
         return manager.total == self.capacity and comm.size == len(self._memory["files"]) == len(manager.sizes)
 
-    def restore(self, manager: MemoryManager, example: Any) -> Representatives | None:
-        """Fill this worker's memory; return what it had drawn for its next step.
+    def restore(self, manager: MemoryManager, example: PyTree) -> Representatives | None:
+        """Fill this worker's memory; return its pending draw for the next step.
 
-        On another number of workers the rows are dealt out anew, and the next step draws again.
+        On another number of workers the rows are redistributed, and the next step draws again: None.
 
         Args:
-            manager: of the memory, of this worker's part of the capacity.
-            example: a nest like what is drawn.
+            manager: of the memory, with this worker's share of the capacity.
+            example: has the structure of a draw.
         """
         files = [RowsFile(self.folder / file["name"]) for file in self._memory["files"]]
         comm = manager.comm
@@ -260,12 +256,14 @@ class SavedMemories:
         rows, *others = mine.header["in_flight"]
         return Representatives(rebuild(example, rows), *others)
 
-    def save_again(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Give a checkpoint that is saved before the first batch the files that this run began with.
+    def save_again(self, trainer: pl.Trainer, checkpoint: StateDict) -> None:
+        """Copy these files for a checkpoint that is saved before the first batch after a resume.
+
+        Every worker calls this.
 
         Args:
-            trainer: every worker's calls this.
-            checkpoint: is told.
+            trainer: of the fit.
+            checkpoint: being saved; receives the record.
         """
         comm, error = comm_of(trainer.strategy), ""
         place = Path(allgather_text(comm, str(_root(trainer) / uuid.uuid4().hex) if comm.rank == 0 else "")[0])
@@ -282,20 +280,20 @@ class SavedMemories:
 
 
 def refuse_another_memory(
-    before: dict[str, Any] | ResolvedConfig, now: ResolvedConfig, what: str, free: Sequence[str] = _HARMLESS
+    before: StateDict | ResolvedConfig, now: ResolvedConfig, what: str, free: Sequence[str] = _HARMLESS
 ) -> None:
-    """Refuse to go on with a memory that was filled in another way.
+    """Refuse to continue with a memory that was filled under another configuration.
 
     Args:
-        before: what the memory was told then.
-        now: what it is told now.
-        what: the beginning of the message, before the former value.
+        before: configuration under which the memory was filled.
+        now: present configuration.
+        what: words of the message before the former value.
         free: names of values that may differ.
 
     Raises:
-        ConfigurationError: a value differs that says what is stored; both are named.
+        ConfigurationError: a value that decides which rows are stored differs; the message names both.
     """
-    # Completed, as an earlier version's leaves out what was as by default.
+    # An earlier version's configuration lacks keys that it did not know: defaults complete it.
     former = asdict(resolve(RehearsalConfig.of(before)))
     for name, value in asdict(now).items():
         if name not in free and former[name] != value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,37 +11,38 @@ from torch import Tensor
 
 from dcl_lightning.memory.policies import policy_class
 from dcl_lightning.memory.slots import Integers, class_quotas
+from dcl_lightning.types import StateDict
 
 __all__ = ["Dealt", "reshard"]
 
-# What is kept of each row, and what stands where there is none.
+# Bookkeeping columns with one value per slot, and the value of an empty slot.
 _OF_ROW = {"labels": -1, "ids": -1, "entered": 0, "drawn": 0}
 
 
 class Dealt(NamedTuple):
-    """What one worker of the new number gets.
+    """One worker's share of a redistributed memory.
 
     Args:
-        manager: its manager's bookkeeping.
-        rows: for each former worker, which rows of its file ``(m,)`` and into which slots ``(m,)``, int64.
+        manager: bookkeeping of its manager.
+        rows: for each former worker, indices ``(m,)`` of rows in its file and their new slots ``(m,)``, int64.
     """
 
-    manager: dict[str, Any]
+    manager: StateDict
     rows: list[tuple[Tensor, Tensor]]
 
 
-def reshard(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
-    """Deal the rows of a job out to another number of workers: none is lost, and the capacity of the job is kept.
+def reshard(saved: list[StateDict], size: int, rank: int) -> Dealt:
+    """Redistribute a job's rows over another number of workers; no row is lost, and the job's capacity stays.
 
-    Rows go class by class, within a class by former worker and slot, or by age where the oldest rows leave first: to
-    worker 0, 1, ... and 0 again. Where classes own slots these are dealt in the same way, so that each row finds one of
-    its class, and workers' numbers of rows of a class differ by one at most. What was counted (samples seen, candidates
-    offered) is shared equally. Draws go on from generators of their own.
+    Rows are ordered by class, then by age if the policy evicts the oldest first, then by former worker and slot, and
+    dealt round-robin to the workers. If classes own slots, the slots are dealt in the same way, so each row gets a slot
+    of its class, and the workers' row counts of a class differ by at most one. Counters (samples seen, candidates
+    offered) are split equally. Each worker draws from a newly seeded generator.
 
     Args:
         saved: bookkeeping of each former worker's manager.
-        size: number of workers now.
-        rank: 0-based number of this one.
+        size: new number of workers.
+        rank: 0-based rank of this worker.
     """
     buffer = saved[0]["buffer"]
     states = [_arrays(manager["buffer"]["slots"]) for manager in saved]
@@ -59,7 +60,7 @@ def reshard(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
     position, room = np.arange(label.size), np.zeros(admitted.size, dtype=np.int64)
     if policy.owns_slots:
         room = np.sum([state["room"] for state in states], axis=0)
-        # Under the adaptive quota a worker that met no sample yet gave its slots to no class.
+        # Under the adaptive quota the slots of a worker that has seen no sample belong to no class yet.
         room = room + class_quotas(capacity - int(room.sum()), admitted)
         position += (room.cumsum() - room)[label] - label.searchsorted(label)
     # Each slot of the job, counted class by class, goes to one worker.
@@ -104,7 +105,7 @@ def reshard(saved: list[dict[str, Any]], size: int, rank: int) -> Dealt:
 
 
 def _share(counts: Integers, size: int, rank: int) -> Integers:
-    """Return how many of the numbers below each count are the worker's, dealt out to 0, 1, ... and 0 again."""
+    """Return, for each count n, how many of 0 ... n-1 this worker gets when they are dealt round-robin."""
     return (counts + size - 1 - rank) // size
 
 
@@ -114,5 +115,5 @@ def _column(capacity: int, slots: Integers, values: Integers, empty: int) -> Int
     return column
 
 
-def _arrays(state: dict[str, Any]) -> dict[str, Any]:
+def _arrays(state: StateDict) -> StateDict:
     return {name: v.numpy() if isinstance(v, Tensor) else v for name, v in state.items()}

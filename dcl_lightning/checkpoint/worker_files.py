@@ -11,16 +11,18 @@ import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Protocol
 
 from dcl_lightning.comm import Comm, allgather_text, raise_together
 from dcl_lightning.errors import CheckpointError
+from dcl_lightning.types import StateDict
 
 __all__ = [
     "FORMAT",
     "KEY",
     "STAGING",
     "Hashed",
+    "Writable",
     "check_files",
     "copy_file",
     "side_folder",
@@ -35,19 +37,27 @@ _CHUNK = 1 << 22
 _NOT_OURS = "this package names no file so; the checkpoint was changed or is not to be trusted, use another one"
 
 
+class Writable(Protocol):
+    """A sink for bytes."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write bytes; return their number."""
+        ...
+
+
 class Hashed:
-    """A file that is written from its beginning to its end, and hashed as it is.
+    """Hashes what is written to a file, from its beginning to its end.
 
     Args:
-        file: to write into.
+        file: the destination.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash = file, hashlib.sha256()
         self.num_bytes = 0
 
-    def write(self, data: Any) -> int:
-        """Write bytes, or what has a buffer of them; return their number."""
+    def write(self, data: bytes | memoryview) -> int:
+        """Write bytes; return their number."""
         self._hash.update(data)
         self._file.write(data)
         count = memoryview(data).nbytes
@@ -63,7 +73,7 @@ class Hashed:
         return self._hash.hexdigest()
 
 
-def stage_files(comm: Comm, root: Path, write: Callable[[IO[bytes] | Any], None]) -> dict[str, Any]:
+def stage_files(comm: Comm, root: Path, write: Callable[[Writable], None]) -> StateDict:
     """Let every worker write its file into a new folder below ``root``; return what the checkpoint tells of them.
 
     Args:
@@ -79,7 +89,7 @@ def stage_files(comm: Comm, root: Path, write: Callable[[IO[bytes] | Any], None]
     """
     place = allgather_text(comm, str(root / uuid.uuid4().hex) if comm.rank == 0 else "")[0]
     folder, name = Path(place), f"rank_{comm.rank}"
-    mine: dict[str, Any] = {"name": name, "host": socket.gethostname()}
+    mine: StateDict = {"name": name, "host": socket.gethostname()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / name, "wb") as file:
@@ -109,7 +119,7 @@ def stage_files(comm: Comm, root: Path, write: Callable[[IO[bytes] | Any], None]
     return {"token": folder.name, "staged": place, "files": kept}
 
 
-def side_folder(path: str | os.PathLike[str], memory: dict[str, Any]) -> Path:
+def side_folder(path: str | os.PathLike[str], memory: StateDict) -> Path:
     """Return the folder of a checkpoint's side files; of a link, that of what it points to.
 
     Args:
@@ -142,7 +152,7 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(written.fileno())
 
 
-def check_files(folder: Path, files: list[dict[str, Any]], read: list[int]) -> str:
+def check_files(folder: Path, files: list[StateDict], read: list[int]) -> str:
     """Return what is wrong with side files, empty if nothing is.
 
     Args:
