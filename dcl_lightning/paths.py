@@ -1,13 +1,18 @@
-"""Paths as users write them: a leading ``~`` is their home, and a relative one is below the folder they are in."""
+"""Paths as users write them, and files that readers never see half-written."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["absolute", "expanded"]
+__all__ = ["absolute", "expanded", "replacing"]
+
+T = TypeVar("T")
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -28,25 +33,41 @@ def absolute(path: str | os.PathLike[str]) -> str:
         ) from error
 
 
-def expanded(values: Any) -> Any:
+def expanded(values: T) -> T:
     """Return values with the home folder in place of ``~`` or ``~user`` at the beginning of every string.
 
-    A shell expands neither ``--key=~/folder`` nor what stands in a configuration file.
+    A shell does not expand ``--key=~/folder``, nor a path in a configuration file.
 
     >>> expanded({"increment": [2, "5"]})
     {'increment': [2, '5']}
 
     Args:
-        values: strings, ``--key=value`` too, and anything else, in lists and mappings; the latter are changed in place.
+        values: strings, ``--key=value`` included, and other values, nested in lists and mappings; the latter are
+            changed in place.
     """
+    result: Any = values
     if isinstance(values, str):
         key, equals, value = values.partition("=")
-        if key.startswith("--") and equals:
-            return f"{key}={os.path.expanduser(value)}"
-        return os.path.expanduser(values)
-    if isinstance(values, list):
-        return [expanded(value) for value in values]
-    if hasattr(values, "keys") and hasattr(values, "__setitem__"):
+        flag = key.startswith("--") and equals
+        result = f"{key}={os.path.expanduser(value)}" if flag else os.path.expanduser(values)
+    elif isinstance(values, list):
+        result = [expanded(value) for value in values]
+    elif hasattr(values, "keys") and hasattr(values, "__setitem__"):
         for key in list(values.keys()):
-            values[key] = expanded(values[key])
-    return values
+            result[key] = expanded(result[key])
+    return result
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft that replaces the file once it is complete; an exception leaves the old file.
+
+    Args:
+        path: of the file.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_point
 def _reports_without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out a report's pictures, which take half of a small run's time, where a test is not marked ``pictures``."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr("dcl_lightning.callbacks.report.pictures_of", lambda *_: {})
+        monkeypatch.setattr("dcl_lightning.callbacks.report.figures_of", lambda *_: {})
 
 
 @pytest.hookimpl(trylast=True)

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from dcl_lightning.comm import comm_of
-from dcl_lightning.paths import absolute
-from dcl_lightning.report.paths import replacing, run_folder
+from dcl_lightning.paths import absolute, replacing
+from dcl_lightning.report.paths import run_folder
 from dcl_lightning.screen import show
 
 __all__ = ["PredictionWriter"]

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of, log_interval
 from dcl_lightning.callbacks.task_clock import TaskClock
-from dcl_lightning.report.buffer_log import rows_of
+from dcl_lightning.report.counts import rows_of
 from dcl_lightning.screen import is_watched, show
 from dcl_lightning.types import Batch
 

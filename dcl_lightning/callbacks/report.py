@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of
 from dcl_lightning.comm import comm_of
-from dcl_lightning.report.buffer_log import MemoryLog, rows_of
-from dcl_lightning.report.content import facts_of
-from dcl_lightning.report.figures import can_draw, log_picture, matrix_figure, pictures_of, png, takes_pictures
-from dcl_lightning.report.paths import begin_run, replacing, run_folder
-from dcl_lightning.report.text import csv_text, over_tasks_text, progress_text, summary_text, table_text
+from dcl_lightning.paths import replacing
+from dcl_lightning.report.content import content_of
+from dcl_lightning.report.counts import MemoryLog, rows_of
+from dcl_lightning.report.figures import can_draw, figures_of, log_figure, matrix_figure, png, takes_figures
+from dcl_lightning.report.paths import begin_run, run_folder
+from dcl_lightning.report.text import matrix_csv, metrics_csv, progress_text, summary_text, table_text
 from dcl_lightning.screen import show
 from dcl_lightning.types import Task
 
@@ -68,9 +69,9 @@ class TaskReport(pl.Callback):
         if not trainer.is_global_zero:
             return
         if self.pictures and can_draw():
-            for logger in filter(takes_pictures, trainer.loggers):
+            for logger in filter(takes_figures, trainer.loggers):
                 with _decorating("the picture of the matrix"):
-                    log_picture(logger, "cl/accuracy_matrix", matrix_figure(clock.matrix), trainer.global_step)
+                    log_figure(logger, "cl/accuracy_matrix", matrix_figure(clock.matrix), trainer.global_step)
         if self.show_table:
             text = table_text(clock.matrix.evaluated, task.num_tasks)
             show(f"\n{text}\n{progress_text(clock.matrix)}")
@@ -102,35 +103,35 @@ class TaskReport(pl.Callback):
             show(f"Report: {report}")
 
     def _write(self, report: Path, trainer: pl.Trainer, agent: pl.LightningModule, clock: Any) -> None:
-        facts, results = facts_of(report.parent, trainer, agent, clock, self.memory), clock.results
+        content, results = content_of(report.parent, trainer, agent, clock, self.memory), clock.results
         labels = getattr(datamodule_of(trainer), "original_labels", None) or range(results.num_classes)
         tasks = [f"task_{j}" for j in range(len(results.tested))]
         report.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(facts, indent=1, allow_nan=False, default=_plain)
+        text = json.dumps(content, indent=1, allow_nan=False, default=_plain)
         files = {
             "accuracy_matrix.json": text + "\n",
-            "accuracy_matrix.csv": csv_text(results.matrix.values, "after_task", tasks),
-            "figures_over_tasks.csv": over_tasks_text(results.matrix),
-            "accuracy_of_classes.csv": csv_text(results.classes.values, "after_task", labels),
+            "accuracy_matrix.csv": matrix_csv(results.matrix.values, "after_task", tasks),
+            "figures_over_tasks.csv": metrics_csv(results.matrix),
+            "accuracy_of_classes.csv": matrix_csv(results.classes.values, "after_task", labels),
         }
         for name in ("top5", "task_aware"):
             if getattr(results, name) is not None:
-                files[f"accuracy_matrix_{name}.csv"] = csv_text(getattr(results, name).values, "after_task", tasks)
+                files[f"accuracy_matrix_{name}.csv"] = matrix_csv(getattr(results, name).values, "after_task", tasks)
         if results.confusion is not None:
-            files["confusion_matrix.csv"] = csv_text(results.confusion, "class", labels, labels)
+            files["confusion_matrix.csv"] = matrix_csv(results.confusion, "class", labels, labels)
         if self.memory.lines:
             files["buffer.csv"] = self.memory.csv_text(labels)
-        for name, content in files.items():
-            _replace(report / name, content.encode())
+        for name, text in files.items():
+            _replace(report / name, text.encode())
         pictures: list[str] = []
         if self.pictures and not can_draw():
             rank_zero_info("TaskReport: no pictures without matplotlib: pip install 'dcl-lightning[plot]'")
         elif self.pictures:
-            for name, draw in pictures_of(results, self.memory, labels).items():
+            for name, draw in figures_of(results, self.memory, labels).items():
                 with _decorating(f"{name}.png"):
                     _replace(report / f"{name}.png", png(draw()))
                     pictures.append(f"{name}.png")
-        _replace(report / "summary.md", summary_text(facts, [*files], pictures).encode())
+        _replace(report / "summary.md", summary_text(content, [*files], pictures).encode())
 
     # -- checkpoint ------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ from dcl_lightning.distributed.horovod.shutdown import through_signals
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.evaluation import StreamResults, Tally
-from dcl_lightning.report.sample_counts import SampleCounts
+from dcl_lightning.report.counts import SampleCounts
 from dcl_lightning.types import Batch, Task
 
 __all__ = ["TaskClock"]

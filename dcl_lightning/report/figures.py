@@ -1,78 +1,98 @@
-"""The report's pictures as PNG files, and the one that goes to loggers."""
+"""The report's figures as PNG files, and the one that goes to loggers."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import numpy as np
+import numpy.typing as npt
+from lightning.pytorch.loggers import Logger
 
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix, drawing
 from dcl_lightning.metrics.evaluation import StreamResults
-from dcl_lightning.report.buffer_log import MemoryLog
+from dcl_lightning.report.counts import MemoryLog
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["can_draw", "log_picture", "matrix_figure", "pictures_of", "png", "takes_pictures"]
+__all__ = ["can_draw", "figures_of", "log_figure", "matrix_figure", "png", "takes_figures"]
+
+P = ParamSpec("P")
 
 _DPI = 150
-_MAX_CLASSES = 200  # of the pictures with a row for each class: beyond, a row is thinner than a printed line
+_MAX_CLASSES = 200  # of the figures with a row for each class: beyond, a row is thinner than a printed line
 
 
-def pictures_of(results: StreamResults, memory: MemoryLog, labels: Sequence[Any]) -> dict[str, Callable[[], Figure]]:
-    """Return what draws each picture, by the name of its file without ``.png``.
+def figures_of(
+    results: StreamResults, memory: MemoryLog, labels: Sequence[object]
+) -> Mapping[str, Callable[[], Figure]]:
+    """Return a function that draws each figure, by the name of its file without ``.png``.
 
     Args:
         results: of the stream so far.
-        memory: what the memories held; nothing is drawn of an empty one.
+        memory: what the memories held; an empty log has no figures.
         labels: original labels in the order of the model ids.
     """
     matrix, names = results.matrix, [str(label) for label in labels]
     size = len(matrix.evaluated)
-    pictures: dict[str, Callable[[], Figure]] = {
-        "accuracy_matrix": lambda: matrix_figure(matrix),
-        "accuracy_of_tasks": lambda: _figure(
-            drawing.CURVE_SIZE, lambda ax: drawing.draw_task_curves(ax, matrix.evaluated.numpy())
+    few = len(names) <= _MAX_CLASSES
+    by_class = drawing.class_size(size, names)
+    figures = {
+        "accuracy_matrix": partial(matrix_figure, matrix),
+        "accuracy_of_tasks": partial(
+            new_figure, drawing.CURVE_SIZE, drawing.draw_task_curves, matrix.evaluated.numpy()
         ),
-        "accuracy_and_forgetting": lambda: _figure(
-            drawing.CURVE_SIZE, lambda ax: drawing.draw_curves(ax, _progress(matrix), "accuracy and forgetting (%)")
+        "accuracy_and_forgetting": partial(
+            new_figure, drawing.CURVE_SIZE, drawing.draw_curves, _progress(matrix), "accuracy and forgetting (%)"
         ),
     }
     if results.task_aware is not None:
-        aware = results.task_aware
-        pictures["accuracy_matrix_task_aware"] = lambda: matrix_figure(aware)
-    if len(names) <= _MAX_CLASSES:
+        figures["accuracy_matrix_task_aware"] = partial(matrix_figure, results.task_aware)
+    if few:
         values = results.classes.values[:size].numpy()
-        pictures["accuracy_of_classes"] = lambda: _figure(
-            drawing.class_size(size, names), lambda ax: drawing.draw_classes(ax, values, names)
-        )
-    if results.confusion is not None and len(names) <= _MAX_CLASSES:
-        counts = results.confusion.numpy()
-        pictures["confusion_matrix"] = lambda: _figure(
-            drawing.confusion_size(names), lambda ax: drawing.draw_confusion(ax, counts, names)
+        figures["accuracy_of_classes"] = partial(new_figure, by_class, drawing.draw_classes, values, names)
+    if results.confusion is not None and few:
+        figures["confusion_matrix"] = partial(
+            new_figure, drawing.confusion_size(names), drawing.draw_confusion, results.confusion.numpy(), names
         )
     if memory.lines:
         rows = memory.rows_by_class(size, len(names)).numpy()
-        pictures["buffer_fill"] = lambda: _figure(
-            drawing.CURVE_SIZE, lambda ax: drawing.draw_fill(ax, rows.sum(1), memory.nominal)
-        )
-        if len(names) <= _MAX_CLASSES:
-            pictures["buffer_classes"] = lambda: _figure(
-                drawing.class_size(size, names), lambda ax: drawing.draw_rows(ax, rows, names)
-            )
-    return pictures
+        figures["buffer_fill"] = partial(new_figure, drawing.CURVE_SIZE, drawing.draw_fill, rows.sum(1), memory.nominal)
+        if few:
+            figures["buffer_classes"] = partial(new_figure, by_class, drawing.draw_rows, rows, names)
+    return figures
 
 
 def matrix_figure(matrix: AccuracyMatrix) -> Figure:
-    """Return an accuracy matrix as a figure of its own, not one of pyplot's."""
-    return _figure(drawing.matrix_size(matrix.num_tasks), lambda ax: drawing.draw_matrix(ax, matrix.values.numpy()))
+    """Return an accuracy matrix as a figure that pyplot does not keep."""
+    return new_figure(drawing.matrix_size(matrix.num_tasks), drawing.draw_matrix, matrix.values.numpy())
+
+
+def new_figure(
+    size: tuple[float, float], draw: Callable[Concatenate[Axes, P], None], *args: P.args, **kwargs: P.kwargs
+) -> Figure:
+    """Return a figure that pyplot does not keep, of one pair of axes.
+
+    Args:
+        size: width and height in inches.
+        draw: draws on the axes.
+        args: its further arguments.
+        kwargs: by name.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots(), *args, **kwargs)
+    return figure
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file's content."""
+    """Return a figure as the content of a PNG file."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=_DPI)
     return out.getvalue()
@@ -87,17 +107,17 @@ def can_draw() -> bool:
     return True
 
 
-def takes_pictures(logger: Any) -> bool:
+def takes_figures(logger: Logger) -> bool:
     """Return whether a logger takes figures: those of TensorBoard, Weights & Biases and MLflow do."""
     writer = getattr(logger, "experiment", None)
     return hasattr(logger, "log_image") or hasattr(writer, "add_figure") or hasattr(writer, "log_figure")
 
 
-def log_picture(logger: Any, name: str, figure: Figure, step: int) -> None:
-    """Give a figure to a logger that takes some.
+def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
+    """Log a figure.
 
     Args:
-        logger: one of Lightning's.
+        logger: one of Lightning's that takes figures.
         name: under which it is shown.
         figure: the figure.
         step: optimizer steps so far.
@@ -110,15 +130,7 @@ def log_picture(logger: Any, name: str, figure: Figure, step: int) -> None:
         logger.experiment.log_figure(logger.run_id, figure, f"{name}_step_{step}.png")
 
 
-def _figure(size: tuple[float, float], draw: Callable[[Any], None]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure.subplots())
-    return figure
-
-
-def _progress(matrix: AccuracyMatrix) -> dict[str, np.ndarray[Any, Any]]:
+def _progress(matrix: AccuracyMatrix) -> dict[str, npt.NDArray[np.float64]]:
     """Return the curves over the tasks, by name."""
     values = matrix.evaluated
     curves = {

@@ -1,11 +1,9 @@
-"""Where a run's files go, and files that a reader never sees half-written."""
+"""The folder of a run's files."""
 
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -13,26 +11,25 @@ import lightning.pytorch as pl
 
 from dcl_lightning.paths import expanded
 
-__all__ = ["begin_run", "replacing", "run_folder"]
+__all__ = ["begin_run", "run_folder"]
 
-# Of trainers without a logger.
-_CHOSEN: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()
+_WITHOUT_LOGGER: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Return where a run's files go: beside its checkpoints; ask in the process that writes.
+    """Return the folder of a run's files, which is that of its checkpoints; call it on worker 0 only.
 
-    Lightning's ``log_dir`` is that for loggers that write files of their own. Of others it is the folder that all runs
-    share, while checkpoints go to a folder for each run. Without a logger it is ``default_root_dir``, or a folder
-    ``version_N`` in it where another run's files lie there already.
+    It is ``log_dir`` of the first logger where that has one, else the folder ``save_dir/name/version``, as of the
+    checkpoints of other loggers. Without a logger it is ``default_root_dir``, or a new folder ``version_N`` in it if
+    another run's files lie there already.
 
     Args:
         trainer: of the run.
     """
     if not trainer.loggers:
-        if trainer not in _CHOSEN:
-            _CHOSEN[trainer] = _without_logger(Path(expanded(str(trainer.default_root_dir))))
-        return _CHOSEN[trainer]
+        if trainer not in _WITHOUT_LOGGER:
+            _WITHOUT_LOGGER[trainer] = _free_folder(Path(expanded(str(trainer.default_root_dir))))
+        return _WITHOUT_LOGGER[trainer]
     logger = trainer.loggers[0]
     own = getattr(logger, "log_dir", None)
     if own is not None:
@@ -42,35 +39,16 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 
 def begin_run(trainer: pl.Trainer) -> None:
-    """Let ``run_folder`` choose anew: a trainer without a logger that fits again must not replace its first report.
-
-    Args:
-        trainer: at the set-up of a fit.
-    """
-    _CHOSEN.pop(trainer, None)
+    """Let ``run_folder`` choose anew, so that a trainer without a logger that fits again keeps its first report."""
+    _WITHOUT_LOGGER.pop(trainer, None)
 
 
-def _without_logger(root: Path) -> Path:
+def _free_folder(root: Path) -> Path:
     if not any((root / name).exists() for name in ("report", "config.yaml")):
         return root
     for number in itertools.count(1):
         folder = root / f"version_{number}"
         with suppress(FileExistsError):
             folder.mkdir()
-            return folder
-    raise AssertionError("numbers do not end")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a draft beside the file, which takes its place once it is written; nothing is left if that fails.
-
-    Args:
-        path: of the file.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+            break
+    return folder

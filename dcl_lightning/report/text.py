@@ -1,12 +1,11 @@
-"""The accuracy matrix as text: for the screen, as CSV and as Markdown. Pure functions."""
+"""The report as text: for the screen, as CSV and as Markdown. Pure functions."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +13,13 @@ from torch import Tensor
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.metrics import AccuracyMatrix
+from dcl_lightning.types import StateDict
 
-__all__ = ["csv_text", "over_tasks_text", "progress_text", "summary_text", "table_text"]
+__all__ = ["csv_text", "matrix_csv", "metrics_csv", "progress_text", "summary_text", "table_text"]
 
 _SHOWN = 15
-_SCALARS = {name: name.replace("_", " ") for name in FORMULAS}
-_FACTS = {
+_METRICS = {name: name.replace("_", " ") for name in FORMULAS}
+_DETAILS = {
     "agent": "agent",
     "dataset": "data set",
     "seed": "seed",
@@ -58,99 +58,107 @@ def table_text(matrix: Tensor, num_tasks: int) -> str:
 
 
 def progress_text(matrix: AccuracyMatrix) -> str:
-    """Return one line with the figures after the last row, in per cent.
-
-    Args:
-        matrix: the accuracy matrix; what is not defined yet is left out.
-    """
-    figures = {
+    """Return one line with the metrics after the last row, in per cent; undefined ones are left out."""
+    values = {
         "average accuracy": matrix.average_accuracy,
         "over all samples": matrix.pooled[len(matrix.evaluated) - 1],
         "forgetting (max-last)": matrix.forgetting,
         "backward transfer": matrix.backward_transfer,
     }
-    return ", ".join(f"{name} {100 * float(v):.1f}" for name, v in figures.items() if not bool(v.isnan()))
+    return ", ".join(f"{name} {100 * float(v):.1f}" for name, v in values.items() if not bool(v.isnan()))
 
 
-def csv_text(matrix: Tensor, corner: str, columns: Sequence[Any], rows: Sequence[Any] | None = None) -> str:
-    """Return a matrix as CSV: fractions or counts, empty where there is none.
+def csv_text(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as CSV; None and NaN become empty cells.
 
     Args:
-        matrix: ``(n, m)`` float64 or int64.
-        corner: head of the first column.
-        columns: heads of the m others.
-        rows: what stands in the first column; 0 to n - 1 if None.
+        head: names of the columns.
+        rows: as many cells each.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([corner, *columns])
-    for name, row in zip(range(len(matrix)) if rows is None else rows, matrix.tolist(), strict=True):
-        writer.writerow([name, *("" if math.isnan(value) else repr(value) for value in row)])
+    writer.writerow(head)
+    for row in rows:
+        writer.writerow("" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row)
     return out.getvalue()
 
 
-def over_tasks_text(matrix: AccuracyMatrix) -> str:
-    """Return the figures after each task as CSV, fractions, empty where one is not defined.
+def matrix_csv(matrix: Tensor, corner: str, columns: Sequence[object], rows: Sequence[object] | None = None) -> str:
+    """Return a matrix of fractions or counts as CSV.
 
     Args:
-        matrix: the accuracy matrix.
+        matrix: ``(n, m)`` float64 or int64.
+        corner: name of the first column.
+        columns: names of the m others.
+        rows: cells of the first column; 0 to n - 1 if None.
     """
+    names = range(len(matrix)) if rows is None else rows
+    return csv_text([corner, *columns], ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True)))
+
+
+def metrics_csv(matrix: AccuracyMatrix) -> str:
+    """Return the metrics after each task as CSV, as fractions."""
     values = matrix.evaluated
-    names = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
-    figures = {name: continual_metrics.over_tasks(getattr(continual_metrics, name), values) for name in names}
+    metrics = {
+        "average_accuracy": continual_metrics.average_accuracy,
+        "learning_accuracy": continual_metrics.learning_accuracy,
+        "forgetting": continual_metrics.forgetting,
+        "backward_transfer": continual_metrics.backward_transfer,
+    }
+    columns = {name: continual_metrics.over_tasks(metric, values) for name, metric in metrics.items()}
     pooled = matrix.pooled[: len(values)]
     so_far = [continual_metrics.average_incremental_accuracy(pooled[: t + 1]) for t in range(len(values))]
-    figures |= {"pooled_accuracy": pooled, "average_incremental_accuracy": torch.stack(so_far)}
-    return csv_text(torch.stack([*figures.values()], 1), "after_task", [*figures])
+    columns |= {"pooled_accuracy": pooled, "average_incremental_accuracy": torch.stack(so_far)}
+    return matrix_csv(torch.stack([*columns.values()], 1), "after_task", [*columns])
 
 
-def summary_text(facts: Mapping[str, Any], files: Sequence[str], pictures: Sequence[str]) -> str:
+def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str]) -> str:
     """Return the report for readers, in Markdown.
 
     Args:
-        facts: the content of ``accuracy_matrix.json``.
-        files: names of the files of numbers that lie beside it.
-        pictures: names of the pictures that lie beside it.
+        content: of ``accuracy_matrix.json``.
+        files: names of the report's data files.
+        figures: names of its PNG files.
     """
-    rows: Sequence[Sequence[float | None]] = facts["matrix"]
+    rows: Sequence[Sequence[float | None]] = content["matrix"]
     columns = range(len(rows))
-    lines = [f"# {facts['agent']} on {facts['dataset'] or 'unnamed data'}", ""]
+    lines = [f"# {content['agent']} on {content['dataset'] or 'unnamed data'}", ""]
     lines += ["Accuracy in % on the test samples of each task (column) after each task (row).", ""]
     lines += ["| after | " + " | ".join(f"task {j}" for j in columns) + " |"]
     lines += ["|---" * (len(rows) + 1) + "|"]
     for i, row in enumerate(rows):
         cells = ["" if value is None else f"{100 * value:.1f}" for value in row]
         lines.append(f"| task {i} | " + " | ".join(cells) + " |")
-    lines += ["", *_figures(facts), ""]
+    lines += ["", *_metrics_table(content), ""]
     lines += ["R[i, j] is the accuracy on the test samples of task j after task i, T the number of tasks."]
-    if "matrix_task_aware" in facts:
-        lines += ["", "Task-aware: the agent is told the task, and only its classes are looked at (task-IL)."]
-    for name in pictures:
+    if "matrix_task_aware" in content:
+        lines += ["", "Task-aware: the scores are restricted to the classes of the sample's task (task-IL)."]
+    for name in figures:
         lines += ["", f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"]
     lines += ["", "| task | classes | training samples | test samples |", "|---|---|---|---|"]
-    for t, classes in enumerate(facts["task_classes"]):
+    for t, classes in enumerate(content["task_classes"]):
         names = ", ".join(map(str, classes[:20])) + (", ..." if len(classes) > 20 else "")
-        lines.append(f"| {t} | {_escape(names)} | {facts['task_samples'][t]} | {facts['task_test_samples'][t]} |")
+        lines.append(f"| {t} | {_escape(names)} | {content['task_samples'][t]} | {content['task_test_samples'][t]} |")
     lines += ["", "| | |", "|---|---|"]
-    for key, name in _FACTS.items():
-        if facts.get(key) is not None:
-            lines.append(f"| {name} | {_escape(_words(facts[key]))} |")
-    if facts["references"]:
-        lines += ["", f"To cite (`{facts['cite']}` prints BibTeX):", ""]
-        lines += [f"- {reference}" for reference in facts["references"]]
-    lines += ["", "Numbers: " + ", ".join(f"[{name}]({name})" for name in files) + "."]
+    for key, name in _DETAILS.items():
+        if content.get(key) is not None:
+            lines.append(f"| {name} | {_escape(_words(content[key]))} |")
+    if content["references"]:
+        lines += ["", f"To cite (`{content['cite']}` prints BibTeX):", ""]
+        lines += [f"- {reference}" for reference in content["references"]]
+    lines += ["", "Data: " + ", ".join(f"[{name}]({name})" for name in files) + "."]
     return "\n".join(lines) + "\n"
 
 
-def _figures(facts: Mapping[str, Any]) -> list[str]:
-    """Return the table of figures, each with its formula, a column for each way of counting hits."""
-    columns = {"%": facts}
-    if facts.get("top5") is not None:
-        columns["top-5, %"] = facts["top5"]
-    if "matrix_task_aware" in facts:
-        columns["task-aware, %"] = {key: facts[f"{key}_task_aware"] for key in _SCALARS}
-    lines = ["| figure | formula | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
-    for key, name in _SCALARS.items():
+def _metrics_table(content: StateDict) -> list[str]:
+    """Return a row for each metric with its formula, and a column for each way of counting hits."""
+    columns = {"%": content}
+    if content.get("top5") is not None:
+        columns["top-5, %"] = content["top5"]
+    if "matrix_task_aware" in content:
+        columns["task-aware, %"] = {key: content[f"{key}_task_aware"] for key in _METRICS}
+    lines = ["| metric | formula | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for key, name in _METRICS.items():
         values = [source.get(key) for source in columns.values()]
         cells = ["not defined" if value is None else f"{100 * value:.1f}" for value in values]
         lines.append(f"| {name} | {FORMULAS[key]} | " + " | ".join(cells) + " |")
@@ -161,7 +169,7 @@ def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
     return f"{value:.1f}" if isinstance(value, float) else str(value)

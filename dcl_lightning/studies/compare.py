@@ -11,7 +11,7 @@ import numpy as np
 
 from dcl_lightning.cli.suggestions import CommandParser
 from dcl_lightning.functional.continual_metrics import FORMULAS
-from dcl_lightning.report.paths import replacing
+from dcl_lightning.paths import replacing
 from dcl_lightning.studies import tables
 from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
 from dcl_lightning.studies.statistics import Estimate, between, estimate, paired

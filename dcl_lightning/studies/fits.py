@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dcl_lightning.errors import ConfigurationError, suggestion
-from dcl_lightning.report.paths import replacing
+from dcl_lightning.paths import replacing
 from dcl_lightning.studies.runs import is_finished
 
 __all__ = ["Fit", "arguments", "keep_to", "read_config", "run_fit"]

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 # Drawing takes most of a small run's time; what reports look like is tested elsewhere.
-WITHOUT_PICTURES = "from dcl_lightning.callbacks import report; report.pictures_of = lambda *_: {}\n"
+WITHOUT_PICTURES = "from dcl_lightning.callbacks import report; report.figures_of = lambda *_: {}\n"
 
 
 @dataclass

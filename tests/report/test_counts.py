@@ -1,13 +1,28 @@
-"""Samples seen by training, over all steps."""
+"""Counts over all workers: samples trained on, and what the memories hold."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 
 from dcl_lightning.comm import SingleProcessComm
-from dcl_lightning.report.sample_counts import SampleCounts
-from dcl_lightning.types import Batch
+from dcl_lightning.report.counts import MemoryLog, SampleCounts
+from dcl_lightning.types import Batch, MemoryRows
+
+
+def test_a_task_that_is_counted_again_after_a_resume_counts_once() -> None:
+    ids = torch.tensor([0, 2, 3])
+    held = MemoryRows(
+        capacity=4, num_bytes=8, sample_ids=ids, ages=torch.zeros_like(ids), drawn=torch.ones_like(ids), shared=False
+    )
+    log, targets, origins = MemoryLog(), torch.tensor([0, 0, 1, 1]), torch.zeros(4, dtype=torch.int64)
+    log.note(0, held, targets, origins, SingleProcessComm())
+    once = copy.deepcopy(vars(log))
+    log.note(0, held, targets, origins, SingleProcessComm())
+    assert vars(log) == once
+    assert log.rows_by_class(1, 2).tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 60])
