@@ -12,24 +12,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import end_to_end
+import peers
+import plain
+import protocol
 import pytest
+import results
+import scale
+import search
 import torch
-from documents import ROOT
+from common import quiet_trainer
 
 from dcl_lightning import ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
 from dcl_lightning.functional.losses import nil_weights
 from dcl_lightning.memory.exchange import plan_draws, plan_of
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import end_to_end
-import peers
-import plain
-import protocol
-import results
-import scale
-import search
-from common import quiet_trainer
 
 run_all = importlib.import_module("all")
 

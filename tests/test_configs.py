@@ -22,10 +22,9 @@ from dcl_lightning import FineTuning, cli
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.config import MemorySize
+from tests.data import small_sets
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-import written  # noqa: E402
 
 # A sweep is no configuration of a fit.
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.stem.startswith("sweep_"))
@@ -60,13 +59,13 @@ PART_SMALL = ["--data.source_options", '{"num_classes": 4, "size": 40}']
 WRITERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "digits": (lambda root: None, []),
     "synthetic": (lambda root: None, []),
-    "mnist": (lambda root: written.mnist(root, 40, 20), []),
-    "cifar10": (lambda root: written.cifar(root, 10), []),
-    "cifar100": (lambda root: written.cifar(root, 100, 200, test_rows=20), []),
-    "tinyimagenet": (written.tinyimagenet, PART),
-    "imagenet": (written.imagenet, PART_SMALL),
-    "imagenet_blurred": (lambda root: written.imagenet(root, "ImageNet_blurred"), PART_SMALL),
-    "candle": (lambda root: written.candle(root, rows=16), []),
+    "mnist": (lambda root: small_sets.mnist(root, 40, 20), []),
+    "cifar10": (lambda root: small_sets.cifar(root, 10), []),
+    "cifar100": (lambda root: small_sets.cifar(root, 100, 200, test_rows=20), []),
+    "tinyimagenet": (small_sets.tinyimagenet, PART),
+    "imagenet": (small_sets.imagenet, PART_SMALL),
+    "imagenet_blurred": (lambda root: small_sets.imagenet(root, "ImageNet_blurred"), PART_SMALL),
+    "candle": (lambda root: small_sets.candle(root, rows=16), []),
 }
 # Of four classes: tasks of two in place of tasks of 250.
 FOUR_CLASSES = {"tinyimagenet", "imagenet", "imagenet_blurred"}

@@ -17,14 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
-from documents import LANGUAGES, PAGES, ROOT, Command, blocks, commands, write_files
-
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-import written
-from test_configs import shrunk
 
 from dcl_lightning import cli
 from dcl_lightning.studies import repeat, sweep
+from tests.data import small_sets
+from tests.documents import LANGUAGES, PAGES, ROOT, Command, blocks, commands, write_files
+from tests.test_configs import shrunk
 
 # What is not run here, by how the command begins, and why; beside it how it is looked at all the same. What is of
 # neither kind, nor a command of ours that can be run, fails.
@@ -45,6 +43,10 @@ def existing_tests(words: tuple[str, ...]) -> None:
     paths = [word for word in words if word.startswith("tests/")]
     assert paths
     assert all((ROOT / path).exists() or path == "tests/agents/test_fading.py" for path in paths), words
+
+
+def a_test_module(words: tuple[str, ...]) -> None:
+    assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists(), words
 
 
 def an_extra(words: tuple[str, ...]) -> None:
@@ -70,9 +72,9 @@ NOT_RUN: list[tuple[str, str, Check]] = [
     (r"python -m dcl_lightning\.tools\.install_horovod", "builds Horovod", a_script_with_these_options),
     (r"(python -m |\w+=\w+ )?pytest ", "the suite itself, or a GPU's", existing_tests),
     (
-        r"python tests/conformance/surface\.py",
+        r"python -m tests\.conformance\.surface",
         "writes the page, which tests/conformance/test_lightning_surface.py compares",
-        existing_tests,
+        a_test_module,
     ),
     (r"pip install", "the network", an_extra),
     (r"(horovodrun|mpirun) ", "several hosts, Open MPI", parsed_behind),
@@ -168,7 +170,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, file in (("nil", "agent"), ("digits", "data"), ("two_workers", "trainer")):
         (folder / f"{file}.yaml").write_text(yaml.safe_dump({keys[name]: parts[name]}))
     (folder / "all.yaml").write_text(yaml.safe_dump({key: f"parts/{name}.yaml" for name, key in keys.items()}))
-    written.class_folders(folder / "pictures", "train", "test", [f"class_{i}" for i in range(5)], ending="jpg")
+    small_sets.class_folders(folder / "pictures", "train", "test", [f"class_{i}" for i in range(5)], ending="jpg")
     few = ["--model.epochs_per_task", "1", "--trainer.limit_train_batches", "2", "--trainer.callbacks", "TaskReport"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from documents import ROOT
 
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-import written
+from tests.data import small_sets
+from tests.documents import ROOT
 
 EXAMPLES = ROOT / "docs" / "examples"
 
@@ -40,7 +38,7 @@ def test_the_script_keeps_what_it_forgets_without_a_memory(
 def test_a_module_of_mnist_gains_by_one_callback_whatever_its_batches_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written.mnist_of_digits(tmp_path / "datasets", times=2)
+    small_sets.mnist_of_digits(tmp_path / "datasets", times=2)
     out = run("embedding.py", monkeypatch, tmp_path, capsys)
     accuracy = {name: float(figure) for name, figure in re.findall(r"^([a-z, ]+): ([\d.]+)$", out, re.MULTILINE)}
     assert accuracy["with a memory"] > accuracy["as it was"] + 0.1
@@ -72,8 +70,8 @@ def test_the_notebook_runs_and_shows_the_matrix(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["script.py", "embedding.py", "notebook.ipynb"])
-def test_pages_show_what_runs(name: str) -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
+def test_pages_show_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
     from examples_page import on_page_markdown
 
     path = EXAMPLES / name

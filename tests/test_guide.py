@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documents import ROOT, blocks, commands
+
+from tests.documents import ROOT, blocks, commands
 
 GUIDE = ROOT / "docs" / "guides" / "agent.md"
 PARTS = ("dcl_lightning", "configs", "benchmarks", "docs", "tests")

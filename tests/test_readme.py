@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import PAGES, ROOT, Block, blocks, write_files
 
 from dcl_lightning import cli
+from tests.documents import PAGES, ROOT, Block, blocks, write_files
 
 # Files within the project are of the guide that tests/test_guide.py follows.
 BLOCKS = [

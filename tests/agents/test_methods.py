@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,16 +12,14 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from agents import make
-from streams import make_data, make_trainer
-
 from dcl_lightning import RehearsalConfig
 from dcl_lightning.agents import short_names
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional import agem_projection, gem_projection, si_importance
+from tests.conformance.agents import make
+from tests.conformance.small_stream import make_data, make_trainer
 
 
 def weights(agent):

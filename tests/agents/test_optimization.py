@@ -1,22 +1,18 @@
 """Optimizers and schedules of the agents against torch's own, set up by hand."""
 
 import copy
-import sys
 from functools import partial
-from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from streams import make_agent, make_data, make_trainer
+from torch import nn
 
 from dcl_lightning import FineTuning
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional import parameter_groups
+from tests.conformance.small_stream import make_agent, make_data, make_trainer
 
 
 class Normalised(nn.Module):

@@ -18,10 +18,9 @@ from dcl_lightning import ContinualDataModule, FineTuning, ICaRL, cli
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import PredictionWriter
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, weights
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "conformance"))
-from streams import make_agent, make_data, make_trainer, weights  # noqa: E402
 
 SMALL = ["--model.epochs_per_task", "1", "--data.increment", "5", "--trainer.accelerator", "cpu"]
 SMALL += ["--data.class_order", "[9,8,7,6,5,4,3,2,1,0]"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from streams import ON, make_agent, make_data
-
 from dcl_lightning.callbacks import TaskReport
+from tests.conformance.small_stream import ON, make_agent, make_data
 
 
 class Reader(pl.Callback):

@@ -1,21 +1,17 @@
 """What an agent says of the streams that it can learn from."""
 
 import json
-import sys
 import warnings
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from streams import make_agent, make_data, make_trainer, matrix, weights
-
 from dcl_lightning import NIL, ContinualAgent, FineTuning
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, matrix, weights
 
 
 class ClassesOnly(FineTuning):

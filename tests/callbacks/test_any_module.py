@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,11 +12,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from streams import ON, make_data
-
 from dcl_lightning import ContinualDataModule, Rehearsal, RehearsalConfig, TaskClock, TaskReport
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.small_stream import ON, make_data
 
 
 class Plain(pl.LightningModule):

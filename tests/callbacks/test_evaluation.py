@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,13 +12,11 @@ from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from streams import make_data, make_trainer, matrix, weights
-
 from dcl_lightning import FineTuning
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 # Each runs the network at the end of a task in its own way.
 RUNNING = ["base", "icarl", "bic", "ewc", "derpp_task_end"]

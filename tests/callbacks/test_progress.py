@@ -17,10 +17,9 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar, 
 
 from dcl_lightning import FineTuning
 from dcl_lightning.callbacks import progress
+from tests.conformance.small_stream import make_agent, make_data
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "conformance"))
-from streams import make_agent, make_data  # noqa: E402
 
 
 class Terminal(io.StringIO):

@@ -14,12 +14,10 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from rehearsals import same
-from streams import make_data, make_trainer, matrix, weights
-
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
+from tests.conformance.rehearsal_runs import same
+from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 ROOT = Path(__file__).parents[2]
 # Herding and class means; held-out rows; the Fisher information; a memory that is filled; nothing but the matrix.
@@ -141,14 +139,14 @@ def test_the_command_line_ends_within_herding_with_the_signals_code(
 ) -> None:
     place = tmp_path / "place"
     options = {
-        "--model": "icarl", "--model.backbone": "test_signals_at_a_tasks_end.Slow",
+        "--model": "icarl", "--model.backbone": "tests.callbacks.test_signals_at_a_tasks_end.Slow",
         "--model.backbone.place": str(place), "--data.dataset": "digits", "--data.eval_batch_size": "1",
         "--trainer.accelerator": "cpu", "--trainer.limit_val_batches": "0",
     }  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), "fit", *(word for pair in options.items() for word in pair)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

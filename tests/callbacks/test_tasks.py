@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,13 +11,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-from streams import arrays, make_agent, make_data, make_trainer, matrix, weights
-
 from dcl_lightning import ER, ContinualDataModule, RehearsalConfig, TaskClock, TaskReport
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import Rehearsal, StreamProgress
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.small_stream import arrays, make_agent, make_data, make_trainer, matrix, weights
 
 TASKS, EPOCHS, BATCHES = 3, 3, 3  # of the stream of streams.py: 14 samples a task in batches of 5
 

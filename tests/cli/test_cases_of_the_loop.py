@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from dcl_lightning import Rehearsal, RehearsalConfig, cli
+from tests.conformance.small_stream import make_agent, make_data, make_trainer
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "conformance"))
-from streams import make_agent, make_data, make_trainer  # noqa: E402
 
 
 @pytest.mark.parametrize("reset", [True, False])

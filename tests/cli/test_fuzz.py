@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from fuzzing import AGENTS, QUICK, VALUES, Outcome, attempt, leaf_keys, quick, refused
+
+from tests.cli.mistyped import AGENTS, QUICK, VALUES, Outcome, attempt, leaf_keys, quick, refused
 
 SEED = 20
 SAMPLE = 220  # about a third of a second each

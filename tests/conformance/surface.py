@@ -1,6 +1,6 @@
 """Every callback of Lightning and every argument of its Trainer: what of them is supported, and how that is seen.
 
-``python tests/conformance/surface.py`` writes ``docs/lightning.md`` from the tables here.
+``python -m tests.conformance.surface`` writes ``docs/lightning.md`` from the tables here.
 """
 
 from __future__ import annotations
@@ -794,7 +794,7 @@ A test fits both, and a plain LightningModule beside them, with and without each
 - **refused**: an error before the first step says what to do.
 - **not tried**: not part of that test.
 
-This page is generated: `python tests/conformance/surface.py`.
+This page is generated: `python -m tests.conformance.surface`.
 """
 
 

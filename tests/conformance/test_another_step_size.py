@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from streams import make_agent, make_data, make_trainer, matrix
+
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, matrix
 
 
 class Watch(pl.Callback):

@@ -16,13 +16,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import Strategy
 from PIL import Image
-from rehearsals import assert_same_run, fit
-from streams import make_agent, make_data, make_trainer
 
 from dcl_lightning import cli
 from dcl_lightning.backbones import MLP
 from dcl_lightning.checkpoint.directory import latest_checkpoint, problem_of
 from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError
+from tests.conformance.rehearsal_runs import assert_same_run, fit
+from tests.conformance.small_stream import make_agent, make_data, make_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def test_a_contradiction_is_refused_with_both_values(tmp_path: Path, change: dic
         with pytest.raises(ConfigurationError, match=told):
             fit(tmp_path, data=data, ckpt=tmp_path / "last.ckpt", **change)
         return
-    from rehearsals import make_nil
+    from tests.conformance.rehearsal_runs import make_nil
 
     agent = make_nil(data)
     other = type(agent)(MLP(width), 6, agent.rehearsal.config, epochs_per_task=2, lr=0.05, momentum=0.9,

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from rehearsals import buffer_of, make_nil, same
-from streams import make_agent, make_data, make_trainer, weights
 
 from dcl_lightning import ER
 from dcl_lightning.backbones import MLP
+from tests.conformance.rehearsal_runs import buffer_of, make_nil, same
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, weights
 
 
 def make(name: str, data: Any, folder: Path) -> Any:

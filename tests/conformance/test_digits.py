@@ -6,15 +6,12 @@ A floor is the reference mean - 3 standard errors - 1, for the number of seeds r
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import protocol
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
-import protocol
 
 from dcl_lightning import ContinualDataModule
 

@@ -10,15 +10,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from agents import KEEPING, NAMES, REHEARSING, STREAMS, make
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rehearsals import same
-from streams import make_data, make_trainer, matrix, weights
 from torch.utils.data import DataLoader, TensorDataset
 
 import dcl_lightning
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
+from tests.conformance.agents import KEEPING, NAMES, REHEARSING, STREAMS, make
+from tests.conformance.rehearsal_runs import same
+from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 ROOT = Path(__file__).parent.parent.parent
 # Its result depends on the time that things take.

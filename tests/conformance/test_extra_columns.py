@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from agents import make
 from lightning.pytorch.callbacks import ModelCheckpoint
-from streams import make_data, make_trainer
 
 from dcl_lightning.types import StoresMore
+from tests.conformance.agents import make
+from tests.conformance.small_stream import make_data, make_trainer
 
 MEMORIES = {
     "inline": {},

@@ -12,8 +12,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
-from rehearsals import same
-from streams import make_trainer, weights
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig
+from tests.conformance.rehearsal_runs import same
+from tests.conformance.small_stream import make_trainer, weights
 
 
 @pytest.fixture(autouse=True)

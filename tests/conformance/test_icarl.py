@@ -8,13 +8,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from streams import arrays, make_agent, make_data, make_trainer, matrix, weights
 
 from dcl_lightning import ContinualDataModule, ICaRL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional import distillation
 from dcl_lightning.memory.config import MemorySize
+from tests.conformance.small_stream import arrays, make_agent, make_data, make_trainer, matrix, weights
 
 
 def fit(tmp_path: Path, data=None, **kwargs):

@@ -12,21 +12,21 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from agents import NAMES, make
 from lightning.pytorch.callbacks import ModelCheckpoint
-from streams import make_data, make_trainer, matrix, weights
 
-HERE = Path(__file__).parent
+from tests.conformance.agents import NAMES, make
+from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
+
+ROOT = Path(__file__).parents[2]
 # nil_v2 repeats nothing.
 REPEATING = [name for name in NAMES if name != "nil_v2"]
 
 
 def kills(folder: Path, count: int, seed: int, *names: str, timeout: float = 280) -> dict[str, int]:
-    """Run ``kills.py``; return what it counted."""
-    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
+    """Run ``killed_fits.py``; return what it counted."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "kills.py"), str(folder), str(count), str(seed), *names],
-        env=os.environ | {"PYTHONPATH": paths},
+        [sys.executable, "-m", "tests.conformance.killed_fits", str(folder), str(count), str(seed), *names],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=timeout,

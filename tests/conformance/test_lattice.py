@@ -13,9 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import lattice
 import pytest
 import torch
+
+from tests.conformance import lattice
 
 SEED = int(os.environ.get("LATTICE_SEED", 20))
 ALONE = json.loads(os.environ.get("LATTICE_DRAW", "null"))

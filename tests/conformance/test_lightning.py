@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from streams import make_agent, make_data, make_trainer, matrix, weights
 
 from dcl_lightning import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, matrix, weights
 
 
 class Hooks(pl.Callback):

@@ -14,9 +14,9 @@ import lightning.pytorch as pl
 import lightning.pytorch.callbacks as callbacks_of_lightning
 import pytest
 import torch
-from surface import PAGE, TABLES, Row, Who, markdown, run
 
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.surface import PAGE, TABLES, Row, Who, markdown, run
 
 # Of this release of Lightning; the tables are of the newest.
 THERE = {
@@ -81,4 +81,4 @@ def test_every_row_says_why_it_is_no_plain_lightning() -> None:
 
 
 def test_the_page_is_of_this_table() -> None:
-    assert PAGE.read_text(encoding="utf-8") == markdown(), "run: python tests/conformance/surface.py"
+    assert PAGE.read_text(encoding="utf-8") == markdown(), "run: python -m tests.conformance.surface"

@@ -12,10 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from agents import make
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from rehearsals import make_nil, watch
-from streams import make_data, make_trainer, weights
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from dcl_lightning import ContinualDataModule, Rehearsal, RehearsalConfig
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.manager import MemoryManager
+from tests.conformance.agents import make
+from tests.conformance.rehearsal_runs import make_nil, watch
+from tests.conformance.small_stream import make_data, make_trainer, weights
 
 
 @pytest.fixture(autouse=True)

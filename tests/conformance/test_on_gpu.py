@@ -12,11 +12,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rehearsals import assert_same_run, buffer_of, fit, stored_rows
-from streams import weights
 
 from dcl_lightning import NIL, ContinualDataModule
 from dcl_lightning.memory.manager import MemoryManager
+from tests.conformance.rehearsal_runs import assert_same_run, buffer_of, fit, stored_rows
+from tests.conformance.small_stream import weights
 
 pytestmark = [
     pytest.mark.exhaustive,

@@ -10,8 +10,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from rehearsals import assert_same_run, buffer_of, fit, stored_rows
-from streams import make_data, matrix
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +19,8 @@ from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.checkpoint.buffer_files import RowsFile
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.rehearsal_runs import assert_same_run, buffer_of, fit, stored_rows
+from tests.conformance.small_stream import make_data, matrix
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from rehearsals import assert_same_run, buffer_of, fit, make_nil, same, watch
-from streams import make_data, make_trainer
 
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.prefetch import MemoryEngine
+from tests.conformance.rehearsal_runs import assert_same_run, buffer_of, fit, make_nil, same, watch
+from tests.conformance.small_stream import make_data, make_trainer
 
 _THREAD = "rehearsal"
 

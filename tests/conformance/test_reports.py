@@ -9,10 +9,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from rehearsals import make_nil
-from streams import arrays, make_agent, make_data, make_trainer
 
 from dcl_lightning import ContinualDataModule, TaskReport
+from tests.conformance.rehearsal_runs import make_nil
+from tests.conformance.small_stream import arrays, make_agent, make_data, make_trainer
 
 
 def facts_of(folder: Path) -> dict:

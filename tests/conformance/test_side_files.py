@@ -12,14 +12,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
-from rehearsals import assert_same_run, fit, make_nil
-from streams import make_agent, make_data, make_trainer, matrix, weights
 
 from dcl_lightning import NIL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.checkpoint.buffer_files import RowsFile
 from dcl_lightning.checkpoint.directory import latest_checkpoint, problem_of
 from dcl_lightning.errors import CheckpointError
+from tests.conformance.rehearsal_runs import assert_same_run, fit, make_nil
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, matrix, weights
 
 KEPT = Path(__file__).parent.parent / "data" / "checkpoint_v1" / "step=8.ckpt"
 

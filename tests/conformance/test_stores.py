@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rehearsals import buffer_of, fit, stored_rows
-from streams import make_data, weights
 
 from dcl_lightning import ContinualDataModule
 from dcl_lightning.callbacks.references import References
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig, resolve
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
-import written
+from tests.conformance.rehearsal_runs import buffer_of, fit, stored_rows
+from tests.conformance.small_stream import make_data, weights
+from tests.data import small_sets
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in "abcdef":
             for i in range(count):
                 # Noise: no two crops are alike.
-                written.image(root / split / name / f"{i}.png", (20 + i, 30 - i))
+                small_sets.image(root / split / name / f"{i}.png", (20 + i, 30 - i))
     return root
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from agents import make
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from streams import make_agent, make_data, make_trainer, matrix, weights
 
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import MemorySize
+from tests.conformance.agents import make
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, matrix, weights
 
 
 @pytest.mark.parametrize(

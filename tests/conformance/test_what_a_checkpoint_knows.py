@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from dcl_lightning import Rehearsal, RehearsalConfig, agents, cli
 from dcl_lightning.agents import ER, NIL, ICaRL, short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams import make_agent, make_data, make_trainer, weights
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, weights
 
 NUM_TASKS = 3
 

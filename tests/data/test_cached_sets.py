@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import written
-from written import SYNSETS
 
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.images.decode import read_image
 from dcl_lightning.data.sources import tinyimagenet
 from dcl_lightning.data.sources.cache import VARIABLE, cached
 from dcl_lightning.errors import DataError
+from tests.data import small_sets
+from tests.data.small_sets import SYNSETS
 
 PART = {"num_classes": 4}
 
@@ -36,7 +36,7 @@ def tiny(root: Path) -> ContinualDataModule:
 
 
 def test_tinyimagenet_in_its_published_form(tmp_path: Path) -> None:
-    base = written.tinyimagenet(tmp_path)
+    base = small_sets.tinyimagenet(tmp_path)
     data = tiny(tmp_path)
     assert data.original_labels == SYNSETS
     assert (data.train_inputs.shape, data.test_inputs.shape) == ((24, 3, 64, 64), (8, 3, 64, 64))
@@ -53,7 +53,7 @@ def test_tinyimagenet_in_its_published_form(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_written_once_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = written.tinyimagenet(tmp_path)
+    base = small_sets.tinyimagenet(tmp_path)
     before = tiny(tmp_path).train_inputs
     monkeypatch.setattr(tinyimagenet, "read_images", None)
     again = tiny(tmp_path).train_inputs
@@ -64,14 +64,14 @@ def test_the_cache_is_written_once_and_mapped(tmp_path: Path, monkeypatch: pytes
 
 
 def test_other_images_make_another_cache(tmp_path: Path) -> None:
-    base = written.tinyimagenet(tmp_path)
+    base = small_sets.tinyimagenet(tmp_path)
     tiny(tmp_path)
-    written.image(base / "train" / SYNSETS[0] / "images" / "new.JPEG", (64, 64))
+    small_sets.image(base / "train" / SYNSETS[0] / "images" / "new.JPEG", (64, 64))
     assert len(tiny(tmp_path).train_inputs) == 25
 
 
 def test_a_damaged_image_leaves_no_cache(tmp_path: Path) -> None:
-    base = written.tinyimagenet(tmp_path)
+    base = small_sets.tinyimagenet(tmp_path)
     file = base / "train" / SYNSETS[2] / "images" / f"{SYNSETS[2]}_1.JPEG"
     whole = file.read_bytes()
     file.write_bytes(whole[:200])
@@ -83,7 +83,7 @@ def test_a_damaged_image_leaves_no_cache(tmp_path: Path) -> None:
 
 
 def test_a_data_set_that_cannot_be_written_to_is_cached_elsewhere(tmp_path: Path, home: Path) -> None:
-    base = written.tinyimagenet(tmp_path)
+    base = small_sets.tinyimagenet(tmp_path)
     # What keeps even root from writing there.
     (base / ".dcl_lightning").write_text("")
     assert len(tiny(tmp_path).train_inputs) == 24
@@ -92,7 +92,7 @@ def test_a_data_set_that_cannot_be_written_to_is_cached_elsewhere(tmp_path: Path
 
 
 def test_no_place_at_all_is_said_in_one_line(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = written.tinyimagenet(tmp_path)
+    base = small_sets.tinyimagenet(tmp_path)
     (base / ".dcl_lightning").write_text("")
     (home / "dcl_lightning").write_text("")
     with pytest.raises(DataError) as error:
@@ -132,7 +132,7 @@ def test_what_a_killed_process_left_is_neither_used_nor_kept(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("harm", ["annotation", "class"])
 def test_wrong_annotations(tmp_path: Path, harm: str) -> None:
-    file = written.tinyimagenet(tmp_path) / "val" / "val_annotations.txt"
+    file = small_sets.tinyimagenet(tmp_path) / "val" / "val_annotations.txt"
     file.write_text(file.read_text() + ("val_0.JPEG\n" if harm == "annotation" else "val_0.JPEG\tn9\t0\t0\t1\t1\n"))
     with pytest.raises(DataError, match=r"val_annotations\.txt, line 9" if harm == "annotation" else "n9"):
         tiny(tmp_path)
@@ -146,7 +146,7 @@ def nt3(root: Path) -> ContinualDataModule:
 
 
 def test_candle_is_scaled_by_training_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = written.candle(tmp_path)
+    base = small_sets.candle(tmp_path)
     data = nt3(tmp_path)
     x, x_test = (np.loadtxt(base / name, delimiter=",", dtype=np.float32) for name in ("nt_train2.csv", "nt_test2.csv"))
     scale = np.abs(x[:, 1:]).max(0)
@@ -174,7 +174,7 @@ def test_candle_is_scaled_by_training_rows_alone(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_wrong_rows_are_named(tmp_path: Path, row: str, words: list[str]) -> None:
-    base = written.candle(tmp_path, rows=2, test_rows=1)
+    base = small_sets.candle(tmp_path, rows=2, test_rows=1)
     with (base / "nt_train2.csv").open("a") as file:
         file.write(row + "\n")
     with pytest.raises(DataError) as error:
@@ -184,6 +184,6 @@ def test_wrong_rows_are_named(tmp_path: Path, row: str, words: list[str]) -> Non
 
 
 def test_an_empty_table(tmp_path: Path) -> None:
-    (written.candle(tmp_path, 2, 1) / "nt_test2.csv").write_text("\n")
+    (small_sets.candle(tmp_path, 2, 1) / "nt_test2.csv").write_text("\n")
     with pytest.raises(DataError, match=r"nt_test2\.csv has no rows"):
         nt3(tmp_path)

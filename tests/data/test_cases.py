@@ -13,13 +13,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-import written
 
 from dcl_lightning import NIL, ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
 from dcl_lightning.data import scenarios
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.config import RehearsalConfig
+from tests.data import small_sets
 
 T10 = np.repeat(np.arange(10), 4)
 # Images that say what they show: so an agent that learns is right about all of them.
@@ -118,7 +118,7 @@ def test_case_a9_grey_arrays_for_a_network_of_three_channels() -> None:
 
 def test_case_a10_accents_through_continuums_class_of_folders(tmp_path: Path) -> None:
     for name in ("chat", "hündin"):
-        written.image(tmp_path / "ifé" / name / "0.png", (8, 8))
+        small_sets.image(tmp_path / "ifé" / name / "0.png", (8, 8))
     with pytest.raises(DataError, match=r"continuum keeps.*ifé.*data\.dataset=folder"):
         ContinualDataModule("continuum.datasets.ImageFolderDataset", root=str(tmp_path / "ifé"), increment=1)
     with pytest.raises(DataError, match="nowhere"):

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
-from written import image, tiff
 
 from dcl_lightning.data.images.decode import centre, random_box, read_image, read_images
 from dcl_lightning.errors import DataError
+from tests.data.small_sets import image, tiff
 
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "tiff", "ppm", "webp", "gif", "jpg"])

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torchvision.datasets
-import written
 
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.sources.cifar import FILES
 from dcl_lightning.errors import DataError
+from tests.data import small_sets
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -59,7 +59,7 @@ def refused(name: str, root: Path, download: bool) -> str:
 
 def test_mnist(tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     served, address = server
-    written.mnist(tmp_path)
+    small_sets.mnist(tmp_path)
     raw = tmp_path / "MNIST" / "raw"
     archives = []
     for file in sorted(raw.iterdir()):
@@ -85,7 +85,7 @@ def test_mnist(tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.Mon
 
 def test_cifar(tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     served, address = server
-    written.cifar(tmp_path / "made", 100, per_file=100)
+    small_sets.cifar(tmp_path / "made", 100, per_file=100)
     folder = tmp_path / "made" / "CIFAR100" / "cifar-100-python"
     archive = served / "cifar-100-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:

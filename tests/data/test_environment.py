@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
-import written
 
 from dcl_lightning import cli
 from dcl_lightning.agents import FineTuning
@@ -20,6 +19,7 @@ from dcl_lightning.backbones import MLP
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig
+from tests.data import small_sets
 
 FIT = ["fit", "--model", "nil", "--model.epochs_per_task", "1", "--trainer.accelerator", "cpu"]
 FIT += ["--trainer.enable_progress_bar", "false", "--trainer.limit_train_batches", "1"]
@@ -48,7 +48,7 @@ def fit_of_images(root: str, num_workers: int | None, steps: Any = None) -> int:
 
 def test_images_are_read_in_a_daemonic_process(tmp_path: Path) -> None:
     """Such a process, of a pool for instance, may not start others: it reads images itself."""
-    root = written.class_folders(tmp_path / "pictures", "train", "test", ["cat", "dog"], count=4)
+    root = small_sets.class_folders(tmp_path / "pictures", "train", "test", ["cat", "dog"], count=4)
     context = multiprocessing.get_context("spawn")
     steps = context.Value("i", 0)
     process = context.Process(target=fit_of_images, args=(str(root), 2, steps), daemon=True)
@@ -58,7 +58,7 @@ def test_images_are_read_in_a_daemonic_process(tmp_path: Path) -> None:
 
 
 def test_a_fit_in_a_thread(tmp_path: Path) -> None:
-    root = written.class_folders(tmp_path / "pictures", "train", "test", ["cat", "dog"], count=4)
+    root = small_sets.class_folders(tmp_path / "pictures", "train", "test", ["cat", "dog"], count=4)
     steps: list[int] = []
     thread = threading.Thread(target=lambda: steps.append(fit_of_images(str(root), 0)))
     thread.start()
@@ -71,7 +71,7 @@ STRANGE = os.fsdecode(b"\xe9t\xe9")
 
 def test_classes_and_images_whose_names_are_not_utf_8(tmp_path: Path) -> None:
     """The report comes after the training, and must not fail there."""
-    root = written.class_folders(tmp_path, "train", "test", ["cat", STRANGE], count=2)
+    root = small_sets.class_folders(tmp_path, "train", "test", ["cat", STRANGE], count=2)
     (root / "train" / "cat" / "cat_0.JPEG").rename(root / "train" / "cat" / f"{STRANGE}.JPEG")
     assert cli.main([*FIT, *FOLDER, f"--data.root={root}"]) == 0
     report = tmp_path / "runs/dcl/version_0/report"
@@ -80,7 +80,7 @@ def test_classes_and_images_whose_names_are_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_a_root_whose_name_is_not_utf_8(tmp_path: Path) -> None:
-    root = written.class_folders(tmp_path / STRANGE, "train", "test", ["cat", "dog"], count=4)
+    root = small_sets.class_folders(tmp_path / STRANGE, "train", "test", ["cat", "dog"], count=4)
     assert fit_of_images(str(root), 0) == 4
     assert (root / "report/summary.md").is_file()
 

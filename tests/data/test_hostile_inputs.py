@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import written
-from hostile import EARLY, Case, folder
 from PIL import Image
 
 from dcl_lightning import cli
 from dcl_lightning.data.sources.cache import VARIABLE
+from tests.data import small_sets
+from tests.data.damaged_sets import EARLY, Case, folder
 
 SMALL = ["--data.batch_size", "4", "--data.num_workers", "0", "--model.epochs_per_task", "1"]
 SMALL += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -210,10 +210,10 @@ def test_whatever_can_be_used_is(tmp_path: Path) -> None:
     root = folder(tmp_path / "mes données é")
     cat = root / "train" / "cat"
     for mode, ending in (("L", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("P", "gif"), ("1", "bmp"), ("LA", "png")):
-        written.image(cat / f"{mode} noir.{ending}", (9, 14), mode)
+        small_sets.image(cat / f"{mode} noir.{ending}", (9, 14), mode)
     Image.fromarray(np.full((5, 7), 40_000, dtype=np.uint16)).save(cat / "16 bit.png")
-    written.image(cat / "1x1.png", (1, 1))
-    written.image(cat / "long.png", (300, 2))
+    small_sets.image(cat / "1x1.png", (1, 1))
+    small_sets.image(cat / "long.png", (300, 2))
     (cat / os.fsdecode(b"\xe9t\xe9.png")).symlink_to(cat / "1x1.png")
     (root / "train" / "notes.txt").write_text("no class")
     (root / "test" / "dog" / "dog_0.JPEG").unlink()
@@ -224,7 +224,7 @@ def test_whatever_can_be_used_is(tmp_path: Path) -> None:
 
 
 def test_labels_with_gaps_are_the_names_in_the_report(tmp_path: Path) -> None:
-    base = written.listed(tmp_path / "datasets", "ImageNet100", "100")
+    base = small_sets.listed(tmp_path / "datasets", "ImageNet100", "100")
     for file in ("train_100.txt", "val_100.txt"):
         lines = (base / file).read_text().splitlines()
         # A line given twice is no contradiction.
@@ -235,7 +235,7 @@ def test_labels_with_gaps_are_the_names_in_the_report(tmp_path: Path) -> None:
 
 
 def test_one_class_is_a_stream_of_one_task(tmp_path: Path) -> None:
-    written.class_folders(tmp_path, "train", "test", ["cat"])
+    small_sets.class_folders(tmp_path, "train", "test", ["cat"])
     assert fit("folder", "--data.root", str(tmp_path)) == 0
     report = json.loads((tmp_path / "runs/dcl/version_0/report/accuracy_matrix.json").read_text())
     assert report["matrix"] == [[1.0]]
@@ -244,7 +244,7 @@ def test_one_class_is_a_stream_of_one_task(tmp_path: Path) -> None:
 def test_a_set_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    base = written.tinyimagenet(tmp_path / "datasets")
+    base = small_sets.tinyimagenet(tmp_path / "datasets")
     # What keeps even root from writing there.
     (base / ".dcl_lightning").write_text("")
     assert fit("tinyimagenet") == 0

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import written
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from written import SYNSETS
 
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.images import decode
@@ -20,6 +18,8 @@ from dcl_lightning.data.images.folders import IMAGE_ENDINGS, per_class
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
+from tests.data import small_sets
+from tests.data.small_sets import SYNSETS
 
 PART = {"num_classes": 4, "size": 32}
 
@@ -71,7 +71,7 @@ def test_the_table_is_known_before_any_file_and_a_missing_set_creates_nothing(
 
 @pytest.mark.parametrize("name", ["imagenet", "imagenet_blurred"])
 def test_imagenet_in_its_published_form(tmp_path: Path, name: str) -> None:
-    written.imagenet(tmp_path, sources.SOURCES[name].folder)
+    small_sets.imagenet(tmp_path, sources.SOURCES[name].folder)
     data = make(name, tmp_path)
     assert data.original_labels == SYNSETS
     assert data.num_tasks == 2
@@ -93,7 +93,7 @@ def test_imagenet_in_its_published_form(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize(("name", "suffix"), [("imagenet100", "100"), ("imagenet100small", "100_small")])
 def test_list_files_choose_the_images(tmp_path: Path, name: str, suffix: str, beside: bool) -> None:
-    written.listed(tmp_path, sources.SOURCES[name].folder, suffix, beside)
+    small_sets.listed(tmp_path, sources.SOURCES[name].folder, suffix, beside)
     data = make(name, tmp_path)
     assert data.original_labels == [0, 1, 2, 3]
     assert (len(data.train_inputs), len(data.test_inputs)) == (20, 4)
@@ -102,7 +102,7 @@ def test_list_files_choose_the_images(tmp_path: Path, name: str, suffix: str, be
 
 
 def test_a_list_beside_a_linked_folder(tmp_path: Path) -> None:
-    written.listed(tmp_path / "far", "ImageNet100", "100", True)
+    small_sets.listed(tmp_path / "far", "ImageNet100", "100", True)
     (tmp_path / "near").mkdir()
     (tmp_path / "near" / "ImageNet100").symlink_to(tmp_path / "far" / "ImageNet100")
     for file in ("train_100.txt", "val_100.txt"):
@@ -121,7 +121,7 @@ def test_a_list_beside_a_linked_folder(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_lines_of_a_list_file(tmp_path: Path, line: str, words: list[str]) -> None:
-    base = written.listed(tmp_path, "ImageNet100", "100")
+    base = small_sets.listed(tmp_path, "ImageNet100", "100")
     with (base / "train_100.txt").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(DataError) as error:
@@ -130,14 +130,14 @@ def test_wrong_lines_of_a_list_file(tmp_path: Path, line: str, words: list[str])
 
 
 def test_an_empty_list_file(tmp_path: Path) -> None:
-    base = written.listed(tmp_path, "ImageNet100", "100")
+    base = small_sets.listed(tmp_path, "ImageNet100", "100")
     (base / "train_100.txt").write_text("\n")
     with pytest.raises(DataError, match=r"train_100\.txt names no images"):
         make("imagenet100", tmp_path)
 
 
 def test_core50_has_published_sessions_for_test(tmp_path: Path) -> None:
-    written.core50(tmp_path)
+    small_sets.core50(tmp_path)
     data = make("core50", tmp_path, source_options={"num_classes": 3}, increment=1)
     assert data.original_labels == [0, 1, 9]
     assert (len(data.train_inputs), len(data.test_inputs)) == (8 * 6, 3 * 6)
@@ -151,7 +151,7 @@ def test_core50_has_published_sessions_for_test(tmp_path: Path) -> None:
 
 
 def test_core50s_own_table_chooses_training_images(tmp_path: Path) -> None:
-    base = written.core50(tmp_path)
+    base = small_sets.core50(tmp_path)
     rows = "".join(f"C_{s:02d}_{o:02d}_000.png,x\n" for s in range(1, 12) for o in (1, 2, 10))
     (base / "core50_train.csv").write_text(rows)
     data = make("core50", tmp_path, source_options={"num_classes": 3}, increment=1)
@@ -161,7 +161,7 @@ def test_core50s_own_table_chooses_training_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("test", ["test", "val"])
 def test_any_folder_with_accents_spaces_links_and_folders_within(tmp_path: Path, test: str) -> None:
-    root = written.class_folders(tmp_path / "größe é 1", "train", test, ["chat noir", "hündin"], ending="png")
+    root = small_sets.class_folders(tmp_path / "größe é 1", "train", test, ["chat noir", "hündin"], ending="png")
     inner = root / "train" / "chat noir" / "par là"
     inner.mkdir()
     (inner / "self").symlink_to(root / "train" / "chat noir")
@@ -177,15 +177,15 @@ def test_any_folder_with_accents_spaces_links_and_folders_within(tmp_path: Path,
 
 
 def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
-    root = written.class_folders(tmp_path, "train", "val", ["a", "b"], count=2)
+    root = small_sets.class_folders(tmp_path, "train", "val", ["a", "b"], count=2)
     name = os.fsdecode(b"\xe9t\xe9.png")
-    written.image(root / "train" / "a" / name)
+    small_sets.image(root / "train" / "a" / name)
     data = make("folder", root, source_options={"size": 32}, increment=1)
     assert len(greys(data.train_eval_loader(torch.arange(5)))) == 5
 
 
 def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
-    base = written.imagenet(tmp_path)
+    base = small_sets.imagenet(tmp_path)
     (base / "train" / "n09999999").mkdir()
     with pytest.raises(DataError, match=r"train/n09999999 holds no images"):
         make("imagenet", tmp_path)
@@ -201,7 +201,7 @@ def test_no_samples(tmp_path: Path, name: str) -> None:
 
 
 def test_a_test_split_without_one_of_the_classes(tmp_path: Path) -> None:
-    base = written.imagenet(tmp_path)
+    base = small_sets.imagenet(tmp_path)
     shutil.rmtree(base / "val" / SYNSETS[0])
     for file in (base / "val" / SYNSETS[1]).iterdir():
         file.unlink()
@@ -211,7 +211,7 @@ def test_a_test_split_without_one_of_the_classes(tmp_path: Path) -> None:
         [2, 3],
     ]
     base.joinpath("val", "n09999999").mkdir()
-    written.image(base / "val" / "n09999999" / "x.JPEG")
+    small_sets.image(base / "val" / "n09999999" / "x.JPEG")
     with pytest.raises(DataError, match="n09999999"):
         make("imagenet", tmp_path)
 
@@ -219,7 +219,7 @@ def test_a_test_split_without_one_of_the_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("harm", ["text", "cut"])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_unreadable_image_is_named_when_it_is_met(tmp_path: Path, harm: str, num_workers: int) -> None:
-    file = written.imagenet(tmp_path) / "train" / SYNSETS[1] / f"{SYNSETS[1]}_2.JPEG"
+    file = small_sets.imagenet(tmp_path) / "train" / SYNSETS[1] / f"{SYNSETS[1]}_2.JPEG"
     file.write_bytes(b"no image" if harm == "text" else file.read_bytes()[:300])
     data = make("imagenet", tmp_path, num_workers=num_workers)
     with pytest.raises(DataError) as error:
@@ -230,14 +230,14 @@ def test_an_unreadable_image_is_named_when_it_is_met(tmp_path: Path, harm: str, 
 
 
 def test_labels_are_learnt_from_names_alone(tmp_path: Path) -> None:
-    base = written.imagenet(tmp_path)
+    base = small_sets.imagenet(tmp_path)
     for file in base.rglob("*.JPEG"):
         file.write_bytes(b"")
     assert make("imagenet", tmp_path, val_ratio=0.2, increment=1).tasks([1] * 4)[3].labels == (SYNSETS[3],)
 
 
 def test_a_part_of_a_named_set_has_to_be_asked_for(tmp_path: Path) -> None:
-    written.imagenet(tmp_path)
+    small_sets.imagenet(tmp_path)
     with pytest.raises(
         DataError, match=r"ImageNet has .* 4 classes, expected 1000: set data\.source_options\.num_classes=4"
     ):
@@ -274,7 +274,7 @@ def test_images_of_every_ending_are_found_and_read(tmp_path: Path, ending: str) 
 
 
 def test_files_that_are_left_out_are_counted_by_their_endings_in_one_line(tmp_path: Path) -> None:
-    root = written.class_folders(tmp_path, "train", "test", ["cat", "dog"], count=2)
+    root = small_sets.class_folders(tmp_path, "train", "test", ["cat", "dog"], count=2)
     for name in ("cat/a.heic", "dog/b.HEIC", "dog/inner/c.npy", "dog/README", "notes.txt", "dog/.hidden.txt"):
         (root / "train" / name).parent.mkdir(exist_ok=True)
         (root / "train" / name).write_text("")
@@ -287,7 +287,7 @@ def test_files_that_are_left_out_are_counted_by_their_endings_in_one_line(tmp_pa
 
 
 def test_a_class_folder_of_other_files_says_what_it_holds(tmp_path: Path) -> None:
-    root = written.class_folders(tmp_path, "train", "test", ["cat"], count=2)
+    root = small_sets.class_folders(tmp_path, "train", "test", ["cat"], count=2)
     (root / "train" / "eel").mkdir()
     (root / "train" / "eel" / "x.heic").write_text("")
     with pytest.raises(DataError, match=r"train/eel holds no images, but 1 \.heic"):
@@ -296,6 +296,6 @@ def test_a_class_folder_of_other_files_says_what_it_holds(tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("error")
 def test_tables_of_boxes_belong_to_tinyimagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written.tinyimagenet(tmp_path)
+    small_sets.tinyimagenet(tmp_path)
     monkeypatch.setattr(decode, "read_image", lambda path: torch.zeros(3, 64, 64, dtype=torch.uint8))
     make("tinyimagenet", tmp_path, source_options={"num_classes": 4})

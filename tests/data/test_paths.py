@@ -7,7 +7,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-import written
 import yaml
 
 from dcl_lightning import cli
@@ -18,6 +17,7 @@ from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.sources.cache import VARIABLE
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.paths import absolute, expanded
+from tests.data import small_sets
 
 FIT = ["--data.dataset", "digits", "--data.increment", "5", "--model.epochs_per_task", "1"]
 FIT += ["--trainer.limit_train_batches", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
@@ -62,7 +62,7 @@ def test_command_line_and_configuration_files_expand_every_path(home: Path) -> N
 
 
 def test_default_root_dir_and_data_root_on_the_command_line(home: Path) -> None:
-    written.class_folders(home / "pictures", "train", "test", ["cat", "dog"], count=2)
+    small_sets.class_folders(home / "pictures", "train", "test", ["cat", "dog"], count=2)
     flags = ["--data.dataset=folder", "--data.root=~/pictures", '--data.source_options={"size": 16}']
     flags += ["--data.increment=1", "--data.num_workers=0"]
     flags += ["--trainer.logger=false", "--trainer.default_root_dir=~/out"]
@@ -72,7 +72,7 @@ def test_default_root_dir_and_data_root_on_the_command_line(home: Path) -> None:
 
 
 def test_data_module_expands_root_copy_and_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written.cifar(home / "sets", 10)
+    small_sets.cifar(home / "sets", 10)
     monkeypatch.setenv(VARIABLE, "~/cache")
     data = ContinualDataModule("cifar10", root="~/sets", stage_to="~/copy")
     data.prepare_data()
@@ -106,7 +106,7 @@ def test_checkpoints_and_predictions_in_python(home: Path) -> None:
 def test_relative_root_is_that_of_the_folder_in_which_the_data_module_was_made(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written.class_folders(tmp_path / "here" / "pictures", "train", "test", ["cat", "dog"], count=2)
+    small_sets.class_folders(tmp_path / "here" / "pictures", "train", "test", ["cat", "dog"], count=2)
     data = ContinualDataModule("folder", root="pictures", increment=1, num_workers=0, source_options={"size": 16})
     monkeypatch.chdir(home)
     data.prepare_data()

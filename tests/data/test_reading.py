@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-import written
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -24,6 +23,7 @@ from dcl_lightning.data.images.dataset import ImageFiles
 from dcl_lightning.data.images.pool import Readers
 from dcl_lightning.data.loader import AheadLoader, TaskLoader
 from dcl_lightning.memory.config import MemorySize, RehearsalConfig
+from tests.data import small_sets
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, count in (("train", 7), ("val", 3)):
         for name in ("a", "b", "c", "d"):
             for i in range(count):
-                written.image(base / split / name / f"{i}.png", (30 + i, 40 - i))
+                small_sets.image(base / split / name / f"{i}.png", (30 + i, 40 - i))
     return base
 
 

@@ -10,17 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import written
 
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.cache import VARIABLE
+from tests.data import small_sets
 
 SETS = {"cifar10": "train.npy", "mnist": "train-images-idx3-ubyte"}
 READ = """
-import sys
-sys.path.insert(0, HERE)
-from test_shared_memory import SETS, kilobytes, touched
+from tests.data.test_shared_memory import SETS, kilobytes, touched
 kept = {name: touched(name, ROOT) for name in SETS}
 print(*[f"{kilobytes(file, what)}" for file in SETS.values() for what in ("Rss", "Pss")], flush=True)
 """
@@ -48,15 +46,16 @@ def kilobytes(file: str, what: str) -> int:
 
 def test_two_processes_share_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    written.cifar(tmp_path, 10, per_file=400)
-    written.mnist(tmp_path, rows=4000)
+    small_sets.cifar(tmp_path, 10, per_file=400)
+    small_sets.mnist(tmp_path, rows=4000)
     kept = [touched(name, str(tmp_path)) for name in SETS]
     sizes = [tensor.numel() // 1024 for tensor in kept]
     for file, size in zip(SETS.values(), sizes, strict=True):
         assert kilobytes(file, "Rss") >= size
         assert kilobytes(file, "Anonymous") == 0, "there is a copy"
-    source = f"HERE = {str(Path(__file__).parent)!r}\nROOT = {str(tmp_path)!r}\n{READ}"
-    other = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    source = f"ROOT = {str(tmp_path)!r}\n{READ}"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    other = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, check=True)
     figures = [int(word) for word in other.stdout.split()]
     for size, resident, share in zip(sizes, figures[0::2], figures[1::2], strict=True):
         assert resident >= size
@@ -67,7 +66,7 @@ def test_two_processes_share_what_they_read(tmp_path: Path, monkeypatch: pytest.
 def test_where_no_cache_can_be_written_cifar_is_read_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written.cifar(tmp_path, 100)
+    small_sets.cifar(tmp_path, 100)
     expected = sources.load("cifar100", str(tmp_path), False)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "cache"))
@@ -78,8 +77,8 @@ def test_where_no_cache_can_be_written_cifar_is_read_all_the_same(
 
 def test_other_pickles_make_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    written.cifar(tmp_path, 100)
+    small_sets.cifar(tmp_path, 100)
     first = sources.load("cifar100", str(tmp_path), False).train_inputs.clone()
-    written.cifar(tmp_path, 100)
+    small_sets.cifar(tmp_path, 100)
     assert not torch.equal(sources.load("cifar100", str(tmp_path), False).train_inputs, first)
     assert os.path.isdir(tmp_path / "CIFAR100" / ".dcl_lightning")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import written
 from PIL import Image
 
 from dcl_lightning.data import ContinualDataModule
@@ -19,6 +18,7 @@ from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.cifar import FILES
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
+from tests.data import small_sets
 
 T10 = np.repeat(np.arange(10), 4)
 
@@ -86,7 +86,7 @@ def test_wrong_options_are_refused_at_once(name, options, word) -> None:
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_cifar_in_its_published_form(tmp_path: Path, num_classes: int) -> None:
     per_file = num_classes
-    pixels_of = written.cifar(tmp_path, num_classes, per_file)
+    pixels_of = small_sets.cifar(tmp_path, num_classes, per_file)
     splits = sources.load(f"cifar{num_classes}", str(tmp_path), False)
     train_files, test_files = FILES[num_classes]
     pixels = np.concatenate([pixels_of[file] for file in train_files])
@@ -101,7 +101,7 @@ def test_cifar_in_its_published_form(tmp_path: Path, num_classes: int) -> None:
 
 
 def test_mnist_in_its_published_form(tmp_path: Path) -> None:
-    train, test = written.mnist(tmp_path)
+    train, test = small_sets.mnist(tmp_path)
     data = ContinualDataModule("mnist", root=str(tmp_path))
     data.prepare_data()
     data.setup()
@@ -111,14 +111,14 @@ def test_mnist_in_its_published_form(tmp_path: Path) -> None:
 
 
 def test_root_may_be_a_symbolic_link(tmp_path: Path) -> None:
-    written.cifar(tmp_path / "real", 100)
+    small_sets.cifar(tmp_path / "real", 100)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert len(sources.load("cifar100", str(tmp_path / "link"), False).train_inputs) == 20
 
 
 @pytest.mark.parametrize("harm", ["code", "cut", "key", "count"])
 def test_damaged_cifar_names_its_file_and_runs_nothing(tmp_path: Path, harm: str) -> None:
-    written.cifar(tmp_path, 100)
+    small_sets.cifar(tmp_path, 100)
     file = tmp_path / "CIFAR100" / "cifar-100-python" / "train"
     trap = tmp_path / "trap"
     content = pickle.loads(file.read_bytes())
@@ -149,7 +149,7 @@ def test_missing_data_set_says_where_and_creates_nothing(tmp_path: Path, name: s
 
 
 def test_incomplete_cifar_is_missing(tmp_path: Path) -> None:
-    written.cifar(tmp_path, 10)
+    small_sets.cifar(tmp_path, 10)
     (tmp_path / "CIFAR10" / "cifar-10-batches-py" / "data_batch_3").unlink()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DatasetNotFoundError, match="data_batch_3"):

@@ -12,37 +12,37 @@ from pathlib import Path
 
 import pytest
 import torch
-import written
 
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.sources import staging
 from dcl_lightning.data.sources.cache import VARIABLE
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
+from tests.data import small_sets
 
 PART = {"num_classes": 4, "size": 16}
 SETS: dict[str, tuple[str, Callable[[Path], object], dict]] = {
-    "cifar10": ("cifar10", lambda root: written.cifar(root, 10), {}),
-    "mnist": ("mnist", written.mnist, {}),
-    "candle": ("candle", lambda root: written.candle(root, 4, 2), {"increment": 1}),
-    "tinyimagenet": ("tinyimagenet", written.tinyimagenet, {"source_options": {"num_classes": 4}}),
-    "imagenet": ("imagenet", written.imagenet, {"source_options": PART}),
+    "cifar10": ("cifar10", lambda root: small_sets.cifar(root, 10), {}),
+    "mnist": ("mnist", small_sets.mnist, {}),
+    "candle": ("candle", lambda root: small_sets.candle(root, 4, 2), {"increment": 1}),
+    "tinyimagenet": ("tinyimagenet", small_sets.tinyimagenet, {"source_options": {"num_classes": 4}}),
+    "imagenet": ("imagenet", small_sets.imagenet, {"source_options": PART}),
     "lists within": (
         "imagenet100",
-        lambda root: written.listed(root, "ImageNet100", "100"),
+        lambda root: small_sets.listed(root, "ImageNet100", "100"),
         {"source_options": PART},
     ),
     "lists beside": (
         "imagenet100small",
-        lambda root: written.listed(root, "ImageNet100-small", "100_small", lists_beside=True),
+        lambda root: small_sets.listed(root, "ImageNet100-small", "100_small", lists_beside=True),
         {"source_options": PART},
     ),
-    "core50": ("core50", written.core50, {"source_options": {"num_classes": 3, "size": 16}, "increment": 3}),
+    "core50": ("core50", small_sets.core50, {"source_options": {"num_classes": 3, "size": 16}, "increment": 3}),
     "folder": (
         "folder",
-        lambda root: written.class_folders(root, "train", "val", ["a", "b"]),
+        lambda root: small_sets.class_folders(root, "train", "val", ["a", "b"]),
         {"source_options": {"size": 16}},
     ),
-    "class path": ("continuum.datasets.MNIST", written.mnist, {}),
+    "class path": ("continuum.datasets.MNIST", small_sets.mnist, {}),
 }
 
 
@@ -93,7 +93,7 @@ def copy_of(disk: Path) -> Path:
 
 def test_a_second_run_copies_nothing_and_a_changed_source_is_copied_anew(tmp_path: Path) -> None:
     root, disk = tmp_path / "shared", tmp_path / "disk"
-    written.imagenet(root)
+    small_sets.imagenet(root)
 
     def read() -> torch.Tensor:
         return pixels(ready("imagenet", root, stage_to=str(disk), source_options=PART))
@@ -103,13 +103,13 @@ def test_a_second_run_copies_nothing_and_a_changed_source_is_copied_anew(tmp_pat
     assert torch.equal(read(), first)
     assert copy_of(disk).stat().st_ino == before
     # Another image of the same name, then one more, then one that something has swept from the copy.
-    file = root / "ImageNet" / "train" / written.SYNSETS[0] / f"{written.SYNSETS[0]}_0.JPEG"
-    written.image(file, color=250)
+    file = root / "ImageNet" / "train" / small_sets.SYNSETS[0] / f"{small_sets.SYNSETS[0]}_0.JPEG"
+    small_sets.image(file, color=250)
     os.utime(file, (1, 1))
     second = read()
     assert copy_of(disk).stat().st_ino != before
     assert not torch.equal(second, first)
-    written.image(file.with_name("more.JPEG"))
+    small_sets.image(file.with_name("more.JPEG"))
     assert len(read()) == len(first) + 1
     next(copy_of(disk).rglob("more.JPEG")).unlink()
     assert len(read()) == len(first) + 1
@@ -118,15 +118,15 @@ def test_a_second_run_copies_nothing_and_a_changed_source_is_copied_anew(tmp_pat
 
 def test_links_are_followed_and_one_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     real, root, disk = tmp_path / "real", tmp_path / "shared", tmp_path / "disk"
-    written.imagenet(real)
+    small_sets.imagenet(real)
     (root / "ImageNet").mkdir(parents=True)
     for split in ("train", "val"):
         (root / "ImageNet" / split).symlink_to(real / "ImageNet" / split)
     # A folder that leads back to itself.
-    (real / "ImageNet" / "train" / written.SYNSETS[0] / "round").symlink_to(real / "ImageNet" / "train")
+    (real / "ImageNet" / "train" / small_sets.SYNSETS[0] / "round").symlink_to(real / "ImageNet" / "train")
     ready("imagenet", root, stage_to=str(disk), source_options=PART)
     assert not any(path.is_symlink() for path in disk.rglob("*"))
-    (real / "ImageNet" / "val" / written.SYNSETS[0] / "lost.JPEG").symlink_to(tmp_path / "nowhere")
+    (real / "ImageNet" / "val" / small_sets.SYNSETS[0] / "lost.JPEG").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"lost\.JPEG cannot be read: No such file"):
         ready("imagenet", root, stage_to=str(disk), source_options=PART)
 
@@ -147,7 +147,7 @@ def _stage_slowly(root: str, disk: str, log: str, slow: bool) -> None:
 
 def test_of_many_processes_one_copies_and_what_a_killed_one_left_is_not_taken_for_a_copy(tmp_path: Path) -> None:
     root, disk, log = tmp_path / "shared", tmp_path / "disk", tmp_path / "log"
-    written.mnist(root)
+    small_sets.mnist(root)
     fork = multiprocessing.get_context("fork")
     killed = fork.Process(target=_stage_slowly, args=(str(root), str(disk), str(log), True))
     killed.start()
@@ -180,7 +180,7 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(DatasetNotFoundError, match="mnist"):
         ready("mnist", root, stage_to=str(disk))
     assert not disk.exists()
-    written.mnist(root, 100)
+    small_sets.mnist(root, 100)
     (tmp_path / "file").write_text("")
     assert f"data.stage_to={tmp_path / 'file' / 'x'}: Not a directory" in message(tmp_path / "file" / "x")
     # A disk that is full meanwhile, as far as one can be had here: files end at 10,000 bytes.
@@ -200,7 +200,7 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypa
 
 
 def test_places_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
-    written.imagenet(tmp_path)
+    small_sets.imagenet(tmp_path)
     inside = tmp_path / "ImageNet" / "train" / "copies"
     with pytest.raises(ConfigurationError, match=r"stage_to=.*lies within the data set"):
         ready("imagenet", tmp_path, stage_to=str(inside), source_options=PART)

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from toy import SAMPLES, Toy, samples, trainer
 
 from dcl_lightning import HorovodStrategy
+from tests.distributed.toy import SAMPLES, Toy, samples, trainer
 
 
 @dataclass(frozen=True)

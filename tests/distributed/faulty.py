@@ -24,9 +24,9 @@ import lightning.pytorch as pl  # noqa: E402 (a late worker is late before this)
 import torch  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
-from toy import Toy, shard, trainer  # noqa: E402
 
 from dcl_lightning import HorovodStrategy  # noqa: E402
+from tests.distributed.toy import Toy, shard, trainer  # noqa: E402
 
 STEP = 5  # the first in which something goes wrong
 

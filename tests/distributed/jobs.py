@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import torch
-from helpers import HERE, environment
+
+from tests.distributed.workers import HERE, environment
 
 DEADLINE = 20.0  # from the fault to the end of the job
 START = 120.0  # for a busy machine

@@ -15,13 +15,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-
-from agents import make
-from streams import make_data, matrix, weights
-
 from dcl_lightning.callbacks import TaskReport
 from dcl_lightning.checkpoint.directory import latest_checkpoint
+from tests.conformance.agents import make
+from tests.conformance.small_stream import make_data, matrix, weights
 
 
 class Tell(pl.Callback):

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 import traceback
 import warnings
@@ -18,10 +17,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-import lattice
-
 from dcl_lightning import HorovodStrategy
+from tests.conformance import lattice
 
 _DEADLINE_S = 120
 

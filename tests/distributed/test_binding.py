@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_ended_well, run_workers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,6 +20,7 @@ from dcl_lightning.distributed import cpu_binding as binding
 from dcl_lightning.distributed.cpu_binding import bind_worker, divide_cores, numa_nodes
 from dcl_lightning.distributed.fork_hazard import fork_hazard
 from dcl_lightning.errors import ConfigurationError
+from tests.distributed.workers import assert_ended_well, run_workers
 
 
 def test_an_unknown_way_is_refused() -> None:
@@ -138,7 +138,7 @@ def test_loaders_that_fork_beside_mpi_or_cuda_are_told_of(
 
 BOUND = """
 import os, threading, torch
-from toy import Toy, shard, trainer
+from tests.distributed.toy import Toy, shard, trainer
 from dcl_lightning import HorovodStrategy
 rank = int(os.environ["HOROVOD_RANK"])
 del os.environ["OMP_NUM_THREADS"]

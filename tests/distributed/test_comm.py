@@ -6,12 +6,12 @@ import pickle
 from types import SimpleNamespace
 
 import torch
-from comm_contract import check_contract
-from helpers import assert_ended_well, run_workers
 from torchmetrics.classification import MulticlassAccuracy
 
 from dcl_lightning.comm import SingleProcessComm, comm_of
 from dcl_lightning.distributed import attach_metrics
+from tests.distributed.comm_contract import check_contract
+from tests.distributed.workers import assert_ended_well, run_workers
 
 
 def test_one_process_keeps_the_contract() -> None:
@@ -42,7 +42,7 @@ def test_three_torch_workers_keep_the_contract() -> None:
 
 HOROVOD = """
 import torch, horovod.torch as hvd
-from comm_contract import check_contract
+from tests.distributed.comm_contract import check_contract
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 from torchmetrics import CatMetric, MetricCollection
 from dcl_lightning.distributed import attach_metrics
@@ -79,7 +79,7 @@ for name in whole:
 
 TORCH = """
 import os, torch
-from comm_contract import check_contract
+from tests.distributed.comm_contract import check_contract
 from types import SimpleNamespace
 from dcl_lightning.comm import TorchDistributedComm, comm_of
 port = os.environ["TORCH_PORT"]

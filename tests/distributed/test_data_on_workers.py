@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from helpers import assert_ended_well, run_workers
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
-import written
+from tests.data import small_sets
+from tests.distributed.workers import assert_ended_well, run_workers
 
 CHECKS = """
 import os
@@ -77,9 +74,9 @@ same(fit("horovod", "a", row_format="index", **everyones), fit("horovod", **ever
 def test_one_worker_copies_and_references_are_rows(tmp_path: Path) -> None:
     base = tmp_path / "ImageNet"
     for split, count in (("train", 6), ("val", 1)):
-        for name in written.SYNSETS:
+        for name in small_sets.SYNSETS:
             for i in range(count):
-                written.image(base / split / name / f"{i}.png", (12 + i, 20 - i))
+                small_sets.image(base / split / name / f"{i}.png", (12 + i, 20 - i))
     assert_ended_well(run_workers(f"FOLDER = {str(tmp_path)!r}\n{CHECKS}", 2, deadline=240))
     copied = (tmp_path / "copied").read_text().split()
     there = [str(path) for path in base.rglob("*.png")]

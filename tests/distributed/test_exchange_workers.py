@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers import assert_ended_well, run_workers
+
+from tests.distributed.workers import assert_ended_well, run_workers
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.exhaustive)])

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import START, Job
+
+from tests.distributed.jobs import START, Job
 
 
 @pytest.fixture

@@ -14,13 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HERE, environment
 
 from dcl_lightning.checkpoint.directory import problem_of
-
-sys.path.insert(0, str(HERE.parent / "conformance"))
-
-from rehearsals import same
+from tests.conformance.rehearsal_runs import same
+from tests.distributed.workers import HERE, environment
 
 PATIENCE_S = 150
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import HERE, run_workers
 
-sys.path.insert(0, str(HERE.parent / "conformance"))
-import lattice
+from tests.conformance import lattice
+from tests.distributed.workers import run_workers
 
 SEED = int(os.environ.get("LATTICE_SEED", 20))
 ALONE = json.loads(os.environ.get("LATTICE_DRAW", "null"))
@@ -40,7 +38,9 @@ def parts(first: int, last: int, *marks: Any) -> list[Any]:
     "draws", [*parts(0, FAST), *parts(FAST, ALL, pytest.mark.exhaustive)] if ALONE is None else [[ALONE]]
 )
 def test_draws(draws: list[lattice.Draw], tmp_path: Path) -> None:
-    ended = run_workers(f"import lattice_workers; lattice_workers.main({str(tmp_path)!r}, {draws!r})", 2, deadline=540)
+    ended = run_workers(
+        f"from tests.distributed.lattice_workers import main; main({str(tmp_path)!r}, {draws!r})", 2, deadline=540
+    )
     lines = [json.loads(line) for line in (tmp_path / "found.json").read_text().splitlines()]
     faults = []
     for line in lines:

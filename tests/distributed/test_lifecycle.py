@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import assert_ended_well, run_workers
+
+from tests.distributed.workers import assert_ended_well, run_workers
 
 
 def test_running_statistics_are_worker_0s_on_all_workers_once_a_task_has_ended(
@@ -26,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from toy import Toy, samples, shard, trainer, weights
+from tests.distributed.toy import Toy, samples, shard, trainer, weights
 import dcl_lightning
 
 rank = int(os.environ["HOROVOD_RANK"])
@@ -131,7 +132,7 @@ assert t.callbacks == before and t.current_epoch == 1
 STATISTICS = """
 import os, torch
 from torch import nn
-from toy import trainer
+from tests.distributed.toy import trainer
 from dcl_lightning import ContinualDataModule, ICaRL
 from dcl_lightning.backbones import MLP
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers import assert_ended_well, run_workers
+from tests.distributed.workers import assert_ended_well, run_workers
 
 CHECKS = """
 import warnings
@@ -77,7 +77,7 @@ def test_each_task_warms_up_by_its_own_number_of_steps() -> None:
 
 WARM_UP = """
 import torch, lightning.pytorch as pl
-from toy import trainer
+from tests.distributed.toy import trainer
 from dcl_lightning import ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import HERE, ROOT, environment
-from jobs import Job
+
+from tests.distributed.jobs import Job
+from tests.distributed.workers import ROOT, environment
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -28,9 +28,8 @@ pytestmark = [
 
 
 def run(*command: str | Path, cwd: Path, timeout: float = 300) -> str:
-    variables = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
     done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout
+        [str(word) for word in command], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -115,7 +114,7 @@ def test_a_worker_that_hangs_ends_the_job_under_mpirun(python: Path, tmp_path: P
 
 ADASUM = """
 import torch, horovod.torch as hvd
-from toy import Toy, samples, shard, trainer, weights
+from tests.distributed.toy import Toy, samples, shard, trainer, weights
 from dcl_lightning import HorovodStrategy
 
 hvd.init()

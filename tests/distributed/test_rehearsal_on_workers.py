@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_ended_well, run_workers
 from torch.nn import functional as F
 
 from dcl_lightning.agents.short_names import nil
 from dcl_lightning.backbones import MLP
+from tests.distributed.workers import assert_ended_well, run_workers
 
 WORKERS = 2
 R = 4
@@ -209,7 +209,7 @@ def test_one_memory_over_a_fit_for_each_task() -> None:
 FITS = """
 import os, torch
 from torch.utils.data import DataLoader, TensorDataset
-from toy import Toy, trainer
+from tests.distributed.toy import Toy, trainer
 from dcl_lightning import Rehearsal, RehearsalConfig
 
 rank = int(os.environ["HOROVOD_RANK"])

@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from helpers import assert_ended_well, run_workers
+from tests.distributed.workers import assert_ended_well, run_workers
 
 
 def test_report_of_two_workers(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_report_of_two_workers(tmp_path: Path) -> None:
 SOURCE = """
 import torch
 from pathlib import Path
-from toy import trainer
+from tests.distributed.toy import trainer
 from dcl_lightning import NIL, ContinualDataModule, RehearsalConfig, TaskReport
 from dcl_lightning.backbones import MLP
 
@@ -84,7 +84,7 @@ def test_exemplars_that_all_workers_share_are_counted_once(tmp_path: Path) -> No
 
 SHARED = """
 import torch
-from toy import trainer
+from tests.distributed.toy import trainer
 from dcl_lightning import ContinualDataModule, ICaRL, TaskReport
 from dcl_lightning.backbones import MLP
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import environment, free_port
 
 from dcl_lightning.checkpoint.buffer_files import RowsFile
+from tests.distributed.workers import environment, free_port
 
 PROGRAM = """
 import json, os, sys
@@ -157,7 +157,7 @@ def check_jobs(tmp_path: Path, scope: str, jobs: list[tuple[int, str, int]]) -> 
 
 def test_what_one_worker_cannot_write_no_worker_saves(tmp_path: Path) -> None:
     """All workers raise the same error, and nothing half is left."""
-    from helpers import assert_ended_well, run_workers
+    from tests.distributed.workers import assert_ended_well, run_workers
 
     source = f"""
 import os, resource

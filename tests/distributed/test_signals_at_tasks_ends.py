@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import HERE, assert_ended_well, run_workers
-from test_slurm import allocation, stub_scontrol
+
+from tests.distributed.test_slurm import allocation, stub_scontrol
+from tests.distributed.workers import assert_ended_well, run_workers
 
 __all__ = ["allocation"]
 
 COMMON = """
-import os, signal, sys, torch
-sys.path.insert(0, CONFORMANCE)
+import os, signal, torch
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
-from rehearsals import same
-from streams import make_data, make_trainer, matrix, weights
+from tests.conformance.rehearsal_runs import same
+from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
 
@@ -70,7 +70,7 @@ for share in (0.0, 0.4, 0.8):
 
 
 def run(tmp_path: Path, source: str, workers: int, **names: object) -> None:
-    given = {"FOLDER": str(tmp_path), "CONFORMANCE": str(HERE.parent / "conformance"), "SHARDING": "epoch", **names}
+    given = {"FOLDER": str(tmp_path), "SHARDING": "epoch", **names}
     lines = "".join(f"{name} = {value!r}\n" for name, value in given.items())
     assert_ended_well(run_workers(lines + COMMON.replace("SIGNAL", f"signal.{names['WHICH']}") + source, workers))
 

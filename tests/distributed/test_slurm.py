@@ -10,13 +10,13 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from helpers import HERE, assert_ended_well, environment, run_workers
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dcl_lightning import HorovodStrategy
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 from dcl_lightning.distributed.horovod.slurm import HorovodSLURMEnvironment
 from dcl_lightning.errors import ConfigurationError
+from tests.distributed.workers import assert_ended_well, environment, run_workers
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_signal_to_one_worker_saves_and_requeues_once_and_the_job_goes_on_from
 
 REQUEUE = """
 import os, signal, time, torch
-from toy import Toy, shard, trainer, weights
+from tests.distributed.toy import Toy, shard, trainer, weights
 import dcl_lightning
 
 rank = int(os.environ["HOROVOD_RANK"])
@@ -153,19 +153,18 @@ def test_a_requeued_job_with_a_memory_ends_as_one_that_was_not(
     workers: int, strategy: str, tmp_path: Path, allocation: pytest.MonkeyPatch
 ) -> None:
     stub_scontrol(tmp_path, allocation)
-    source = f"FOLDER, STRATEGY, CONFORMANCE = {str(tmp_path)!r}, {strategy!r}, {str(HERE.parent / 'conformance')!r}\n"
+    source = f"FOLDER, STRATEGY = {str(tmp_path)!r}, {strategy!r}\n"
     assert_ended_well(run_workers(source + REQUEUE_MEMORY, workers))
     assert (tmp_path / "requeued").read_text() == "requeue 123\n"
     assert len(list(tmp_path.glob("hpc_ckpt_1.ckpt.memory/*/rank_*"))) == workers
 
 
 REQUEUE_MEMORY = """
-import os, signal, sys, torch
-sys.path.insert(0, CONFORMANCE)
+import os, signal, torch
 import lightning.pytorch as pl
-from agents import make
-from rehearsals import same
-from streams import make_data, make_trainer, matrix, weights
+from tests.conformance.agents import make
+from tests.conformance.rehearsal_runs import same
+from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import assert_ended_well, run_workers
+
+from tests.distributed.workers import assert_ended_well, run_workers
 
 PROGRAM = """
 import json, os, sys, time

@@ -12,12 +12,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_ended_well, environment, run_script, run_workers
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from dcl_lightning.distributed import HorovodStrategy
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
+from tests.distributed.workers import assert_ended_well, environment, run_script, run_workers
 
 
 def test_without_horovod_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ NUMBERS = """
 import os, torch, lightning.pytorch as pl
 from torch import nn
 from torch.distributed import ReduceOp
-from toy import Toy, shard, trainer, weights
+from tests.distributed.toy import Toy, shard, trainer, weights
 from dcl_lightning import HorovodStrategy
 
 rank = int(os.environ["HOROVOD_RANK"])
@@ -207,7 +207,7 @@ s.barrier()
 # Logged metrics and values over uneven shards: 40 samples on worker 0, 24 on worker 1.
 from torch.utils.data import DataLoader, Subset
 from torchmetrics import MeanSquaredError
-from toy import samples
+from tests.distributed.toy import samples
 class Measured(Toy):
     def __init__(self):
         super().__init__()
@@ -228,7 +228,7 @@ assert abs(found["loss"] - wanted["loss"]) < 1e-6, (found, wanted)
 PLAIN = """
 import sys
 import dcl_lightning
-from toy import Toy, shard, trainer
+from tests.distributed.toy import Toy, shard, trainer
 model = Toy()
 for fit in (1, 2):
     t = trainer("horovod", devices=2)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from helpers import assert_ended_well, run_workers
-
-METRICS = Path(__file__).parent.parent / "metrics"
+from tests.distributed.workers import assert_ended_well, run_workers
 
 
 def test_every_metric_on_two_workers_equals_plain_numpy() -> None:
-    assert_ended_well(run_workers(f"import sys; sys.path.insert(0, {str(METRICS)!r})\n{SOURCE}", 2))
+    assert_ended_well(run_workers(SOURCE, 2))
 
 
 SOURCE = """
 import os
 import horovod.torch as hvd
-from all_metrics import check, streams
+from tests.metrics.all_metrics import check, streams
 from hypothesis import given, settings
 from dcl_lightning.distributed.horovod.metrics import attach_metrics
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from helpers import assert_ended_well, run_workers
+
+from tests.distributed.workers import assert_ended_well, run_workers
 
 RUN = """
 import lightning.pytorch as pl, torch

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import assert_ended_well, run_workers
+
+from tests.distributed.workers import assert_ended_well, run_workers
 
 
 def test_uneven_shards_on_three_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,7 +17,7 @@ def test_uneven_shards_on_three_workers(tmp_path: Path, monkeypatch: pytest.Monk
 UNEVEN = """
 import os, torch, lightning.pytorch as pl
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from toy import Toy, samples, trainer, weights
+from tests.distributed.toy import Toy, samples, trainer, weights
 from dcl_lightning import ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import DataError
@@ -77,7 +78,7 @@ def test_streams_of_unequal_length_beside_a_memory(tmp_path: Path, monkeypatch: 
 STREAMS = """
 import os, torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from toy import Toy, samples, trainer
+from tests.distributed.toy import Toy, samples, trainer
 from dcl_lightning import Rehearsal, RehearsalConfig
 from dcl_lightning.errors import DataError
 

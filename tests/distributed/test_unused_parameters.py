@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from helpers import assert_ended_well, run_workers
+from tests.distributed.workers import assert_ended_well, run_workers
 
 # Worker-dependent where WHEN says so; a head is used in the steps in which it holds.
 MODULE = """
@@ -12,7 +12,7 @@ import os
 import lightning.pytorch as pl, torch
 from torch import nn
 from torch.utils.data import DataLoader
-from toy import samples, shard, trainer, weights
+from tests.distributed.toy import samples, shard, trainer, weights
 from dcl_lightning import HorovodStrategy
 
 rank = int(os.environ["HOROVOD_RANK"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers import assert_ended_well, run_workers
+from tests.distributed.workers import assert_ended_well, run_workers
 
 PROGRAM = """
 import signal, time

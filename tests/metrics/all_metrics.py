@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import plain_numpy
 import torch
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
@@ -18,6 +17,7 @@ from dcl_lightning.metrics import (
     ForwardTransfer,
     LearningAccuracy,
 )
+from tests.metrics import numpy_metrics
 
 
 @st.composite
@@ -72,8 +72,8 @@ def check(stream, rank=0, workers=1, prepare=lambda metric: None):
                 here &= mine
                 metrics.update(torch.from_numpy(scores[here]), torch.from_numpy(target[here]), row=i, column=j)
         found = {name: value.numpy() for name, value in metrics.compute().items()}
-        wanted = plain_numpy.figures(correct, total, baseline)
-        wanted["without_first"] = plain_numpy.figures(correct, total, skip_first=True)["incremental"]
+        wanted = numpy_metrics.figures(correct, total, baseline)
+        wanted["without_first"] = numpy_metrics.figures(correct, total, skip_first=True)["incremental"]
         wanted["matrix"] = np.divide(correct, total, out=np.full(total.shape, np.nan), where=total > 0)
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -83,7 +83,7 @@ def check(stream, rank=0, workers=1, prepare=lambda metric: None):
     for i in range(num_tasks):
         here = (row == i) & mine
         by_class.update(torch.from_numpy(scores[here]), torch.from_numpy(target[here]), row=i)
-    wanted = plain_numpy.classes(row, scores.argmax(1), target, num_tasks, 2 * num_tasks)
+    wanted = numpy_metrics.classes(row, scores.argmax(1), target, num_tasks, 2 * num_tasks)
     np.testing.assert_allclose(by_class.compute().numpy(), wanted, atol=1e-12)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from all_metrics import check, streams
 from hypothesis import given, settings
 from torchmetrics import MetricCollection
 
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AverageAccuracy, ClassAccuracy, Forgetting, ForwardTransfer
+from tests.metrics.all_metrics import check, streams
 
 
 @given(streams())

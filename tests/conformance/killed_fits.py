@@ -1,4 +1,4 @@
-"""Real kills: ``kills.py FOLDER KILLS SEED AGENT ...`` fits each agent, is killed at random moments, and goes on.
+"""Real kills: ``killed_fits.py FOLDER KILLS SEED AGENT ...`` fits each agent, is killed at random moments, and goes on.
 
 Each fit is a process of its own, forked from one that has imported everything, and saves two checkpoints at every step,
 so that most kills come while one is saved. After each kill all checkpoints there must be whole, and the newest must
@@ -20,12 +20,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from agents import STREAMS, make
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rehearsals import same
-from streams import make_data, make_trainer, matrix, weights
 
 from dcl_lightning.checkpoint.directory import latest_checkpoint, problem_of
+from tests.conformance.agents import STREAMS, make
+from tests.conformance.rehearsal_runs import same
+from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 PATIENCE_S = 120
 

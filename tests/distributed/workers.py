@@ -32,9 +32,9 @@ class Ended:
 
 
 def environment() -> dict[str, str]:
-    """This process's, without a place among workers, and with the package and these helpers on the path."""
+    """This process's, without a place among workers, and with the package and its tests on the path."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_"))}
-    return {**clean, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "HOROVOD_GLOO_TIMEOUT_SECONDS": "120"}
+    return {**clean, "PYTHONPATH": str(ROOT), "HOROVOD_GLOO_TIMEOUT_SECONDS": "120"}
 
 
 def free_port() -> int:

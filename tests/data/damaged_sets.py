@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import written
+from tests.data import small_sets
 
-SYNSET = written.SYNSETS[0]
+SYNSET = small_sets.SYNSETS[0]
 
 
 def folder(root: Path) -> Path:
-    return written.class_folders(root, "train", "test", ["cat", "dog"], count=3)
+    return small_sets.class_folders(root, "train", "test", ["cat", "dog"], count=3)
 
 
 # Each writes a data set below its folder, harms it, and returns the data set's name and the words of the message.
@@ -32,7 +32,7 @@ def class_that_is_a_broken_link(root: Path) -> tuple[str, list[str]]:
 
 def images_without_class_folders(root: Path) -> tuple[str, list[str]]:
     for split in ("train", "test"):
-        written.image(root / split / "0.png")
+        small_sets.image(root / split / "0.png")
     return "folder", ["train holds no class folders"]
 
 
@@ -54,12 +54,12 @@ def root_that_is_a_file(root: Path) -> tuple[str, list[str]]:
 
 
 def a_class_that_training_lacks(root: Path) -> tuple[str, list[str]]:
-    written.image(folder(root) / "test" / "eel" / "0.png")
+    small_sets.image(folder(root) / "test" / "eel" / "0.png")
     return "folder", ["training lacks", "eel"]
 
 
 def one_class_in_tasks_of_two(root: Path) -> tuple[str, list[str]]:
-    written.class_folders(root, "train", "test", ["cat"])
+    small_sets.class_folders(root, "train", "test", ["cat"])
     return "folder --data.increment 2", ["data.increment=2", "from 1 to 1"]
 
 
@@ -80,7 +80,7 @@ def list_of_an_image_that_is_not_there(root: Path) -> tuple[str, list[str]]:
 
 
 def _listed(root: Path, line: str, *words: str) -> tuple[str, list[str]]:
-    with (written.listed(root, "ImageNet100", "100") / "train_100.txt").open("a") as file:
+    with (small_sets.listed(root, "ImageNet100", "100") / "train_100.txt").open("a") as file:
         file.write(line + "\n")
     return "imagenet100", ["train_100.txt", *words]
 
@@ -90,12 +90,12 @@ def list_with_a_label_too_large(root: Path) -> tuple[str, list[str]]:
 
 
 def empty_list(root: Path) -> tuple[str, list[str]]:
-    (written.listed(root, "ImageNet100", "100") / "val_100.txt").write_text("\n")
+    (small_sets.listed(root, "ImageNet100", "100") / "val_100.txt").write_text("\n")
     return "imagenet100", ["val_100.txt names no images"]
 
 
 def _batch(root: Path) -> Path:
-    written.cifar(root, 10)
+    small_sets.cifar(root, 10)
     return root / "CIFAR10" / "cifar-10-batches-py" / "data_batch_2"
 
 
@@ -155,44 +155,44 @@ def pickle_that_is_not_there(root: Path) -> tuple[str, list[str]]:
 
 
 def idx_cut_off(root: Path) -> tuple[str, list[str]]:
-    written.mnist(root)
+    small_sets.mnist(root)
     file = root / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-100])
     return "mnist", ["train-images-idx3-ubyte"]
 
 
 def idx_of_labels_for_images(root: Path) -> tuple[str, list[str]]:
-    written.mnist(root)
+    small_sets.mnist(root)
     raw = root / "MNIST" / "raw"
     (raw / "t10k-images-idx3-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
     return "mnist", ["t10k-images-idx3-ubyte"]
 
 
 def idx_with_fewer_labels_than_images(root: Path) -> tuple[str, list[str]]:
-    written.mnist(root)
+    small_sets.mnist(root)
     raw = root / "MNIST" / "raw"
     (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
     return "mnist", ["mes données", "20 inputs and 10 labels"]
 
 
 def annotations_that_are_not_there(root: Path) -> tuple[str, list[str]]:
-    (written.tinyimagenet(root) / "val" / "val_annotations.txt").unlink()
+    (small_sets.tinyimagenet(root) / "val" / "val_annotations.txt").unlink()
     return "tinyimagenet", ["not found in", "val_annotations.txt"]
 
 
 def annotations_of_another_encoding(root: Path) -> tuple[str, list[str]]:
-    with (written.tinyimagenet(root) / "val" / "val_annotations.txt").open("ab") as file:
+    with (small_sets.tinyimagenet(root) / "val" / "val_annotations.txt").open("ab") as file:
         file.write(b"\xe9t\xe9.JPEG\n")
     return "tinyimagenet", ["val_annotations.txt, line 9"]
 
 
 def annotation_of_an_image_that_is_not_there(root: Path) -> tuple[str, list[str]]:
-    (written.tinyimagenet(root) / "val" / "images" / "val_3.JPEG").unlink()
+    (small_sets.tinyimagenet(root) / "val" / "images" / "val_3.JPEG").unlink()
     return "tinyimagenet", ["val/images/val_3.JPEG"]
 
 
 def _table(root: Path, row: str, *words: str) -> tuple[str, list[str]]:
-    with (written.candle(root, 2, 1) / "nt_train2.csv").open("a") as file:
+    with (small_sets.candle(root, 2, 1) / "nt_train2.csv").open("a") as file:
         file.write(row + "\n")
     return "candle", ["nt_train2.csv, row 3", *words]
 

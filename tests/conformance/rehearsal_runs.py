@@ -7,12 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from streams import make_data, make_trainer, weights
 
 from dcl_lightning.agents.nil import NIL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.config import RehearsalConfig
+from tests.conformance.small_stream import make_data, make_trainer, weights
 
 
 def make_nil(data, seed: int = 0, agent: dict[str, Any] | None = None, **config):
