@@ -12,13 +12,15 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as Launcher
+from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
-    "Launcher", "callbacks_of", "choose_version", "cluster_environment_of", "datamodule_of", "has_version",
-    "log_interval", "loggers_write", "optimizers_to_device", "reload_training_data", "reload_validation_data",
-    "set_callbacks", "set_wrapped_io", "trainer_of", "wrap_srun_check",
+    "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
+    "datamodule_of", "has_version", "log_interval", "loggers_write", "optimizers_to_device", "reload_training_data",
+    "reload_validation_data", "set_callbacks", "set_wrapped_io", "trainer_of", "wrap_srun_check",
 ]  # fmt: skip
 
 
@@ -42,6 +44,26 @@ def set_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
     """
     untyped: Any = trainer
     untyped.callbacks = callbacks
+
+
+def averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
+    """Return a trainer's ``WeightAveraging`` callbacks, a class that Lightning has since 2.6.
+
+    Args:
+        trainer: the trainer.
+    """
+    kind = getattr(lightning_callbacks, "WeightAveraging", ())
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, kind)]
+
+
+def average_model_of(callback: Any) -> AveragedModel | None:
+    """Return the averaged module of a ``WeightAveraging`` callback; None before its set-up.
+
+    Args:
+        callback: the callback.
+    """
+    average: AveragedModel | None = callback._average_model
+    return average
 
 
 def datamodule_of(trainer: pl.Trainer) -> Any:

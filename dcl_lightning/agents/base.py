@@ -27,6 +27,7 @@ from dcl_lightning.agents.step_log import StepLog
 from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
 from dcl_lightning.callbacks.checkpoint import ResumableCheckpoints
+from dcl_lightning.callbacks.evaluation import evaluation_batches
 from dcl_lightning.callbacks.hooks import wrap_hook
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.callbacks.task_reset import scale_rates
@@ -246,6 +247,25 @@ class ContinualAgent(pl.LightningModule):
         """Return scores with -inf for classes not seen yet; unchanged before the first task."""
         # Not by asking whether any was: the host would wait for the device.
         return scores.masked_fill(~self.seen & self.seen.any(), -float("inf"))
+
+    def training_outputs(self, ids: Tensor, outputs: Callable[[Tensor], Tensor], width: int) -> tuple[Tensor, Tensor]:
+        """Evaluate training samples over all workers; every worker calls it and gets the same.
+
+        Args:
+            ids: sample ids ``(n,)`` int64, the same on all workers.
+            outputs: returns ``(B, width)`` of inputs ``(B, ...)``.
+            width: columns of the outputs.
+
+        Returns:
+            The ids, ascending, and the outputs ``(n, width)`` float64 in their order, on the host.
+        """
+        found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, width, dtype=torch.float64)]
+        for batch in evaluation_batches(self, datamodule_of(self.trainer).train_eval_loader(ids)):
+            rows.append(outputs(batch.inputs).double().cpu())
+            found.append(batch.sample_ids.cpu())
+        gathered, values = (torch.cat(self.comm.allgather(torch.cat(parts))) for parts in (found, rows))
+        order = gathered.argsort()
+        return gathered[order], values[order]
 
     # -- Lightning ---------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.teacher import Teacher
-from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
+from dcl_lightning.callbacks.evaluation import limited_ids
 from dcl_lightning.errors import check_number
 from dcl_lightning.functional.bias_correction import SMALLEST_SCALE, distillation_share, fitted_bias
 from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
@@ -146,7 +146,6 @@ class BiC(RehearsingAgent):
 
     def _held_out_logits(self) -> tuple[Tensor, Tensor]:
         """Return logits ``(n, K)`` and labels of what is stored and held out, by ids, the same on all workers."""
-        data = datamodule_of(self.trainer)
         self.rehearsal.wait(self.trainer)
         manager = self.rehearsal.manager
         assert manager is not None
@@ -155,14 +154,8 @@ class BiC(RehearsingAgent):
         assert stored is not None
         ids = stored.sample_ids.cpu()
         ids = torch.cat(self.comm.allgather(ids[self._held(ids)])).unique()
-        found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.num_classes)]
-        with evaluating(self.trainer, self) as in_precision:
-            for batch in batches(self.trainer, data.train_eval_loader(limited_ids(self.trainer, ids))):
-                rows.append(in_precision(self, prepared(self.trainer, batch).inputs).float().cpu())
-                found.append(batch.sample_ids.cpu())
-        all_ids, all_rows = torch.cat(self.comm.allgather(torch.cat(found))), self.comm.allgather(torch.cat(rows))
-        order = all_ids.argsort()
-        return torch.cat(all_rows)[order], data.train_targets[all_ids[order]]
+        ids, logits = self.training_outputs(limited_ids(self.trainer, ids), self, self.num_classes)
+        return logits.float(), datamodule_of(self.trainer).train_targets[ids]
 
     def _warn_of_poor_fit(self, task: Task, alpha: float, is_new: Tensor) -> None:
         """Say where the correction is not what the held-out samples ask for.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.weights import fit_vectors, flat_weights, sum_dtype, trained_parameters, trained_part
-from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
+from dcl_lightning.callbacks.evaluation import evaluation_batches, limited_ids
 from dcl_lightning.errors import check_number
 from dcl_lightning.functional.penalties import merged_fisher, quadratic_penalty
 from dcl_lightning.types import Batch, Task
@@ -121,11 +121,9 @@ class EWC(ContinualAgent):
             ids = ids[order[: self.fisher_samples]]
         total = torch.zeros_like(self.fisher, dtype=sum_dtype([*self.parameters()]))
         # At the weights from which the next task goes on, and which the penalty holds on to.
-        with evaluating(self.trainer, self, averaged=False) as in_precision:
-            for batch in batches(self.trainer, data.train_eval_loader(ids)):
-                batch = prepared(self.trainer, batch)
-                for inputs, targets in zip(batch.inputs.split(_CHUNK), batch.targets.split(_CHUNK), strict=True):
-                    total += in_precision(self._squares, inputs, targets)
+        for batch in evaluation_batches(self, data.train_eval_loader(ids), averaged=False):
+            for inputs, targets in zip(batch.inputs.split(_CHUNK), batch.targets.split(_CHUNK), strict=True):
+                total += self._squares(inputs, targets)
         self.fisher.copy_(merged_fisher(self.fisher, self.comm.allreduce(total) / len(ids), self.decay))
         self.anchor.copy_(flat_weights(self.parameters()).detach())
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
-from dcl_lightning.callbacks.evaluation import batches, evaluating, limited_ids, prepared
+from dcl_lightning.callbacks.evaluation import limited_ids
 from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
@@ -221,17 +221,10 @@ class ICaRL(ContinualAgent):
         return means
 
     def _gather_features(self, ids: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
-        """Return all samples' ids, ascending, and features, float64 on the host, the same on all workers."""
-        found, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.head.in_features).double()]
-        with evaluating(self.trainer, self) as in_precision:
-            for batch in batches(self.trainer, self._data.train_eval_loader(ids)):
-                inputs = prepared(self.trainer, batch).inputs
-                rows.append(in_precision(self.features, inputs.flip(-1) if flip else inputs).double().cpu())
-                found.append(batch.sample_ids.cpu())
-        all_ids = torch.cat(self.comm.allgather(torch.cat(found)))
-        all_rows = torch.cat(self.comm.allgather(torch.cat(rows)))
-        order = all_ids.argsort()
-        return all_ids[order], all_rows[order]
+        def features(inputs: Tensor) -> Tensor:
+            return self.features(inputs.flip(-1) if flip else inputs)
+
+        return self.training_outputs(ids, features, self.head.in_features)
 
     @property
     def _data(self) -> Any:

@@ -1,75 +1,68 @@
-"""Runs the network over a loader outside Lightning's own loops, in the contexts of Lightning's evaluation."""
+"""Evaluation of a network that is being trained, outside Lightning's own loops and as Lightning's would do it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from dcl_lightning._lightning import datamodule_of
-from dcl_lightning.callbacks.averaging import averaged_network
+from dcl_lightning._lightning import average_model_of, averaging_callbacks, datamodule_of
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
-from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Batch
 
-__all__ = ["batches", "evaluating", "limited", "limited_ids", "prepared", "refuse_empty_share", "scores_of", "turns"]
+__all__ = [
+    "average_only_network", "evaluation_batches", "limited", "limited_ids", "loader_batches", "scores_of",
+    "update_averages", "within_class",
+]  # fmt: skip
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Call = Callable[..., Any]
+def evaluation_batches(
+    module: pl.LightningModule,
+    loader: TaskLoader | Sequence[Batch],
+    limit: int | float = 1.0,
+    averaged: bool = True,
+) -> Iterator[Batch]:
+    """Yield batches as a network takes them in evaluation, with the module in evaluation mode for each.
 
-
-@contextmanager
-def evaluating(trainer: pl.Trainer, module: pl.LightningModule, averaged: bool = True) -> Iterator[Call]:
-    """Put a network that is being trained into evaluation mode, without gradients; afterwards all is as it was.
-
-    Each submodule gets its own mode back, so that what its owner has frozen stays frozen, also after an exception.
+    Within the loop there are no gradients, and the trainer's precision holds; afterwards each submodule has its own
+    mode again, so that what its owner has frozen stays frozen. Iterate with a ``for`` statement, which ends these
+    contexts also after an exception.
 
     Args:
-        trainer: of the fit.
         module: the module that is trained.
+        loader: a loader over this worker's samples, see ``loader_batches``; or batches as a loader gives them.
+        limit: at most so many batches a worker, or a share of its batches, as ``trainer.limit_test_batches``.
         averaged: whether a ``WeightAveraging`` callback puts its averaged weights in place, as it does for Lightning's
             validation: they are what is kept after the fit. False where training goes on from what is measured.
-
-    Yields:
-        A function that calls what it is given with its arguments in the trainer's precision. Batches are prepared
-        outside it, as by Lightning: under ``bf16-true`` new tensors are made in half precision within.
     """
-    modes = [(part, part.training) for part in (trainer.model or module).modules()]
-
-    def in_precision(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        with trainer.precision_plugin.val_step_context():
-            return function(*args, **kwargs)
-
-    try:
-        with ExitStack() as stack:
-            if averaged:
-                stack.enter_context(averaged_network(trainer, module))
-            stack.enter_context(torch.no_grad())
-            module.on_test_model_eval()
-            yield in_precision
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    trainer = module.trainer
+    source = loader_batches(trainer, loader, limit) if isinstance(loader, TaskLoader) else iter(loader)
+    with _evaluation_mode(trainer, module, averaged):
+        for batch in source:
+            # Not by the strategy's hooks: between training batches these would be the training batch's.
+            batch = move_data_to_device(batch, trainer.strategy.root_device)
+            batch = datamodule_of(trainer).prepare_batch(batch, train=False, epoch=0)
+            # Prepared before: under bf16-true, new tensors have half precision in this context.
+            with trainer.precision_plugin.val_step_context():
+                yield batch
 
 
-def batches(trainer: pl.Trainer, loader: TaskLoader, limit: int | float = 1.0) -> Iterator[Batch]:
-    """Yield a loader's batches as it gives them, and look for signals before each.
+def loader_batches(trainer: pl.Trainer, loader: TaskLoader, limit: int | float = 1.0) -> Iterator[Batch]:
+    """Yield a loader's batches as they are, and look for signals before each.
 
-    Every worker comes to the end of it: one that has fewer batches looks for signals as often as the others.
+    Workers with fewer batches look for signals as often as the others.
 
     Args:
         trainer: of the fit.
         loader: over this worker's samples.
-        limit: at most so many batches a worker, or a share of its batches: ``trainer.limit_test_batches``.
+        limit: at most so many batches a worker, or a share of its batches.
     """
     source, count = iter(loader), limited(len(loader), limit)
     for index in range(max(limited(length, limit) for length in loader.lengths())):
@@ -78,18 +71,21 @@ def batches(trainer: pl.Trainer, loader: TaskLoader, limit: int | float = 1.0) -
             yield next(source)
 
 
-def prepared(trainer: pl.Trainer, batch: Batch) -> Batch:
-    """Return a batch as the network takes it in evaluation, on the trainer's device.
-
-    Args:
-        trainer: has the device and the data module.
-        batch: as the loader gave it.
-    """
-    # Not by the strategy's hooks: between training batches these would be the training batch's.
-    batch = move_data_to_device(batch, trainer.strategy.root_device)
-    data = datamodule_of(trainer)
-    ready: Batch = data.prepare_batch(batch, train=False, epoch=0)
-    return ready
+@contextmanager
+def _evaluation_mode(trainer: pl.Trainer, module: pl.LightningModule, averaged: bool) -> Iterator[None]:
+    modes = [(part, part.training) for part in (trainer.model or module).modules()]
+    try:
+        with ExitStack() as stack:
+            for callback in averaging_callbacks(trainer) if averaged else ():
+                # The hooks by which Lightning's validation gets the averaged weights.
+                callback.on_validation_epoch_start(trainer, module)
+                stack.callback(callback.on_validation_epoch_end, trainer, module)
+            stack.enter_context(torch.no_grad())
+            module.on_test_model_eval()
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def limited(count: int, limit: int | float) -> int:
@@ -106,7 +102,7 @@ def limited_ids(trainer: pl.Trainer, ids: Tensor) -> Tensor:
     """Return those training samples that a pass at the end of a task looks at under ``trainer.limit_train_batches``.
 
     As many as an epoch over them would train on, the classes in turn and within a class by ``data.seed``: the same on
-    all workers, and each class comes, if only with one sample.
+    all workers, and with at least one sample of each class.
 
     Args:
         trainer: has the limit.
@@ -119,15 +115,15 @@ def limited_ids(trainer: pl.Trainer, ids: Tensor) -> Tensor:
         return ids
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(data.seed))]
     targets = data.train_targets[ids]
-    chosen = turns(targets).argsort(stable=True)[: max(count, len(targets.unique()))]
+    chosen = within_class(targets).argsort(stable=True)[: max(count, len(targets.unique()))]
     return ids[chosen].sort().values
 
 
-def turns(labels: Tensor) -> Tensor:
-    """Return how many entries before each one are equal to it, ``(n,)`` int64.
+def within_class(labels: Tensor) -> Tensor:
+    """Return each entry's 0-based place among the entries equal to it, ``(n,)`` int64.
 
     Example:
-        >>> turns(torch.tensor([7, 2, 7, 7, 2]))
+        >>> within_class(torch.tensor([7, 2, 7, 7, 2]))
         tensor([0, 0, 1, 2, 1])
     """
     order = labels.argsort(stable=True)
@@ -138,53 +134,30 @@ def turns(labels: Tensor) -> Tensor:
     return places
 
 
-def refuse_empty_share(name: str, limit: int | float | None, counts: Iterable[tuple[str, int]], smaller: str) -> None:
-    """Refuse a share of batches that leaves none of a task's, as Lightning does, but before the first step.
-
-    Args:
-        name: of the Trainer's argument.
-        limit: its value; a whole number of batches leaves some.
-        counts: what has batches, in words, and how many; what has none is passed over.
-        smaller: what makes more batches of them when it is smaller.
-
-    Raises:
-        ConfigurationError: with the smallest share that leaves one.
-    """
-    if not isinstance(limit, float) or limit == 0:
-        return
-    for what, count in counts:
-        if count and limited(count, limit) == 0:
-            raise ConfigurationError(
-                f"trainer.{name}={limit} of {count} batches of {what} is less than one: give at least {1 / count:.3g}, "
-                f"a whole number of batches, or a smaller {smaller}"
-            )
-
-
-def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | None:
+def scores_of(module: pl.LightningModule) -> Callable[[Batch], Tensor] | None:
     """Return what gives scores ``(B, K)`` of a batch, highest for the predicted class.
 
     That is the module's ``evaluate(batch)`` if it has one, else its ``forward(inputs)`` if that gives a tensor of one
     column for each class of the data, which is tried on two test samples.
 
     Args:
-        trainer: at the start of a fit with a ``ContinualDataModule``.
-        module: on its device.
+        module: on its device, at the start of a fit with a ``ContinualDataModule``.
 
     Returns:
         None, after a warning that says why, if the module has neither.
     """
-    if callable(getattr(module, "evaluate", None)):
-        return module.evaluate
-    data = datamodule_of(trainer)
+    evaluate = getattr(module, "evaluate", None)
+    if callable(evaluate):
+        return evaluate
+    data = datamodule_of(module.trainer)
+    reason = ""
     try:
-        with evaluating(trainer, module, averaged=False) as in_precision:
-            inputs = prepared(trainer, next(iter(data.test_loaders(0)[0]))).inputs[:2]
-            found = in_precision(module, inputs)
-        expected = (len(inputs), data.num_classes)
-        if isinstance(found, Tensor) and found.shape == expected:
-            return partial(_forward, module)
-        shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        reason = f"gives {shape} for {expected[0]} samples of {expected[1]} classes"
+        for batch in evaluation_batches(module, [next(iter(data.test_loaders(0)[0]))], averaged=False):
+            found, expected = module(batch.inputs[:2]), (len(batch.inputs[:2]), data.num_classes)
+            if isinstance(found, Tensor) and found.shape == expected:
+                return partial(_forward, module)
+            shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            reason = f"gives {shape} for {expected[0]} samples of {expected[1]} classes"
     except Exception as error:  # the user's code: whatever it raises, the stream can be trained without a matrix
         reason = f"raises {type(error).__name__}" + (f": {error}".splitlines()[0] if str(error) else "")
     rank_zero_warn(
@@ -194,5 +167,67 @@ def scores_of(trainer: pl.Trainer, module: Any) -> Callable[[Batch], Tensor] | N
     return None
 
 
-def _forward(module: Any, batch: Batch) -> Tensor:
-    return module(batch.inputs)
+def _forward(module: nn.Module, batch: Batch) -> Tensor:
+    scores: Tensor = module(batch.inputs)
+    return scores
+
+
+# -- callbacks that average weights ------------------------------------------------------------------------------------
+
+
+def update_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Update the averages that an epoch's end updates: no weight changes between a task's last step and that.
+
+    Args:
+        trainer: of the fit, after the last step of the present epoch.
+        module: the module that is trained.
+    """
+    for callback in averaging_callbacks(trainer):
+        callback.on_train_epoch_end(trainer, module)  # a second call does nothing
+
+
+def average_only_network(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let ``WeightAveraging`` average an agent's network, and leave the buffers of its method alone.
+
+    Which classes were seen, class means and corrections are no weights: evaluation would use their averages, and the
+    last checkpoint keep them. The averaged module shares them with the agent.
+
+    Args:
+        trainer: at the start of the fit, the module on its device.
+        module: the agent; one without ``backbone`` stays as Lightning has it.
+    """
+    names = [name for name, _ in module.named_buffers() if not name.startswith(("backbone.", "head."))]
+    if not isinstance(getattr(module, "backbone", None), nn.Module) or not names:
+        return
+    for callback in averaging_callbacks(trainer):
+        averaged = average_model_of(callback)
+        if averaged is None:
+            continue
+        update = type(averaged).update_parameters
+
+        def update_network(
+            model: nn.Module,
+            averaged: AveragedModel = averaged,
+            update: Callable[[AveragedModel, nn.Module], None] = update,
+        ) -> None:
+            kept = _set_buffers(model, dict.fromkeys(names))
+            _set_buffers(averaged.module, dict.fromkeys(names))
+            try:
+                update(averaged, model)
+            finally:
+                _set_buffers(model, kept)
+                _set_buffers(averaged.module, kept)
+
+        vars(averaged)["update_parameters"] = update_network
+        _set_buffers(averaged.module, {name: module.get_buffer(name) for name in names})
+
+
+def _set_buffers(module: nn.Module, values: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Set buffers by their names, None for one that is to be passed over; return what they were."""
+    before = {}
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        part = module.get_submodule(owner)
+        before[name] = part._buffers[leaf]
+        part._buffers[leaf] = value
+    return before

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dcl_lightning.callbacks.evaluation import evaluating, prepared
+from dcl_lightning.callbacks.evaluation import evaluation_batches
 from dcl_lightning.memory.manager import Offer
 from dcl_lightning.types import Batch, StoresMore
 
@@ -45,19 +45,18 @@ class ExtraColumns:
             columns = {name: column[real.to(column.device)] for name, column in columns.items()}
         return offer._replace(rows={**offer.rows, **columns})
 
-    def with_evaluation(self, offer: Offer, batch: Batch, trainer: pl.Trainer) -> Offer:
+    def with_evaluation(self, offer: Offer, batch: Batch) -> Offer:
         """Return an offer with the columns of a batch that is not trained on.
 
         Args:
             offer: the batch's samples.
             batch: as the loader gave it.
-            trainer: of the fit.
         """
         if not self.shapes:
             return offer
         # Of the network that is trained, as the columns of a step are.
-        with evaluating(trainer, self._agent, averaged=False) as in_precision:
-            columns = self._checked(in_precision(self._agent.columns_of, prepared(trainer, batch)))
+        for prepared in evaluation_batches(self._agent, [batch], averaged=False):
+            columns = self._checked(self._agent.columns_of(prepared))
         return offer._replace(rows={**offer.rows, **columns})
 
     def _checked(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:

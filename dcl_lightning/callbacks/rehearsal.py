@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning._lightning import datamodule_of, log_interval
-from dcl_lightning.callbacks.evaluation import batches, limited_ids, turns
+from dcl_lightning.callbacks.evaluation import limited_ids, loader_batches, within_class
 from dcl_lightning.callbacks.extras import ExtraColumns
 from dcl_lightning.callbacks.hooks import before_first_layer, pass_through
 from dcl_lightning.callbacks.references import AS_EVALUATED, References
@@ -454,9 +454,9 @@ class Rehearsal(pl.Callback):
         if self._references is not None and not self._extras.shapes:
             loader.inputs = torch.empty(len(data.train_targets), 0)  # none need be read
         workers = comm_of(trainer.strategy).size
-        for batch in batches(trainer, loader):
+        for batch in loader_batches(trainer, loader):
             batch = trainer.precision_plugin.convert_input(batch)
-            offer = self._extras.with_evaluation(self._offer_of(batch), batch, trainer)
+            offer = self._extras.with_evaluation(self._offer_of(batch), batch)
             self.manager.buffer.add(offer.rows, offer.labels, offer.ids)
             rows += loader.batch_size
             self._offered = (task.index, rows, workers)
@@ -630,7 +630,7 @@ def _no_rows(nest: Any) -> Any:
 
 def _places(ids: Tensor, owners: Tensor | None, workers: int) -> Tensor:
     """Return each row's place among those of its worker."""
-    return torch.arange(len(ids)) // workers if owners is None else turns(owners[ids])
+    return torch.arange(len(ids)) // workers if owners is None else within_class(owners[ids])
 
 
 def _shuffled(ids: Tensor, seed: int) -> Tensor:

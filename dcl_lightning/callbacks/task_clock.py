@@ -22,12 +22,7 @@ from dcl_lightning._lightning import (
     reload_validation_data,
     set_callbacks,
 )
-from dcl_lightning.callbacks.averaging import (
-    average_the_network_alone,
-    refuse_stochastic_averaging,
-    settle_averages,
-)
-from dcl_lightning.callbacks.evaluation import batches, evaluating, prepared, scores_of
+from dcl_lightning.callbacks.evaluation import average_only_network, evaluation_batches, scores_of, update_averages
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
 from dcl_lightning.callbacks.task_reset import (
     adopt_rates,
@@ -47,6 +42,7 @@ from dcl_lightning.callbacks.trainer_checks import (
     refuse_rare_validation,
     refuse_selection_on_test,
     refuse_single_validation,
+    refuse_stochastic_averaging,
     refuse_tuning_on_resume,
 )
 from dcl_lightning.checkpoint.resume import BEYOND_ANY_EPOCH
@@ -465,7 +461,7 @@ class TaskClock(pl.Callback):
     def _end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = self.tasks[self.task_at(trainer.current_epoch)]
         if self.evaluated_rows <= task.index:
-            settle_averages(trainer, pl_module)
+            update_averages(trainer, pl_module)
             self._end(trainer, pl_module, task)
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task, resumed: bool = False) -> None:
@@ -512,11 +508,9 @@ class TaskClock(pl.Callback):
         scores = self._scores
         assert scores is not None
         tally = self.results.tally()
-        with evaluating(trainer, agent) as in_precision:
-            for column, loader in enumerate(data.test_loaders(last_task)):
-                for batch in batches(trainer, loader, trainer.limit_test_batches):
-                    batch = prepared(trainer, batch)
-                    tally.add(column, in_precision(scores, batch), batch.targets)
+        for column, loader in enumerate(data.test_loaders(last_task)):
+            for batch in evaluation_batches(agent, loader, trainer.limit_test_batches):
+                tally.add(column, scores(batch), batch.targets)
         return tally
 
     def _lap(self) -> float:
@@ -563,8 +557,8 @@ class TaskClock(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the fit the length that early stopping left it with."""
         self._comm, self._begun = comm_of(trainer.strategy), True
-        self._scores = scores_of(trainer, pl_module)
-        average_the_network_alone(trainer, pl_module)
+        self._scores = scores_of(pl_module)
+        average_only_network(trainer, pl_module)
         trainer.fit_loop.max_epochs = self.boundaries[-1]
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 
 from dcl_lightning._lightning import callbacks_of
-from dcl_lightning.callbacks.evaluation import limited, refuse_empty_share
+from dcl_lightning.callbacks.evaluation import limited
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
 
 __all__ = [
     "refuse_changing_accumulation", "refuse_early_stopping", "refuse_empty_shares", "refuse_limits",
-    "refuse_rare_validation", "refuse_selection_on_test", "refuse_single_validation", "refuse_tuning",
-    "refuse_tuning_on_resume",
+    "refuse_rare_validation", "refuse_selection_on_test", "refuse_single_validation", "refuse_stochastic_averaging",
+    "refuse_tuning", "refuse_tuning_on_resume",
 ]  # fmt: skip
 
 
@@ -94,13 +99,32 @@ def refuse_empty_shares(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -
         ConfigurationError: with the remedy.
     """
     epochs = ((f"task {task.index}'s epoch", batches) for task, batches in _epochs(trainer, tasks, data))
-    refuse_empty_share("limit_train_batches", trainer.limit_train_batches, epochs, "data.batch_size")
+    _refuse_empty_share("limit_train_batches", trainer.limit_train_batches, epochs, "data.batch_size")
     loaders = data.test_loaders(data.num_tasks - 1)
     # Of each task first the worker that has the fewest.
     sets = ((f"task {t}'s test set", n) for t, loader in enumerate(loaders) for n in sorted(loader.lengths()))
-    refuse_empty_share(
+    _refuse_empty_share(
         "limit_test_batches", trainer.limit_test_batches, sets, f"data.eval_batch_size than {data.eval_batch_size}"
     )
+
+
+def _refuse_empty_share(name: str, limit: int | float | None, counts: Iterable[tuple[str, int]], smaller: str) -> None:
+    """Refuse a share of batches that leaves none of a task's.
+
+    Args:
+        name: of the Trainer's argument.
+        limit: its value; a whole number of batches leaves some.
+        counts: what has batches, in words, and how many; what has none is passed over.
+        smaller: the value that makes more batches when it is smaller.
+    """
+    if not isinstance(limit, float) or limit == 0:
+        return
+    for what, count in counts:
+        if count and limited(count, limit) == 0:
+            raise ConfigurationError(
+                f"trainer.{name}={limit} of {count} batches of {what} is less than one: give at least {1 / count:.3g}, "
+                f"a whole number of batches, or a smaller {smaller}"
+            )
 
 
 def _epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> Iterator[tuple[Task, int]]:
@@ -205,4 +229,22 @@ def refuse_changing_accumulation(trainer: pl.Trainer) -> None:
             raise ConfigurationError(
                 f"{type(callback).__name__}({callback.scheduling}) changes the steps of an epoch, by which "
                 "model.milestones and model.warmup_epochs are counted: give trainer.accumulate_grad_batches"
+            )
+
+
+def refuse_stochastic_averaging(trainer: pl.Trainer) -> None:
+    """Refuse ``StochasticWeightAveraging``: it averages over tasks, and sets the average after the last evaluation.
+
+    Args:
+        trainer: has the callbacks.
+
+    Raises:
+        ConfigurationError: with what to use.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ConfigurationError(
+                f"{type(callback).__name__} replaces the schedule of each task by its own, and sets the average of the "
+                "stream's last epochs after the last task was evaluated: use WeightAveraging or EMAWeightAveraging, "
+                "whose averaged weights are evaluated at each task's end"
             )
