@@ -21,7 +21,7 @@ from dcl_lightning.callbacks.references import AS_EVALUATED, References
 from dcl_lightning.checkpoint.buffer_files import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.checkpoint.io import keep_side_files
 from dcl_lightning.comm import Comm, comm_of, raise_together
-from dcl_lightning.data.seeds import seed_of_run
+from dcl_lightning.data.scenarios import seed_of_run
 from dcl_lightning.data.stream import Stream
 from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.horovod.slurm import requeue_between_steps

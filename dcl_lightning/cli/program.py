@@ -19,7 +19,7 @@ from dcl_lightning.cli.resume_last import go_on_from_last
 from dcl_lightning.cli.run_dir import OwnFolders, SaveConfig, check_place
 from dcl_lightning.cli.safe_load import refuse_foreign_classes
 from dcl_lightning.cli.values import of_lightning, refuse_no_checkpoint, refuse_nulls
-from dcl_lightning.data.seeds import SEEDS
+from dcl_lightning.data.scenarios import MAX_SEED
 from dcl_lightning.errors import ConfigurationError, whole_number
 from dcl_lightning.paths import absolute, expanded
 from dcl_lightning.screen import tolerant
@@ -112,7 +112,7 @@ class ContinualCLI(LightningCLI):
         self.config = expanded(self.config)
         seed = self.config.get(f"{self.config.get('subcommand')}.seed_everything")
         if not isinstance(seed, (bool, type(None))):  # True is a random one
-            whole_number("seed_everything", seed, 0, SEEDS)
+            whole_number("seed_everything", seed, 0, MAX_SEED + 1)
 
     def instantiate_classes(self) -> None:
         """Build what is configured; what Lightning, torch or a missing package says of a value is a user's error."""

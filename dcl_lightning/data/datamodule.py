@@ -12,16 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from dcl_lightning.data import scenarios, transforms
-from dcl_lightning.data.continuum_scenarios import splits_of_scenario
-from dcl_lightning.data.images.dataset import ImageFiles
-from dcl_lightning.data.images.pool import Readers
+from dcl_lightning.data import transforms
+from dcl_lightning.data.images import ImageFiles, ReaderPool
 from dcl_lightning.data.loader import AheadLoader, Inputs, TaskLoader, for_all
-from dcl_lightning.data.seeds import seed_of_run
-from dcl_lightning.data.sources import staging
+from dcl_lightning.data.scenarios import Label, TaskSplit, count_tasks, seed_of_run
 from dcl_lightning.data.sources import table as sources
+from dcl_lightning.data.sources.continuum import splits_of_scenario
 from dcl_lightning.data.stream import Stream, refuse_another_stream
-from dcl_lightning.data.task_split import Cutting
 from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.ranks import worker_threads
@@ -128,11 +125,11 @@ class ContinualDataModule(pl.LightningDataModule):
         if num_workers is not None:
             whole_number("data.num_workers", num_workers, 0)
         self.num_workers = num_workers
-        self._readers = Readers(0)
+        self._reader_pool = ReaderPool(0)
         self.source_options = source_options
         given = not isinstance(scenario, str) or "." in scenario
         self.scenario = scenario if isinstance(scenario, str) and not given else "given"
-        self._cutting = Cutting(
+        self._task_split = TaskSplit(
             self.scenario, increment, initial_increment, num_tasks, class_order, blurriness, sample_order, scenario
         )
         self.dataset_name = dataset if isinstance(dataset, str) and isinstance(scenario, (str, dict)) else "arrays"
@@ -160,7 +157,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self.num_tasks = self._count_tasks()
         self.task_id = 0
         self._tasks_seen = 0  # of a module that does not count them itself
-        self.original_labels: list[scenarios.Label] = []
+        self.original_labels: list[Label] = []
         self._stream: Stream | None = None
         self._clock: Clock | None = None
         self._replay: Replay | None = None
@@ -196,8 +193,8 @@ class ContinualDataModule(pl.LightningDataModule):
                 raise ConfigurationError(
                     f"data.scenario=given: data set '{self.dataset_name}' brings no tasks: give another scenario"
                 )
-            return scenarios.count_tasks(self._splits.train_tasks, self._splits.test_tasks)
-        return len(self._cutting.home_classes(self.num_classes))
+            return count_tasks(self._splits.train_tasks, self._splits.test_tasks)
+        return len(self._task_split.home_classes(self.num_classes))
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -209,45 +206,45 @@ class ContinualDataModule(pl.LightningDataModule):
         if self._splits is not None or self._stream is not None:
             return
         sources.check_files(self.dataset_name, self.root, self.download)
-        self._staged_root(look=True)
+        self._staged_root(compare=True)
         if self.download or sources.SOURCES[self.dataset_name].cached:
             # ``setup`` of this process need not read it again.
             self._splits = self._read()
 
     def _read(self) -> sources.Splits:
         """Fetch the data set if that is asked for, stage it if that is, and read it."""
-        root = self._staged_root(look=True)
+        root = self._staged_root(compare=True)
         return sources.load(self.dataset_name, root, self.download and root == self.root, self.source_options)
 
-    def _staged_root(self, look: bool) -> str:
+    def _staged_root(self, compare: bool) -> str:
         """Return the root to read from: with ``stage_to`` that of the copy, made if it is not there."""
         if self._root_here is None:
             assert self.stage_to is not None
-            if look and self.download:
+            if compare and self.download:
                 sources.load(self.dataset_name, self.root, True, self.source_options)
-            self._root_here = staging.stage(self.dataset_name, self.root, self.stage_to, look)
+            self._root_here = sources.stage(self.dataset_name, self.root, self.stage_to, compare)
         return self._root_here
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data and cut them into tasks, once."""
-        self._readers.num_workers = self._processes()
+        self._reader_pool.num_workers = self._processes()
         if self._stream is not None:
             if stage == "fit":  # an earlier fit may have been resumed from a run of another seed
                 self._take_seed(self._own_seed)
             return
         splits = self._splits or sources.load(
-            self.dataset_name, self._staged_root(look=self.trainer is None), False, self.source_options
+            self.dataset_name, self._staged_root(compare=self.trainer is None), False, self.source_options
         )
         if self._source is not None:
             found = len(np.unique(splits.train_labels))
             self._source.check_count(self.dataset_name, self.root, found, self.num_classes)
-        self._stream = Stream(self._cutting, splits, self.val_ratio, self.seed)
+        self._stream = Stream(self._task_split, splits, self.val_ratio, self.seed)
         self.original_labels = self._stream.labels
         self.train_targets, self.test_targets = self._stream.train_targets, self._stream.test_targets
         self.train_inputs, self.test_inputs = splits.train_inputs, splits.test_inputs
         for inputs in (self.train_inputs, self.test_inputs):
             if isinstance(inputs, ImageFiles):
-                inputs.readers = self._readers
+                inputs.reader_pool = self._reader_pool
         self._splits = None
 
     @property
@@ -307,7 +304,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def _leave_fit(self) -> None:
         self._clock = self._replay = self._train_loader = None
-        self._readers.close()
+        self._reader_pool.close()
 
     def tasks(self, epochs: list[int]) -> list[Task]:
         """Return the stream, given each task's number of epochs."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcl_lightning.data.images.dataset import ImageFiles
+from dcl_lightning.data.images import ImageFiles
 from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.types import Batch
 

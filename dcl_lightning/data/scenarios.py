@@ -1,144 +1,84 @@
-"""From labels to tasks: pure functions over NumPy arrays."""
+"""How the samples of a data set are split into tasks, held out and dealt to workers: ``data.scenario`` and its keys."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from dcl_lightning.errors import ConfigurationError, DataError
+from dcl_lightning.errors import ConfigurationError, DataError, suggestion, whole_number
 
 __all__ = [
-    "Label",
-    "blurred",
-    "check_labels",
-    "class_tasks",
-    "count_tasks",
-    "deal",
-    "encode",
-    "hold_out",
-    "order_classes",
-    "part_of_samples",
-]
+    "MAX_SEED", "Label", "TaskSplit", "blurred", "class_tasks", "count_tasks", "deal", "encode", "hold_out",
+    "named_class_order", "order_classes", "part_of_samples", "seed_of_run", "shuffled_classes",
+]  # fmt: skip
 
 Label = int | str
+T = TypeVar("T")
 
-_TOO_LARGE = 2.0**63
-
-# Draws for different purposes from one seed.
-_CUT, _BLUR, _DEAL = 1, 2, 3
+MAX_SEED = (1 << 32) - 1  # NumPy's and Lightning's, too
+_SPLIT, _BLUR, _DEAL = 1, 2, 3  # keep draws of one seed for different purposes apart
 
 
-def check_labels(labels: Any, field: str = "labels") -> np.ndarray:
-    """Return labels as ``(n,)`` int64 or str.
+def seed_of_run(given: object, key: str = "data.seed") -> int:
+    """Return the given seed, or if it is None that of ``seed_everything``, or 0.
 
     Args:
-        labels: list, array or tensor of one label a sample; bytes are read as UTF-8.
-        field: name of the labels in messages.
+        given: 0 to 2**32 - 1, Python's or NumPy's integer, or None.
+        key: the configuration key, for the message.
 
     Raises:
-        DataError: labels that are missing, negative, fractional, one-hot or of another type, numbers among names, or
-            names that differ in spaces at their ends alone.
+        ConfigurationError: any other seed.
     """
-    array = _as_array(labels, field)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1:
-        raise DataError(f"{field} of shape {array.shape}: give one label a sample, shape (n,), not one-hot rows")
-    if array.dtype.kind in "OST":
-        array = _of_one_kind(array.tolist(), field)
-    if array.dtype.kind == "U":
-        _check_names(np.unique(array).tolist(), field)
-        return array
-    if array.dtype.kind == "f":
-        wrong = array[~np.isfinite(array) | (array != np.floor(array))]
-        if len(wrong):
-            raise DataError(f"{field} must be whole numbers or names: found {_some(wrong)}")
-    elif array.dtype.kind not in "iub":
-        raise DataError(f"{field} of type {array.dtype}: give whole numbers or names")
-    if array.dtype.kind in "uf" and (array.astype(float) >= _TOO_LARGE).any():
-        raise DataError(f"{field} must be below 2**63: found {_some(array[array.astype(float) >= _TOO_LARGE])}")
-    if len(array) and array.min() < 0:
-        raise DataError(f"{field} must be at least 0: found {_some(array[array < 0])}")
-    return array.astype(np.int64)
+    if given is not None:
+        return whole_number(key, given, 0, MAX_SEED + 1)
+    # Lightning's ``seed_everything`` sets this variable.
+    found = os.environ.get("PL_GLOBAL_SEED", "0")
+    return whole_number("PL_GLOBAL_SEED", int(found) if found.isdecimal() else found, 0, MAX_SEED + 1)
 
 
-def _as_array(labels: Any, field: str) -> np.ndarray:
-    if isinstance(labels, Tensor):
-        labels = labels.detach().cpu()
-        # NumPy has no bfloat16.
-        labels = (labels.float() if labels.is_floating_point() else labels).numpy()
-    if isinstance(labels, np.ma.MaskedArray) and np.ma.getmaskarray(labels).any():
-        raise _missing(field, np.flatnonzero(np.ma.getmaskarray(labels)), "masked")
-    # NumPy would make text of what stands among names: "nan" of a missing one, "1" of a number.
-    names = isinstance(labels, (list, tuple)) and any(isinstance(label, (str, bytes)) for label in labels)
-    try:
-        return np.asarray(labels, dtype=object if names else None)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{field} cannot be read as one label a sample: {error}") from error
+# -- classes -------------------------------------------------------------------------------------------------------
+
+# Printed in the benchmarks that follow iCaRL's released code.
+_ICARL_LIST = (
+    "87 0 52 58 44 91 68 97 51 15 94 92 10 72 49 78 61 14 8 86 84 96 18 24 32 45 88 11 4 67 69 66 77 47 79 93 29 50 57 "
+    "83 17 81 41 12 37 59 25 20 80 73 1 28 6 46 62 82 53 9 31 75 38 63 33 74 27 22 36 3 16 21 60 19 70 90 89 43 5 42 "
+    "65 76 40 30 23 85 2 95 56 48 71 64 98 13 99 7 34 55 54 26 35 39"
+)
 
 
-def _of_one_kind(values: list[Any], field: str) -> np.ndarray:
-    """Return labels of an object array as names or as numbers, which must not be sorted as text."""
-    missing = [row for row, value in enumerate(values) if _is_missing(value)]
-    if missing:
-        raise _missing(field, missing, repr(values[missing[0]]))
-    names = [isinstance(value, (str, bytes)) for value in values]
-    if not any(names):
-        array = np.array(values)
-        if array.dtype.kind in "iufb":
-            return array
-        raise DataError(f"{field} such as {values[0]!r}: give whole numbers, below 2**63, or names")
-    if not all(names):
-        raise DataError(
-            f"{field} are names and numbers, such as {values[names.index(True)]!r} and "
-            f"{values[names.index(False)]!r}: give either"
-        )
-    try:
-        return np.array([value.decode() if isinstance(value, bytes) else value for value in values], dtype=str)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{field} such as {error.object!r} are not UTF-8: give text") from error
-
-
-def _is_missing(value: Any) -> bool:
-    nan = isinstance(value, (float, np.floating)) and np.isnan(value)
-    return value is None or bool(nan) or type(value).__name__ in ("NAType", "NaTType")  # pandas has the latter
-
-
-def _missing(field: str, rows: Sequence[int] | np.ndarray, what: str) -> DataError:
-    return DataError(
-        f"{field}: {len(rows)} missing, the first in row {int(rows[0])} ({what}): leave such samples out, or give "
-        "them a class"
+def named_class_order(name: str) -> list[int]:
+    """Return a published order of 100 classes: ``icarl_1993`` or ``icarl_list``."""
+    if name == "icarl_list":
+        return [int(word) for word in _ICARL_LIST.split()]
+    if name == "icarl_1993":
+        return shuffled_classes(range(100), 1993)
+    raise ConfigurationError(
+        f"data.class_order={name!r}: give a list of labels, a seed, random, or one of the published orders of "
+        f"CIFAR-100, icarl_1993, icarl_list{suggestion(name, ('random', 'icarl_1993', 'icarl_list'))}"
     )
 
 
-def _check_names(names: list[str], field: str) -> None:
-    """Refuse distinct names of which one is empty, or two look the same; warn of one that stands for nothing."""
-    stripped: dict[str, str] = {}
-    for name in names:
-        word = name.strip()
-        if not word:
-            raise DataError(f"{field}: some are empty ({name!r}): leave such samples out, or give them a class")
-        if word != word.encode("utf-8", "replace").decode():
-            raise DataError(f"{field}: {name!r} cannot be written as UTF-8, which reports are: give it another name")
-        other = stripped.setdefault(word, name)
-        if other != name:
-            raise DataError(f"{field} {other!r} and {name!r} differ in spaces alone: give one class one name")
-    for word in ("nan", "NaN", "<NA>", "None", "NaT"):
-        if word in stripped:
-            rank_zero_warn(f"{field}: a class is called {word!r}; if these are missing labels, leave such samples out")
+def shuffled_classes(labels: Sequence[T], seed: int) -> list[T]:
+    """Return labels in the order of NumPy's legacy shuffle, which makes the published orders.
 
+    Args:
+        labels: in ascending order.
+        seed: 0 to 2**32 - 1.
 
-def _some(values: np.ndarray) -> str:
-    distinct = np.unique(values)
-    return ", ".join(str(v) for v in distinct[:5].tolist()) + (", ..." if len(distinct) > 5 else "")
+    Raises:
+        ConfigurationError: a seed out of range.
+    """
+    places = np.arange(len(labels))
+    np.random.RandomState(whole_number("data.class_order", seed, 0, MAX_SEED + 1)).shuffle(places)
+    return [labels[place] for place in places.tolist()]
 
 
 def order_classes(labels: np.ndarray, order: Sequence[Label] | None) -> list[Label]:
-    """Return original labels in the order of their first task.
+    """Return the distinct labels in the given order; ascending if it is None.
 
     Raises:
         ConfigurationError: ``order`` lacks labels, names unknown ones or repeats some.
@@ -174,54 +114,60 @@ def encode(labels: np.ndarray, classes: Sequence[Label]) -> np.ndarray:
     return np.array([ids[label.item()] for label in labels], dtype=np.int64)
 
 
-def class_tasks(num_classes: int, increment: Any, initial_increment: Any = None) -> list[list[int]]:
+# -- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def class_tasks(
+    num_classes: int, increment: int | Sequence[int], initial_increment: int | None = None
+) -> list[list[int]]:
     """Return the model ids of each task's classes.
 
     Args:
         num_classes: classes of the stream.
-        increment: classes a task, the last task taking what is left; or a list, one number a task, that
-            must add up to ``num_classes``.
-        initial_increment: classes of the first task, if not ``increment``.
+        increment: classes of a task, the last task taking the rest; or a list with one number for each task, which
+            adds up to ``num_classes``.
+        initial_increment: classes of the first task if not ``increment``.
 
     Raises:
-        ConfigurationError: a number that is not positive, too large or a list that does not add up.
+        ConfigurationError: a number that is not positive or too large, or a list that does not add up.
     """
     if isinstance(increment, (list, tuple, np.ndarray)):
         sizes = [_positive("increment", n, num_classes, increment) for n in increment]
         if sum(sizes) != num_classes:
             raise ConfigurationError(
-                f"data.increment={[int(n) for n in sizes]} adds up to {sum(sizes)}, but there are {num_classes} classes"
+                f"data.increment={sizes} adds up to {sum(sizes)}, but there are {num_classes} classes"
             )
         if initial_increment is not None:
             raise ConfigurationError("data.initial_increment goes with a single increment: put it into the list")
     else:
         step = _positive("increment", increment, num_classes, increment)
-        first = step if initial_increment is None else _positive("initial_increment", initial_increment, num_classes)
-        sizes = [min(first, num_classes)]
+        first = step
+        if initial_increment is not None:
+            first = _positive("initial_increment", initial_increment, num_classes, initial_increment)
+        sizes = [first]
         while sum(sizes) < num_classes:
             sizes.append(min(step, num_classes - sum(sizes)))
-    starts = np.cumsum([0, *sizes])
-    return [list(range(a, b)) for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
+    ends = np.cumsum(sizes).tolist()
+    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
-def _positive(name: str, value: Any, num_classes: int, given: Any = None) -> int:
-    shown = value if given is None else given
+def _positive(name: str, value: object, num_classes: int, given: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value <= num_classes:
         raise ConfigurationError(
-            f"data.{name}={shown}: give whole numbers from 1 to {num_classes}, the number of classes"
+            f"data.{name}={given}: give whole numbers from 1 to {num_classes}, the number of classes"
         )
     return int(value)
 
 
 def count_tasks(train_tasks: np.ndarray, test_tasks: np.ndarray) -> int:
-    """Return the number of tasks that data bring.
+    """Return the number of tasks of data with tasks of their own.
 
     Args:
         train_tasks: ``(n,)`` int64, task of each training sample.
         test_tasks: ``(m,)`` int64, task of each test sample.
 
     Raises:
-        ConfigurationError: training tasks are not numbered from 0 without gaps, or test samples are of other tasks.
+        ConfigurationError: training tasks are not numbered from 0 without gaps, or only test samples have a task.
     """
     found = np.unique(train_tasks)
     wrong = np.flatnonzero(found != np.arange(len(found)))
@@ -234,18 +180,18 @@ def count_tasks(train_tasks: np.ndarray, test_tasks: np.ndarray) -> int:
 
 
 def part_of_samples(targets: np.ndarray, num_tasks: int, seed: int | None = None) -> np.ndarray:
-    """Return ``(n,)`` int64 task of each sample when all classes are in all tasks.
+    """Return ``(n,)`` int64 task of each sample if every task has all classes.
 
-    The samples of each class are cut into contiguous parts; what does not divide goes round the tasks
-    from class to class, so that task sizes differ by at most one.
+    The samples of each class are split into contiguous parts. The remainders go round the tasks from class to class,
+    so that the sizes of tasks differ by at most one.
 
     Args:
         targets: ``(n,)`` model ids.
         num_tasks: number of tasks.
-        seed: seed of the order in which a class is cut; that of the data if None.
+        seed: seed that shuffles each class before its split; None keeps the order of the data.
     """
     parts = np.zeros(len(targets), dtype=np.int64)
-    generator = None if seed is None else np.random.default_rng((seed, _CUT))
+    generator = None if seed is None else np.random.default_rng((seed, _SPLIT))
     offset = 0
     for y in np.unique(targets):
         members = np.flatnonzero(targets == y)
@@ -260,11 +206,11 @@ def part_of_samples(targets: np.ndarray, num_tasks: int, seed: int | None = None
 
 
 def blurred(targets: np.ndarray, home: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return ``(n,)`` int64 task of each sample when a share of each class leaks out of its own task.
+    """Return ``(n,)`` int64 task of each sample if a share of each class leaks out of its own task.
 
-    The leaking samples go evenly to all other tasks, so with classes of one size ``share`` is also the part of
-    a task that is of other tasks' classes: Bang et al., "Rainbow Memory", CVPR 2021, whose Blurry10 is
-    ``share`` 0.1. A class keeps at least one sample in its own task.
+    The leaking samples are spread evenly over all other tasks, so with classes of one size ``share`` is also the part
+    of a task's samples that belong to other tasks' classes: Bang et al., "Rainbow Memory", CVPR 2021, whose Blurry10
+    is ``share`` 0.1. Each class keeps at least one sample in its own task.
 
     Args:
         targets: ``(n,)`` model ids.
@@ -280,29 +226,29 @@ def blurred(targets: np.ndarray, home: np.ndarray, share: float, seed: int) -> n
         others = np.delete(np.arange(home.max() + 1), own)
         leaking = members[: max(min(round(share * len(members)), len(members) - 1), 0)]
         if len(others):
-            # What does not divide goes round the tasks from class to class.
+            # The remainders go round the tasks from class to class.
             parts[leaking] = others[(offset + np.arange(len(leaking))) % len(others)]
         offset += len(leaking)
     return parts
 
 
-def deal(parts: np.ndarray, held: np.ndarray, num_workers: int, seed: int) -> np.ndarray:
-    """Return ``(n,)`` int64 worker of each sample; workers have equal numbers of each task's, or one more or less.
+def deal(parts: np.ndarray, held: np.ndarray, world_size: int, seed: int) -> np.ndarray:
+    """Return ``(n,)`` int64 worker of each sample; workers' shares of each task differ by at most one sample.
 
     Args:
         parts: ``(n,)`` task of each sample.
-        held: ``(n,)`` bool, samples held out of training, which are dealt apart.
-        num_workers: number of workers.
+        held: ``(n,)`` bool, samples held out of training, which are dealt separately.
+        world_size: number of workers.
         seed: seed of the choice.
     """
     order = np.lexsort((np.random.default_rng((seed, _DEAL)).random(len(parts)), parts, held))
     workers = np.empty(len(parts), dtype=np.int64)
-    workers[order] = np.arange(len(parts)) % num_workers
+    workers[order] = np.arange(len(parts)) % world_size
     return workers
 
 
 def hold_out(targets: np.ndarray, parts: np.ndarray, ratio: float, seed: int) -> np.ndarray:
-    """Return ``(n,)`` bool, samples held out: of each class of each task a share, at least one of two.
+    """Return ``(n,)`` bool, the held-out samples: a share of each class of each task, at least one of two samples.
 
     Args:
         targets: ``(n,)`` model ids.
@@ -318,3 +264,127 @@ def hold_out(targets: np.ndarray, parts: np.ndarray, ratio: float, seed: int) ->
             count = min(max(round(ratio * len(members)), 1), len(members) - 1) if ratio > 0 else 0
             held[generator.permutation(members)[:count]] = True
     return held
+
+
+# -- data.scenario -------------------------------------------------------------------------------------------------
+
+_SCENARIOS = ("class", "domain", "instance", "blurry", "none", "given")
+
+
+@dataclass(frozen=True)
+class TaskSplit:
+    """The rule that splits a data set into tasks; its values are those of ``ContinualDataModule``.
+
+    Args:
+        scenario: ``class``, ``domain``, ``instance``, ``blurry`` or ``none``; ``given`` if the data or a scenario of
+            continuum's kind have the tasks.
+        increment: classes of a task.
+        initial_increment: classes of the first task.
+        num_tasks: number of tasks of a domain or instance scenario.
+        class_order: labels, a name or a seed.
+        blurriness: share of each class that leaks.
+        sample_order: ``in_order`` or ``shuffled``.
+        source: the scenario as the user gave it.
+
+    Raises:
+        ConfigurationError: an unknown word, or values that do not go with the scenario.
+    """
+
+    scenario: str
+    increment: int | Sequence[int]
+    initial_increment: int | None
+    num_tasks: int | None
+    class_order: Sequence[Label] | str | int | None
+    blurriness: float | None
+    sample_order: str
+    source: Any = None
+
+    def __post_init__(self) -> None:
+        if self.scenario not in _SCENARIOS:
+            raise ConfigurationError(
+                f"data.scenario={self.scenario!r}: give {', '.join(_SCENARIOS)}, or the class path of a continuum "
+                f"scenario{suggestion(self.scenario, _SCENARIOS)}"
+            )
+        if self.num_tasks is not None and self.scenario not in ("domain", "instance"):
+            raise ConfigurationError(
+                f"data.num_tasks={self.num_tasks} with data.scenario={self.scenario}: it is for scenarios domain and "
+                "instance only; give data.increment, the classes of a task, where classes arrive task by task"
+            )
+        if self.initial_increment is not None and self.scenario not in ("class", "blurry"):
+            raise ConfigurationError(
+                f"data.initial_increment={self.initial_increment} with data.scenario={self.scenario}: it is for "
+                "scenarios class and blurry only, where classes arrive task by task; leave it out, or give null"
+            )
+        if self.blurriness is not None and self.scenario != "blurry":
+            raise ConfigurationError(
+                f"data.blurriness={self.blurriness} with data.scenario={self.scenario}: give data.scenario=blurry"
+            )
+        if not 0 <= self.share < 1:
+            raise ConfigurationError(f"data.blurriness={self.blurriness}: give a share from 0 to below 1")
+        if self.sample_order not in ("in_order", "shuffled"):
+            raise ConfigurationError(f"data.sample_order={self.sample_order!r}: give in_order or shuffled")
+        if self.sample_order == "shuffled" and self.scenario not in ("domain", "instance"):
+            raise ConfigurationError(
+                f"data.sample_order=shuffled with data.scenario={self.scenario}: give data.scenario=domain or instance"
+            )
+        if isinstance(self.class_order, str) and self.class_order != "random":
+            named_class_order(self.class_order)
+
+    @property
+    def share(self) -> float:
+        """Share of each class that leaks, with its default."""
+        return 0.1 if self.blurriness is None else self.blurriness
+
+    @property
+    def text(self) -> str:
+        """The scenario in words, which must be the same when a run is resumed."""
+        if self.scenario == "given":
+            return type(self.source[0]).__name__ if isinstance(self.source, (tuple, list)) else str(self.source)
+        if self.scenario == "blurry":
+            return f"blurry {self.share:g}"
+        return f"{self.scenario}, shuffled" if self.sample_order == "shuffled" else self.scenario
+
+    def home_classes(self, num_classes: int) -> list[list[int]]:
+        """Return for each task the model ids of the classes that it is tested on."""
+        if self.scenario in ("class", "blurry"):
+            return class_tasks(num_classes, self.increment, self.initial_increment)
+        return [list(range(num_classes))] * (1 if self.scenario == "none" else self.num_tasks or 5)
+
+    def labels_in_order(self, labels: np.ndarray, tasks: np.ndarray | None, seed: int) -> list[Label]:
+        """Return the original labels in the order of their model ids.
+
+        Args:
+            labels: ``(n,)`` of training.
+            tasks: ``(n,)`` task of each sample if the data have tasks: classes then come in the order of their first.
+            seed: seed of the run.
+
+        Raises:
+            ConfigurationError: an order that does not fit the labels.
+        """
+        order = self.class_order
+        if isinstance(order, str) and order != "random":
+            order = named_class_order(order)
+        if isinstance(order, (str, int, np.integer)):
+            return shuffled_classes(order_classes(labels, None), seed if isinstance(order, str) else order)
+        if order is None and tasks is not None:
+            distinct = np.unique(labels)
+            firsts = [int(tasks[labels == label].min()) for label in distinct]
+            return [distinct[place].item() for place in np.argsort(firsts, kind="stable")]
+        return order_classes(labels, order)
+
+    def parts(self, targets: np.ndarray, homes: list[list[int]], seed: int, training: bool) -> np.ndarray:
+        """Return ``(n,)`` int64 task of each sample.
+
+        Args:
+            targets: ``(n,)`` model ids.
+            homes: the result of ``home_classes``.
+            seed: seed of the run.
+            training: whether these are training samples; test samples do not leak and are split in order.
+        """
+        if self.scenario not in ("class", "blurry"):
+            shuffled = training and self.sample_order == "shuffled"
+            return part_of_samples(targets, len(homes), seed if shuffled else None)
+        home = np.repeat(np.arange(len(homes)), [len(classes) for classes in homes])
+        if self.scenario == "blurry" and training:
+            return blurred(targets, home, self.share, seed)
+        return home[targets]

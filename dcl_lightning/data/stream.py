@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning.data import scenarios
+from dcl_lightning.data.scenarios import TaskSplit
 from dcl_lightning.data.sources.arrays import Splits
-from dcl_lightning.data.task_split import Cutting
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
 
@@ -22,7 +22,7 @@ class Stream:
     """The labels of both splits as model ids, cut into tasks.
 
     Args:
-        cutting: the rule.
+        task_split: the rule.
         splits: whose labels, and tasks if they bring them, are taken.
         val_ratio: share of each class of each task that is held out of training, in [0, 1).
         seed: seed of every choice.
@@ -41,19 +41,19 @@ class Stream:
         DataError: test labels that training lacks.
     """
 
-    def __init__(self, cutting: Cutting, splits: Splits, val_ratio: float, seed: int) -> None:
-        self.cutting, self.val_ratio = cutting, val_ratio
+    def __init__(self, task_split: TaskSplit, splits: Splits, val_ratio: float, seed: int) -> None:
+        self.task_split, self.val_ratio = task_split, val_ratio
         self._given = None
-        if cutting.scenario == "given":
+        if task_split.scenario == "given":
             assert splits.train_tasks is not None
             assert splits.test_tasks is not None
             self._given = splits.train_tasks, splits.test_tasks
             num_tasks = scenarios.count_tasks(*self._given)
-        self.labels = cutting.labels_in_order(splits.train_labels, self._given and self._given[0], seed)
+        self.labels = task_split.labels_in_order(splits.train_labels, self._given and self._given[0], seed)
         self.train_targets = torch.from_numpy(scenarios.encode(splits.train_labels, self.labels))
         self.test_targets = torch.from_numpy(scenarios.encode(splits.test_labels, self.labels))
         if self._given is None:
-            self.homes = cutting.home_classes(len(self.labels))
+            self.homes = task_split.home_classes(len(self.labels))
         else:
             targets, tasks = self.train_targets.numpy(), self._given[0]
             self.homes = [np.unique(targets[tasks == t]).tolist() for t in range(num_tasks)]
@@ -78,8 +78,8 @@ class Stream:
         """
         train, test = self.train_targets.numpy(), self.test_targets.numpy()
         train_parts, test_parts = self._given or (
-            self.cutting.parts(train, self.homes, seed, training=True),
-            self.cutting.parts(test, self.homes, seed, training=False),
+            self.task_split.parts(train, self.homes, seed, training=True),
+            self.task_split.parts(test, self.homes, seed, training=False),
         )
         held = scenarios.hold_out(train, train_parts, self.val_ratio, seed)
         self._owners: dict[tuple[int, int], Tensor] = {}
@@ -101,16 +101,16 @@ class Stream:
         """Return the sample ids of a task's test samples, in the test split."""
         return torch.nonzero(self.test_parts == task).flatten()
 
-    def owners(self, num_workers: int, seed: int) -> Tensor:
+    def owners(self, world_size: int, seed: int) -> Tensor:
         """Return the worker of each training sample ``(n,)`` int64 where it stays on one for the whole run.
 
         Args:
-            num_workers: number of workers.
+            world_size: number of workers.
             seed: seed of the run.
         """
-        key = num_workers, seed
+        key = world_size, seed
         if key not in self._owners:
-            owners = scenarios.deal(self.train_parts.numpy(), self.held.numpy(), num_workers, seed)
+            owners = scenarios.deal(self.train_parts.numpy(), self.held.numpy(), world_size, seed)
             self._owners[key] = torch.from_numpy(owners)
         return self._owners[key]
 
@@ -122,7 +122,7 @@ class Stream:
         """
         return {
             "dataset": dataset,
-            "scenario": self.cutting.text,
+            "scenario": self.task_split.text,
             "class_order": list(self.labels),
             "classes of the tasks": [list(classes) for classes in self.homes],
             "val_ratio": self.val_ratio,

@@ -132,7 +132,7 @@ def test_a_fit_leaves_no_trace(name: str, tmp_path: Path) -> None:
     assert torch.equal(again[1].nan_to_num(-1), expected[1].nan_to_num(-1))
     now = {key: value for key, value in vars(data).items() if key not in ("trainer", "task_id")}
     assert now.keys() == known.keys()
-    assert all(now[key] is known[key] or now[key] == known[key] for key in now if "_readers" not in key)
+    assert all(now[key] is known[key] or now[key] == known[key] for key in now if "_reader_pool" not in key)
 
 
 @pytest.mark.parametrize("name", ["derpp", "derpp_task_end", "agem", "gdumb"])

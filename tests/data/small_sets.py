@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dcl_lightning.data.sources.cifar import FILES as CIFAR_FILES
+from dcl_lightning.data.sources.torchvision import CIFAR_FILES
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.data.images.decode import read_image
+from dcl_lightning.data.decode import read_image
 from dcl_lightning.data.sources import tinyimagenet
 from dcl_lightning.data.sources.cache import VARIABLE, cached
 from dcl_lightning.errors import DataError

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from dcl_lightning.data.images.decode import centre, random_box, read_image, read_images
+from dcl_lightning.data.decode import center_crop, random_box, read_image, read_images
 from dcl_lightning.errors import DataError
 from tests.data.small_sets import image, tiff
 
@@ -172,7 +172,7 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(height: int, width: i
     expected = tv.center_crop(tv.resize(pixels, [37], antialias=True), [32, 32])
     if height == width == 32:
         expected = pixels  # of the final size already
-    assert torch.equal(centre(pixels, 32, 37), expected)
+    assert torch.equal(center_crop(pixels, 32, 37), expected)
 
 
 def test_training_crops_are_torchvisions_for_the_same_draw(tmp_path: Path) -> None:

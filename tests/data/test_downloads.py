@@ -16,7 +16,7 @@ import pytest
 import torchvision.datasets
 
 from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.data.sources.cifar import FILES
+from dcl_lightning.data.sources.torchvision import CIFAR_FILES as FILES
 from dcl_lightning.errors import DataError
 from tests.data import small_sets
 

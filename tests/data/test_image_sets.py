@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.data.images import decode
-from dcl_lightning.data.images.folders import IMAGE_ENDINGS, per_class
+from dcl_lightning.data import ContinualDataModule, decode
+from dcl_lightning.data.folders import IMAGE_ENDINGS, per_class
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec

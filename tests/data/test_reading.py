@@ -19,8 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dcl_lightning import NIL, FineTuning, ICaRL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.data import ContinualDataModule, transforms
-from dcl_lightning.data.images.dataset import ImageFiles
-from dcl_lightning.data.images.pool import Readers
+from dcl_lightning.data.images import ImageFiles, ReaderPool
 from dcl_lightning.data.loader import AheadLoader, TaskLoader
 from dcl_lightning.memory.config import MemorySize, RehearsalConfig
 from tests.data import small_sets
@@ -38,15 +37,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def readers():
-    pool = Readers(2)
+    pool = ReaderPool(2)
     yield pool
     pool.close()
 
 
-def loader(root: Path, pool: Readers, rank: int = 0, size: int = 1, train: bool = True, batch_size: int = 5):
+def loader(root: Path, pool: ReaderPool, rank: int = 0, size: int = 1, train: bool = True, batch_size: int = 5):
     names = [f"train/{c}/{i}.png" for c in "abcd" for i in range(7)]
     files = ImageFiles(str(root), names, 16)
-    files.readers = pool
+    files.reader_pool = pool
     rows = torch.arange(28)
     result = TaskLoader(files, rows // 7, rows * 0, batch_size, rows, rank, size, train=train, seed=3, epoch=2)
     result.augment = True
@@ -61,8 +60,8 @@ def same(left, right) -> bool:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_processes_read_what_one_process_reads_in_the_same_order(root: Path, readers: Readers, train: bool) -> None:
-    one = list(loader(root, Readers(0), train=train))
+def test_processes_read_what_one_process_reads_in_the_same_order(root: Path, readers: ReaderPool, train: bool) -> None:
+    one = list(loader(root, ReaderPool(0), train=train))
     assert same(list(loader(root, readers, train=train)), one)
     assert same(list(AheadLoader(loader(root, readers, train=train))), one)
     tensor = torch.arange(28)
@@ -71,7 +70,7 @@ def test_processes_read_what_one_process_reads_in_the_same_order(root: Path, rea
     assert all(b.inputs.shape == (len(b.sample_ids), 3, 16, 16) and b.inputs.dtype == torch.uint8 for b in one)
 
 
-def test_shards_hold_what_one_worker_sees_step_by_step(root: Path, readers: Readers) -> None:
+def test_shards_hold_what_one_worker_sees_step_by_step(root: Path, readers: ReaderPool) -> None:
     whole = {}
     for batch in loader(root, readers, batch_size=15):
         whole |= dict(zip(batch.sample_ids.tolist(), batch.inputs, strict=True))
@@ -88,7 +87,7 @@ def test_shards_hold_what_one_worker_sees_step_by_step(root: Path, readers: Read
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 6])
-def test_a_place_within_an_epoch_resumes_though_batches_are_read_ahead(root: Path, readers: Readers, stop: int) -> None:
+def test_a_place_within_an_epoch_resumes_with_prefetched_batches(root: Path, readers: ReaderPool, stop: int) -> None:
     whole = list(loader(root, readers))
     first = loader(root, readers)
     walk = iter(first)
@@ -100,23 +99,23 @@ def test_a_place_within_an_epoch_resumes_though_batches_are_read_ahead(root: Pat
     assert same(list(again), whole[stop:])
 
 
-def test_loaders_may_take_turns_and_be_left(root: Path, readers: Readers) -> None:
+def test_loaders_may_take_turns_and_be_left(root: Path, readers: ReaderPool) -> None:
     training, test = iter(loader(root, readers)), iter(loader(root, readers, train=False))
-    expected = list(loader(root, Readers(0))), list(loader(root, Readers(0), train=False))
+    expected = list(loader(root, ReaderPool(0))), list(loader(root, ReaderPool(0), train=False))
     mixed = [(next(training), next(test)) for _ in range(3)]
     training.close()
     assert same([a for a, _ in mixed], expected[0][:3])
     assert same([b for _, b in mixed] + list(test), expected[1])
 
 
-def test_a_worker_without_rows_gets_a_batch_without_images(root: Path, readers: Readers) -> None:
+def test_a_worker_without_rows_gets_a_batch_without_images(root: Path, readers: ReaderPool) -> None:
     one = loader(root, readers, 5, 9, train=False)
     one.indices, one.for_all = torch.arange(3), True
     (batch,) = one
     assert batch.inputs.shape == (0, 3, 16, 16)
 
 
-def test_exemplars_of_one_epoch_are_cropped_anew_at_each_step(root: Path, readers: Readers) -> None:
+def test_exemplars_of_one_epoch_are_cropped_anew_at_each_step(root: Path, readers: ReaderPool) -> None:
     one = loader(root, readers)
     one.visit(torch.arange(14), 2, torch.tensor([20]), 1)
     pixels = [b.inputs[b.sample_ids == 20][0] for b in one]
@@ -154,11 +153,11 @@ def test_processes_live_on_over_tasks_and_evaluation(root: Path) -> None:
         assert sorted(ids.tolist()) == data.train_indices(epoch // 2).tolist()
         for loaders in (data.val_dataloader(), data.test_dataloader()):
             assert sum(len(b.inputs) for part in loaders for b in part) > 0
-        alive.add(frozenset(data._readers._pools[0]._processes))
+        alive.add(frozenset(data._reader_pool._pools[0]._processes))
     assert len(alive) == 1
     assert len(next(iter(alive))) == 2
     data.teardown("fit")
-    assert data._readers._pools == []
+    assert data._reader_pool._pools == []
 
 
 def test_training_is_cropped_by_readers_and_mirrored_on_the_device(root: Path) -> None:
@@ -208,7 +207,7 @@ def test_a_stream_of_files_is_learnt_and_resumed_alike_with_and_without_processe
         )
         trainer.fit(agent, datamodule=data, ckpt_path=ckpt_path)
         assert trainer.global_step >= 6
-        assert data._readers._pools == []
+        assert data._reader_pool._pools == []
         return torch.cat([p.detach().flatten() for p in agent.parameters()])
 
     whole = fit(2, "whole")
@@ -221,7 +220,7 @@ def _end(code: int) -> None:
 
 
 def test_a_reader_that_dies_says_so_and_the_next_ones_start() -> None:
-    pool = Readers(1)
+    pool = ReaderPool(1)
     with pytest.raises(RuntimeError, match=r"reads images has ended.*data\.num_workers"):
         pool.result(pool.submit(_end, 9))
     assert pool.result(pool.submit(os.getpid)) != os.getpid()
@@ -230,13 +229,13 @@ def test_a_reader_that_dies_says_so_and_the_next_ones_start() -> None:
 
 _PARENT = """
 import multiprocessing, os, time
-from dcl_lightning.data.images import pool as readers
+from dcl_lightning.data import images
 
 def main():
     pools = []
     for method, count in (("fork", 2), ("forkserver", 1)):
-        readers._context = lambda: multiprocessing.get_context(method)
-        pools.append(readers.Readers(count))
+        images._context = lambda: multiprocessing.get_context(method)
+        pools.append(images.ReaderPool(count))
         found = [pools[-1].submit(os.getpid) for _ in range(8)]
         found = {pools[-1].result(one) for one in found}
         print(*found, flush=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcl_lightning.data import ContinualDataModule, scenarios
-from dcl_lightning.data.task_split import named_class_order
+from dcl_lightning.data.sources.arrays import check_labels
 from dcl_lightning.errors import ConfigurationError, DataError
 
 
@@ -131,7 +131,7 @@ def test_missing_labels_among_names_are_refused(missing, column) -> None:
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_missing_labels_are_counted_and_the_first_is_named(missing) -> None:
     with pytest.raises(DataError, match=r"2 missing, the first in row 1 .*leave such samples out"):
-        scenarios.check_labels(np.array(["cat", missing, "dog", missing], dtype=object))
+        check_labels(np.array(["cat", missing, "dog", missing], dtype=object))
 
 
 @pytest.mark.parametrize(
@@ -147,71 +147,71 @@ def test_missing_labels_are_counted_and_the_first_is_named(missing) -> None:
 )
 def test_missing_labels_in_a_column_of_pandas_are_refused(values, dtype) -> None:
     with pytest.raises(DataError, match="labels"):
-        scenarios.check_labels(pandas_column(values, dtype))
+        check_labels(pandas_column(values, dtype))
 
 
 def test_columns_of_pandas_without_missing_labels_are_taken() -> None:
-    assert scenarios.check_labels(pandas_column(["b", "a"], "string")).tolist() == ["b", "a"]
-    assert scenarios.check_labels(pandas_column(["b", "a"], "category")).tolist() == ["b", "a"]
-    assert scenarios.check_labels(pandas_column([3, 1], "Int64")).tolist() == [3, 1]
+    assert check_labels(pandas_column(["b", "a"], "string")).tolist() == ["b", "a"]
+    assert check_labels(pandas_column(["b", "a"], "category")).tolist() == ["b", "a"]
+    assert check_labels(pandas_column([3, 1], "Int64")).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("labels", [[0, None, 1], [0, float("nan"), 1], np.array([0, np.nan, 1], dtype=object)])
 def test_missing_labels_among_numbers_are_refused(labels) -> None:
     with pytest.raises(DataError, match=r"labels.*(missing|nan)"):
-        scenarios.check_labels(labels)
+        check_labels(labels)
 
 
 def test_masked_labels_are_refused_and_arrays_without_a_mask_are_taken() -> None:
     with pytest.raises(DataError, match=r"labels: 1 missing, the first in row 2 \(masked\)"):
-        scenarios.check_labels(np.ma.masked_equal([0, 1, 9], 9))
-    assert scenarios.check_labels(np.ma.array([0, 1, 9])).tolist() == [0, 1, 9]
+        check_labels(np.ma.masked_equal([0, 1, 9], 9))
+    assert check_labels(np.ma.array([0, 1, 9])).tolist() == [0, 1, 9]
 
 
 @pytest.mark.parametrize("labels", [["cat", 1], [1, "cat"], ["cat", 1.5], np.array(["cat", 1], dtype=object)])
 def test_names_and_numbers_in_one_column_are_refused(labels) -> None:
     with pytest.raises(DataError, match="names and numbers"):
-        scenarios.check_labels(labels)
+        check_labels(labels)
 
 
 @pytest.mark.parametrize("labels", [["café", "dog"], [b"caf\xc3\xa9", b"dog"], np.array([b"caf\xc3\xa9", b"dog"])])
 def test_bytes_are_read_as_utf_8(labels) -> None:
-    assert scenarios.check_labels(labels).tolist() == ["café", "dog"]
-    assert scenarios.check_labels(np.array(labels, dtype=object)).tolist() == ["café", "dog"]
+    assert check_labels(labels).tolist() == ["café", "dog"]
+    assert check_labels(np.array(labels, dtype=object)).tolist() == ["café", "dog"]
 
 
 def test_bytes_of_another_encoding_are_refused() -> None:
     with pytest.raises(DataError, match="UTF-8"):
-        scenarios.check_labels([b"caf\xe9", b"dog"])
+        check_labels([b"caf\xe9", b"dog"])
 
 
 def test_names_that_no_report_can_hold_are_refused() -> None:
     with pytest.raises(DataError, match=r"labels: 'caf\\udce9' cannot be written as UTF-8"):
-        scenarios.check_labels(["caf\udce9", "dog"])
+        check_labels(["caf\udce9", "dog"])
 
 
 def test_names_that_differ_in_spaces_alone_are_refused() -> None:
     with pytest.raises(DataError, match=r"'cat' and 'cat ' differ in spaces"):
-        scenarios.check_labels(["dog", "cat ", "cat"])
-    assert scenarios.check_labels(["Cat", "cat"]).tolist() == ["Cat", "cat"]
+        check_labels(["dog", "cat ", "cat"])
+    assert check_labels(["Cat", "cat"]).tolist() == ["Cat", "cat"]
 
 
 def test_a_class_that_is_called_nan_is_warned_of() -> None:
     """An array of text cannot tell the name from what NumPy made of a missing label."""
     with pytest.warns(UserWarning, match="class is called 'nan'"):
-        assert scenarios.check_labels(np.array(["cat", "nan"])).tolist() == ["cat", "nan"]
+        assert check_labels(np.array(["cat", "nan"])).tolist() == ["cat", "nan"]
 
 
 @pytest.mark.parametrize("labels", [[0, 2**63], [0, 2**64], np.array([0, 2**63], dtype=np.uint64), [0.0, 1e300]])
 def test_labels_that_int64_cannot_hold_are_refused(labels) -> None:
     with pytest.raises(DataError, match=r"2\*\*63"):
-        scenarios.check_labels(labels)
+        check_labels(labels)
 
 
 @pytest.mark.parametrize("labels", [[[0], [1, 2]], [{"a": 1}, {"b": 2}], [(1, 2), (3, 4)], [1j, 2j]])
 def test_what_is_no_label_is_refused(labels) -> None:
     with pytest.raises(DataError, match="labels"):
-        scenarios.check_labels(labels)
+        check_labels(labels)
 
 
 def test_tensors_of_any_type_are_taken() -> None:
@@ -222,7 +222,7 @@ def test_tensors_of_any_type_are_taken() -> None:
         torch.tensor(wanted, dtype=torch.uint8)[:, None],
         [torch.tensor(label) for label in wanted],
     ):
-        assert scenarios.check_labels(labels).tolist() == wanted
+        assert check_labels(labels).tolist() == wanted
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_tensors_of_any_type_are_taken() -> None:
         ([0, 0, 1, None], [0, 0, 1, 1], DataError, "training task ids: 1 missing"),
         ([0, 0, 1, 1], [0, 0, 1, float("nan")], DataError, "test task ids.*nan"),
         ([0, 0, 1, 0.5], [0, 0, 1, 1], DataError, "training task ids must be whole numbers.*0.5"),
-        (list("aabb"), list("aabb"), DataError, "task ids of the training split are names, such as 'a'"),
+        (list("aabb"), list("aabb"), DataError, "training task ids are names, such as 'a'"),
         ([0, 0, 1], [0, 0, 1, 1], DataError, "3 task ids and 4 labels"),
     ],
 )
@@ -288,6 +288,6 @@ def test_parts_cover_all_and_differ_by_one(labels, num_tasks) -> None:
 
 @pytest.mark.parametrize("name", ["icarl_1993", "icarl_list"])
 def test_published_orders_are_permutations(name) -> None:
-    order = named_class_order(name)
+    order = scenarios.named_class_order(name)
     assert sorted(order) == list(range(100))
     assert order[:5] == {"icarl_1993": [68, 56, 78, 8, 23], "icarl_list": [87, 0, 52, 58, 44]}[name]

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.data.scenarios import check_labels, order_classes
+from dcl_lightning.data.scenarios import order_classes
 from dcl_lightning.data.sources import table as sources
-from dcl_lightning.data.sources.cifar import FILES
+from dcl_lightning.data.sources.arrays import check_labels
+from dcl_lightning.data.sources.torchvision import CIFAR_FILES as FILES
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
 from tests.data import small_sets

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.data.sources import staging
+from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.cache import VARIABLE
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from tests.data import small_sets
@@ -141,8 +141,8 @@ def _stage_slowly(root: str, disk: str, log: str, slow: bool) -> None:
             time.sleep(0.3)
         inner(source, target)
 
-    staging.shutil.copyfile = copyfile
-    staging.stage("mnist", root, disk, look=True)
+    shutil.copyfile = copyfile
+    sources.stage("mnist", root, disk, compare=True)
 
 
 def test_of_many_processes_one_copies_and_what_a_killed_one_left_is_not_taken_for_a_copy(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypa
     assert f"data.stage_to={disk}: File too large" in text
     assert [entry for entry in os.listdir(disk) if not entry.endswith(".lock")] == []
     usage = shutil.disk_usage(disk)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     text = message()
     assert "1,000 are free" in text
     assert "86," in text

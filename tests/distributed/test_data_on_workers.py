@@ -22,7 +22,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from dcl_lightning import NIL, ContinualDataModule
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import TaskReport
-from dcl_lightning.data.sources import staging
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
@@ -33,7 +32,7 @@ def copyfile(source, target):
         file.write(f"{source}\\n")
     inner(source, target)
 
-staging.shutil.copyfile = copyfile
+shutil.copyfile = copyfile
 
 def fit(strategy, stage_to=None, **memory):
     pl.seed_everything(0, verbose=False)

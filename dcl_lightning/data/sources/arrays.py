@@ -1,12 +1,11 @@
-"""What a reader of data sets returns, and what is known about a data set before it is read."""
+"""Both splits of a data set in memory: arrays, tensors or continuum data sets are checked and made uniform."""
 
 from __future__ import annotations
 
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,19 +13,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from dcl_lightning.data.decode import read_image
 from dcl_lightning.data.loader import Inputs
-from dcl_lightning.data.scenarios import check_labels
-from dcl_lightning.data.sources.continuum import read_continuum
 from dcl_lightning.errors import DataError
-from dcl_lightning.types import InputSpec
 
-__all__ = ["Reader", "Source", "Splits", "from_arrays"]
+__all__ = ["Splits", "check_labels", "from_arrays", "read_dataset"]
 
 
 class Splits(NamedTuple):
-    """Inputs ``(n, C, H, W)`` uint8 or float32 of both splits, or what stands for them, and labels ``(n,)``.
+    """Both splits of a data set.
 
-    Labels are int64 or str. Where the data bring them, also the task of each sample, ``(n,)`` int64.
+    Inputs are ``(n, C, H, W)`` uint8 or float32, or stand for such a tensor; labels ``(n,)`` are int64 or str. Data
+    sets with tasks of their own also have the task ``(n,)`` int64 of each sample.
     """
 
     train_inputs: Inputs
@@ -42,139 +40,112 @@ _WANTED = (
     "or two continuum data sets"
 )
 
-# Arguments: folder of the data set, whether it may be fetched, options.
-Reader = Callable[[str, bool, Mapping[str, int]], Splits]
 
-
-@dataclass(frozen=True)
-class Source:
-    """What is known of a data set before any file is read.
-
-    Args:
-        num_classes: number of classes; None if the data have to be looked at.
-        input_spec: shape of one input.
-        read: reads both splits; arguments ``path(root)``, ``download`` and ``options``.
-        mean: channel means of inputs in [0, 1].
-        std: channel deviations.
-        augment: whether training crops and mirrors.
-        pad: pixels added on each side before the crop on the device; 0 to mirror only, where readers crop.
-        folder: sub-folder of the root.
-        files: what must be there, relative to the folder; ``a|b`` if one of two is enough.
-        layout: the same in words, for messages; ``files`` if empty.
-        downloadable: whether the reader can fetch it.
-        options: ``data.source_options`` that it takes.
-        cached: whether reading writes a cache, which then one process of a host does before the others.
-    """
-
-    num_classes: int | None
-    input_spec: InputSpec
-    read: Reader
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    augment: bool = False
-    pad: int = 4
-    folder: str = ""
-    files: tuple[str, ...] = ()
-    layout: str = ""
-    downloadable: bool = False
-    options: tuple[str, ...] = ()
-    cached: bool = False
-
-    def path(self, root: str) -> str:
-        """Return the folder of the data set.
-
-        Args:
-            root: folder of the data sets.
-        """
-        return os.path.join(root, self.folder) if self.folder else root
-
-    def check_count(self, name: str, root: str, found: int, expected: int) -> None:
-        """Refuse files with another number of classes.
-
-        Args:
-            name: name of the data set.
-            root: folder of the data sets.
-            found: classes that were found.
-            expected: classes that were announced.
-
-        Raises:
-            DataError: these differ.
-        """
-        if found == expected:
-            return
-        part = f"set data.source_options.num_classes={found} to use a part of it"
-        raise DataError(
-            f"data set '{name}' in {os.path.abspath(self.path(root))} has training samples of {found} classes, "
-            f"expected {expected}: {part if 'num_classes' in self.options else 'fetch it anew'}"
-        )
-
-
-def from_arrays(splits: tuple[Any, ...], where: str = "") -> Splits:
+def from_arrays(splits: object, where: str = "") -> Splits:
     """Return splits from ``(x_train, y_train, x_test, y_test)`` or a pair of continuum data sets.
 
-    A third array of a split, as in ``(x_train, y_train, t_train, ...)``, is the task of each sample, or None.
-    Images are ``(n, H, W)``, ``(n, H, W, C)`` or ``(n, C, H, W)`` with 1 or 3 channels, vectors ``(n, D)``;
-    uint8 stays uint8, and is divided by 255 on the device; anything else becomes float32 and is used as it is.
+    An optional third array of each split, as in ``(x_train, y_train, t_train, ...)``, is the task of each sample.
+    Images are ``(n, H, W)``, ``(n, H, W, C)`` or ``(n, C, H, W)`` with 1 or 3 channels, vectors ``(n, D)``. uint8 stays
+    uint8 and is divided by 255 on the device; all other types become float32 with their values unchanged.
 
     Args:
-        splits: arrays, or tensors, or two data sets.
-        where: where they come from, with which messages begin.
+        splits: arrays, tensors or two data sets.
+        where: the beginning of messages.
 
     Raises:
-        DataError: arrays that do not fit each other, or labels, values or shapes that cannot be used.
+        DataError: arrays that do not fit together, or labels, values or shapes that cannot be used.
     """
     if not isinstance(splits, (tuple, list)):
         raise DataError(f"data.dataset: {_WANTED}, not {type(splits).__name__}")
     if len(splits) == 2 and all(hasattr(split, "get_data") for split in splits):
-        splits = tuple(array for split in splits for array in read_continuum(split, type(split).__name__))
+        splits = [array for split in splits for array in read_dataset(split, type(split).__name__)]
     if len(splits) == 4:
         splits = (*splits[:2], None, *splits[2:], None)
     if len(splits) != 6:
         raise DataError(f"data.dataset: {_WANTED}, not {len(splits)}")
-    x_train, y_train, t_train, x_test, y_test, t_test = splits
-    labels = check_labels(y_train, f"{where}training labels"), check_labels(y_test, f"{where}test labels")
-    inputs = _to_inputs(x_train, f"{where}training inputs"), _to_inputs(x_test, f"{where}test inputs")
-    for part, x, y in zip(("training", "test"), inputs, labels, strict=True):
-        if len(x) != len(y):
-            raise DataError(f"{where}the {part} split has {len(x)} inputs and {len(y)} labels")
-    if not len(labels[0]):
+    x, y, t, x_test, y_test, t_test = splits
+    x, y, t = _split(x, y, t, f"{where}training")
+    x_test, y_test, t_test = _split(x_test, y_test, t_test, f"{where}test")
+    if not len(y):
         raise DataError(f"{where}the training split is empty")
-    if len(labels[1]) and inputs[0].shape[1:] != inputs[1].shape[1:]:
-        shapes = " and ".join(str(tuple(x.shape[1:])) for x in inputs)
+    if len(y_test) and x.shape[1:] != x_test.shape[1:]:
+        shapes = f"{tuple(x.shape[1:])} and {tuple(x_test.shape[1:])}"
         raise DataError(f"{where}training and test inputs differ in shape (channels, height, width): {shapes}")
-    if len(labels[1]) and inputs[0].dtype != inputs[1].dtype:
+    if len(y_test) and x.dtype != x_test.dtype:
         raise DataError(
             f"{where}of training and test inputs one is uint8, which is divided by 255, and the other is not: give "
             "both in one type"
         )
-    tasks = [
-        None if t is None else check_labels(t, f"{where}{part} task ids")
-        for part, t in (("training", t_train), ("test", t_test))
-    ]
-    for part, t, y in zip(("training", "test"), tasks, labels, strict=True):
-        if t is not None and t.dtype.kind == "U":
-            raise DataError(
-                f"{where}task ids of the {part} split are names, such as {t[0].item()!r}: number tasks from 0"
-            )
-        if t is not None and len(t) != len(y):
-            raise DataError(f"{where}the {part} split has {len(t)} task ids and {len(y)} labels")
-    return Splits(inputs[0], labels[0], inputs[1], labels[1], *tasks)
+    return Splits(x, y, x_test, y_test, t, t_test)
 
 
-def _to_inputs(values: Any, field: str) -> Tensor:
-    """Return float32 or uint8, channels first."""
+def _split(inputs: object, labels: object, tasks: object, name: str) -> tuple[Tensor, np.ndarray, np.ndarray | None]:
+    y, x = check_labels(labels, f"{name} labels"), _to_inputs(inputs, f"{name} inputs")
+    if len(x) != len(y):
+        raise DataError(f"{name} split: {len(x)} inputs and {len(y)} labels")
+    if tasks is None:
+        return x, y, None
+    t = check_labels(tasks, f"{name} task ids")
+    if t.dtype.kind == "U":
+        raise DataError(f"{name} task ids are names, such as {t[0].item()!r}: number tasks from 0")
+    if len(t) != len(y):
+        raise DataError(f"{name} split: {len(t)} task ids and {len(y)} labels")
+    return x, y, t
+
+
+# -- data sets of continuum's kind ---------------------------------------------------------------------------------
+
+
+def read_dataset(split: Any, name: str) -> tuple[Any, Any, Any]:
+    """Return inputs, labels, and task ids or None, of one split of a continuum data set; read images given by path.
+
+    Args:
+        split: an object with ``get_data``.
+        name: its name in messages.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    try:
+        x, y, t = split.get_data()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"data set '{name}' cannot be read: continuum keeps names of files in ASCII, found {str(error.object)!r}; "
+            "use data.dataset=folder, or names without accents"
+        ) from error
+    except Exception as error:
+        raise DataError(f"data set '{name}' cannot be read: {error}") from error
+    if isinstance(x, np.ndarray) and x.dtype.kind in "OUS":
+        return _read_images([os.fsdecode(path) for path in x]), y, t
+    return x, y, t
+
+
+def _read_images(paths: list[str]) -> np.ndarray:
+    images: list[np.ndarray] = []
+    for path in paths:
+        images.append(read_image(path).permute(1, 2, 0).numpy())
+        if images[-1].shape != images[0].shape:
+            sizes = " and ".join(f"{h}x{w}" for h, w, _ in (images[0].shape, images[-1].shape))
+            raise DataError(f"images differ in size, {sizes} ({path}): resize them to one size first")
+    return np.stack(images)
+
+
+# -- inputs --------------------------------------------------------------------------------------------------------
+
+
+def _to_inputs(values: object, field: str) -> Tensor:
     tensor = _to_tensor(values, field)
     given = tensor.dtype
     if given != torch.uint8:
         tensor = tensor.to(torch.float32)
-        # What is mapped need not fit into memory, so it is not looked through; a cache's was when it was written.
+        # A mapped array may exceed the memory, so its values are not read; a cache's were when it was written.
         if not isinstance(values, np.memmap) and tensor.numel():
             _check_values(tensor, given, field)
     return _to_channels_first(tensor, field)
 
 
-def _to_tensor(values: Any, field: str) -> Tensor:
-    """Return real numbers on the CPU, which share the memory of what was given where they can."""
+def _to_tensor(values: object, field: str) -> Tensor:
+    """Return real numbers on the CPU that share the memory of ``values`` where possible."""
     if isinstance(values, Tensor):
         if values.is_complex() or values.is_quantized or values.layout != torch.strided:
             kind = values.dtype if values.layout == torch.strided else values.layout
@@ -189,24 +160,15 @@ def _to_tensor(values: Any, field: str) -> Tensor:
         raise DataError(f"{field} cannot be read as one array: {error}") from error
     if array.dtype.kind not in "biuf":
         raise DataError(f"{field} of type {array.dtype}: give real numbers")
-    # torch knows neither another byte order nor long doubles.
+    # torch has neither foreign byte orders nor long doubles.
     array = np.ascontiguousarray(array, "f8" if array.dtype.itemsize > 8 else array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is not writable")  # nothing is ever written
+        warnings.filterwarnings("ignore", message=".*is not writable")  # nothing writes to it
         return torch.from_numpy(array)
 
 
 def _check_values(tensor: Tensor, given: torch.dtype, field: str) -> None:
-    """Refuse values that are not finite; warn of images that would have been scaled had they been uint8.
-
-    Args:
-        tensor: float32, not empty.
-        given: type of what was given.
-        field: how messages call it.
-
-    Raises:
-        DataError: the row of the first value that is not finite.
-    """
+    """Refuse values that are not finite; warn of images in 0..255 that will not be divided by 255."""
     low, high = (float(end) for end in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
         row = next(i for i, sample in enumerate(tensor) if not bool(torch.isfinite(sample).all()))
@@ -215,8 +177,8 @@ def _check_values(tensor: Tensor, given: torch.dtype, field: str) -> None:
     if tensor.ndim > 2 and low >= 0 and high > least:
         name = str(given).removeprefix("torch.")
         rank_zero_warn(
-            f"{field} are {name} from {low:g} to {high:g} and are used as they are: images of 0 to 255 are divided by "
-            "255 as uint8 alone; give these, or divide them yourself"
+            f"{field} are {name} from {low:g} to {high:g} and are used as they are: only uint8 images are divided by "
+            "255; give uint8, or divide them yourself"
         )
 
 
@@ -237,3 +199,111 @@ def _to_channels_first(tensor: Tensor, field: str) -> Tensor:
                 "alpha channel), or other numbers of channels as (n, C, H, W)"
             )
     return tensor.contiguous()
+
+
+# -- labels --------------------------------------------------------------------------------------------------------
+
+
+def check_labels(labels: object, field: str = "labels") -> np.ndarray:
+    """Return labels as ``(n,)`` int64 or str.
+
+    Args:
+        labels: list, array or tensor with one label for each sample; bytes are decoded as UTF-8.
+        field: name of the labels in messages.
+
+    Raises:
+        DataError: labels that are missing, negative, fractional, one-hot or of another type, numbers among names, or
+            names that differ only in spaces at their ends.
+    """
+    array = _to_array(labels, field)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise DataError(f"{field} of shape {array.shape}: give one label a sample, shape (n,), not one-hot rows")
+    if array.dtype.kind in "OST":
+        array = _of_one_kind(array.tolist(), field)
+    if array.dtype.kind == "U":
+        _check_names(np.unique(array).tolist(), field)
+        return array
+    if array.dtype.kind == "f":
+        wrong = array[~np.isfinite(array) | (array != np.floor(array))]
+        if len(wrong):
+            raise DataError(f"{field} must be whole numbers or names: found {_some(wrong)}")
+    elif array.dtype.kind not in "iub":
+        raise DataError(f"{field} of type {array.dtype}: give whole numbers or names")
+    if array.dtype.kind in "uf" and (array.astype(float) >= 2.0**63).any():
+        raise DataError(f"{field} must be below 2**63: found {_some(array[array.astype(float) >= 2.0**63])}")
+    if len(array) and array.min() < 0:
+        raise DataError(f"{field} must be at least 0: found {_some(array[array < 0])}")
+    return array.astype(np.int64)
+
+
+def _to_array(labels: object, field: str) -> np.ndarray:
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu()
+        # NumPy has no bfloat16.
+        labels = (labels.float() if labels.is_floating_point() else labels).numpy()
+    if isinstance(labels, np.ma.MaskedArray) and np.ma.getmaskarray(labels).any():
+        raise _missing(field, np.flatnonzero(np.ma.getmaskarray(labels)), "masked")
+    # Among names NumPy would make text of everything: "nan" of a missing label, "1" of a number.
+    names = isinstance(labels, (list, tuple)) and any(isinstance(label, (str, bytes)) for label in labels)
+    try:
+        return np.asarray(labels, dtype=object if names else None)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{field} cannot be read as one label a sample: {error}") from error
+
+
+def _of_one_kind(values: list[Any], field: str) -> np.ndarray:
+    """Return the labels of an object array as an array of names or of numbers, which must not be sorted as text."""
+    missing = [row for row, value in enumerate(values) if _is_missing(value)]
+    if missing:
+        raise _missing(field, missing, repr(values[missing[0]]))
+    names = [isinstance(value, (str, bytes)) for value in values]
+    if not any(names):
+        array = np.array(values)
+        if array.dtype.kind in "iufb":
+            return array
+        raise DataError(f"{field} such as {values[0]!r}: give whole numbers, below 2**63, or names")
+    if not all(names):
+        raise DataError(
+            f"{field} are names and numbers, such as {values[names.index(True)]!r} and "
+            f"{values[names.index(False)]!r}: give either"
+        )
+    try:
+        return np.array([value.decode() if isinstance(value, bytes) else value for value in values], dtype=str)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{field} such as {error.object!r} are not UTF-8: give text") from error
+
+
+def _is_missing(value: object) -> bool:
+    nan = isinstance(value, (float, np.floating)) and np.isnan(value)
+    return value is None or bool(nan) or type(value).__name__ in ("NAType", "NaTType")  # of pandas
+
+
+def _missing(field: str, rows: Sequence[int] | np.ndarray, what: str) -> DataError:
+    return DataError(
+        f"{field}: {len(rows)} missing, the first in row {int(rows[0])} ({what}): leave such samples out, or give "
+        "them a class"
+    )
+
+
+def _check_names(names: list[str], field: str) -> None:
+    """Refuse empty names and names that look the same; warn of names that usually mean a missing label."""
+    stripped: dict[str, str] = {}
+    for name in names:
+        word = name.strip()
+        if not word:
+            raise DataError(f"{field}: some are empty ({name!r}): leave such samples out, or give them a class")
+        if word != word.encode("utf-8", "replace").decode():
+            raise DataError(f"{field}: {name!r} cannot be written as UTF-8, as reports are: give it another name")
+        other = stripped.setdefault(word, name)
+        if other != name:
+            raise DataError(f"{field} {other!r} and {name!r} differ in spaces alone: give one class one name")
+    for word in ("nan", "NaN", "<NA>", "None", "NaT"):
+        if word in stripped:
+            rank_zero_warn(f"{field}: a class is called {word!r}; if these are missing labels, leave such samples out")
+
+
+def _some(values: np.ndarray) -> str:
+    distinct = np.unique(values)
+    return ", ".join(str(v) for v in distinct[:5].tolist()) + (", ..." if len(distinct) > 5 else "")

@@ -1,72 +1,77 @@
-"""Arrays that are built once from a data set's files, and memory-mapped from then on."""
+"""Folders made once from a data set's files: caches of its arrays, and copies of its files on a host's own disk."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from dcl_lightning.errors import DataError
 from dcl_lightning.paths import absolute
 
-__all__ = ["VARIABLE", "NoRoomError", "cached", "fill", "fingerprint", "mapped", "one_at_a_time", "write_array"]
+__all__ = [
+    "VARIABLE", "Arrays", "NoRoomError", "cached", "cached_arrays", "copied", "fingerprint", "load_array",
+    "one_at_a_time",
+]  # fmt: skip
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x_train, y_train, x_test, y_test
 
 VARIABLE = "DCL_LIGHTNING_CACHE"
 _log = logging.getLogger(__name__)
 
 
 class NoRoomError(DataError):
-    """There is no place for a cache."""
+    """A cache that cannot be written anywhere."""
 
 
 def fingerprint(*words: object) -> str:
-    """Return 12 hexadecimal digits that tell contents apart.
-
-    Args:
-        *words: anything with a telling ``str``.
-    """
+    """Return 12 hexadecimal digits of the hash of the words' text."""
     digest = hashlib.sha256()
     for word in words:
         digest.update(str(word).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()[:12]
 
 
-def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> str:
-    """Return a folder that ``build`` has filled, now or in an earlier run.
+# -- caches --------------------------------------------------------------------------------------------------------
 
-    It lies in ``.dcl_lightning`` beside the data, or where that can't be written, in the user's cache folder; the
-    environment variable ``DCL_LIGHTNING_CACHE`` names another place. It is filled under another name and moved when
-    it is complete, by one process at a time.
+
+def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> str:
+    """Return a folder that ``build`` filled, now or in an earlier run.
+
+    It lies in ``.dcl_lightning`` in the data set's folder, or if that is not writable, in the user's cache folder; the
+    environment variable ``DCL_LIGHTNING_CACHE`` names another place.
 
     Args:
         folder: folder of the data set.
-        name: what is cached.
-        mark: fingerprint of what it is made from.
+        name: name of the content.
+        mark: fingerprint of what the content is made from.
         build: fills the empty folder that it is given.
 
     Raises:
-        NoRoomError: no place can be written.
-        Exception: what ``build`` raises.
+        NoRoomError: no place is writable.
+        Exception: whatever ``build`` raises.
     """
     given = os.environ.get(VARIABLE) and absolute(os.environ[VARIABLE])
     home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dcl_lightning")
     away = f"{name}-{mark}-{fingerprint(os.path.realpath(folder))}"
-    beside = os.path.join(folder, ".dcl_lightning", f"{name}-{mark}")
-    targets = [os.path.join(given, away)] if given else [beside, os.path.join(home, away)]
+    inside = os.path.join(folder, ".dcl_lightning", f"{name}-{mark}")
+    targets = [os.path.join(given, away)] if given else [inside, os.path.join(home, away)]
     for target in targets:
         if os.path.isdir(target):
             return target
     reasons = []
     for target in targets:
         try:
-            fill(target, build)
+            _fill(target, build)
         except OSError as error:
             reasons.append(f"{os.path.dirname(target)} ({error.strerror})")
         else:
@@ -77,51 +82,52 @@ def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> s
     )
 
 
-def mapped(where: str, name: str) -> np.ndarray:
-    """Return an array of a cache, mapped into memory.
+def cached_arrays(folder: str, name: str, files: Sequence[str], read: Callable[[], Arrays]) -> Arrays:
+    """Return the arrays of ``read``, mapped from a cache that is rewritten when a file's size or time changes.
 
     Args:
-        where: folder of the cache.
-        name: the array's, without ``.npy``.
+        folder: folder of the data set.
+        name: name of the data set.
+        files: relative to ``folder``.
+        read: reads these files.
+
+    Raises:
+        NoRoomError: the cache cannot be written.
     """
-    # Copy-on-write, since torch warns of arrays that it must not write to; nothing is ever written.
+    names = ("train", "train_labels", "test", "test_labels")
+
+    def build(target: str) -> None:
+        for part, array in zip(names, read(), strict=True):
+            # Down to the disk: a truncated file would kill the process that maps it.
+            with open(os.path.join(target, f"{part}.npy"), "wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+
+    stats = [os.stat(os.path.join(folder, file)) for file in files]
+    where = cached(folder, name, fingerprint(1, *[(s.st_size, s.st_mtime_ns) for s in stats]), build)
+    x, y, x_test, y_test = (load_array(where, part) for part in names)
+    return x, y, x_test, y_test
+
+
+def load_array(where: str, name: str) -> np.ndarray:
+    """Return the array ``name`` of a cache, memory-mapped."""
+    # Copy-on-write, because torch warns of read-only arrays; nothing writes to it.
     array: np.ndarray = np.load(os.path.join(where, f"{name}.npy"), mmap_mode="c")
     return array
 
 
-def write_array(where: str, name: str, array: np.ndarray) -> None:
-    """Write an array into a cache, down to the disk: mapped, a cut-off file kills the process.
+def _fill(target: str, build: Callable[[str], None], is_whole: Callable[[str], bool] = os.path.isdir) -> None:
+    """Let ``build`` fill a folder under a temporary name, then rename it; one process at a time, the others wait.
 
-    Args:
-        where: folder of the cache.
-        name: the array's, without ``.npy``.
-        array: what is written.
-    """
-    with open(os.path.join(where, f"{name}.npy"), "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def fill(target: str, build: Callable[[str], None], whole: Callable[[str], bool] = os.path.isdir) -> None:
-    """Let ``build`` fill a folder under another name, then give it its own; one process at a time, the others wait.
-
-    Args:
-        target: the folder; one that is not whole any more is replaced.
-        build: fills the empty folder that it is given.
-        whole: whether the folder is there already.
-
-    Raises:
-        OSError: it cannot be written.
-        Exception: what ``build`` raises.
+    A ``target`` that is not whole is replaced.
     """
     parent, name = os.path.split(target)
     os.makedirs(parent, exist_ok=True)
-    with one_at_a_time(os.path.join(parent, f".{name}.lock")) as alone:
-        if whole(target):
+    with one_at_a_time(os.path.join(parent, f".{name}.lock")) as locked:
+        if is_whole(target):
             return
-        if alone:
-            # Nobody else is writing: what a killed process left.
+        if locked:  # no other process writes, so these are what a killed one left
             for left in glob.glob(os.path.join(glob.escape(parent), f".{name}.*.tmp")):
                 shutil.rmtree(left, ignore_errors=True)
         _log.info("writing %s, once", target)
@@ -136,25 +142,105 @@ def fill(target: str, build: Callable[[str], None], whole: Callable[[str], bool]
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             # Without working locks another process may have been first.
-            if not (isinstance(error, OSError) and whole(target)):
+            if not (isinstance(error, OSError) and is_whole(target)):
                 raise
         shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def one_at_a_time(path: str) -> Iterator[bool]:
-    """Hold a lock among processes while the block runs; yield whether the file system has locks.
+    """Hold a lock among processes during the block; yield False on file systems without locks.
 
     Args:
-        path: the lock's file, made if it is not there.
+        path: file of the lock, created if missing.
     """
-    import fcntl
-
     with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            # Some network file systems have no locks: then the work is done twice, and the last to end is dropped.
+            # Some network file systems: several processes do the work, and the last results are dropped.
             yield False
         else:
             yield True
+
+
+# -- copies --------------------------------------------------------------------------------------------------------
+
+_THREADS, _CHUNK = 16, 64  # shared file systems deliver several files at once faster
+_Contents = dict[str, tuple[int, int]]  # size and second of the last change of each file, by relative name
+
+
+def copied(root: str, parts: Sequence[str], target: str) -> None:
+    """Make ``target`` a whole copy of a data set, unless an earlier run did.
+
+    A copy is whole if its files have the names, sizes and times of the source's; a copy of a source that has changed is
+    replaced. Links are followed; names that begin with a dot are left out.
+
+    Args:
+        root: folder of the data sets.
+        parts: files and folders to copy, relative to ``root``.
+        target: takes the parts under the same relative names.
+
+    Raises:
+        DataError: the source cannot be read.
+        OSError: the copy cannot be written.
+    """
+    wanted = _contents(root, parts)
+
+    def is_whole(folder: str) -> bool:
+        found = [part for part in parts if os.path.exists(os.path.join(folder, part))]
+        return os.path.isdir(folder) and _contents(folder, found) == wanted
+
+    def build(folder: str) -> None:
+        _copy(root, folder, wanted)
+        if not is_whole(folder):
+            raise OSError(None, "the data set changed meanwhile; start again")
+
+    _fill(target, build, is_whole)
+
+
+def _contents(root: str, parts: Sequence[str]) -> _Contents:
+    found: _Contents = {}
+
+    def visit(name: str, parents: frozenset[str]) -> None:
+        path = os.path.join(root, name)
+        try:
+            if not os.path.isdir(path):
+                stat = os.stat(path)
+                found[os.path.normpath(name)] = stat.st_size, int(stat.st_mtime)
+                return
+            here = os.path.realpath(path)
+            inside = [] if here in parents else sorted(os.listdir(path))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        for entry in inside:
+            if not entry.startswith("."):
+                visit(os.path.join(name, entry), parents | {here})
+
+    for part in parts:
+        visit(part, frozenset())
+    return found
+
+
+def _copy(root: str, target: str, wanted: _Contents) -> None:
+    total, room = sum(size for size, _ in wanted.values()), shutil.disk_usage(target).free
+    if total > room:
+        raise OSError(None, f"it has {total:,} bytes and {room:,} are free there; give another folder or make room")
+    names = list(wanted)
+    for folder in {os.path.dirname(name) for name in names}:
+        os.makedirs(os.path.join(target, folder), exist_ok=True)
+
+    def copy(chunk: list[str]) -> None:
+        for name in chunk:
+            shutil.copyfile(os.path.join(root, name), os.path.join(target, name))
+            second = wanted[name][1]
+            os.utime(os.path.join(target, name), (second, second))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        copies = [pool.submit(copy, names[low : low + _CHUNK]) for low in range(0, len(names), _CHUNK)]
+        try:
+            for one in copies:
+                one.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

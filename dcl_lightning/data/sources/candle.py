@@ -6,7 +6,8 @@ import os
 
 import numpy as np
 
-from dcl_lightning.data.sources.cache import cached, fingerprint, mapped, write_array
+from dcl_lightning.data.folders import text_lines
+from dcl_lightning.data.sources.cache import Arrays, cached_arrays
 from dcl_lightning.errors import DataError
 
 __all__ = ["FILES", "NUM_FEATURES", "read_candle"]
@@ -15,42 +16,28 @@ NUM_FEATURES = 60_483
 FILES = ("nt_train2.csv", "nt_test2.csv")
 
 
-def read_candle(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return ``(x_train, y_train, x_test, y_test)``: ``(n, 60483)`` float32, mapped, and ``(n,)`` int64, 0 or 1.
+def read_candle(folder: str) -> Arrays:
+    """Return ``(x_train, y_train, x_test, y_test)``: ``(n, 60483)`` float32, memory-mapped, and ``(n,)`` int64, 0 or 1.
 
-    Each feature is divided by its largest absolute value among the training rows; the tables are parsed once.
-
-    Args:
-        folder: where the two tables lie, without header: the label, then the features.
+    Each feature is divided by its largest absolute value in the training rows. The tables, which have no header and
+    begin each row with the label, are parsed once and cached.
 
     Raises:
-        DataError: a row of another width, a cell that is no finite number, another label; file and row are named.
+        DataError: a row of another width, a cell that is no finite number, or another label; the message names file
+            and row.
     """
-    paths = [os.path.join(folder, file) for file in FILES]
 
-    def build(target: str) -> None:
-        (x, y), (x_test, y_test) = map(_parse, paths)
+    def read() -> Arrays:
+        (x, y), (x_test, y_test) = (_parse(os.path.join(folder, file)) for file in FILES)
         largest = np.abs(x).max(0)
         largest[largest == 0] = 1
-        arrays = {"train": x / largest, "train_labels": y, "test": x_test / largest, "test_labels": y_test}
-        for name, array in arrays.items():
-            write_array(target, name, array)
+        return x / largest, y, x_test / largest, y_test
 
-    stats = [os.stat(path) for path in paths]
-    where = cached(folder, "candle", fingerprint(1, *[(s.st_size, s.st_mtime_ns) for s in stats]), build)
-    labels = [np.load(os.path.join(where, f"{split}_labels.npy")) for split in ("train", "test")]
-    return mapped(where, "train"), labels[0], mapped(where, "test"), labels[1]
+    return cached_arrays(folder, "candle", FILES, read)
 
 
 def _parse(path: str) -> tuple[np.ndarray, np.ndarray]:
-    rows: list[np.ndarray] = []
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_numbers(path, number, line.split(",")))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    rows = [_numbers(path, number, line.split(",")) for number, line in text_lines(path)]
     if not rows:
         raise DataError(f"{path} has no rows")
     table = np.stack(rows)

@@ -1,35 +1,36 @@
-"""Data sets of continuum: classes by their path, and objects."""
+"""Data sets and scenarios of continuum's kind, given by class path or as objects."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
-from dcl_lightning.data.images.decode import read_image
+from dcl_lightning.data.sources.arrays import Splits, check_labels, from_arrays, read_dataset
+from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError, suggestion
 
-__all__ = ["arrays_of_class", "imported", "read_continuum"]
+__all__ = ["load_class", "splits_of_scenario"]
+
+Scenario: TypeAlias = Any  # of continuum, which has no types
+
+# continuum's own mishandles missing classes, gaps in the labels and sizes that do not divide.
+_OURS = {"ClassIncremental": "data.scenario=class with data.increment and data.class_order"}
 
 
-def imported(path: str, key: str) -> Any:
-    """Return what a class path names.
-
-    Args:
-        path: module and name, with a dot between them.
-        key: what sets it, for the message.
-
-    Raises:
-        ConfigurationError: no such module, one that cannot be imported, or no such name in it; with the nearest.
-    """
+def _imported(path: str, key: str) -> Any:
+    """Return what a class path, set by ``key``, names."""
     module, _, attribute = path.rpartition(".")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # a user's module may raise anything
         raise ConfigurationError(f"{key}={path!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(found, attribute):
         near = suggestion(attribute, [name for name in dir(found) if not name.startswith("_")])
@@ -37,30 +38,29 @@ def imported(path: str, key: str) -> Any:
     return getattr(found, attribute)
 
 
-def arrays_of_class(name: str, root: str, download: bool, known: Iterable[str]) -> tuple[Any, ...]:
-    """Return ``(x_train, y_train, t_train, x_test, y_test, t_test)`` of a data set of continuum's kind.
+def load_class(name: str, root: str, download: bool, known: Collection[str]) -> Splits:
+    """Read both splits of a data set class of continuum's kind.
 
     Args:
-        name: its class path; the class takes ``(path, train, download)`` and has ``get_data()``.
+        name: class path; the class takes ``(path, train, download)`` and has ``get_data()``.
         root: folder of the data set.
-        download: whether it may be fetched.
-        known: names of data sets that need no class path, for the message.
+        download: whether a missing data set may be fetched.
+        known: names of the data sets that need no class path, for messages.
 
     Raises:
-        ConfigurationError: no such class, or one of another kind.
-        DatasetNotFoundError: no such folder, and nothing may be fetched.
+        ConfigurationError: no such class, or a class of another kind.
+        DatasetNotFoundError: no such folder, and ``download`` is false.
         DataError: the data cannot be read.
     """
     module, _, attribute = name.rpartition(".")
+    names = ", ".join(sorted(known))
     if not module:
         raise ConfigurationError(
-            f"data.dataset={name!r}: give one of {', '.join(sorted(known))}, or a continuum data set's class path"
-            f"{suggestion(name, known)}"
+            f"data.dataset={name!r}: give one of {names}, or a continuum data set's class path{suggestion(name, known)}"
         )
-    cls = imported(name, "data.dataset")
-    if not isinstance(cls, type) or not callable(getattr(cls, "get_data", None)):
-        ours = attribute.lower()
-        instead = f"data.dataset={ours}" if ours in known else f"one of {', '.join(sorted(known))}"
+    cls = _imported(name, "data.dataset")
+    if not isinstance(cls, type) or not hasattr(cls, "get_data"):
+        instead = f"data.dataset={attribute.lower()}" if attribute.lower() in known else f"one of {names}"
         raise ConfigurationError(
             f"data.dataset={name!r} is no data set of continuum's kind, a class that takes (path, train, download) and "
             f"has get_data(): give {instead}, or in Python (x_train, y_train, x_test, y_test)"
@@ -72,48 +72,191 @@ def arrays_of_class(name: str, root: str, download: bool, known: Iterable[str]) 
             f"data.dataset={name!r} is no class that takes (path, train, download), as continuum's do: {error}"
         ) from error
     if not download and not os.path.isdir(root):
-        # continuum creates the folder before it notices that nothing is there.
+        # continuum would create the folder before it finds no files.
         raise DatasetNotFoundError(name, os.path.abspath(root), "the files of that data set", True)
     arrays: list[Any] = []
     for train in (True, False):
         try:
             split = cls(root, train=train, download=download)
-        except Exception as error:  # continuum raises whatever it meets
+        except Exception as error:  # of any type
             raise DataError(f"data set '{name}' in {os.path.abspath(root)} cannot be read: {error}") from error
-        arrays += read_continuum(split, name)
-    return tuple(arrays)
+        arrays += read_dataset(split, name)
+    return from_arrays(arrays, where=f"data set '{name}': ")
 
 
-def read_continuum(split: Any, name: str) -> tuple[Any, Any, Any]:
-    """Return inputs, labels, and task ids or None, of one split.
+def splits_of_scenario(scenario: object, read: Callable[[], Splits]) -> Splits:
+    """Return both splits as a scenario makes them, with the task of each sample.
 
     Args:
-        split: object with ``get_data``.
-        name: how messages call it.
+        scenario: class path of a scenario, ``{"class_path": ..., "init_args": {...}}``, or a pair of scenario objects,
+            of training and of test.
+        read: returns the data set for a scenario given by class path.
 
     Raises:
-        DataError: the data cannot be read.
+        ConfigurationError: no such scenario, one that fits neither the data nor this package, or a task without
+            training samples.
+        DataError: labels or inputs that cannot be used.
     """
-    try:
-        x, y, t = split.get_data()
-    except UnicodeEncodeError as error:
+    labels: list[Any] = []
+    if isinstance(scenario, (str, Mapping)):
+        train, test, labels = _built({"class_path": scenario} if isinstance(scenario, str) else scenario, read())
+    elif isinstance(scenario, (tuple, list)) and len(scenario) == 2:
+        train, test = scenario
+    else:
+        raise ConfigurationError(f"data.scenario: give two scenario objects, of training and of test, not {scenario}")
+    name = type(train).__name__
+    for one in (train, test):
+        _check_kind(type(one))
+        if getattr(one, "_nb_tasks", None) is None or not hasattr(one, "dataset"):
+            raise ConfigurationError(f"data.scenario: {name} has no tasks before it is trained on: it cannot be used")
+    if len(train) != len(test):
+        raise ConfigurationError(f"data.scenario: {name} makes {len(train)} tasks of training and {len(test)} of test")
+    x, y, t, counted = _split(train, labels, "training")
+    x_test, y_test, t_test, counted_test = _split(test, labels, "test")
+    if counted != counted_test:
         raise DataError(
-            f"data set '{name}' cannot be read: continuum keeps names of files in ASCII, found {str(error.object)!r}; "
-            "use data.dataset=folder, or names without accents"
+            f"data.scenario: {name} numbers labels from the {counted} classes of training and the {counted_test} of "
+            "test, so that they mean different ones: give data with the same classes, or shared_label_space=true"
+        )
+    found = np.unique(t).tolist()
+    if found != list(range(len(train))):
+        raise ConfigurationError(
+            f"data.scenario: {name} has training samples in tasks {found}, expected 0 to {len(train) - 1}: number "
+            "tasks from 0 without gaps, and give each samples"
+        )
+    return Splits(x, y, x_test, y_test, t, t_test)
+
+
+def _built(spec: Mapping[str, Any], splits: Splits) -> tuple[Scenario, Scenario, list[Any]]:
+    """Return the scenarios of both splits, and the label that each of their 0..K-1 stands for."""
+    cls, options = _class_and_options(spec)
+    _check_kind(cls)
+    labels = [label.item() for label in np.unique(splits.train_labels)]
+    unknown = sorted({label.item() for label in np.unique(splits.test_labels)} - set(labels))
+    if unknown:
+        raise DataError(f"the test split has labels that training lacks: {unknown}")
+    train, test = (
+        _scenario(cls, options, part, x, np.searchsorted(labels, y), t)
+        for part, x, y, t in (
+            ("training", splits.train_inputs, splits.train_labels, splits.train_tasks),
+            ("test", splits.test_inputs, splits.test_labels, splits.test_tasks),
+        )
+    )
+    return train, test, labels
+
+
+def _scenario(cls: Any, options: dict[str, Any], part: str, x: object, y: np.ndarray, t: np.ndarray | None) -> Scenario:
+    from continuum.datasets import InMemoryDataset
+    from continuum.tasks import TaskType
+
+    if not isinstance(x, torch.Tensor):
+        raise ConfigurationError(f"data.scenario: {cls.__name__} needs a data set of arrays, not of image files")
+    if t is not None and np.unique(t).tolist() != list(range(len(np.unique(t)))):
+        raise ConfigurationError(
+            f"data.dataset: task ids of the {part} split are {np.unique(t).tolist()}: number them from 0 without gaps"
+        )
+    kind = TaskType.TENSOR
+    if x.dtype == torch.uint8:
+        kind = TaskType.IMAGE_ARRAY
+        if x.shape[1] in (1, 3):
+            x = x.permute(0, 2, 3, 1)
+            x = x.squeeze(3) if x.shape[3] == 1 else x
+    data = InMemoryDataset(x.contiguous().numpy(), y, t, kind, part != "test")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # on which continuum's assertions explain themselves
+            return cls(data, **options)
+    except AssertionError as error:
+        raise ConfigurationError(
+            f"data.scenario: {cls.__name__} takes its tasks from the data set's task ids, which the {part} split "
+            "lacks: give data that have them, or another scenario"
         ) from error
-    except Exception as error:
-        raise DataError(f"data set '{name}' cannot be read: {error}") from error
-    if isinstance(x, np.ndarray) and x.dtype.kind in "OUS":
-        return _read_images([os.fsdecode(path) for path in x]), y, t
-    return x, y, t
+    except Exception as error:  # continuum raises plain ``Exception``
+        raise ConfigurationError(f"data.scenario: {cls.__name__} refuses {options or 'no options'}: {error}") from error
 
 
-def _read_images(paths: list[str]) -> np.ndarray:
-    """Return ``(n, H, W, 3)`` uint8, all images in memory; grey and transparent ones become RGB."""
-    images: list[np.ndarray] = []
-    for path in paths:
-        images.append(read_image(path).permute(1, 2, 0).numpy())
-        if images[-1].shape != images[0].shape:
-            sizes = " and ".join(f"{h}x{w}" for h, w, _ in (images[0].shape, images[-1].shape))
-            raise DataError(f"images differ in size, {sizes} ({path}): resize them to one size first")
-    return np.stack(images)
+def _class_and_options(spec: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a ``class_path`` and its ``init_args``, built where these have class paths themselves."""
+    path = spec.get("class_path")
+    if not isinstance(path, str) or "." not in path or set(spec) - {"class_path", "init_args"}:
+        raise ConfigurationError(
+            f"data.scenario={dict(spec)}: give class, domain, instance, blurry, none, given, or class_path and "
+            "init_args of a continuum scenario"
+        )
+    options = {name: _built_value(value) for name, value in (spec.get("init_args") or {}).items()}
+    return _imported(path, "data.scenario"), options
+
+
+def _built_value(value: object) -> object:
+    if isinstance(value, Mapping) and "class_path" in value:
+        cls, options = _class_and_options(value)
+        return cls(**options)
+    return [_built_value(one) for one in value] if isinstance(value, list) else value
+
+
+def _check_kind(cls: object) -> None:
+    from continuum.scenarios import SegmentationClassIncremental, _BaseScenario
+
+    if not isinstance(cls, type) or not issubclass(cls, _BaseScenario):
+        name = cls.__name__ if isinstance(cls, type) else cls
+        raise ConfigurationError(f"data.scenario: {name} is no scenario of continuum's kind")
+    if issubclass(cls, SegmentationClassIncremental):
+        raise ConfigurationError(f"data.scenario: {cls.__name__} is of segmentation, not of classification")
+    if cls.__name__ in _OURS:
+        raise ConfigurationError(f"data.scenario: give {_OURS[cls.__name__]} instead of {cls.__name__}")
+
+
+def _split(
+    scenario: Scenario, labels: list[Any], part: str
+) -> tuple[torch.Tensor | TransformedInputs, np.ndarray, np.ndarray, int]:
+    """Return inputs, labels and tasks of all samples, and by how many labels go up from task to task (0: they do not).
+
+    Args:
+        scenario: of one split.
+        labels: the label that each of the scenario's 0..K-1 stands for; empty if they are the labels themselves.
+        part: name of the split.
+    """
+    from continuum.scenarios import TransformationIncremental
+    from continuum.tasks import TaskType
+
+    name, kind = type(scenario).__name__, scenario.cl_dataset.data_type
+    if kind not in (TaskType.IMAGE_ARRAY, TaskType.TENSOR):
+        raise ConfigurationError(f"data.scenario: {name} has data of type {kind.name}: give arrays")
+    x, y, t = scenario.dataset
+    y = check_labels(y, f"{part} labels")
+    base = from_arrays((x, y, x[:0], y[:0])).train_inputs  # checks shape and type
+    assert isinstance(base, torch.Tensor)
+    if kind == TaskType.IMAGE_ARRAY and base.dtype != torch.uint8:
+        raise DataError(f"data.scenario: images of {name} are not uint8 from 0 to 255: continuum would turn them black")
+    count, counted = len(scenario), 0
+    if isinstance(scenario, TransformationIncremental):
+        rows, tasks = np.tile(np.arange(len(y)), count), np.repeat(np.arange(count), len(y))
+        if not scenario.shared_label_space:
+            counted = int(scenario.num_classes_per_task)
+            if y.max(initial=0) >= counted:
+                raise DataError(
+                    f"data.scenario: {name} counts {counted} classes a task, but labels reach {y.max()}: number the "
+                    "classes from 0 without gaps, or give shared_label_space=true"
+                )
+        y = y[rows] + counted * tasks
+        chains = [list(scenario.get_task_transformation(task).transforms) for task in range(count)]
+    else:
+        rows, tasks = np.arange(len(y)), np.asarray(t)
+        if tasks.ndim != 1 or (tasks != np.floor(tasks)).any():
+            raise ConfigurationError(f"data.scenario: {name} gives no task number for each sample")
+        tasks = tasks.astype(np.int64)
+        given = scenario.trsf if isinstance(scenario.trsf, list) else [scenario.trsf] * count
+        chains = [list(chain.transforms) for chain in given]
+    if labels and not counted:
+        y = np.array([labels[place] for place in y.tolist()])
+    chains = [_without_to_tensor(chain, kind == TaskType.TENSOR) for chain in chains]
+    if not any(chains):
+        return base[torch.from_numpy(rows)], y, tasks, counted
+    return TransformedInputs(base, torch.from_numpy(rows), torch.from_numpy(tasks), chains), y, tasks, counted
+
+
+def _without_to_tensor(chain: list[Any], everywhere: bool) -> list[Any]:
+    """Leave out ``ToTensor`` where it changes nothing: alone, or if samples are tensors already."""
+    from torchvision.transforms import ToTensor
+
+    left = [step for step in chain if not isinstance(step, ToTensor)]
+    return left if everywhere or not left else chain

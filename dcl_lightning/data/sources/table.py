@@ -1,39 +1,85 @@
-"""The table of named data sets, and how each is read."""
+"""The table of named data sets: what is known of each before it is read, and how it is read and staged."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from dcl_lightning.data.images.dataset import ImageFiles
-from dcl_lightning.data.images.folders import core50, listed, per_class
-from dcl_lightning.data.sources.arrays import Reader, Source, Splits, from_arrays
-from dcl_lightning.data.sources.cache import one_at_a_time
-from dcl_lightning.data.sources.candle import FILES as CANDLE_FILES
-from dcl_lightning.data.sources.candle import NUM_FEATURES, read_candle
-from dcl_lightning.data.sources.cifar import FILES as CIFAR_FILES
-from dcl_lightning.data.sources.cifar import fetch_cifar, mapped_cifar
-from dcl_lightning.data.sources.continuum import arrays_of_class
-from dcl_lightning.data.sources.mnist import FILES as MNIST_FILES
-from dcl_lightning.data.sources.mnist import fetch_mnist, read_mnist, read_mnist5k
+from dcl_lightning.data.folders import core50, listed, per_class
+from dcl_lightning.data.images import ImageFiles
+from dcl_lightning.data.sources import candle, torchvision
+from dcl_lightning.data.sources.arrays import Splits, from_arrays
+from dcl_lightning.data.sources.cache import Arrays, copied, fingerprint, one_at_a_time
+from dcl_lightning.data.sources.continuum import load_class
 from dcl_lightning.data.sources.tinyimagenet import read_tinyimagenet
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError, whole_number
 from dcl_lightning.types import InputSpec
 
-__all__ = ["SOURCES", "Source", "Splits", "check_files", "check_options", "from_arrays", "load"]
+__all__ = ["SOURCES", "Source", "Splits", "check_files", "check_options", "from_arrays", "load", "stage"]
 
-_SYNTHETIC = {"num_classes": 10, "size": 32, "per_class": 40, "seed": 0}
+# Reads both splits; arguments: folder of the data set, whether it may be fetched, ``data.source_options``.
+Reader = Callable[[str, bool, Mapping[str, int]], Splits]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a data set before any file is read.
+
+    Args:
+        num_classes: number of classes; None if only the files tell.
+        input_spec: shape of one input.
+        read: reads both splits.
+        mean: channel means of inputs in [0, 1].
+        std: channel deviations.
+        augment: whether training crops and mirrors.
+        pad: pixels added on each side before the crop on the device; 0 to mirror only, because the readers crop.
+        folder: subfolder of the root.
+        files: required files and folders, relative to ``folder``; ``a|b`` if one of two is enough.
+        layout: the same in words, for messages; ``files`` if empty.
+        downloadable: whether ``read`` can fetch the data set.
+        options: the ``data.source_options`` that it takes.
+        cached: whether ``read`` writes a cache, which one process of a host then does before the others.
+    """
+
+    num_classes: int | None
+    input_spec: InputSpec
+    read: Reader
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    augment: bool = False
+    pad: int = 4
+    folder: str = ""
+    files: tuple[str, ...] = ()
+    layout: str = ""
+    downloadable: bool = False
+    options: tuple[str, ...] = ()
+    cached: bool = False
+
+    def path(self, root: str) -> str:
+        """Return the folder of the data set."""
+        return os.path.join(root, self.folder) if self.folder else root
+
+    def check_count(self, name: str, root: str, found: int, expected: int) -> None:
+        """Refuse files with another number of classes than expected.
+
+        Raises:
+            DataError: the numbers differ.
+        """
+        if found == expected:
+            return
+        part = f"set data.source_options.num_classes={found} to use a part of it"
+        raise DataError(
+            f"data set '{name}' in {os.path.abspath(self.path(root))} has training samples of {found} classes, "
+            f"expected {expected}: {part if 'num_classes' in self.options else 'fetch it anew'}"
+        )
 
 
 def check_options(name: str, options: Mapping[str, int]) -> None:
     """Refuse options that a data set does not take.
-
-    Args:
-        name: a key of ``SOURCES``, or another name, which takes none.
-        options: what was given.
 
     Raises:
         ConfigurationError: an unknown option, or a value below 1 (0 for ``seed``).
@@ -47,95 +93,97 @@ def check_options(name: str, options: Mapping[str, int]) -> None:
 
 
 def load(name: str, root: str, download: bool, options: Mapping[str, int] | None = None) -> Splits:
-    """Read both splits of a named data set or of a continuum class.
+    """Read both splits of a named data set or of a class of continuum's kind.
 
     Args:
-        name: a key of ``SOURCES`` or the class path of a continuum data set.
+        name: a key of ``SOURCES`` or a class path.
         root: folder of the data sets.
         download: whether a missing data set may be fetched.
-        options: those of the data set's ``Source.options``.
+        options: ``data.source_options``.
 
     Raises:
-        DatasetNotFoundError: the files are not there and may not be fetched; nothing is created.
+        DatasetNotFoundError: the files are missing and may not be fetched; nothing is created.
         DataError: files that cannot be read.
         ConfigurationError: an unknown name.
     """
-    if name in SOURCES:
-        check_files(name, root, download)
-        return SOURCES[name].read(SOURCES[name].path(root), download, options or {})
-    return from_arrays(arrays_of_class(name, root, download, SOURCES), where=f"data set '{name}': ")
+    if name not in SOURCES:
+        return load_class(name, root, download, SOURCES)
+    check_files(name, root, download)
+    return SOURCES[name].read(SOURCES[name].path(root), download, options or {})
 
 
 def check_files(name: str, root: str, download: bool) -> None:
-    """Refuse a named data set whose files are missing, before anything touches the disk.
-
-    Args:
-        name: a key of ``SOURCES``.
-        root: folder of the data sets.
-        download: whether a missing data set may be fetched.
+    """Refuse a named data set whose files are missing, before anything is created.
 
     Raises:
-        DatasetNotFoundError: the files are not there and may not be fetched.
+        DatasetNotFoundError: the files are missing and may not be fetched.
     """
     source = SOURCES[name]
     folder = source.path(root)
 
     def exists(file: str) -> bool:
-        # ".." is what the user sees above a folder that may be a symbolic link.
+        # normpath: the parent of a linked folder is the one that the user sees.
         return os.path.exists(os.path.normpath(os.path.join(folder, file)))
 
-    here = all(any(map(exists, one.split("|"))) for one in source.files)
-    if not here and not (download and source.downloadable):
+    found = all(any(map(exists, one.split("|"))) for one in source.files)
+    if not found and not (download and source.downloadable):
         layout = source.layout or ", ".join(source.files)
         raise DatasetNotFoundError(name, os.path.abspath(folder), layout, source.downloadable)
 
 
-def _digits(path: str, download: bool, options: Mapping[str, int]) -> Splits:
-    return from_arrays(_digit_arrays())
+def stage(name: str, root: str, stage_to: str, compare: bool) -> str:
+    """Copy a data set to a local disk of this host; return the root of the copy, made now or in an earlier run.
+
+    Args:
+        name: a key of ``SOURCES``, or a class path, to which everything below the root belongs.
+        root: folder of the data sets.
+        stage_to: folder on the host's own disk, created if missing.
+        compare: whether a copy is compared with its source; if not, any copy is taken, because another process of the
+            host has compared it.
+
+    Raises:
+        DatasetNotFoundError: the source is missing; nothing is created.
+        DataError: the source cannot be read, or the copy cannot be written.
+        ConfigurationError: the copy would lie within its source.
+    """
+    source = SOURCES.get(name)
+    if source is not None and not source.files:
+        return root
+    if source is not None:
+        check_files(name, root, download=False)
+    elif not os.path.isdir(root):
+        raise DatasetNotFoundError(name, os.path.abspath(root), "the files of that data set", True)
+    folder, files = (source.folder, source.files) if source is not None else ("", (".",))
+    parts = [os.path.normpath(os.path.join(folder, file)) for one in files for file in one.split("|")]
+    parts = [part for part in dict.fromkeys(parts) if os.path.exists(os.path.join(root, part))]
+    base = os.path.realpath(os.path.join(root, folder))
+    target = os.path.join(os.path.abspath(stage_to), f"{name}-{fingerprint(base)}")
+    if not compare and os.path.isdir(target):
+        return target
+    for part in (os.path.realpath(os.path.join(root, part)) for part in parts):
+        if os.path.commonpath([os.path.realpath(target), part]) == part:
+            raise ConfigurationError(
+                f"data.stage_to={stage_to} lies within the data set in {base}: give another folder"
+            )
+    try:
+        copied(root, parts, target)
+    except OSError as error:
+        at = f" ({error.filename})" if error.filename else ""
+        raise DataError(
+            f"data set '{name}' in {base} cannot be copied to data.stage_to={stage_to}: {error.strerror or error}{at}"
+        ) from error
+    return target
 
 
-def _digits_dev(path: str, download: bool, options: Mapping[str, int]) -> Splits:
-    from sklearn.model_selection import train_test_split
-
-    x, y, _, _ = _digit_arrays()
-    parts = train_test_split(x, y, test_size=0.2, stratify=y, random_state=1)
-    return from_arrays((parts[0], parts[2], parts[1], parts[3]))
+# -- readers -------------------------------------------------------------------------------------------------------
 
 
-def _digit_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    x = (digits.images / 16).astype(np.float32)
-    parts = train_test_split(x, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-    return parts[0], parts[2], parts[1], parts[3]
-
-
-def _mnist5k(path: str, download: bool, options: Mapping[str, int]) -> Splits:
-    return from_arrays(read_mnist5k())
-
-
-def _synthetic(path: str, download: bool, options: Mapping[str, int]) -> Splits:
-    o = _SYNTHETIC | dict(options)
-    rng = np.random.default_rng(o["seed"])
-    centres = rng.uniform(64, 192, (o["num_classes"], 3, o["size"], o["size"]))
-
-    def draw(per_class: int) -> tuple[np.ndarray, np.ndarray]:
-        y = np.repeat(np.arange(o["num_classes"]), per_class)
-        x = centres[y] + rng.normal(0, 40, (len(y), *centres.shape[1:]))
-        return x.clip(0, 255).astype(np.uint8), y
-
-    (x, y), (x_test, y_test) = draw(o["per_class"]), draw(max(o["per_class"] // 4, 1))
-    return from_arrays((x, y, x_test, y_test))
-
-
-def _arrays(read_folder: Callable[[str], tuple[np.ndarray, ...]], fetch: Callable[[str], None] | None = None) -> Reader:
+def _arrays(read_folder: Callable[[str], Arrays], fetch: Callable[[str], None] | None = None) -> Reader:
     def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
         if download and fetch is not None:
             try:
                 os.makedirs(path, exist_ok=True)
-                # Of hosts that share the folder one fetches; what is there is looked at and left.
+                # One of the hosts that share the folder fetches; the others find the files complete.
                 with one_at_a_time(os.path.join(path, ".download.lock")):
                     fetch(path)
             except (OSError, RuntimeError) as error:
@@ -146,11 +194,63 @@ def _arrays(read_folder: Callable[[str], tuple[np.ndarray, ...]], fetch: Callabl
     return read
 
 
-# Names of a split's images, relative to the folder, and their labels; arguments folder and whether for training.
+def _digits() -> Arrays:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return _stratified((digits.images / 16).astype(np.float32), digits.target, seed=0)
+
+
+def _digits_dev() -> Arrays:
+    x, y, _, _ = _digits()
+    return _stratified(x, y, seed=1)
+
+
+def _stratified(x: np.ndarray, y: np.ndarray, seed: int) -> Arrays:
+    from sklearn.model_selection import train_test_split
+
+    train, test, y_train, y_test = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
+    return train, y_train, test, y_test
+
+
+_SYNTHETIC = {"num_classes": 10, "size": 32, "per_class": 40, "seed": 0}
+
+
+def _synthetic(path: str, download: bool, options: Mapping[str, int]) -> Splits:
+    o = _SYNTHETIC | dict(options)
+    rng = np.random.default_rng(o["seed"])
+    centers = rng.uniform(64, 192, (o["num_classes"], 3, o["size"], o["size"]))
+
+    def draw(per_class: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.repeat(np.arange(o["num_classes"]), per_class)
+        x = centers[y] + rng.normal(0, 40, (len(y), *centers.shape[1:]))
+        return x.clip(0, 255).astype(np.uint8), y
+
+    return from_arrays((*draw(o["per_class"]), *draw(max(o["per_class"] // 4, 1))))
+
+
+# Lists a split: arguments are the folder and whether it is for training; returns relative names and labels.
 _Lister = Callable[[str, bool], tuple[list[str], np.ndarray]]
 
 
-def _images(list_split: _Lister, size: int, random_crop: bool = True) -> Reader:
+def _class_folders(tests: tuple[str, ...], folder: str, training: bool) -> tuple[list[str], np.ndarray]:
+    found = [test for test in tests if os.path.isdir(os.path.join(folder, test))]
+    return per_class(folder, "train" if training else (found or tests)[0], training)
+
+
+def _list_file(suffix: str, folder: str, training: bool) -> tuple[list[str], np.ndarray]:
+    file = f"{'train' if training else 'val'}_{suffix}.txt"
+    inside = os.path.join(folder, file)
+    return listed(folder, inside if os.path.exists(inside) else os.path.join(os.path.dirname(folder), file))
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def _image_files(
+    num_classes: int | None, list_split: _Lister, folder: str, files: tuple[str, ...], layout: str, size: int = 224,
+    random_crop: bool = True,
+) -> Source:  # fmt: skip
     def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
         side = options.get("size", size)
         resize = None if random_crop else side
@@ -160,154 +260,73 @@ def _images(list_split: _Lister, size: int, random_crop: bool = True) -> Reader:
         )
         return Splits(train, labels, test, test_labels)
 
-    return read
-
-
-def _class_folders(folder: str, training: bool) -> tuple[list[str], np.ndarray]:
-    test = "test" if os.path.isdir(os.path.join(folder, "test")) else "val"
-    return per_class(folder, "train" if training else test, training)
-
-
-def _imagenet_folders(folder: str, training: bool) -> tuple[list[str], np.ndarray]:
-    return per_class(folder, "train" if training else "val", training)
-
-
-def _list_file(suffix: str, folder: str, training: bool) -> tuple[list[str], np.ndarray]:
-    file = f"{'train' if training else 'val'}_{suffix}.txt"
-    inside = os.path.join(folder, file)
-    return listed(folder, inside if os.path.exists(inside) else os.path.join(os.path.dirname(folder), file))
-
-
-_CIFAR_STATS = {
-    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-_IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_IMAGES = ("num_classes", "size")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    options = ("size",) if num_classes is None else ("num_classes", "size")
+    return Source(
+        num_classes, InputSpec(3, size, size), read, mean, std, augment=True, pad=0, folder=folder, files=files,
+        layout=layout, options=options,
+    )  # fmt: skip
 
 
 def _imagenet(folder: str) -> Source:
-    return Source(
-        1000,
-        InputSpec(3, 224, 224),
-        _images(_imagenet_folders, 224),
-        *_IMAGENET_STATS,
-        augment=True,
-        pad=0,
-        folder=folder,
-        files=("train", "val"),
-        layout="train/<class>/<image> and val/<class>/<image>",
-        options=_IMAGES,
-    )
+    layout = "train/<class>/<image> and val/<class>/<image>"
+    return _image_files(1000, partial(_class_folders, ("val",)), folder, ("train", "val"), layout)
 
 
 def _imagenet100(folder: str, suffix: str) -> Source:
-    files = [f"{split}_{suffix}.txt" for split in ("train", "val")]
-    return Source(
-        100,
-        InputSpec(3, 224, 224),
-        _images(partial(_list_file, suffix), 224),
-        *_IMAGENET_STATS,
-        augment=True,
-        pad=0,
-        folder=folder,
-        files=(".", *(f"{file}|../{file}" for file in files)),
-        layout=f"{' and '.join(files)}, here or beside this folder, with a line 'relative/path label' an image",
-        options=_IMAGES,
-    )
+    lists = [f"{split}_{suffix}.txt" for split in ("train", "val")]
+    layout = f"{' and '.join(lists)}, here or beside this folder, with a line 'relative/path label' an image"
+    files = (".", *(f"{file}|../{file}" for file in lists))
+    return _image_files(100, partial(_list_file, suffix), folder, files, layout)
 
+
+def _cifar(num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
+    read, fetch = (
+        partial(torchvision.read_cifar, num_classes=num_classes),
+        partial(torchvision.fetch_cifar, num_classes=num_classes),
+    )
+    train, test = torchvision.CIFAR_FILES[num_classes]
+    return Source(
+        num_classes, InputSpec(3, 32, 32), _arrays(read, fetch), mean, std, augment=True, folder=f"CIFAR{num_classes}",
+        files=train + test, downloadable=True, cached=True,
+    )  # fmt: skip
+
+
+_MNIST_STATS = (0.1307,), (0.3081,)
 
 SOURCES: dict[str, Source] = {
-    "digits": Source(10, InputSpec(1, 8, 8), _digits),
-    "digits_dev": Source(10, InputSpec(1, 8, 8), _digits_dev),
+    "digits": Source(10, InputSpec(1, 8, 8), _arrays(lambda _: _digits())),
+    "digits_dev": Source(10, InputSpec(1, 8, 8), _arrays(lambda _: _digits_dev())),
     "synthetic": Source(
-        10,
-        InputSpec(3, 32, 32),
-        _synthetic,
-        (0.5,) * 3,
-        (0.25,) * 3,
-        augment=True,
-        options=tuple(_SYNTHETIC),
+        10, InputSpec(3, 32, 32), _synthetic, (0.5,) * 3, (0.25,) * 3, augment=True, options=tuple(_SYNTHETIC)
     ),
     "mnist": Source(
-        10,
-        InputSpec(1, 28, 28),
-        _arrays(read_mnist, fetch_mnist),
-        (0.1307,),
-        (0.3081,),
-        files=MNIST_FILES,
-        downloadable=True,
+        10, InputSpec(1, 28, 28), _arrays(torchvision.read_mnist, torchvision.fetch_mnist), *_MNIST_STATS,
+        files=torchvision.MNIST_FILES, downloadable=True,
     ),
-    "mnist5k": Source(10, InputSpec(1, 28, 28), _mnist5k, (0.1307,), (0.3081,)),
-    "cifar10": Source(
-        10,
-        InputSpec(3, 32, 32),
-        _arrays(partial(mapped_cifar, num_classes=10), partial(fetch_cifar, num_classes=10)),
-        *_CIFAR_STATS[10],
-        augment=True,
-        folder="CIFAR10",
-        files=(*CIFAR_FILES[10][0], *CIFAR_FILES[10][1]),
-        downloadable=True,
-        cached=True,
-    ),
-    "cifar100": Source(
-        100,
-        InputSpec(3, 32, 32),
-        _arrays(partial(mapped_cifar, num_classes=100), partial(fetch_cifar, num_classes=100)),
-        *_CIFAR_STATS[100],
-        augment=True,
-        folder="CIFAR100",
-        files=(*CIFAR_FILES[100][0], *CIFAR_FILES[100][1]),
-        downloadable=True,
-        cached=True,
-    ),
+    "mnist5k": Source(10, InputSpec(1, 28, 28), _arrays(lambda _: torchvision.read_mnist5k()), *_MNIST_STATS),
+    "cifar10": _cifar(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _cifar(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "tinyimagenet": Source(
-        200,
-        InputSpec(3, 64, 64),
-        _arrays(read_tinyimagenet),
-        (0.4802, 0.4481, 0.3975),
-        (0.2770, 0.2691, 0.2821),
-        augment=True,
-        folder=os.path.join("TinyImageNet", "tiny-imagenet-200"),
-        files=("train", "val/images", "val/val_annotations.txt"),
-        layout="train/<wnid>/images/<image>, val/images/<image> and val/val_annotations.txt",
-        options=("num_classes",),
+        200, InputSpec(3, 64, 64), _arrays(read_tinyimagenet), (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821),
+        augment=True, folder="TinyImageNet/tiny-imagenet-200", files=("train", "val/images", "val/val_annotations.txt"),
+        layout="train/<wnid>/images/<image>, val/images/<image> and val/val_annotations.txt", options=("num_classes",),
         cached=True,
     ),
     "imagenet": _imagenet("ImageNet"),
     "imagenet_blurred": _imagenet("ImageNet_blurred"),
     "imagenet100": _imagenet100("ImageNet100", "100"),
     "imagenet100small": _imagenet100("ImageNet100-small", "100_small"),
-    "core50": Source(
-        50,
-        InputSpec(3, 128, 128),
-        _images(core50, 128, random_crop=False),
-        *_IMAGENET_STATS,
-        augment=True,
-        pad=0,
-        folder="CORe50",
-        # The table is not needed, but belongs to it.
-        files=("core50_128x128", "core50_train.csv|core50_128x128"),
-        layout="core50_128x128/s<session>/o<object>/<image>",
-        options=_IMAGES,
+    "core50": _image_files(
+        50, core50, "CORe50", ("core50_128x128", "core50_train.csv|core50_128x128"),  # the table is optional
+        "core50_128x128/s<session>/o<object>/<image>", size=128, random_crop=False,
     ),
-    "folder": Source(
-        None,
-        InputSpec(3, 224, 224),
-        _images(_class_folders, 224),
-        *_IMAGENET_STATS,
-        augment=True,
-        pad=0,
-        files=("train", "test|val"),
-        layout="train/<class>/<image> and test/<class>/<image> (or val/...)",
-        options=("size",),
+    "folder": _image_files(
+        None, partial(_class_folders, ("test", "val")), "", ("train", "test|val"),
+        "train/<class>/<image> and test/<class>/<image> (or val/...)",
     ),
     "candle": Source(
-        2,
-        InputSpec(1, 1, NUM_FEATURES),
-        _arrays(read_candle),
-        folder="CANDLE",
-        files=CANDLE_FILES,
+        2, InputSpec(1, 1, candle.NUM_FEATURES), _arrays(candle.read_candle), folder="CANDLE", files=candle.FILES,
         cached=True,
     ),
-}
+}  # fmt: skip

@@ -1,11 +1,10 @@
-"""Decodes an image file into uint8 pixels of the final size; runs in the reader processes."""
+"""Decodes image files into uint8 pixels of the size that the network takes; the reader processes run it."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,30 +12,29 @@ from torch import Tensor
 
 from dcl_lightning.errors import DataError
 
-__all__ = ["centre", "random_box", "read_image", "read_images"]
+if TYPE_CHECKING:
+    from PIL import Image
 
-# Tags of TIFF.
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-_TRIES, _AREA, _RATIO = 10, (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
+__all__ = ["center_crop", "random_box", "read_image", "read_images"]
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_TRIES, _AREA, _LOG_RATIO = 10, (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 
 
 def read_image(path: str) -> Tensor:
-    """Return an image as ``(3, H, W)`` uint8; grey becomes RGB, transparency is dropped, of a film the first frame.
+    """Return an image file as ``(3, H, W)`` uint8, an animation's first frame; grey becomes RGB, alpha is dropped.
 
-    Args:
-        path: JPEG, PNG, GIF, WEBP, told by their content, or whatever else Pillow reads.
-
-    Samples of 16 bits keep their upper 8. The orientation in EXIF data is not applied, as in torchvision's datasets.
+    torchvision decodes JPEG, PNG, GIF and WEBP, which it recognises by their content, and Pillow every other format.
+    16-bit samples keep their upper 8 bits. The EXIF orientation is ignored, as in torchvision's data sets.
 
     Raises:
-        DataError: no such file, one that is no image or is cut off, or one whose values have no known range (floats,
-            signed numbers, 32 bits); it is named.
+        DataError: the file is missing, truncated or not an image, or its samples have no known range (floats, signed
+            or 32-bit numbers).
     """
     from torchvision.io import ImageReadMode, decode_image
 
     try:
-        # torchvision's own reading of files takes no name that is not UTF-8.
-        content = np.fromfile(path, dtype=np.uint8)
+        content = np.fromfile(path, dtype=np.uint8)  # torchvision opens no file whose name is not UTF-8
     except OSError as error:
         raise DataError(f"image {path} cannot be read: {error.strerror}") from error
     if not len(content):
@@ -44,68 +42,58 @@ def read_image(path: str) -> Tensor:
     try:
         image: Tensor = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB)
     except RuntimeError:
-        return _with_pillow(path)
+        return _read_with_pillow(path)
     if image.dtype == torch.uint16:
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image[0] if image.ndim == 4 else image
 
 
-def _with_pillow(path: str) -> Tensor:
+def _read_with_pillow(path: str) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
-            _check_range(file, path)
-            bits, inverted = _grey_bits(file)
+            bits, inverted = _grey_bits(file, path)
             pixels = np.array(file if bits else file.convert("RGB"))
+    except DataError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
         reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(f"image {path} cannot be read: {reason}") from error
     if bits:
-        # Pillow clips instead of scaling: nearly all values of 16 bits would become white.
+        # Pillow's own conversion clips instead of scaling: nearly all 16-bit values would become white.
         grey = (pixels >> (bits - 8)).clip(0, 255).astype(np.uint8)
         pixels = np.repeat((255 - grey if inverted else grey)[:, :, None], 3, axis=2)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _check_range(image: Any, path: str) -> None:
-    """Refuse an image of which nothing says which values are black and white.
+def _grey_bits(image: Image.Image, path: str) -> tuple[int, bool]:
+    """Return the bits per sample of a grey image of more than 8, else 0, and whether the value 0 is white."""
+    from PIL.TiffImagePlugin import TiffImageFile
 
-    Args:
-        image: Pillow's, not yet decoded.
-        path: its file.
-
-    Raises:
-        DataError: floats, signed numbers, or 32 bits.
-    """
-    signed = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, (1,))[0] == 2
-    wide = image.mode == "I" and image.format not in ("PPM", "PNG")  # which Pillow scales to 16 bits
+    tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+    wide = image.mode == "I" and image.format not in ("PPM", "PNG")  # Pillow scales these two to 16 bits
     if image.mode == "F" or wide or signed:
         kind = "floating-point" if image.mode == "F" else "signed" if signed else "32-bit"
         raise DataError(
-            f"image {path} ({image.format}, mode {image.mode}) has {kind} samples, of which black and white are not "
-            "known: save it with 8 or 16 unsigned bits"
+            f"image {path} ({image.format}, mode {image.mode}) has {kind} samples, which do not say what black and "
+            "white are: save it with 8 or 16 unsigned bits"
         )
-
-
-def _grey_bits(image: Any) -> tuple[int, bool]:
-    """Return the bits of a grey image with more than 8, 0 for any other, and whether 0 is white."""
     if not image.mode.startswith("I"):
         return 0, False
-    tags = getattr(image, "tag_v2", {})
-    # Pillow itself scales what a PPM header calls white to 16 bits.
     return tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_PHOTOMETRIC) == 0
 
 
-def centre(image: Tensor, size: int, resize: int) -> Tensor:
-    """Return the middle ``(3, size, size)`` of an image whose shorter side was made ``resize``; as it is if it fits.
+def center_crop(image: Tensor, size: int, resize: int) -> Tensor:
+    """Return the center ``(3, size, size)`` of an image whose shorter side is first resized to ``resize``.
+
+    An image of the final size is returned as it is.
 
     Args:
         image: ``(3, H, W)`` uint8.
-        size: side of the result.
-        resize: length of the shorter side before the crop, at least ``size``.
+        size: side of the result in pixels.
+        resize: at least ``size``.
     """
     height, width = image.shape[1:]
     if height == width == size:
@@ -120,23 +108,24 @@ def centre(image: Tensor, size: int, resize: int) -> Tensor:
 
 
 def random_box(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """Return ``(top, left, height, width)`` of a crop of random area and aspect, drawn as torchvision draws it.
+    """Return ``(top, left, height, width)`` of a random crop, distributed as torchvision's ``RandomResizedCrop``.
+
+    The box has 8 to 100 % of the area and an aspect from 3:4 to 4:3; after ten draws that do not fit into the image,
+    it is the center. torchvision's own ``get_params`` draws from the global generator: its draws cannot be keyed by
+    sample and epoch.
 
     Args:
-        height: rows of the image.
-        width: columns of the image.
-        generator: where the numbers come from.
-
-    Returns:
-        A box of 8 to 100 % of the area and of an aspect from 3:4 to 4:3; after ten that did not fit, the middle.
+        height: of the image.
+        width: of the image.
+        generator: the source of the draws.
     """
     for _ in range(_TRIES):
         area = height * width * generator.uniform(*_AREA)
-        ratio = math.exp(generator.uniform(*_RATIO))
+        ratio = math.exp(generator.uniform(*_LOG_RATIO))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)), h, w
-    low, high = math.exp(_RATIO[0]), math.exp(_RATIO[1])
+    low, high = math.exp(_LOG_RATIO[0]), math.exp(_LOG_RATIO[1])
     w, h = min(width, round(height * high)), min(height, round(width / low))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -147,20 +136,20 @@ def read_images(
     """Return images as ``(n, 3, size, size)`` uint8.
 
     Args:
-        paths: files of the images.
-        size: side of the result.
-        resize: length of the shorter side before the middle is taken.
-        key: seed and epoch of random crops; None for the middle.
-        draw_ids: what each image's crop is keyed by beside these.
+        paths: the n image files.
+        size: side of the result in pixels.
+        resize: length of the shorter side before the center crop.
+        key: seed and epoch of random crops; None for the center.
+        draw_ids: the n numbers that key each image's crop together with ``key``.
 
     Raises:
-        DataError: a file that cannot be read, by its name.
+        DataError: a file that cannot be read; the message names it.
     """
     result = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
     for row, path in enumerate(paths):
-        image = read_image(os.fspath(path))
+        image = read_image(path)
         if key is None:
-            result[row] = centre(image, size, resize)
+            result[row] = center_crop(image, size, resize)
             continue
         seed, epoch = key
         generator = np.random.default_rng((seed % (1 << 63), epoch, draw_ids[row]))

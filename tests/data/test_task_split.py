@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcl_lightning.data import ContinualDataModule, scenarios
-from dcl_lightning.data.task_split import named_class_order
 from dcl_lightning.errors import ConfigurationError
 
 T10 = np.repeat(np.arange(10), 40)
@@ -150,7 +149,7 @@ def test_class_orders_by_seed() -> None:
 
 def test_the_published_order_is_a_seeds() -> None:
     hundred = make(np.repeat(np.arange(100), 2), class_order=1993, increment=10)
-    assert hundred.original_labels == named_class_order("icarl_1993")
+    assert hundred.original_labels == scenarios.named_class_order("icarl_1993")
     named = make(np.repeat(np.arange(100), 2), class_order="icarl_list", increment=10, initial_increment=50)
     assert named.num_tasks == 6
     assert named.tasks([1] * 6)[0].labels[:5] == (87, 0, 52, 58, 44)
