@@ -1,6 +1,6 @@
-"""Every access to what Lightning has and does not promise: private names, and attributes that it declares nowhere.
+"""Every access to private or undeclared attributes of Lightning.
 
-``tests/distributed/test_lightning_relied_on.py`` looks at each in the installed Lightning.
+``tests/distributed/test_lightning_relied_on.py`` checks that the installed Lightning has them.
 """
 
 from __future__ import annotations
@@ -19,29 +19,21 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
     "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
-    "datamodule_of", "has_version", "log_interval", "loggers_write", "optimizers_to_device", "reload_training_data",
-    "reload_validation_data", "set_callbacks", "set_wrapped_io", "trainer_of", "wrap_srun_check",
+    "datamodule_of", "has_version", "is_fast_dev_run", "log_interval", "loggers_write", "optimizers_to_device",
+    "reload_training_data", "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io",
+    "trainer_of", "wrap_srun_check",
 ]  # fmt: skip
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return a trainer's callbacks, which one of its connectors sets.
-
-    Args:
-        trainer: the trainer.
-    """
+    """Return a trainer's callbacks, which one of its connectors sets."""
     untyped: Any = trainer
     callbacks: list[pl.Callback] = untyped.callbacks
     return callbacks
 
 
 def set_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
-    """Give a trainer another list of callbacks: one that it is going through at the moment stays as it is.
-
-    Args:
-        trainer: the trainer.
-        callbacks: in the order in which they are called.
-    """
+    """Replace a trainer's list of callbacks; a loop over the present list is not affected."""
     untyped: Any = trainer
     untyped.callbacks = callbacks
 
@@ -67,106 +59,81 @@ def average_model_of(callback: Any) -> AveragedModel | None:
 
 
 def datamodule_of(trainer: pl.Trainer) -> Any:
-    """Return the data module of the present call of a trainer; None without one.
-
-    Args:
-        trainer: the trainer.
-    """
+    """Return the data module of the trainer's present call, or None."""
     return getattr(trainer, "datamodule", None)
 
 
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
-    """Return a module's trainer; None where ``module.trainer`` raises, as it belongs to none.
-
-    Args:
-        module: the module.
-    """
+    """Return a module's trainer; None if the module is not attached, where ``module.trainer`` raises."""
     return module._trainer
 
 
-def log_interval(trainer: pl.Trainer) -> int:
-    """Return the steps from one writing of the loggers to the next; 0 for never.
+def is_fast_dev_run(trainer: pl.Trainer) -> bool:
+    """Return whether the trainer was given ``fast_dev_run``."""
+    untyped: Any = trainer
+    return bool(untyped.fast_dev_run)
 
-    Args:
-        trainer: the trainer.
-    """
+
+def replace_save(trainer: pl.Trainer, save: Callable[..., None]) -> None:
+    """Replace ``trainer.save_checkpoint`` of this trainer by another function."""
+    vars(trainer)["save_checkpoint"] = save
+
+
+def restore_save(trainer: pl.Trainer) -> None:
+    """Undo ``replace_save``; safe to repeat."""
+    vars(trainer).pop("save_checkpoint", None)
+
+
+def log_interval(trainer: pl.Trainer) -> int:
+    """Return the number of steps between two writings of the loggers; 0 for never."""
     untyped: Any = trainer
     return int(untyped.log_every_n_steps)
 
 
 def loggers_write(trainer: pl.Trainer) -> bool:
-    """Return whether loggers write the values of the present step, a batch that steps the optimizer.
-
-    Args:
-        trainer: of the fit, within a training step.
-    """
+    """Return, within a training step that steps the optimizer, whether loggers write its values."""
     return bool(trainer._logger_connector.should_update_logs)
 
 
 def reload_training_data(trainer: pl.Trainer) -> None:
-    """Let the next epoch ask for its training loader, however long ago the last one was loaded.
-
-    Args:
-        trainer: of the fit.
-    """
+    """Make the next epoch ask for its training loader, whatever ``reload_dataloaders_every_n_epochs`` says."""
     trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
 
 
 def reload_validation_data(trainer: pl.Trainer) -> None:
-    """Let the next validation ask for its loaders, however long ago the last ones were loaded.
-
-    Args:
-        trainer: of the fit.
-    """
+    """Make the next validation ask for its loaders, whatever ``reload_dataloaders_every_n_epochs`` says."""
     trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = float("-inf")
 
 
 def cluster_environment_of(trainer: pl.Trainer) -> ClusterEnvironment:
-    """Return the cluster that a trainer has found itself in.
-
-    Args:
-        trainer: the trainer.
-    """
+    """Return the cluster environment that a trainer detected."""
     return trainer._accelerator_connector.cluster_environment
 
 
 def set_wrapped_io(outer: CheckpointIO, inner: CheckpointIO) -> None:
-    """Give another plugin to one that wraps a plugin, as ``AsyncCheckpointIO`` does, which lets nobody set it.
-
-    Args:
-        outer: wraps a plugin.
-        inner: what it wraps from now on.
-    """
+    """Replace the plugin inside one that wraps a plugin, as ``AsyncCheckpointIO`` does, which has no setter for it."""
     wrapping: Any = outer
     wrapping._checkpoint_io = inner
 
 
 def has_version(logger: CSVLogger | TensorBoardLogger) -> bool:
-    """Return whether a logger was given, or has chosen, its version.
-
-    Args:
-        logger: the logger.
-    """
+    """Return whether a logger was given, or has chosen, its version."""
     return logger._version is not None
 
 
 def choose_version(logger: CSVLogger | TensorBoardLogger, choose: Callable[[Callable[[], int]], int]) -> None:
-    """Let a logger that was given no version ask a function for one.
+    """Let a function choose the version of a logger that was given none.
 
     Args:
         logger: the logger.
-        choose: takes the logger's own way to find the first free version, and returns the version.
+        choose: returns the version, given the logger's own function that finds the first free one.
     """
     own = logger._get_next_version
     vars(logger)["_get_next_version"] = lambda: choose(own)
 
 
 def wrap_srun_check(unless: Callable[[], bool]) -> None:
-    """Leave out Lightning's check of the variables that ``srun`` sets where a condition holds. Safe to repeat.
-
-    Args:
-        unless: the condition.
-    """
+    """Skip Lightning's check of the variables that ``srun`` sets if ``unless()`` holds. Safe to repeat."""
     check = SLURMEnvironment._validate_srun_variables
     if check.__module__ == __name__:
         return

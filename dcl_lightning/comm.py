@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "Comm",
@@ -19,6 +19,8 @@ __all__ = [
     "SingleProcessComm",
     "TorchDistributedComm",
     "allgather_text",
+    "broadcast_buffers",
+    "broadcast_tensors",
     "comm_of",
     "raise_together",
     "used_here",
@@ -29,16 +31,17 @@ _DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
     torch.float32, torch.float64, torch.complex64, torch.complex128,
 )  # fmt: skip
-# What both backends reduce as it is; the rest travels in a wider type and comes back in its own.
+# Both backends reduce these; other dtypes travel in a wider one and come back in their own.
 _REDUCIBLE = (torch.int32, torch.int64, torch.float32, torch.float64)
 _MAX_DIMS = 8
+_MESSAGE_BYTES = 32 << 20  # of broadcast_tensors: bounds the copies, and is large enough to hide the latency
 
 
 class Pending(Protocol):
-    """An operation that was started and is not waited for yet."""
+    """An asynchronous operation."""
 
     def wait(self) -> Tensor:
-        """Return the rows received, worker 0's first, or raise what went wrong; call it once."""
+        """Return the rows received, worker 0's first, or raise the operation's error; call it once."""
         ...
 
 
@@ -47,7 +50,7 @@ class Comm(Protocol):
 
     @property
     def rank(self) -> int:
-        """0-based number of this worker."""
+        """0-based rank of this worker."""
         ...
 
     @property
@@ -64,16 +67,16 @@ class Comm(Protocol):
         ...
 
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
-        """Start to send ``splits[k]`` rows to worker k and to receive ``received[k]`` from it.
+        """Start to send ``splits[k]`` rows to worker k and to receive ``received[k]`` rows from it.
 
-        Nothing but the rows travels: all counts are known beforehand. The tensor must stay as it is
-        until it is waited for.
+        Only rows travel, because all counts are known beforehand.
 
         Args:
-            tensor: contiguous uint8 ``(n, row bytes)``, the rows for worker 0 first.
-            splits: one count per worker, together all rows.
-            received: one count per worker, equal to what that worker sends here.
-            name: the same at every step and on every worker; it may be pending once.
+            tensor: contiguous uint8 ``(n, row bytes)``, the rows for worker 0 first; unchanged until ``wait``.
+            splits: one count per worker, adding up to n.
+            received: one count per worker, equal to the number of rows that it sends to this worker.
+            name: the same at every step and on every worker; at most one operation of a name may be pending. Under
+                torch.distributed every worker must start operations of several names in the same order.
         """
         ...
 
@@ -87,15 +90,7 @@ class Comm(Protocol):
 
 
 def check_async_rows(rank: int, size: int, tensor: Tensor, splits: list[int], received: list[int]) -> None:
-    """Raise ``ValueError`` if these cannot be the arguments of ``Comm.alltoall_async``.
-
-    Args:
-        rank: 0-based number of this worker.
-        size: number of workers.
-        tensor: the rows to send.
-        splits: rows for each worker.
-        received: rows from each worker.
-    """
+    """Raise ``ValueError`` if worker ``rank`` of ``size`` cannot give these arguments to ``Comm.alltoall_async``."""
     if tensor.dtype != torch.uint8 or tensor.ndim != 2 or not tensor.shape[1] or not tensor.is_contiguous():
         raise ValueError(f"give contiguous uint8 rows (n, row bytes), not {tensor.dtype} {list(tensor.shape)}")
     if len(splits) != size or sum(splits) != tensor.shape[0] or min(splits) < 0:
@@ -107,40 +102,33 @@ def check_async_rows(rank: int, size: int, tensor: Tensor, splits: list[int], re
 
 
 @dataclass(frozen=True)
-class _Here:
-    """What was sent is here already.
-
-    Args:
-        rows: what ``wait`` returns.
-    """
-
+class _Completed:
     rows: Tensor
 
     def wait(self) -> Tensor:
-        """Return the rows."""
         return self.rows
 
 
 class SingleProcessComm:
-    """The cluster of one worker."""
+    """A cluster of one worker."""
 
     rank = 0
     size = 1
 
     def allreduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
-        """Return a copy; means of integers are float64, as over several workers."""
+        """Return a copy; means of integers are float64."""
         if op == "mean" and not tensor.is_floating_point():
             return tensor.double()
         return tensor.clone()
 
     def allgather(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensor alone."""
+        """Return a list of the tensor."""
         return [tensor]
 
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
-        """Return what gives the tensor back."""
+        """Return a completed operation with the same rows."""
         check_async_rows(0, 1, tensor, splits, received)
-        return _Here(tensor)
+        return _Completed(tensor)
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Return the tensor."""
@@ -151,22 +139,16 @@ class SingleProcessComm:
 
 
 class _Started:
-    """An operation on its way; keeps what it sends alive, and its name taken, until it is waited for.
-
-    Args:
-        finish: waits and returns the result.
-        release: gives the name free.
-    """
+    """A pending operation, which keeps the sent tensor alive and the name taken until ``wait``."""
 
     def __init__(self, finish: Callable[[], Tensor], release: Callable[[], None]) -> None:
         self._finish: Callable[[], Tensor] | None = finish
         self._release = release
 
     def wait(self) -> Tensor:
-        """Return the rows received, or raise what went wrong."""
         finish, self._finish = self._finish, None
         if finish is None:
-            raise RuntimeError("this operation was waited for before")
+            raise RuntimeError("wait() was already called on this operation")
         try:
             return finish()
         finally:
@@ -174,10 +156,12 @@ class _Started:
 
 
 class RowComm(ABC):
-    """Moves rows of bytes, after all workers have told each other what they hold.
+    """A ``Comm`` whose workers first exchange shapes and dtypes, and then move rows of bytes.
+
+    Subclasses implement the four operations on bytes, and ``barrier``.
 
     Args:
-        rank: 0-based number of this worker.
+        rank: 0-based rank of this worker.
         size: number of workers.
     """
 
@@ -187,7 +171,7 @@ class RowComm(ABC):
 
     @property
     def rank(self) -> int:
-        """0-based number of this worker."""
+        """0-based rank of this worker."""
         return self._rank
 
     @property
@@ -222,8 +206,8 @@ class RowComm(ABC):
         """Return every worker's tensor.
 
         Args:
-            tensor: first dimensions may differ; the others and the dtype must agree where there are
-                rows. An empty tensor takes them from a worker that has rows.
+            tensor: first dimensions may differ; the others and the dtype must agree between workers that have rows.
+                An empty tensor takes them over from a worker that has rows.
         """
         if tensor.ndim == 0:
             return [rows[0] for rows in self.allgather(tensor.reshape(1))]
@@ -235,30 +219,16 @@ class RowComm(ABC):
         return [_from_bytes(part, value) for part in self._gather(_as_bytes(value), counts).split(counts)]
 
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
-        """Start to send ``splits[k]`` rows to worker k and to receive ``received[k]`` from it.
-
-        Args:
-            tensor: contiguous uint8 ``(n, row bytes)``, the rows for worker 0 first; it must stay as
-                it is until it is waited for.
-            splits: one count per worker, together all rows.
-            received: one count per worker, equal to what that worker sends here.
-            name: the same at every step and on every worker; it may be pending once. Under
-                torch.distributed several names must be started in the same order on every worker.
-        """
+        """Start an all-to-all of rows; see ``Comm.alltoall_async``."""
         check_async_rows(self.rank, self.size, tensor, splits, received)
         if name in self._taken:
-            raise RuntimeError(f"{name} is pending: wait for it before it is started again")
+            raise RuntimeError(f"{name} is pending: wait for it before starting it again")
         finish = self._start(tensor.detach(), splits, received, name)
         self._taken.add(name)
         return _Started(finish, lambda: self._taken.discard(name))
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
-        """Return worker ``src``'s tensor.
-
-        Args:
-            tensor: same shape and dtype on all workers.
-            src: the worker whose values count.
-        """
+        """Return worker ``src``'s tensor, same shape and dtype on all."""
         value = tensor.detach()
         if not value.numel():
             return value.clone()
@@ -292,20 +262,19 @@ class RowComm(ABC):
 
 
 class TorchDistributedComm(RowComm):
-    """Collectives through torch.distributed's default group; asynchronous ones through a group of their own.
+    """Collectives through torch.distributed's default group, and asynchronous ones through a second group.
 
-    torch.distributed matches the operations of a group by their order, so what a second thread starts
-    needs another group than what the first one runs. It is made, by all workers together, when the
-    first asynchronous operation starts.
+    torch.distributed matches the operations of a group by their order, so operations that another thread starts need
+    their own group. All workers create it when the first asynchronous operation starts.
     """
 
     def __init__(self) -> None:
         super().__init__(torch.distributed.get_rank(), torch.distributed.get_world_size())
         self._backend = torch.distributed.get_backend()
-        self._own_group: Any = None
+        self._async_group: torch.distributed.ProcessGroup | None = None
 
     def _wire(self, tensor: Tensor) -> Tensor:
-        """Return the tensor where the backend can reach it: NCCL knows CUDA memory alone."""
+        """Return the tensor on a device that the backend can use: NCCL transfers CUDA tensors only."""
         if self._backend == "nccl":
             return tensor.cuda()
         return tensor.cpu() if self._backend == "gloo" else tensor
@@ -325,11 +294,13 @@ class TorchDistributedComm(RowComm):
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(data.device)
 
     def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
-        if self._own_group is None:
-            self._own_group = torch.distributed.new_group(backend=self._backend)
+        if self._async_group is None:
+            group = torch.distributed.new_group(backend=self._backend)
+            assert isinstance(group, torch.distributed.ProcessGroup)  # all workers are members
+            self._async_group = group
         sent = self._wire(data)
         out = sent.new_empty((sum(received), sent.shape[1]))
-        work = torch.distributed.all_to_all_single(out, sent, received, splits, group=self._own_group, async_op=True)
+        work = torch.distributed.all_to_all_single(out, sent, received, splits, group=self._async_group, async_op=True)
         assert work is not None
 
         def finish(sent: Tensor = sent) -> Tensor:
@@ -349,12 +320,12 @@ class TorchDistributedComm(RowComm):
         torch.distributed.barrier()
 
 
-def comm_of(strategy: Any) -> Comm:
-    """Return the cluster as a Lightning strategy knows it.
+def comm_of(strategy: object) -> Comm:
+    """Return the cluster of a Lightning strategy.
 
     Args:
-        strategy: the trainer's strategy; its attribute ``comm`` is taken if it has one, else
-            torch.distributed if that runs with several workers, else one process.
+        strategy: its attribute ``comm`` is used if it has one; otherwise torch.distributed, if that runs with several
+            workers, or a single process.
     """
     comm: Comm | None = getattr(strategy, "comm", None)
     if comm is not None:
@@ -365,13 +336,44 @@ def comm_of(strategy: Any) -> Comm:
     return SingleProcessComm()
 
 
-def allgather_text(comm: Comm, text: str) -> list[str]:
-    """Return every worker's text.
+def broadcast_buffers(module: nn.Module, comm: Comm) -> None:
+    """Overwrite a module's buffers with worker 0's, since running statistics of batch normalization are per worker.
+
+    ddp does so at each step. But training does not depend on them, so before each validation and at the end of each
+    task is enough.
+    """
+    broadcast_tensors(module.buffers(), comm)
+
+
+@torch.no_grad()
+def broadcast_tensors(tensors: Iterable[Tensor], comm: Comm) -> None:
+    """Overwrite tensors with worker 0's values, many in one message.
+
+    ``horovod.torch.broadcast_parameters`` would refuse bool, bfloat16 and channels-last tensors.
 
     Args:
-        comm: the cluster; every worker calls this.
-        text: this worker's.
+        tensors: same shapes and dtypes in the same order on all workers.
+        comm: the cluster.
     """
+    if comm.size == 1:
+        return
+    batches: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        size += tensor.nbytes
+        like = batches and (batches[-1][0].dtype, batches[-1][0].device) == (tensor.dtype, tensor.device)
+        if not like or size > _MESSAGE_BYTES:
+            batches.append([])
+            size = tensor.nbytes
+        batches[-1].append(tensor)
+    for batch in batches:
+        values = comm.broadcast(torch.cat([tensor.reshape(-1) for tensor in batch]))
+        for tensor, value in zip(batch, values.split([tensor.numel() for tensor in batch]), strict=True):
+            tensor.copy_(value.view(tensor.shape))
+
+
+def allgather_text(comm: Comm, text: str) -> list[str]:
+    """Return every worker's text; every worker calls this."""
     mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
     return [bytes(part.tolist()).decode() for part in comm.allgather(mine)]
 
@@ -381,8 +383,8 @@ def raise_together(comm: Comm, error: str, kind: type[Exception]) -> None:
 
     Args:
         comm: the cluster; every worker calls this.
-        error: this worker's; empty if it has none.
-        kind: what is raised, with the first worker's error.
+        error: this worker's message; empty if it has none.
+        kind: class of the exception, which gets the message of the lowest rank that has one.
     """
     errors = [text for text in allgather_text(comm, error) if text]
     if errors:
@@ -390,22 +392,22 @@ def raise_together(comm: Comm, error: str, kind: type[Exception]) -> None:
 
 
 def used_here(rows: Tensor) -> None:
-    """Tell the allocator that what an operation's own stream made is used on the present one.
+    """Tell the CUDA allocator that rows made on an operation's own stream are used on the present stream.
 
-    It would give the memory away, once the tensor is dropped, while kernels queued here have not read it yet.
+    Otherwise it could reuse their memory, once the tensor is freed, before kernels queued here have read it.
     """
     if rows.is_cuda:
         rows.record_stream(torch.cuda.current_stream(rows.device))
 
 
 def _adopt(table: list[list[int]], tensor: Tensor) -> Tensor:
-    """Return the tensor; an empty one in the dtype and row shape of a worker that has rows."""
+    """Return the tensor; an empty one with the dtype and row shape of a worker that has rows."""
     kinds = [(row[1], tuple(row[3 : 3 + row[2]])) for row in table]
     filled = {kind for kind, row in zip(kinds, table, strict=True) if row[0]}
     if len(filled) > 1:
         words = sorted(f"{_DTYPES[dtype]} {list(shape)}" for dtype, shape in filled)
         raise ValueError(f"the workers' rows differ in dtype or shape: {', '.join(words)}")
-    # Nobody has rows: the first of those with the most dimensions, so that all workers agree.
+    # If no worker has rows, the first kind with the most dimensions, so that all workers agree.
     dtype, shape = filled.pop() if filled else max(kinds, key=lambda kind: len(kind[1]))
     return tensor if len(tensor) else tensor.new_empty((0, *shape), dtype=_DTYPES[dtype])
 
@@ -415,7 +417,7 @@ def _row_bytes(tensor: Tensor) -> int:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """Return rows of bytes ``(n, row bytes)``: every dtype travels, bool and bfloat16 too."""
+    """Return the rows as bytes ``(n, row bytes)``, since the backends do not transfer every dtype."""
     if not tensor.numel():
         return tensor.new_empty((tensor.shape[0], _row_bytes(tensor)), dtype=torch.uint8)
     return tensor.contiguous().view(tensor.shape[0], -1).view(torch.uint8)

@@ -15,7 +15,7 @@ from dcl_lightning.checkpoint.io import keep_side_files
 from dcl_lightning.checkpoint.resume import move_loop_progress, name_of
 from dcl_lightning.checkpoint.worker_files import FORMAT, KEY
 from dcl_lightning.comm import comm_of
-from dcl_lightning.distributed.horovod.slurm import requeue_between_steps
+from dcl_lightning.distributed.horovod.shutdown import requeue_between_steps
 
 __all__ = ["ResumableCheckpoints"]
 

@@ -24,7 +24,7 @@ from dcl_lightning.comm import Comm, comm_of, raise_together
 from dcl_lightning.data.scenarios import seed_of_run
 from dcl_lightning.data.stream import Stream
 from dcl_lightning.distributed import ranks
-from dcl_lightning.distributed.horovod.slurm import requeue_between_steps
+from dcl_lightning.distributed.horovod.shutdown import requeue_between_steps
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve

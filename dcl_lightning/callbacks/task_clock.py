@@ -46,8 +46,7 @@ from dcl_lightning.callbacks.trainer_checks import (
     refuse_tuning_on_resume,
 )
 from dcl_lightning.checkpoint.resume import BEYOND_ANY_EPOCH
-from dcl_lightning.comm import Comm, SingleProcessComm, comm_of
-from dcl_lightning.distributed.broadcast import share_buffers
+from dcl_lightning.comm import Comm, SingleProcessComm, broadcast_buffers, comm_of
 from dcl_lightning.distributed.horovod.shutdown import through_signals
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
@@ -475,7 +474,7 @@ class TaskClock(pl.Callback):
     def _work_at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         if self._ended_tasks <= task.index:
             # From here on its running statistics are used, on every worker.
-            share_buffers(pl_module, comm_of(trainer.strategy))
+            broadcast_buffers(pl_module, comm_of(trainer.strategy))
             if not self._hidden:
                 call_task_hook("on_task_end", trainer, pl_module, task, self._ended_by)
             self._ended_tasks, self._ended_by = task.index + 1, []

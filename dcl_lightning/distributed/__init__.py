@@ -1,23 +1,20 @@
-"""Distributed training: ranks, cores and broadcasts; Horovod stands in a package of its own.
-
-Nothing here imports Horovod before a strategy, or a collective, needs it.
-"""
+"""Distributed training: ranks, cores, and the Horovod strategy; Horovod itself is imported only when it is used."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dcl_lightning.distributed.horovod.metrics import attach_metrics
+    from dcl_lightning.distributed.horovod.comm import attach_metrics
     from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 
 __all__ = ["HorovodStrategy", "attach_metrics"]
 
-_HOMES = {"HorovodStrategy": "horovod.strategy", "attach_metrics": "horovod.metrics"}
+_MODULES = {"HorovodStrategy": "horovod.strategy", "attach_metrics": "horovod.comm"}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Binds a worker to cores, and sets its number of threads."""
+"""Binds each worker of a host to its share of the CPU cores, and derives its number of threads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dcl_lightning.comm import Comm
+from dcl_lightning.distributed.ranks import available_cores
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = ["BINDINGS", "bind_worker", "check_binding", "divide_cores", "numa_nodes"]
@@ -22,36 +23,29 @@ _SYSTEM = Path("/sys/devices/system")
 
 
 def check_binding(bind: str) -> None:
-    """Refuse an unknown way.
-
-    Args:
-        bind: name of the way.
-
-    Raises:
-        ConfigurationError: it is none of ``none``, ``core`` and ``numa``.
-    """
+    """Raise ``ConfigurationError`` if ``bind`` is none of ``BINDINGS``."""
     if bind not in BINDINGS:
         raise ConfigurationError(f"bind={bind!r}: give {', '.join(BINDINGS[:-1])} or {BINDINGS[-1]}")
 
 
 def bind_worker(bind: str, comm: Comm) -> int:
-    """Bind this worker to its cores and return how many threads it may use there.
+    """Bind this worker to its cores, and return the number of threads that it may use.
 
-    A launcher that has given each worker cores of its own, as ``mpirun`` does, has decided: they are kept.
-    Where the system cannot bind, nothing is bound.
+    If the launcher has already bound the workers to different cores, as ``mpirun`` does, that binding stays. Nothing
+    is bound where the operating system cannot.
 
     Args:
-        bind: ``none``; ``core``: each worker its share of the host's cores; ``numa``: each worker the cores
-            of one NUMA node, or of several where there are more nodes than workers.
-        comm: all workers.
+        bind: ``none``; ``core``: each worker gets its share of the host's cores; ``numa``: each worker gets the cores
+            of one NUMA node, or of several if the host has more nodes than workers.
+        comm: the cluster; every worker calls this.
     """
-    mine = _own_cores()
+    mine = available_cores()
     host = zlib.crc32(socket.gethostname().encode())
     rows = [row.tolist() for row in comm.allgather(torch.tensor([host, *sorted(mine)]))]
     masks = [set(row[1:]) for row in rows if row[0] == host]
     if bind != "none" and hasattr(os, "sched_setaffinity"):
         if any(mask != mine for mask in masks):
-            rank_zero_info(f"horovod: bind={bind} is left out, the launcher has bound the workers already")
+            rank_zero_info(f"horovod: bind={bind} is ignored, because the launcher has already bound the workers")
         else:
             masks = divide_cores(bind, mine, len(masks), numa_nodes())
             mine = masks[sum(row[0] == host for row in rows[: comm.rank])]
@@ -61,16 +55,16 @@ def bind_worker(bind: str, comm: Comm) -> int:
 
 
 def divide_cores(bind: str, cores: set[int], workers: int, nodes: Sequence[set[int]]) -> list[set[int]]:
-    """Return the cores of each of a host's workers; never none.
+    """Return the cores of each worker of a host, at least one each.
 
     Args:
         bind: ``core`` or ``numa``.
-        cores: those that may be used.
+        cores: the available ones.
         workers: number of workers on the host.
-        nodes: the cores of each NUMA node; none if unknown.
+        nodes: the cores of each NUMA node; empty if unknown.
     """
     if bind == "core":
-        # Neighbours in this order share caches, so a share of them is close together.
+        # Neighbors in this order share caches.
         units = [{core} for core in sorted(cores, key=_location)]
     else:
         units = [node & cores for node in nodes if node & cores] or [cores]
@@ -81,11 +75,7 @@ def divide_cores(bind: str, cores: set[int], workers: int, nodes: Sequence[set[i
 
 
 def numa_nodes(system: Path = _SYSTEM) -> list[set[int]]:
-    """Return the cores of each NUMA node; an empty list where the system does not tell.
-
-    Args:
-        system: folder of the system's devices.
-    """
+    """Return the cores of each NUMA node, read from the ``system`` folder; an empty list if it does not list them."""
     folders = sorted(system.glob("node/node[0-9]*"), key=lambda folder: int(folder.name.removeprefix("node")))
     with contextlib.suppress(OSError, ValueError):
         return [_parse_cores((folder / "cpulist").read_text()) for folder in folders]
@@ -93,7 +83,7 @@ def numa_nodes(system: Path = _SYSTEM) -> list[set[int]]:
 
 
 def _parse_cores(text: str) -> set[int]:
-    """Return the numbers of a list as ``0-3,8``."""
+    """Parse a list of cores such as ``0-3,8``."""
     cores: set[int] = set()
     for part in text.strip().split(","):
         if part:
@@ -103,25 +93,20 @@ def _parse_cores(text: str) -> set[int]:
 
 
 def _location(core: int, system: Path = _SYSTEM) -> tuple[int, int, int]:
-    """Return package, physical core and number of a core: hyperthreads of one core become neighbours."""
+    """Return a sort key (package, physical core, core) by which hyperthreads of one core are neighbors."""
     folder = system / f"cpu/cpu{core}/topology"
     with contextlib.suppress(OSError, ValueError):
         return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text()), core
     return 0, core, core
 
 
-def _own_cores() -> set[int]:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return set(affinity(0)) if affinity else set(range(os.cpu_count() or 1))
-
-
 def _bind_all_threads(cores: set[int]) -> None:
-    """Bind every thread there is; those that they start, and processes, inherit it."""
+    """Bind all threads of this process; threads and processes started later inherit the mask."""
     try:
         threads = [int(name) for name in os.listdir("/proc/self/task")]
     except OSError:
         threads = [0]
     for thread in threads:
-        # A thread may have ended, and a container may forbid it.
+        # A thread may have ended meanwhile, and a container may forbid binding.
         with contextlib.suppress(OSError):
             os.sched_setaffinity(thread, cores)

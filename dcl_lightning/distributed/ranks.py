@@ -1,17 +1,17 @@
-"""The rank of this process, from its launcher's environment variables; imports neither Lightning nor Horovod."""
+"""Rank and world size of this process: Horovod's own once it runs, before that from the launcher's environment."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from types import ModuleType
 
 __all__ = [
-    "host_rank", "launched_by_horovod", "local_rank", "local_size", "mpi_runs", "num_hosts", "rank", "running_horovod",
-    "set_rank_from_environment", "worker_threads", "world_size",
+    "available_cores", "host_rank", "launched_by_horovod", "local_rank", "local_size", "mpi_runs", "num_hosts", "rank",
+    "running_horovod", "set_rank_from_environment", "worker_threads", "world_size",
 ]  # fmt: skip
 
-_NAMES = {
+_VARIABLES = {
     "rank": ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"),
     "size": ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE"),
     "local_rank": ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -22,24 +22,24 @@ _NAMES = {
 
 
 def launched_by_horovod() -> bool:
-    """Return whether ``horovodrun``, ``mpirun`` or our own launcher started this process."""
-    return any(name in os.environ for name in _NAMES["rank"])
+    """Return whether ``horovodrun``, ``mpirun`` or the local launcher started this process."""
+    return any(name in os.environ for name in _VARIABLES["rank"])
 
 
-def running_horovod() -> Any:
-    """Return ``horovod.torch`` if it is imported and runs, else None."""
+def running_horovod() -> ModuleType | None:
+    """Return ``horovod.torch`` if it is imported and initialized, else None."""
     hvd = sys.modules.get("horovod.torch")
     return hvd if hvd is not None and hvd.is_initialized() else None
 
 
 def mpi_runs() -> bool:
-    """Return whether Horovod runs in this process and uses MPI, which does not allow processes to be forked."""
+    """Return whether Horovod runs in this process over MPI, which does not allow the process to fork."""
     hvd = running_horovod()
     return hvd is not None and bool(hvd.mpi_enabled())
 
 
 def rank() -> int:
-    """Return the 0-based number of this worker: Horovod's own once it runs, the launcher's before."""
+    """Return the 0-based rank of this worker."""
     return _number("rank", 0)
 
 
@@ -49,7 +49,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Return the 0-based number of this worker on its host."""
+    """Return the 0-based rank of this worker on its host."""
     return _number("local_rank", 0)
 
 
@@ -59,8 +59,7 @@ def local_size() -> int:
 
 
 def host_rank() -> int:
-    """Return the 0-based number of this host."""
-    # Open MPI does not tell it: exact for equally filled hosts, until Horovod runs.
+    """Return the 0-based rank of this host; under Open MPI exact only for equally filled hosts until Horovod runs."""
     return _number("cross_rank", rank() // local_size() if world_size() > local_size() else 0)
 
 
@@ -73,26 +72,31 @@ def _number(name: str, default: int) -> int:
     hvd = running_horovod()
     if hvd is not None:
         return int(getattr(hvd, name)())
-    return next((int(os.environ[variable]) for variable in _NAMES[name] if variable in os.environ), default)
+    return next((int(os.environ[variable]) for variable in _VARIABLES[name] if variable in os.environ), default)
 
 
 def set_rank_from_environment() -> None:
-    """Let Lightning's rank-zero helpers know this worker's rank, also before Horovod runs."""
+    """Set the rank of Lightning's rank-zero helpers, also before Horovod runs."""
     if not launched_by_horovod():
         return
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning_utilities.core.rank_zero import rank_zero_only as shared_rank_zero_only
 
-    # Functions, whose attribute the libraries set themselves and declare nowhere.
+    # Both libraries keep the rank as an undeclared attribute of this function.
     rank_zero_only.rank = shared_rank_zero_only.rank = rank()  # type: ignore[attr-defined]
 
 
+def available_cores() -> set[int]:
+    """Return the CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def worker_threads(local_workers: int) -> int:
-    """Return how many threads a worker may use: the cores of its affinity mask, shared fairly.
+    """Return how many threads a worker may use if the workers of this host share its available cores evenly.
 
     Args:
         local_workers: number of workers on this host.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // max(1, local_workers))
+    return max(1, len(available_cores()) // max(1, local_workers))

@@ -18,7 +18,7 @@ from dcl_lightning import HorovodStrategy
 from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.distributed import cpu_binding as binding
 from dcl_lightning.distributed.cpu_binding import bind_worker, divide_cores, numa_nodes
-from dcl_lightning.distributed.fork_hazard import fork_hazard
+from dcl_lightning.distributed.horovod.strategy import fork_hazard
 from dcl_lightning.errors import ConfigurationError
 from tests.distributed.workers import assert_ended_well, run_workers
 
@@ -92,7 +92,7 @@ def test_threads_are_the_cores_shared_by_those_that_run_on_them(
     bind: str, masks: list[range], rank: int, bound: set[int] | None, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[set[int]] = []
-    monkeypatch.setattr(binding, "_own_cores", lambda: set(masks[rank]))
+    monkeypatch.setattr(binding, "available_cores", lambda: set(masks[rank]))
     monkeypatch.setattr(binding, "_location", lambda core: core)
     monkeypatch.setattr(binding, "numa_nodes", lambda: [{0, 1, 2, 3}, {4, 5, 6, 7}])
     monkeypatch.setattr(binding, "_bind_all_threads", calls.append)

@@ -177,5 +177,5 @@ def test_a_child_says_how_it_ended() -> None:
     child = WorkerProcess(1, [sys.executable, "-c", "import time; time.sleep(60)"], {})
     child.kill(9)
     child.process.wait(20)
-    assert child.how_it_ended() == "ended with code -9 (SIGKILL: killed from outside, or for want of memory)"
+    assert child.how_it_ended() == "ended with code -9 (SIGKILL: killed from outside, or out of memory)"
     child.kill(9)  # nothing left to kill

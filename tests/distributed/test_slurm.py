@@ -13,8 +13,7 @@ import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dcl_lightning import HorovodStrategy
-from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
-from dcl_lightning.distributed.horovod.slurm import HorovodSLURMEnvironment
+from dcl_lightning.distributed.horovod.environment import HorovodEnvironment, HorovodSLURMEnvironment
 from dcl_lightning.errors import ConfigurationError
 from tests.distributed.workers import assert_ended_well, environment, run_workers
 

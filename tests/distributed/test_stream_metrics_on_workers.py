@@ -14,7 +14,7 @@ import os
 import horovod.torch as hvd
 from tests.metrics.all_metrics import check, streams
 from hypothesis import given, settings
-from dcl_lightning.distributed.horovod.metrics import attach_metrics
+from dcl_lightning.distributed.horovod.comm import attach_metrics
 
 hvd.init()
 rank = int(os.environ["HOROVOD_RANK"])

@@ -7,7 +7,7 @@ from tests.distributed.workers import assert_ended_well, run_workers
 PROGRAM = """
 import signal, time
 import horovod.torch as hvd, torch
-from dcl_lightning.distributed.horovod.polling import poll_while_waiting
+from dcl_lightning.distributed.horovod.watchdog import poll_while_waiting
 hvd.init()
 poll_while_waiting()
 first = hvd.synchronize

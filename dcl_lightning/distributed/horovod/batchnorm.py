@@ -1,4 +1,4 @@
-"""``trainer.sync_batchnorm`` under Horovod: statistics of a batch over all workers, on CPU and GPU."""
+"""``trainer.sync_batchnorm`` under Horovod: batch statistics over all workers, on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -18,75 +18,63 @@ __all__ = ["HorovodBatchNormSync", "layer_sync_for_horovod"]
 
 
 def layer_sync_for_horovod(given: LayerSync) -> LayerSync:
-    """Return the layer sync that works under Horovod in place of the one that Lightning chose.
-
-    Args:
-        given: the trainer's; one that a user wrote is kept.
-    """
+    """Return the layer sync to use under Horovod: ours in place of Lightning's, else the user's own."""
     return HorovodBatchNormSync() if type(given) is TorchSyncBatchNorm else given
 
 
 class HorovodBatchNormSync(LayerSync):
-    """Lets every batch normalisation layer see the batch of all workers.
+    """Makes every batch normalization layer use the statistics of all workers' batches.
 
-    Layers change their class for the time of training: they stay the same objects with the same
-    parameters, buffers and hooks, and ``isinstance`` says of them what it said before.
+    Layers change their class during training. They stay the same objects with the same parameters, buffers and hooks,
+    and remain instances of their own class.
     """
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Synchronise the layers.
-
-        Args:
-            model: the module, changed in place and returned.
+        """Synchronize the layers of a module in place, and return the module.
 
         Raises:
-            ConfigurationError: a layer computes its output in a way of its own.
+            ConfigurationError: a layer has a ``forward`` of its own.
         """
         for name, module in model.named_modules():
-            if not isinstance(module, _BatchNorm) or isinstance(module, _Synchronised):
+            if not isinstance(module, _BatchNorm) or isinstance(module, _Synchronized):
                 continue
             kind = type(module)
             if kind.forward is not _BatchNorm.forward and kind is not nn.SyncBatchNorm:
                 raise ConfigurationError(
                     f"trainer.sync_batchnorm=true: layer {name} is a {kind.__name__} with a forward of its own, which "
-                    "cannot be synchronised: use torch's BatchNorm there, or leave sync_batchnorm out"
+                    "cannot be synchronized: use torch's BatchNorm there, or leave sync_batchnorm out"
                 )
-            # A module takes any attribute, and an object another class, of which type checkers know neither.
-            module.sync_name = f"batchnorm.{name}"  # type: ignore[assignment]
-            module.__class__ = _synchronised(kind)
+            vars(module)["sync_name"] = f"batchnorm.{name}"
+            module.__class__ = _synchronized(kind)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Make them the layers that they were.
-
-        Args:
-            model: the module, changed in place and returned.
-        """
+        """Restore the layers' own classes in place, and return the module."""
         for module in model.modules():
-            if isinstance(module, _Synchronised):
+            if isinstance(module, _Synchronized):
                 del module.sync_name
                 module.__class__ = module.before  # type: ignore[assignment]
         return model
 
 
-class _Synchronised(_BatchNorm):
-    """What is added to a layer's class.
+class _Synchronized(_BatchNorm):
+    """Mixed into a layer's class.
 
     Attributes:
         before: the layer's own class.
-        sync_name: start of the names of its collectives.
+        sync_name: prefix of the names of its collectives.
     """
 
     before: type[_BatchNorm]
     sync_name: str
 
-    # A compiler cannot look into a collective. (The decorator has no types.)
+    # torch.compile cannot trace a collective. (The decorator is untyped.)
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return self.before.forward(self, input)
         self._check_input_dim(input)
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.sync_name)
+        output, mean, variance, count = _Normalize.apply(input, self.weight, self.bias, self.eps, self.sync_name)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
@@ -97,15 +85,15 @@ class _Synchronised(_BatchNorm):
         return output
 
 
-def _synchronised(kind: type[_BatchNorm]) -> type[_BatchNorm]:
-    return type(f"Synchronised{kind.__name__}", (_Synchronised, kind), {"before": kind})
+def _synchronized(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+    return type(f"Synchronized{kind.__name__}", (_Synchronized, kind), {"before": kind})
 
 
-class _Normalise(torch.autograd.Function):
-    """Normalises by mean and variance over all workers' rows; workers may have different numbers, or none.
+class _Normalize(torch.autograd.Function):
+    """Normalizes by the mean and variance over all workers' rows, of which a worker may have any number, also none.
 
-    One allreduce forward and one backward. Returns the output, mean, biased variance and number of values
-    of each channel.
+    Takes one allreduce forward and one backward. Returns the output and, for each channel, the mean, the biased
+    variance and the number of values.
     """
 
     @staticmethod
@@ -119,7 +107,7 @@ class _Normalise(torch.autograd.Function):
         if x.numel():
             variance, mean = torch.var_mean(x.to(wide), _all_but_channels(x), correction=0)
             table[comm.rank] = torch.cat([mean.new_tensor([x.numel() // channels]), mean, variance])
-        # Each worker fills its own row: the sum shows all rows to all, in one operation without a header.
+        # Each worker fills its own row of the table, so the sum gathers all rows in one operation.
         counts, means, variances = comm.allreduce(table).split([1, channels, channels], dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
@@ -133,19 +121,19 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, count = ctx.saved_tensors
         shape = [1, -1, *[1] * (x.ndim - 2)]
         dims = _all_but_channels(x)
         dy = gradient.to(ctx.wide)
-        normalised = (x.to(ctx.wide) - mean.view(shape)) * scale.view(shape)
-        for_bias, for_weight = dy.sum(dims), (dy * normalised).sum(dims)
+        normalized = (x.to(ctx.wide) - mean.view(shape)) * scale.view(shape)
+        for_bias, for_weight = dy.sum(dims), (dy * normalized).sum(dims)
         for_input = None
         if ctx.needs_input_grad[0]:
             sums = HorovodComm(f"{ctx.name}.backward").allreduce(torch.stack([for_bias, for_weight])) / count
-            for_input = dy - sums[0].view(shape) - normalised * sums[1].view(shape)
+            for_input = dy - sums[0].view(shape) - normalized * sums[1].view(shape)
             for_input = (for_input * (scale if weight is None else scale * weight).view(shape)).to(x.dtype)
-        # Those of weight and bias stay this worker's: they are averaged with all the others.
+        # The gradients of weight and bias stay local: they are averaged together with those of other parameters.
         needed = ctx.needs_input_grad
         return for_input, for_weight if needed[1] else None, for_bias if needed[2] else None, None, None
 

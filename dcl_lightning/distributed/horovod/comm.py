@@ -1,20 +1,23 @@
-"""Collectives through Horovod."""
+"""Collective operations through Horovod, for the package and for torchmetrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from dcl_lightning.comm import RowComm, used_here
 
-__all__ = ["HorovodComm"]
+__all__ = ["HorovodComm", "attach_metrics"]
 
 
 class HorovodComm(RowComm):
     """Collectives through Horovod, which matches operations by name.
+
+    Every operation is waited for before its name is used again, so Horovod's cache of known operations stays small.
 
     Args:
         stream: prefix of the names; two streams may be in use by two threads at once.
@@ -27,31 +30,22 @@ class HorovodComm(RowComm):
         self._hvd = hvd
         self._stream = stream
 
-    # Every operation is waited for, so its name is free again when it is used again, and Horovod's
-    # cache of known operations stays small.
-
-    def _call(self, what: str, data: Tensor, **options: Any) -> Any:
-        # Lightning evaluates in inference mode, and Horovod's own thread, which is not in it, may not
-        # resize a result that was made there.
-        with torch.inference_mode(False), torch.no_grad():
-            sent = data.clone() if data.is_inference() else data
-            return getattr(self._hvd, what)(sent, name=f"{self._stream}.{what}", **options)
-
     def _reduce(self, flat: Tensor, op: str) -> Tensor:
         kinds = {"sum": self._hvd.Sum, "min": self._hvd.Min, "max": self._hvd.Max}
-        return self._call("allreduce", flat, op=kinds[op])
+        with _usable_by_horovod(flat) as sent:
+            return self._hvd.allreduce(sent, op=kinds[op], name=f"{self._stream}.allreduce")
 
     def _gather(self, data: Tensor, counts: list[int]) -> Tensor:
-        return self._call("allgather", data)
+        with _usable_by_horovod(data) as sent:
+            return self._hvd.allgather(sent, name=f"{self._stream}.allgather")
 
     def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
         counts = torch.tensor(splits, dtype=torch.int32)
-        with torch.inference_mode(False), torch.no_grad():
-            sent = data.clone() if data.is_inference() else data
+        with _usable_by_horovod(data) as sent:
             handle = self._hvd.alltoall_async(sent, splits=counts, name=f"{self._stream}.{name}")
 
         def finish(sent: Tensor = sent) -> Tensor:
-            with torch.inference_mode(False), torch.no_grad():
+            with _usable_by_horovod(sent):
                 rows, found = self._hvd.synchronize(handle)
             used_here(rows)
             if found.tolist() != received:
@@ -61,8 +55,45 @@ class HorovodComm(RowComm):
         return finish
 
     def _send(self, data: Tensor, src: int) -> Tensor:
-        return self._call("broadcast", data, root_rank=src)
+        with _usable_by_horovod(data) as sent:
+            return self._hvd.broadcast(sent, root_rank=src, name=f"{self._stream}.broadcast")
 
     def barrier(self) -> None:
         """Return once every worker has called it."""
         self._hvd.barrier()
+
+
+@contextmanager
+def _usable_by_horovod(data: Tensor) -> Iterator[Tensor]:
+    """Yield the tensor in a form that Horovod's thread can use, outside inference mode.
+
+    Lightning evaluates in inference mode, but Horovod's thread is not in it and may not resize tensors made there.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield data.clone() if data.is_inference() else data
+
+
+def attach_metrics(module: nn.Module) -> None:
+    """Let every metric within a module reduce over Horovod's workers instead of torch.distributed's.
+
+    Args:
+        module: a ``Metric``, a ``MetricCollection`` or any module. Metrics in plain lists or in callbacks must be
+            passed one by one.
+    """
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            metric.distributed_available_fn = _several_workers
+            if metric.dist_sync_fn is None:
+                metric.dist_sync_fn = _gather_state
+
+
+# Module-level functions, because metrics are copied and pickled.
+def _several_workers() -> bool:
+    import horovod.torch as hvd
+
+    return bool(hvd.is_initialized() and hvd.size() > 1)
+
+
+def _gather_state(tensor: Tensor, group: object = None) -> list[Tensor]:
+    """Return every worker's state; an empty list state takes shape and dtype from a worker that has rows."""
+    return HorovodComm("metric").allgather(tensor)

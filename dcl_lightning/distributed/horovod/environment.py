@@ -1,21 +1,27 @@
-"""Horovod's cluster in the form that Lightning asks for."""
+"""Horovod's cluster as a Lightning ``ClusterEnvironment``, also inside a SLURM allocation."""
 
 from __future__ import annotations
 
+import os
+import signal
+
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from dcl_lightning._lightning import wrap_srun_check
 from dcl_lightning.distributed import ranks
-from dcl_lightning.distributed.ranks import launched_by_horovod, set_rank_from_environment
+from dcl_lightning.distributed.ranks import launched_by_horovod
+from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["HorovodEnvironment", "launched_by_horovod", "set_rank_from_environment"]
+__all__ = ["HorovodEnvironment", "HorovodSLURMEnvironment", "accept_allocation", "check_srun", "horovod_environment"]
 
 
 class HorovodEnvironment(ClusterEnvironment):
-    """The cluster as Horovod, or before it runs its launchers, describe it."""
+    """The cluster as described by Horovod, or by its launcher's variables before Horovod runs."""
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Always: either a launcher has started this process, or ours starts the others."""
+        """Always True: an external launcher started this process, or the strategy's launcher starts the others."""
         return True
 
     @property
@@ -25,12 +31,12 @@ class HorovodEnvironment(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        """Unused, see ``main_address``."""
+        """Unused: Horovod has its own rendezvous."""
         return 0
 
     @staticmethod
     def detect() -> bool:
-        """Return whether a launcher has started this process."""
+        """Return whether a launcher started this process."""
         return launched_by_horovod()
 
     def world_size(self) -> int:
@@ -38,17 +44,17 @@ class HorovodEnvironment(ClusterEnvironment):
         return ranks.world_size()
 
     def set_world_size(self, size: int) -> None:
-        """Ignore: the launcher decides."""
+        """Do nothing: the launcher decides."""
 
     def global_rank(self) -> int:
-        """Return the 0-based number of this worker."""
+        """Return the 0-based rank of this worker."""
         return ranks.rank()
 
     def set_global_rank(self, rank: int) -> None:
-        """Ignore: the launcher decides."""
+        """Do nothing: the launcher decides."""
 
     def local_rank(self) -> int:
-        """Return the 0-based number of this worker on its host."""
+        """Return the 0-based rank of this worker on its host."""
         return ranks.local_rank()
 
     def local_size(self) -> int:
@@ -56,9 +62,60 @@ class HorovodEnvironment(ClusterEnvironment):
         return ranks.local_size()
 
     def node_rank(self) -> int:
-        """Return the 0-based number of this host."""
+        """Return the 0-based rank of this host."""
         return ranks.host_rank()
 
     def num_nodes(self) -> int:
         """Return the number of hosts."""
         return ranks.num_hosts()
+
+
+class HorovodSLURMEnvironment(HorovodEnvironment, SLURMEnvironment):
+    """Takes the ranks from Horovod; being a ``SLURMEnvironment``, it lets Lightning save and requeue the job.
+
+    SLURM's number of tasks is not compared with ``devices``: it counts what ``srun`` would start, which may differ from
+    the workers that ``horovodrun`` or ``mpirun`` start within the allocation.
+
+    Args:
+        auto_requeue: whether Lightning saves and requeues the job when SLURM sends ``requeue_signal``.
+        requeue_signal: the signal of ``sbatch --signal``; SIGUSR1 if None.
+    """
+
+    def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
+        # Not SLURMEnvironment's constructor, which refuses allocations of several tasks without --ntasks-per-node.
+        ClusterEnvironment.__init__(self)
+        self.auto_requeue = auto_requeue
+        self.requeue_signal = requeue_signal or signal.SIGUSR1
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Accept any numbers: the launcher has decided."""
+
+
+def horovod_environment() -> HorovodEnvironment:
+    """Return the environment that fits this process: SLURM's in a batch job."""
+    # As SLURMEnvironment.detect, by which Lightning decides at resume, but without its advice to use srun.
+    batch = "SLURM_NTASKS" in os.environ and SLURMEnvironment.job_name() not in ("bash", "interactive")
+    return HorovodSLURMEnvironment() if batch else HorovodEnvironment()
+
+
+def accept_allocation() -> None:
+    """Exempt Horovod's workers from Lightning's check that ``--ntasks-per-node`` was given. Safe to repeat.
+
+    Given the name of a strategy, Lightning makes a ``SLURMEnvironment`` before the strategy can bring its own, and that
+    refuses ``sbatch --ntasks``, which is right only for tasks that ``srun`` starts.
+    """
+    wrap_srun_check(unless=launched_by_horovod)
+
+
+def check_srun() -> None:
+    """Refuse to run as one of several unconnected tasks of ``srun``.
+
+    Raises:
+        ConfigurationError: ``srun`` has started several tasks without one of Horovod's launchers.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and not launched_by_horovod():
+        raise ConfigurationError(
+            f"srun started {tasks} tasks, and with strategy=horovod each of them would train alone: start the job with "
+            "horovodrun or mpirun in the batch script, without srun"
+        )

@@ -1,4 +1,4 @@
-"""Where workers meet: their rendezvous, and the words that they exchange before Horovod runs and while it blocks."""
+"""The key-value server at which a job's workers meet, and the messages that they exchange there without Horovod."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from dcl_lightning.errors import WorkerError
 
 __all__ = ["Rendezvous", "RendezvousServer", "open_rendezvous", "started_workers", "wait_for_workers"]
 
-
+Process = TypeVar("Process", bound="subprocess.Popen[Any]")
 _SCOPE = "dcl_lightning"
 _ANSWER_S = 5.0
 _ADDRESS, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 
 
 class RendezvousServer:
-    """The key-value server at which Gloo workers of this machine meet, in place of Horovod's own.
+    """The key-value server at which the Gloo workers of one machine meet, in place of Horovod's own.
 
-    Horovod's listens on every network address and serves whoever asks. This one listens on 127.0.0.1, and a request
-    must begin with the job's secret, which the workers find in their environment. A worker's address is forgotten
-    when that worker says that it has met the others, so workers that meet again never call at closed ports.
+    Horovod's server listens on every network address and answers any client. This one listens on 127.0.0.1, and every
+    request must begin with the job's secret, which the workers find in their environment. It also deletes a worker's
+    address once that worker has met the others, so workers that meet again never connect to closed ports.
     """
 
     def __init__(self) -> None:
@@ -40,9 +40,9 @@ class RendezvousServer:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment variables by which Horovod, and ``Rendezvous.of_job``, find the server."""
+        """Environment variables by which Horovod and ``Rendezvous.of_job`` find the server."""
         port = self._server.server_address[1]
-        # Horovod asks for http://ADDRESS:PORT/scope/key. So what follows the slash becomes the beginning of the path.
+        # Horovod requests http://ADDRESS:PORT/scope/key, so that what follows the slash becomes the start of the path.
         return {_ADDRESS: f"127.0.0.1:{port}/{self._server.secret}", _PORT: str(port)}
 
     def stop(self) -> None:
@@ -59,30 +59,27 @@ class _Server(ThreadingTCPServer):
         super().__init__(address, handler)
         self.secret = secrets.token_hex(16)
         self.root = f"{self.secret}:{self.server_address[1]}"
-        self.values: dict[str, bytes] = {}  # single operations on it are atomic
+        self.values: dict[str, bytes] = {}  # single operations on a dict are atomic
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print nothing: whoever hangs up in the middle of a request is no failure of this job."""
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print nothing: a client that hangs up during a request is no failure of this job."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     timeout = 10
 
     def do_GET(self) -> None:
-        key = self._key()
-        value = self._values.get(key) if key else None
-        if key:
+        if key := self._key():
+            value = self._values.get(key)
             self._answer(404 if value is None else 200, value or b"")
 
     def do_PUT(self) -> None:
-        key = self._key()
-        if key:
+        if key := self._key():
             self._values[key] = self.rfile.read(int(self.headers["Content-Length"] or 0))
             self._answer(200)
 
     def do_DELETE(self) -> None:
-        key = self._key()
-        if key:
+        if key := self._key():
             self._values.pop(key, None)
             self._answer(200)
 
@@ -91,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
         return cast(_Server, self.server).values
 
     def _key(self) -> str:
-        """Return scope and key that are asked for; refuse who does not know the secret, or asks for something else."""
+        """Return the requested scope and key; refuse requests without the secret, and other paths."""
         root, _, key = self.path.removeprefix("/").partition("/")
         if not hmac.compare_digest(root.encode(), cast(_Server, self.server).root.encode()):
             self._answer(403)
@@ -107,16 +104,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None: ...
+    def log_message(self, format: str, *args: object) -> None: ...
 
 
 class Rendezvous:
     """A worker's access to the key-value server at which Horovod's Gloo workers meet; MPI has none.
 
+    Keys consist of letters, digits and dots; values are what JSON can hold. Methods raise ``OSError`` if the server
+    does not answer.
+
     Args:
         host: address of the server.
-        port: its port.
-        root: what its paths begin with.
+        port: port of the server.
+        root: prefix of its paths.
     """
 
     def __init__(self, host: str, port: int, root: str = "") -> None:
@@ -128,36 +128,21 @@ class Rendezvous:
         address, port = os.environ.get(_ADDRESS), os.environ.get(_PORT)
         if not address or not port or not port.isdigit():
             return None
-        # Put together and taken apart as Horovod does it.
+        # Joined and split as Horovod does it.
         server, slash, root = f"{address}:{port}".partition("/")
         return cls(server.partition(":")[0], int(port), slash + root)
 
-    def put(self, key: str, value: Any) -> None:
-        """Store a value for all workers.
-
-        Args:
-            key: letters, digits and dots.
-            value: anything that JSON can hold.
-
-        Raises:
-            OSError: the server does not answer.
-        """
+    def put(self, key: str, value: object) -> None:
+        """Store a value for all workers."""
         self._request("PUT", key, json.dumps(value).encode())
 
     def get(self, key: str) -> Any:
-        """Return a value, or None if nobody has stored it.
-
-        Args:
-            key: letters, digits and dots.
-
-        Raises:
-            OSError: the server does not answer.
-        """
+        """Return a value, or None if no worker has stored it."""
         body = self._request("GET", key)
         return None if body is None else json.loads(body)
 
     def _request(self, method: str, key: str, body: bytes | None = None) -> bytes | None:
-        # Not urllib: a proxy of the environment must not stand between workers.
+        # Not urllib, which would send the request through a proxy named in the environment.
         connection = HTTPConnection(self.host, self.port, timeout=_ANSWER_S)
         try:
             connection.request(method, f"{self.root}/{_SCOPE}/{key}", body)
@@ -172,19 +157,19 @@ class Rendezvous:
 def wait_for_workers(
     meeting: Rendezvous, rank: int, size: int, timeout: float, failed: Callable[[], list[int]] = list
 ) -> None:
-    """Return once all workers have come; Horovod itself aborts the process if one does not.
+    """Return once all workers have arrived; Horovod itself would abort the process if one does not.
 
-    Worker 0 asks for each of the others, which ask only for its word: few requests for many workers.
+    Worker 0 asks for each of the others, and these ask only for worker 0's answer, which keeps the requests few.
 
     Args:
-        meeting: where they meet.
-        rank: this worker.
+        meeting: the job's rendezvous.
+        rank: 0-based rank of this worker.
         size: number of workers.
         timeout: seconds to wait.
-        failed: says which workers have ended already, where that is known.
+        failed: returns the workers that have ended already, where that is known.
 
     Raises:
-        WorkerError: workers did not come in time, or ended before; they are named.
+        WorkerError: workers did not arrive in time, or ended before; the message names them.
     """
     end, pause = time.monotonic() + timeout, 0.05
     missing = [k for k in range(size) if k != rank]
@@ -208,11 +193,11 @@ def wait_for_workers(
     except OSError as error:
         raise WorkerError(
             f"worker {rank} of {size} cannot reach the rendezvous at {meeting.host}:{meeting.port} ({error}): either "
-            "the job has ended without it, or a firewall stands between the hosts"
+            "the job has ended without it, or a firewall separates the hosts"
         ) from error
     if missing:
         raise WorkerError(
-            f"{_workers(missing)} of {size} did not come within {timeout:g} s of worker {rank}: see what keeps "
+            f"{_workers(missing)} of {size} did not come within {timeout:g} s of worker {rank}: check what delays "
             "them, or raise start_timeout"
         )
 
@@ -221,22 +206,22 @@ def _workers(ranks: list[int]) -> str:
     return f"worker {ranks[0]}" if len(ranks) == 1 else f"workers {', '.join(map(str, ranks))}"
 
 
-def open_rendezvous(num_workers: int, threads: int) -> tuple[RendezvousServer, list[dict[str, str]]]:
+def open_rendezvous(world_size: int, threads: int) -> tuple[RendezvousServer, list[dict[str, str]]]:
     """Start the server at which workers of this machine meet.
 
     Args:
-        num_workers: number of workers.
-        threads: threads of each, unless OMP_NUM_THREADS says otherwise.
+        world_size: number of workers.
+        threads: threads of each worker, unless OMP_NUM_THREADS is set.
 
     Returns:
-        The server, which is to be stopped, and the environment variables of each worker, by rank.
+        The server, which the caller stops, and the environment variables of each worker, by rank.
     """
     server = RendezvousServer()
     common = {
         **server.variables,
         "HOROVOD_HOSTNAME": "localhost",
-        "HOROVOD_SIZE": str(num_workers),
-        "HOROVOD_LOCAL_SIZE": str(num_workers),
+        "HOROVOD_SIZE": str(world_size),
+        "HOROVOD_LOCAL_SIZE": str(world_size),
         "HOROVOD_CROSS_RANK": "0",
         "HOROVOD_CROSS_SIZE": "1",
         "HOROVOD_GLOO_IFACE": "lo",
@@ -246,26 +231,26 @@ def open_rendezvous(num_workers: int, threads: int) -> tuple[RendezvousServer, l
         "PYTHONUNBUFFERED": "1",
     }
     return server, [
-        {**common, "HOROVOD_RANK": str(rank), "HOROVOD_LOCAL_RANK": str(rank)} for rank in range(num_workers)
+        {**common, "HOROVOD_RANK": str(rank), "HOROVOD_LOCAL_RANK": str(rank)} for rank in range(world_size)
     ]
 
 
 @contextmanager
 def started_workers(
-    num_workers: int, threads: int, start: Callable[[int, dict[str, str]], subprocess.Popen[Any]]
-) -> Iterator[list[subprocess.Popen[Any]]]:
-    """Start workers of this machine; whatever happens within the block, none outlives it.
+    world_size: int, threads: int, start: Callable[[int, dict[str, str]], Process]
+) -> Iterator[list[Process]]:
+    """Start workers of this machine, and kill those that still run when the block ends, however it ends.
 
     Args:
-        num_workers: number of workers.
-        threads: threads of each, unless OMP_NUM_THREADS says otherwise.
-        start: starts one, given its rank and the environment variables that tell it its place.
+        world_size: number of workers.
+        threads: threads of each worker, unless OMP_NUM_THREADS is set.
+        start: starts one worker, given its rank and its environment variables.
 
     Yields:
         Their processes, by rank.
     """
-    server, places = open_rendezvous(num_workers, threads)
-    workers: list[subprocess.Popen[Any]] = []
+    server, places = open_rendezvous(world_size, threads)
+    workers: list[Process] = []
     try:
         for rank, variables in enumerate(places):
             workers.append(start(rank, variables))

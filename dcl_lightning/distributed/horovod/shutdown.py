@@ -1,4 +1,8 @@
-"""What all workers have to do at the same step: stop after a signal, save, agree on the number of batches."""
+"""Lets all workers stop after the same step: on a signal, on a failure, or when the number of batches differs.
+
+A signal is noted when it arrives and acted on between two steps, because saving takes all workers, and workers that
+wait for this one's gradients within a step cannot come to save.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,41 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from dcl_lightning._lightning import callbacks_of, set_callbacks
+from dcl_lightning._lightning import (
+    callbacks_of,
+    cluster_environment_of,
+    is_fast_dev_run,
+    replace_save,
+    restore_save,
+    set_callbacks,
+)
 from dcl_lightning.comm import Comm, SingleProcessComm
 from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
-from dcl_lightning.distributed.horovod.step_message import StepMessage
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.types import Clock
 
 __all__ = [
-    "StoppedBySignal", "break_off_if_signalled", "fail_together", "keep_together", "restore_callbacks",
-    "through_signals",
+    "StoppedBySignal", "break_off_if_signalled", "guard_failures", "present_task", "requeue_between_steps",
+    "requeue_together", "restore_callbacks", "synchronize_stops", "through_signals", "write_stderr",
 ]  # fmt: skip
 
 R = TypeVar("R")
+Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME_PRESS_S = 1.0  # a terminal and a launcher may both deliver one Ctrl-C
 
@@ -37,7 +53,7 @@ class StoppedBySignal(SystemExit):
     """All workers have stopped after the same step; the exit code is 128 + the signal.
 
     Args:
-        signum: the signal that the workers were sent.
+        signum: the signal that a worker received.
     """
 
     def __init__(self, signum: int) -> None:
@@ -48,28 +64,44 @@ class StoppedBySignal(SystemExit):
         return f"all workers stopped for {_name(self.signum)}"
 
 
+# -- signals during long work between two steps --------------------------------------------------------
+
+
 class _BrokenOff(BaseException):
-    """Unwinds work between two steps, for a signal to be acted on."""
+    """Unwinds work between two steps, so that a signal can be acted on."""
+
+
+@runtime_checkable
+class _ActsOnSignals(Protocol):
+    """A callback that synchronizes signals over the workers."""
+
+    def signalled(self) -> bool:
+        """Return whether a worker had a signal when all asked last; this worker's state reaches the next call."""
+        ...
+
+    def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
+        """Act on the signal that the last call of ``signalled`` saw, if any."""
+        ...
 
 
 _unwinding: ContextVar[bool] = ContextVar("unwinding", default=False)
 
 
 def through_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Callable[[], R], save: bool) -> R:
-    """Return what long work between two steps returns, and act on signals in its midst.
+    """Run long work between two steps, acting on signals that arrive meanwhile; return its result.
 
-    SIGINT and SIGTERM save and stop; SLURM's signal saves and requeues, and the work begins again: it changes nothing
-    before it has computed all, or goes on where it was.
+    SIGINT and SIGTERM save and stop the run. SLURM's signal saves and requeues the job, and the work starts again.
 
     Args:
         trainer: of the fit.
         pl_module: the module that is trained.
-        work: looks for signals by ``break_off_if_signalled``; every worker calls it.
-        save: False where the fit has not made a step yet: the checkpoint from which it goes on is all that there is.
+        work: calls ``break_off_if_signalled`` now and then. It may be broken off there and called again, so it changes
+            state only at its end, or resumes where it was. Every worker calls it.
+        save: whether to save; False if the fit has made no step since the checkpoint that it resumed from.
 
     Raises:
-        StoppedBySignal: the workers were sent SIGINT or SIGTERM.
-        SIGTERMException: this process, the only one, was sent SIGTERM.
+        StoppedBySignal: a worker received SIGINT or SIGTERM.
+        SIGTERMException: this process, the only worker, received SIGTERM.
     """
     while True:
         token = _unwinding.set(True)
@@ -83,88 +115,127 @@ def through_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Ca
 
 
 def break_off_if_signalled(trainer: pl.Trainer) -> None:
-    """Look for signals in the midst of work that ``through_signals`` does; elsewhere they wait for the step's end.
+    """Break off work that ``through_signals`` runs if a worker received a signal; elsewhere do nothing.
 
-    Every worker calls this, equally often. One process is interrupted by SIGINT at once, as Python does.
+    Every worker calls this equally often. A single process is interrupted by SIGINT at once, as usual in Python.
 
     Args:
         trainer: of the fit.
     """
-    # All are asked: each has a message of its own.
-    if _unwinding.get() and (any([c.signalled(trainer) for c in _hearing(trainer)]) or _one_is_terminated(trainer)):
+    # A list, because every callback must be asked: each exchanges a message of its own.
+    if _unwinding.get() and (any([c.signalled() for c in _acting(trainer)]) or _terminated_alone(trainer)):
         raise _BrokenOff
 
 
 def _act_on_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
     if not save:
-        trainer.save_checkpoint = _keep_quiet  # type: ignore[method-assign]
-    for callback in _hearing(trainer):
+        replace_save(trainer, _save_nothing)
+    for callback in _acting(trainer):
         callback.act_on_signal(trainer, pl_module, save)
-    if _one_is_terminated(trainer):
-        raise SIGTERMException(128 + signal.SIGTERM)  # callbacks that save after an exception keep quiet, too
+    if _terminated_alone(trainer):
+        raise SIGTERMException(128 + signal.SIGTERM)  # with save=False, also callbacks that save after it do not
     if not save:
-        trainer.__dict__.pop("save_checkpoint", None)
+        restore_save(trainer)
 
 
-def _hearing(trainer: pl.Trainer) -> list[Any]:
-    return [callback for callback in callbacks_of(trainer) if hasattr(callback, "act_on_signal")]
+def _acting(trainer: pl.Trainer) -> list[_ActsOnSignals]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, _ActsOnSignals)]
 
 
-def _one_is_terminated(trainer: pl.Trainer) -> bool:
+def _terminated_alone(trainer: pl.Trainer) -> bool:
     return trainer.world_size == 1 and bool(trainer.received_sigterm)
 
 
-def fail_together(trainer: pl.Trainer) -> None:
-    """Let nobody save after a failure, from now on.
+class _StepMessage:
+    """A few integers, summed over the workers: sent when a step begins, read at its end.
 
     Args:
-        trainer: the trainer.
+        name: name of the operation, the same on all workers and unique among messages.
     """
-    _begin(trainer)
+
+    def __init__(self, name: str) -> None:
+        import horovod.torch as hvd
+
+        self._hvd, self._name = hvd, name
+        self._handle: int | None = None
+
+    def start(self, values: Sequence[int]) -> None:
+        """Send this worker's values, as many as every worker sends."""
+        self.read()  # of a batch that the module skipped
+        mine = torch.tensor(values, dtype=torch.int32)
+        self._handle = self._hvd.allreduce_async_(mine, op=self._hvd.Sum, name=self._name)
+
+    def read(self) -> list[int]:
+        """Return the sums; an empty list if nothing was sent."""
+        handle, self._handle = self._handle, None
+        return [] if handle is None else self._hvd.synchronize(handle).tolist()
+
+    def exchange(self, values: Sequence[int]) -> list[int]:
+        """Return the sums of the previous call, and send values for the next one."""
+        sums = self.read()
+        self.start(values)
+        return sums
+
+    def forget(self) -> None:
+        """Drop a message on its way, after a failure."""
+        self._handle = None
 
 
-def keep_together(trainer: pl.Trainer, comm: Comm, gradients: GradientAverager) -> None:
-    """Let the trainer's workers stop and fail together.
+def _ends_a_step(trainer: pl.Trainer, began_at: int) -> bool:
+    """Return whether this batch completes a step: stopping within an accumulation would lose gradients.
+
+    Args:
+        trainer: of the fit.
+        began_at: ``global_step`` when the batch began.
+    """
+    return trainer.accumulate_grad_batches == 1 or trainer.global_step != began_at
+
+
+# -- several workers: stop and fail together -----------------------------------------------------------
+
+
+def guard_failures(trainer: pl.Trainer) -> _FailureGuard:
+    """From now on, save no checkpoint after a failure."""
+    callbacks = callbacks_of(trainer)
+    guard = next((c for c in callbacks if isinstance(c, _FailureGuard)), None)
+    if guard is None:
+        guard = _FailureGuard()
+        callbacks.insert(0, guard)
+    guard.begin(trainer)
+    return guard
+
+
+def synchronize_stops(trainer: pl.Trainer, comm: Comm, gradients: GradientAverager) -> None:
+    """Let a trainer's workers stop and fail together.
 
     Args:
         trainer: the trainer, before its set-up hooks are called.
         comm: the cluster.
-        gradients: knows which parameters had one.
+        gradients: knows which parameters had a gradient.
     """
-    first = _begin(trainer)
-    first.comm = comm
-    _put_around(trainer, first, _Last(comm, gradients))
+    guard = guard_failures(trainer)
+    guard.comm = comm
+    _put_around(trainer, guard, _StopSynchronization(comm, gradients))
 
 
 def restore_callbacks(trainer: pl.Trainer) -> None:
-    """Give a trainer the callbacks back that it had before.
-
-    Args:
-        trainer: whose run has ended, well or not.
-    """
+    """Remove from a trainer, whose run has ended well or not, the callbacks that this module added."""
     for callback in callbacks_of(trainer):
-        if isinstance(callback, _First):
+        if isinstance(callback, _FailureGuard):
             callback.end()
-    set_callbacks(trainer, [c for c in callbacks_of(trainer) if not isinstance(c, (_First, _Last))])
+    set_callbacks(trainer, _others(trainer))
 
 
-def _begin(trainer: pl.Trainer) -> _First:
-    callbacks = callbacks_of(trainer)
-    first = next((c for c in callbacks if isinstance(c, _First)), None)
-    if first is None:
-        first = _First()
-        callbacks.insert(0, first)
-    first.begin(trainer)
-    return first
+def _others(trainer: pl.Trainer) -> list[pl.Callback]:
+    return [c for c in callbacks_of(trainer) if not isinstance(c, (_FailureGuard, _StopSynchronization))]
 
 
-def _put_around(trainer: pl.Trainer, first: _First, last: _Last) -> None:
-    others = [c for c in callbacks_of(trainer) if not isinstance(c, (_First, _Last))]
-    set_callbacks(trainer, [first, *others, last])
+def _put_around(trainer: pl.Trainer, first: _FailureGuard, last: _StopSynchronization) -> None:
+    set_callbacks(trainer, [first, *_others(trainer), last])
 
 
-class _First(pl.Callback):
-    """Goes first: sees that all have as many batches, and that nobody saves once a worker has failed."""
+class _FailureGuard(pl.Callback):
+    """The first callback: checks that all workers have as many batches, and prevents saving after a failure."""
 
     def __init__(self) -> None:
         self.comm: Comm = SingleProcessComm()
@@ -172,108 +243,112 @@ class _First(pl.Callback):
         self._silenced: list[ModelCheckpoint] = []
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Forget an earlier run, and a failure that ended it.
-
-        Args:
-            trainer: the trainer.
-        """
+        """Forget an earlier run, and a failure that ended it."""
         self._counted = False
-        trainer.__dict__.pop("save_checkpoint", None)
+        restore_save(trainer)
 
     def end(self) -> None:
-        """Let those save after exceptions that did so before; ``trainer.save_checkpoint`` waits for the next run."""
+        """Restore ``save_on_exception`` of the trainer's callbacks; ``begin`` restores ``save_checkpoint``."""
         while self._silenced:
             self._silenced.pop().save_on_exception = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A callback's set-up may have changed the order.
-        for last in [c for c in callbacks_of(trainer) if isinstance(c, _Last)]:
+        for last in self._stop_synchronizations(trainer):
             _put_around(trainer, self, last)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for last in [c for c in callbacks_of(trainer) if isinstance(c, _Last)]:
-            last.signals.take(trainer)  # first of all: others may have a task to end that was cut off
+        # Before other callbacks, which may have long work to finish here.
+        for last in self._stop_synchronizations(trainer):
+            last.signals.take(trainer)
         self._count(trainer, float(trainer.num_training_batches))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._count(trainer, float(trainer.num_training_batches))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Lightning leaves a fit without batches before the first hook; the others ask for its count there.
+        # Without batches, Lightning ends a fit before the first hook, while the other workers wait for the count.
         if stage == "fit" and not self._counted:
             self._count(trainer, 0.0)
         restore_callbacks(trainer)
 
-    def _count(self, trainer: pl.Trainer, batches: float) -> None:
-        self._counted = True
-        counts = [float(count) for count in self.comm.allgather(torch.tensor(batches, dtype=torch.float64))]
-        if len(set(counts)) > 1:
-            told = ", ".join(f"worker {k} has {count:g}" for k, count in enumerate(counts))
-            raise _uneven(trainer, f"workers have different numbers of training batches: {told}")
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # At once, before other callbacks take their time: the others wait for this worker.
+        # Before other callbacks take their time, because the other workers wait for this one.
         trainer.strategy.on_exception(exception)
-        # A save is of all workers, or waits for ever.
-        stopped = isinstance(exception, StoppedBySignal)  # all have saved before
-        trainer.save_checkpoint = _keep_quiet if stopped else _save_nothing  # type: ignore[method-assign]
+        # Saving takes all workers, so a worker that saves alone would wait forever.
+        stopped = isinstance(exception, StoppedBySignal)  # all workers have saved already
+        replace_save(trainer, _save_nothing if stopped else _refuse_to_save)
         for saver in trainer.checkpoint_callbacks:
             if isinstance(saver, ModelCheckpoint) and saver.save_on_exception:
                 self._silenced.append(saver)
                 saver.save_on_exception = False
 
+    @staticmethod
+    def _stop_synchronizations(trainer: pl.Trainer) -> list[_StopSynchronization]:
+        return [c for c in callbacks_of(trainer) if isinstance(c, _StopSynchronization)]
 
-class _Last(pl.Callback):
-    """Goes last: a small message each step tells all workers of signals, last batches and parameters without gradient.
+    def _count(self, trainer: pl.Trainer, batches: float) -> None:
+        self._counted = True
+        counts = [float(count) for count in self.comm.allgather(torch.tensor(batches, dtype=torch.float64))]
+        if len(set(counts)) > 1:
+            each = ", ".join(f"worker {k} has {count:g}" for k, count in enumerate(counts))
+            raise _uneven(trainer, f"workers have different numbers of training batches: {each}")
 
-    It starts with the step and is read at its end, when the gradients' have arrived.
+
+class _StopSynchronization(pl.Callback):
+    """The last callback: exchanges signals, last batches and gradient histories in a small message each step.
+
+    The message is sent when a step begins and read at its end, when the gradients' allreduces have ended.
 
     Args:
         comm: the cluster.
-        gradients: knows which parameters had one.
+        gradients: knows which parameters had a gradient.
     """
 
     def __init__(self, comm: Comm, gradients: GradientAverager) -> None:
         self._comm = comm
         self._gradients = gradients
-        self._history = 0
-        self._message, self._between = StepMessage("together"), StepMessage("between steps")
+        self._history = self._step = 0
+        self._message, self._between = _StepMessage("together"), _StepMessage("between steps")
         self._signalled: list[int] = []
-        self.signals = _Signals()
+        self.signals = _SignalRecorder()
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        self._history = self._gradients.history()
-        flags = self.signals.flags()
-        self._message.start(trainer, [self._history, int(_is_last(trainer, batch_idx)), *flags])
+        self._history, self._step = self._gradients.history(), trainer.global_step
+        self._message.start([self._history, int(_is_last(trainer, batch_idx)), *self.signals.flags()])
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         sums = self._message.read()
-        if sums is None:
+        if not sums:
             return
         history, last, *signals = sums
         self._compare(history)
         if 0 < last < self._comm.size:
-            self._refuse(trainer, batch_idx)
-        if any(signals) and self._message.may_stop(trainer):
+            # Raised on all workers, before one goes on alone.
+            ends = [k for k, end in enumerate(self._comm.allgather(torch.tensor(_is_last(trainer, batch_idx)))) if end]
+            ranks = ", ".join(map(str, ends))
+            raise _uneven(
+                trainer, f"the epoch ends on worker {ranks} after {batch_idx + 1} batches, and the others have more"
+            )
+        if any(signals) and _ends_a_step(trainer, self._step):
             self._stop(trainer, pl_module, _chosen(signals))
 
-    def signalled(self, trainer: pl.Trainer) -> bool:
-        """Return whether a worker had a signal when it asked last; the message travels until all ask again."""
-        self._signalled = self._between.read() or []
-        self._between.start(trainer, self.signals.flags())
+    def signalled(self) -> bool:
+        """See ``_ActsOnSignals``."""
+        self._signalled = self._between.exchange(self.signals.flags())
         return any(self._signalled)
 
     def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
-        """Stop all workers if they were signalled."""
+        """Stop all workers if one received a signal."""
         if any(self._signalled):
             self._stop(trainer, pl_module, _chosen(self._signalled), save)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do not lose a signal that came after the last step."""
+        """Act on a signal that came after the last step."""
         self._between.read()
         self._history = self._gradients.history()
         history, *signals = self._comm.allreduce(torch.tensor([self._history, *self.signals.flags()])).tolist()
@@ -292,10 +367,10 @@ class _Last(pl.Callback):
         self.signals.give_back()
 
     def _compare(self, histories: int) -> None:
-        """Refuse a step that has combined gradients of different passes; at least one worker sees it.
+        """Raise if gradients of different passes were combined, which at least one worker sees.
 
         Args:
-            histories: sum over the workers.
+            histories: sum of all workers' histories.
         """
         if histories != self._comm.size * self._history:
             without = [name for names in self._gradients.without_gradient().values() for name in names]
@@ -305,43 +380,32 @@ class _Last(pl.Callback):
                 f"than on another worker: {FIND_UNUSED}"
             )
 
-    def _refuse(self, trainer: pl.Trainer, batch_idx: int) -> None:
-        """Raise on all workers alike, before one goes on alone."""
-        mine = torch.tensor(_is_last(trainer, batch_idx))
-        ends = [k for k, end in enumerate(self._comm.allgather(mine)) if end]
-        told = f"{', '.join(map(str, ends))} after {batch_idx + 1} batches, and the others have more"
-        raise _uneven(trainer, f"the epoch ends on worker {told}")
-
     def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, signum: int, save: bool = True) -> None:
         stopped = StoppedBySignal(signum)
         _note_stop(trainer, signum)
-        # Here, where ModelCheckpoint saves, and not from the hook for exceptions: by then callbacks have let go
-        # of what belongs into the file.
+        # Saved here, as by ModelCheckpoint, and not in the hook for exceptions: callbacks that run before that hook
+        # may already have released state that belongs in the file.
         paths = _save(trainer, pl_module, stopped) if save else []
         if trainer.is_global_zero:
             saved = f"saved {', '.join(paths)}" if paths else "nothing saved: no ModelCheckpoint(save_last=True)"
             saved = saved if save else "nothing saved: no step was made since the checkpoint that was resumed"
-            _say(f"horovod: all workers stopped after step {trainer.global_step} ({_name(signum)}); {saved}")
+            write_stderr(f"horovod: all workers stopped after step {trainer.global_step} ({_name(signum)}); {saved}")
         raise stopped
 
 
-class _Signals:
-    """SIGINT and SIGTERM during training: the first is noted, a second one ends the job at once.
+class _SignalRecorder:
+    """Records SIGINT and SIGTERM during training: the first is noted, a second one ends the job at once.
 
-    A thread takes them, as Python runs no handler while the main thread waits within Horovod.
+    A thread reads them, because Python runs no handler while the main thread waits within Horovod.
     """
 
     def __init__(self) -> None:
         self._seen: dict[int, float] = {}
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Handler] = {}
         self._pipe: tuple[int, int] | None = None
 
     def take(self, trainer: pl.Trainer) -> None:
-        """Note signals from now on, in place of Lightning, where each worker stops by itself.
-
-        Args:
-            trainer: the trainer.
-        """
+        """Record signals from now on, in place of Lightning's handlers, which stop each worker by itself."""
         if self._pipe is not None or threading.current_thread() is not threading.main_thread():
             return
         self._pipe = os.pipe()
@@ -354,29 +418,30 @@ class _Signals:
         threading.Thread(target=self._read, args=args, name="horovod-signals", daemon=True).start()
 
     def give_back(self) -> None:
-        """Put the former handlers back; safe to repeat."""
+        """Restore the former handlers; safe to repeat."""
         while self._before:
             signum, handler = self._before.popitem()
             signal.signal(signum, handler)
         pipe, self._pipe = self._pipe, None
         if pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)
-            os.close(pipe[1])  # ends the thread, which closes its own end
+            os.close(pipe[1])  # ends the thread, which closes the other end
 
     def flags(self) -> list[int]:
-        """Return one number for each signal, above 0 if it came."""
+        """Return 1 for each signal of ``_SIGNALS`` that came, else 0."""
         return [int(signum in self._seen) for signum in _SIGNALS]
 
-    def _read(self, file: int, launcher: Any) -> None:
+    def _read(self, file: int, launcher: object) -> None:
         while received := os.read(file, 1):
             if received[0] in _SIGNALS:
                 self._note(received[0], launcher)
         os.close(file)
 
-    def _note(self, signum: int, launcher: Any) -> None:
+    def _note(self, signum: int, launcher: object) -> None:
         now = time.monotonic()
         if not self._seen:
-            _say(f"horovod: {_name(signum)}: all workers stop after this step; a second signal ends them at once")
+            name = _name(signum)
+            write_stderr(f"horovod: {name}: all workers stop after this step; a second signal ends them at once")
         elif now - max(self._seen.values()) > _SAME_PRESS_S:
             if isinstance(launcher, HorovodLauncher):
                 launcher.abort(128 + signum)
@@ -384,22 +449,22 @@ class _Signals:
         self._seen[signum] = now
 
 
-def _leave_to_thread(signum: int, frame: Any) -> None:
-    """Handle nothing: the thread has read of the signal already."""
+def _leave_to_thread(signum: int, frame: FrameType | None) -> None:
+    """Do nothing: the thread has already read the signal."""
 
 
 def _save(trainer: pl.Trainer, pl_module: pl.LightningModule, stopped: StoppedBySignal) -> list[str]:
-    """Save what the trainer's checkpoint callbacks would after an exception, and every last checkpoint."""
-    if getattr(trainer, "fast_dev_run", False):
+    """Save what checkpoint callbacks save after an exception, and every last checkpoint; return the paths."""
+    if is_fast_dev_run(trainer):
         return []
     before = trainer.save_checkpoint
     paths: list[str] = []
 
-    def save(filepath: Any, *args: Any, **kwargs: Any) -> None:
-        before(filepath, *args, **kwargs)
+    def save(filepath: str | Path, weights_only: bool | None = None, storage_options: object = None) -> None:
+        before(filepath, weights_only, storage_options)
         paths.append(str(filepath))
 
-    trainer.save_checkpoint = save  # type: ignore[method-assign]
+    replace_save(trainer, save)
     try:
         for saver in trainer.checkpoint_callbacks:
             if isinstance(saver, ModelCheckpoint) and saver.save_last and not saver.save_on_exception:
@@ -408,12 +473,12 @@ def _save(trainer: pl.Trainer, pl_module: pl.LightningModule, stopped: StoppedBy
             else:
                 saver.on_exception(trainer, pl_module, stopped)
     finally:
-        trainer.__dict__.pop("save_checkpoint")
+        restore_save(trainer)
     return paths
 
 
 def _last_path(trainer: pl.Trainer, saver: ModelCheckpoint) -> str:
-    """Return where the last checkpoint lies, or would lie beside those of earlier runs."""
+    """Return the path of the last checkpoint; a new one does not overwrite those of earlier runs."""
     if saver.last_model_path:
         return saver.last_model_path
     metrics = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
@@ -423,11 +488,11 @@ def _last_path(trainer: pl.Trainer, saver: ModelCheckpoint) -> str:
     return path
 
 
-def _keep_quiet(*args: Any, **kwargs: Any) -> None: ...
+def _save_nothing(*args: object, **kwargs: object) -> None: ...
 
 
-def _save_nothing(*args: Any, **kwargs: Any) -> None:
-    _say("horovod: no checkpoint is saved after a failure, as that takes all workers")
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
+    write_stderr("horovod: no checkpoint is saved after a failure, because saving takes all workers")
 
 
 def _note_stop(trainer: pl.Trainer, signum: int) -> None:
@@ -436,7 +501,7 @@ def _note_stop(trainer: pl.Trainer, signum: int) -> None:
         launcher.note_stop(signum)
 
 
-def _chosen(signals: list[int]) -> int:
+def _chosen(signals: Sequence[int]) -> int:
     return max(signum for signum, count in zip(_SIGNALS, signals, strict=True) if count)
 
 
@@ -444,12 +509,18 @@ def _is_last(trainer: pl.Trainer, batch_idx: int) -> bool:
     return bool(trainer.is_last_batch) or batch_idx + 1 >= trainer.num_training_batches
 
 
-def _uneven(trainer: pl.Trainer, told: str) -> DataError:
+def present_task(trainer: pl.Trainer) -> int | None:
+    """Return the 0-based task of the present epoch; None if the module has no clock."""
     clock = getattr(trainer.lightning_module, "clock", None)
-    task = f", task {clock.task_at(trainer.current_epoch)}" if isinstance(clock, Clock) else ""
+    return clock.task_at(trainer.current_epoch) if isinstance(clock, Clock) else None
+
+
+def _uneven(trainer: pl.Trainer, problem: str) -> DataError:
+    task = present_task(trainer)
+    place = f"epoch {trainer.current_epoch}" + ("" if task is None else f", task {task}")
     return DataError(
-        f"epoch {trainer.current_epoch}{task}: {told}; give every worker as many (a DistributedSampler pads the "
-        "shorter shards), or set trainer.limit_train_batches to the smallest number"
+        f"{place}: {problem}; give every worker the same number (a DistributedSampler pads the shorter shards), or set "
+        "trainer.limit_train_batches to the smallest number"
     )
 
 
@@ -457,6 +528,119 @@ def _name(signum: int) -> str:
     return signal.Signals(signum).name
 
 
-def _say(text: str) -> None:
-    # Also from a signal handler, where a print could come into the midst of another.
+def write_stderr(text: str) -> None:
+    """Write a line to stderr, bypassing ``sys.stderr``, whose lock a signal handler or hanging thread may hold."""
     os.write(2, f"{text}\n".encode())
+
+
+# -- SLURM: save and requeue between two steps ---------------------------------------------------------
+
+
+def requeue_together(trainer: pl.Trainer, environment: ClusterEnvironment) -> None:
+    """Let all workers save and requeue after the same step when SLURM signals that the job's time is over.
+
+    Lightning would save at once, in the signal's handler, while the other workers wait for this one's gradients.
+
+    Args:
+        trainer: the trainer of several workers, before its set-up hooks are called.
+        environment: the cluster.
+    """
+    _requeue(trainer, environment, _StepMessage("requeue"), _StepMessage("requeue between steps"))
+
+
+def requeue_between_steps(trainer: pl.Trainer) -> None:
+    """Let a worker save and requeue after the step in which SLURM signals that the job's time is over.
+
+    Lightning would save at once, in the signal's handler: the unfinished step would count as done, or its samples would
+    enter the memory twice. Does nothing after ``requeue_together``.
+
+    Args:
+        trainer: the trainer, when its set-up hooks are called.
+    """
+    if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
+        _requeue(trainer, cluster_environment_of(trainer), None, None)
+
+
+def _requeue(
+    trainer: pl.Trainer,
+    environment: ClusterEnvironment | None,
+    message: _StepMessage | None,
+    between: _StepMessage | None,
+) -> None:
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+        others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _Requeue)]
+        set_callbacks(trainer, [_Requeue(environment.requeue_signal, message, between), *others])
+
+
+class _Requeue(pl.Callback):
+    """Notes SLURM's signal in place of Lightning's handler, and calls that handler at the end of a step.
+
+    Args:
+        signum: the signal.
+        message: synchronizes the signal over the workers; None for a single process.
+        between: the same during long work between two steps.
+    """
+
+    def __init__(self, signum: signal.Signals, message: _StepMessage | None, between: _StepMessage | None) -> None:
+        self._signum = signum
+        self._message, self._between = message, between
+        self._step = 0
+        self._handler: Handler = None
+        self._received = self._due = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(self._signum)):
+            self._handler = signal.signal(self._signum, self._note)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        self._step = trainer.global_step
+        if self._message is not None:
+            self._message.start([int(self._received)])
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
+    ) -> None:
+        due = self._received if self._message is None else any(self._message.read())
+        # Within an accumulation the worker that received the signal sends it again with the next batch.
+        if due and _ends_a_step(trainer, self._step):
+            self._save_and_requeue()
+
+    def signalled(self) -> bool:
+        """See ``_ActsOnSignals``."""
+        received = int(self._received)
+        self._due = bool(received) if self._between is None else any(self._between.exchange([received]))
+        return self._due
+
+    def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
+        """Save and requeue if a worker received SLURM's signal."""
+        if self._due:
+            self._due = False
+            self._save_and_requeue()
+
+    def _save_and_requeue(self) -> None:
+        self._received = False
+        if self._between is not None:
+            self._between.read()  # a message on its way carries the same signal
+        if callable(self._handler):
+            self._handler(self._signum, None)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._between is not None:
+            self._between.read()
+        self._give_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        for message in (self._message, self._between):
+            if message is not None:
+                message.forget()
+        self._give_back()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def _give_back(self) -> None:
+        if self._handler is not None:
+            signal.signal(self._signum, self._handler)
+            self._handler = None

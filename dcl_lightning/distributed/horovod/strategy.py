@@ -1,13 +1,15 @@
-"""``strategy="horovod"``: what ddp does, through Horovod."""
+"""``strategy="horovod"``: data-parallel training as ddp does it, through Horovod."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,34 +19,47 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dcl_lightning._lightning import optimizers_to_device
-from dcl_lightning.comm import Comm, SingleProcessComm
-from dcl_lightning.distributed.broadcast import share_buffers, share_tensors
+from dcl_lightning.comm import Comm, ReduceOp, SingleProcessComm, broadcast_buffers, broadcast_tensors
+from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.cpu_binding import bind_worker, check_binding
-from dcl_lightning.distributed.fork_hazard import warn_of_fork
 from dcl_lightning.distributed.horovod.batchnorm import layer_sync_for_horovod
-from dcl_lightning.distributed.horovod.comm import HorovodComm
-from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
-from dcl_lightning.distributed.horovod.failures import FailureProtection
+from dcl_lightning.distributed.horovod.comm import HorovodComm, attach_metrics
+from dcl_lightning.distributed.horovod.environment import (
+    HorovodEnvironment,
+    accept_allocation,
+    check_srun,
+    horovod_environment,
+)
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
-from dcl_lightning.distributed.horovod.polling import poll_while_waiting
-from dcl_lightning.distributed.horovod.shutdown import restore_callbacks
-from dcl_lightning.distributed.horovod.slurm import accept_allocation, check_srun, horovod_environment, requeue_together
-from dcl_lightning.distributed.ranks import launched_by_horovod, set_rank_from_environment
+from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_workers
+from dcl_lightning.distributed.horovod.shutdown import (
+    guard_failures,
+    requeue_together,
+    restore_callbacks,
+    synchronize_stops,
+)
+from dcl_lightning.distributed.horovod.watchdog import Watchdog, poll_while_waiting
+from dcl_lightning.distributed.ranks import launched_by_horovod, mpi_runs, set_rank_from_environment
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
 
-__all__ = ["HorovodStrategy"]
+__all__ = ["HorovodStrategy", "fork_hazard"]
+
+T = TypeVar("T")
+_CONNECT_S = 120  # to connect once all workers have arrived; horovodrun's 30 s are too few on busy machines
+_REDUCE_OPS: dict[str, ReduceOp] = {"sum": "sum", "mean": "mean", "avg": "mean", "min": "min", "max": "max"}
 
 
 class HorovodStrategy(ParallelStrategy):
     """Data-parallel training over Horovod's workers.
 
-    Under ``horovodrun`` and ``mpirun`` it takes the place that it is given; under plain ``python`` with
-    ``devices`` above 1 it starts the other workers itself. Gradients are averaged when ``backward()``
-    returns, as with ddp.
+    Under ``horovodrun`` and ``mpirun`` each process is one worker; under plain ``python`` with ``devices`` above 1 the
+    strategy starts the other workers itself. Gradients are averaged when ``backward()`` returns, as with ddp.
 
     Lightning refuses a compiled LightningModule here: compile the backbone within it, in place, by
     ``backbone.compile()`` in ``configure_model``.
@@ -56,24 +71,24 @@ class HorovodStrategy(ParallelStrategy):
         precision_plugin: set by the trainer.
         cluster_environment: a ``HorovodEnvironment``; made if left out.
         op: how gradients are combined.
-        compression: type in which gradients travel.
-        gradient_predivide_factor: averages divide by it before the sum and by workers / factor after.
+        compression: data type in which gradients travel.
+        gradient_predivide_factor: factor f, above 0; averages divide by f before the sum and by workers / f after it.
         find_unused_parameters: allow parameters that take no part in some worker's step, at the cost of a small
-            message each step; without it a parameter takes part on all workers or on none, else the job ends with
+            message each step. Without it a parameter takes part on all workers or on none, else the job ends with
             an error that names it.
-        bind: cores of each worker: ``none``, all that it was given; ``core``, its share of the host's; ``numa``,
-            those of its share of the NUMA nodes. Threads follow, unless OMP_NUM_THREADS is set.
-        start_timeout: seconds that workers wait for each other at the start.
-        collective_timeout: seconds that a worker waits within one operation before the job ends, with the
-            stacks of the workers that hang; 0 waits for ever.
+        bind: cores of each worker: ``none``, all available ones; ``core``, its share of the host's cores; ``numa``,
+            the cores of its share of the NUMA nodes. The number of threads follows, unless OMP_NUM_THREADS is set.
+        start_timeout: seconds, at least 1, that workers wait for each other at the start.
+        collective_timeout: seconds that a worker may wait within one operation before the job ends, showing the
+            stacks of the workers that hang; 0 for no limit.
 
     Raises:
         HorovodNotFoundError: Horovod is not installed, or without PyTorch support.
-        ConfigurationError: a value or a combination of values cannot work.
+        ConfigurationError: a value, or a combination of values, is not supported.
     """
 
     strategy_name = "horovod"
-    is_distributed = True  # read by the trainer: without it ``sync_dist`` is ignored
+    is_distributed = True  # read by the trainer, which otherwise ignores ``sync_dist``
 
     def __init__(
         self,
@@ -96,7 +111,12 @@ class HorovodStrategy(ParallelStrategy):
             raise ConfigurationError(f"gradient_predivide_factor={gradient_predivide_factor} must be above 0")
         if cluster_environment is not None and not isinstance(cluster_environment, HorovodEnvironment):
             raise ConfigurationError(
-                f"strategy=horovod cannot work with {type(cluster_environment).__name__}: leave cluster_environment out"
+                f"strategy=horovod cannot use {type(cluster_environment).__name__}: leave cluster_environment out"
+            )
+        if start_timeout < 1 or collective_timeout < 0:
+            raise ConfigurationError(
+                f"start_timeout={start_timeout} must be at least 1 second and collective_timeout={collective_timeout} "
+                "at least 0, which is no limit"
             )
         check_binding(bind)
         super().__init__(
@@ -108,12 +128,13 @@ class HorovodStrategy(ParallelStrategy):
         )
         self._bind = bind
         self._averager = GradientAverager(op, compression, gradient_predivide_factor, find_unused_parameters)
-        self._protection = FailureProtection(start_timeout, collective_timeout, self._averager)
+        self._start_timeout, self._collective_timeout = start_timeout, collective_timeout or math.inf
+        self._watchdog: Watchdog | None = None
         self._comm: Comm = SingleProcessComm()
         self._failed = False
         set_rank_from_environment()
 
-    # -- who and where -----------------------------------------------------------------------------
+    # -- ranks and devices -------------------------------------------------------------------------
 
     @property
     def comm(self) -> Comm:
@@ -122,7 +143,7 @@ class HorovodStrategy(ParallelStrategy):
 
     @property
     def environment(self) -> HorovodEnvironment:
-        """The cluster environment, ours."""
+        """The cluster environment."""
         assert isinstance(self.cluster_environment, HorovodEnvironment)
         return self.cluster_environment
 
@@ -163,10 +184,10 @@ class HorovodStrategy(ParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def set_world_ranks(self) -> None:
-        """Tell Lightning's rank-zero helpers this worker's rank."""
+        """Set the rank of Lightning's rank-zero helpers."""
         set_rank_from_environment()
 
-    # -- life --------------------------------------------------------------------------------------
+    # -- set-up and teardown -----------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
         check_srun()
@@ -183,19 +204,19 @@ class HorovodStrategy(ParallelStrategy):
             )
 
     def _has_spare_gpus(self) -> bool:
-        """Return whether the devices are all GPUs of the host, as ``auto`` chooses, and enough for its workers."""
+        """Return whether the devices are all GPUs of the host, as ``auto`` selects, and enough for its workers."""
         devices = self.parallel_devices or []
         all_gpus = bool(devices) and devices[0].type == "cuda" and len(devices) == torch.cuda.device_count()
         return all_gpus and len(devices) >= self.environment.local_size()
 
     def setup_environment(self) -> None:
-        """Join the other workers; the first thing that needs Horovod itself."""
+        """Join the other workers: the first call that needs Horovod itself."""
         import horovod.torch as hvd
 
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         first = not hvd.is_initialized()
         if first:
-            trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-            self._protection.meet(trainer, self._launcher)
+            self._wait_for_workers(trainer)
         hvd.init()
         poll_while_waiting()
         self._failed = False
@@ -211,12 +232,28 @@ class HorovodStrategy(ParallelStrategy):
                     f"{_counted(torch.get_num_threads(), 'thread')} each",
                     flush=True,
                 )
-        if self.lightning_module is not None:
-            self._protection.begin(self.lightning_module.trainer, self._comm)
-            if self._comm.size > 1:
-                requeue_together(self.lightning_module.trainer, self.environment)
+        if trainer is not None and self._comm.size > 1:
+            synchronize_stops(trainer, self._comm, self._averager)
+            requeue_together(trainer, self.environment)
         super().setup_environment()
         reset_seed()
+
+    def _wait_for_workers(self, trainer: pl.Trainer | None) -> None:
+        """Wait until all workers have arrived, because Horovod's start aborts the process if one is missing.
+
+        Raises:
+            WorkerError: workers did not arrive in time.
+        """
+        given = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "0")
+        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(int(given), int(self._start_timeout), _CONNECT_S))
+        if ranks.world_size() == 1:
+            return
+        if trainer is not None:
+            guard_failures(trainer)
+        meeting = Rendezvous.of_job()
+        if meeting is not None:
+            failed = self._launcher.failed_workers if isinstance(self._launcher, HorovodLauncher) else list
+            wait_for_workers(meeting, ranks.rank(), ranks.world_size(), self._start_timeout, failed)
 
     def model_to_device(self) -> None:
         """Move the module to this worker's device."""
@@ -226,16 +263,21 @@ class HorovodStrategy(ParallelStrategy):
         self.model.to(self.root_device)
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Return the loader as it is; warn of worker processes that are started in a way that is not safe."""
-        warn_of_fork(dataloader)
+        """Return the loader unchanged; warn if it forks worker processes while MPI or CUDA runs."""
+        hazard = fork_hazard(dataloader)
+        if hazard and isinstance(dataloader, DataLoader):
+            rank_zero_warn(
+                f"a loader forks {dataloader.num_workers} worker processes. {hazard}. "
+                "Give the DataLoader multiprocessing_context='forkserver'"
+            )
         return dataloader
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Start from worker 0's weights; with several workers, average every gradient from now on."""
+        """Take over worker 0's weights, and with several workers average every gradient from now on."""
         assert self.accelerator is not None
         assert self.model is not None
         assert self.lightning_module is not None
-        self._protection.watch(trainer, self._comm, self._launcher)
+        self._watch(trainer)
         self.accelerator.setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None and self._comm.size > 1:
             self._layer_sync = layer_sync_for_horovod(self._layer_sync)
@@ -243,9 +285,7 @@ class HorovodStrategy(ParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if self._comm.size > 1:
-            from dcl_lightning.distributed.horovod.metrics import attach_metrics
-
-            share_tensors((*self.lightning_module.parameters(), *self.lightning_module.buffers()), self._comm)
+            broadcast_tensors((*self.lightning_module.parameters(), *self.lightning_module.buffers()), self._comm)
             attach_metrics(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -255,17 +295,33 @@ class HorovodStrategy(ParallelStrategy):
             if self._comm.size > 1:
                 self._averager.attach(self.lightning_module)
 
+    def _watch(self, trainer: pl.Trainer) -> None:
+        """Start the watchdog and the log files, now that data is prepared, a download by one worker included."""
+        self._stop_watching()
+        if self._comm.size > 1:
+            self._watchdog = Watchdog(
+                trainer, self._collective_timeout, self._comm.rank, self._comm.size, self._launcher, self._averager
+            )
+        folder = None if trainer.logger is None else trainer.logger.log_dir
+        if isinstance(self._launcher, HorovodLauncher) and folder is not None:
+            self._launcher.log_to(Path(folder) / "logs")
+
+    def _stop_watching(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+
     def on_validation_start(self) -> None:
-        """Evaluate worker 0's running statistics on all workers."""
+        """Evaluate with worker 0's running statistics on all workers."""
         if self.lightning_module is not None:
-            share_buffers(self.lightning_module, self._comm)
+            broadcast_buffers(self.lightning_module, self._comm)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Leave the job, which ends the others' waiting with an error."""
+        """Leave the job, so that the other workers' waits end with an error."""
         if self._failed:
             return
         self._failed = True
-        self._protection.end()
+        self._stop_watching()
         self._averager.detach()
         if isinstance(self._launcher, HorovodLauncher):
             self._launcher.note_failure(exception)
@@ -276,79 +332,74 @@ class HorovodStrategy(ParallelStrategy):
                 hvd.shutdown()
 
     def teardown(self) -> None:
-        """Remove the hooks; Horovod runs on for the next ``fit``."""
-        self._protection.end()
+        """Remove the hooks; Horovod keeps running for the next ``fit``."""
+        self._stop_watching()
         self._averager.detach()
         if self._layer_sync is not None and self._comm.size > 1 and self.model is not None:
             self.model = self._layer_sync.revert(self.model)
         trainer = None if self.lightning_module is None else self.lightning_module.trainer
-        if trainer is not None and trainer.interrupted:  # else the callbacks' own teardown comes later, and does it
+        if trainer is not None and trainer.interrupted:  # otherwise the callbacks' own teardown does it later
             restore_callbacks(trainer)
         super().teardown()
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Take in parameters that were added or unfrozen since the last step; they start from worker 0's values.
-
-        Args:
-            batch: the batch.
-            batch_idx: its number.
-        """
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Include parameters that were added or unfrozen since the last step, with worker 0's values."""
         self._include_new_parameters()
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Take in what was unfrozen within the step.
-
-        Args:
-            closure_loss: the loss.
-        """
+        """Include parameters that were unfrozen within the step."""
         self._averager.begin()
         self._include_new_parameters()
 
     def _include_new_parameters(self) -> None:
         assert self.lightning_module is not None
-        share_tensors(self._averager.include(self.lightning_module), self._comm)
+        broadcast_tensors(self._averager.include(self.lightning_module), self._comm)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Leave gradients local, for all but the last step of an accumulation."""
+        """Leave gradients local within the block: in all but the last batch of an accumulation."""
         with self._averager.paused():
             yield
 
     # -- collectives -------------------------------------------------------------------------------
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for all workers; nothing after a failure."""
+        """Wait for all workers; do nothing after a failure."""
         if not self._failed:
             self._comm.barrier()
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return worker ``src``'s object."""
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Return the object of worker ``src``."""
         if self._comm.size == 1 or self._failed:
             return obj
         import horovod.torch as hvd
 
-        # As in ``HorovodComm``: Horovod's thread cannot work on tensors made in inference mode.
+        # Horovod's thread cannot use tensors made in inference mode. Without a name, types that differ never match.
         with torch.inference_mode(False):
             return hvd.broadcast_object(obj, root_rank=src, name="strategy.broadcast")
 
-    def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Return a tensor reduced over workers; other things as they are. Integer means are float64."""
+    def reduce(self, tensor: Tensor | Any, group: object = None, reduce_op: Any = "mean") -> Tensor | Any:
+        """Return a tensor reduced over workers, and other objects unchanged; means of integers are float64.
+
+        Args:
+            tensor: same shape and dtype on all workers.
+            group: ignored.
+            reduce_op: ``mean`` (or None, ``avg``), ``sum``, ``min``, ``max``, ``product``, or torch's ``ReduceOp``.
+        """
         if not isinstance(tensor, Tensor) or self._comm.size == 1:
             return tensor
-        # A string, None, or torch's ReduceOp in one of its two forms.
-        op = getattr(reduce_op, "op", reduce_op)
+        op = getattr(reduce_op, "op", reduce_op)  # torch's ReduceOp comes in two forms
         name = str(getattr(op, "name", op) or "mean").lower()
-        name = "mean" if name == "avg" else name
         if name in ("product", "prod"):
             return torch.stack(self._comm.allgather(tensor)).prod(dim=0).to(tensor.dtype)
-        if name not in ("sum", "mean", "min", "max"):
+        if name not in _REDUCE_OPS:
             raise ValueError(f"reduce_op={reduce_op!r}: give sum, mean, min, max or product")
-        return self._comm.allreduce(tensor, name)  # type: ignore[arg-type]
+        return self._comm.allreduce(tensor, _REDUCE_OPS[name])
 
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Return ``(workers, *shape)``; with ``sync_grads`` gradients are summed over workers, as with ddp."""
+    def all_gather(self, tensor: Tensor, group: object = None, sync_grads: bool = False) -> Tensor:
+        """Return ``(workers, *shape)``; with ``sync_grads``, gradients are summed over workers, as with ddp."""
         if self._comm.size == 1:
             return tensor
         if sync_grads:
@@ -368,21 +419,27 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def _horovod_is_installed() -> bool:
-    """Return whether Horovod is there with its part for PyTorch; imports nothing."""
+    """Return, without importing it, whether Horovod is installed with PyTorch support."""
     spec = importlib.util.find_spec("horovod")
     folders = spec.submodule_search_locations if spec is not None else None
     return any(next(Path(folder, "torch").glob("mpi_lib*"), None) for folder in folders or ())
 
 
+def fork_hazard(loader: object) -> str:
+    """Return why this loader's worker processes should not be forked; an empty string if nothing is wrong."""
+    if not isinstance(loader, DataLoader) or not loader.num_workers:
+        return ""
+    if (loader.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+        return ""
+    if mpi_runs():
+        return "MPI runs in this process, and MPI does not allow processes to be forked: they may hang or crash"
+    if torch.cuda.is_initialized():
+        return "CUDA runs in this process, and does not work in forked ones: they must not touch it"
+    return ""
+
+
 def _check_build(device: str) -> None:
-    """Refuse devices whose tensors Horovod would take for the CPU's: its thread aborts the process on the first one.
-
-    Args:
-        device: type of the workers' devices.
-
-    Raises:
-        ConfigurationError: the installed Horovod cannot reach them.
-    """
+    """Refuse a type of device that the installed Horovod would take for a CPU, aborting the process on first use."""
     if device == "cpu":
         return
     if device != "cuda":
@@ -400,7 +457,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-# Before Horovod runs, so that what Lightning prints first is printed once.
+# On import, before Horovod runs, so that Lightning prints its first messages only once.
 set_rank_from_environment()
 accept_allocation()
 if HorovodStrategy.strategy_name not in StrategyRegistry:

@@ -1,4 +1,7 @@
-"""Ends a job in which a worker hangs; Horovod's own stall check ends nothing."""
+"""Waits for Horovod's operations by polling, and ends a job in which a worker hangs.
+
+Horovod's own wait keeps a core busy, and its stall check ends nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +14,92 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TypedDict
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
-from dcl_lightning.distributed.horovod.polling import end_waits, handle_waited_for, is_within_wait
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous
+from dcl_lightning.distributed.horovod.shutdown import present_task, write_stderr
 from dcl_lightning.distributed.horovod.worker_process import launching_process
-from dcl_lightning.types import Clock
+from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["Watchdog"]
+__all__ = ["Watchdog", "poll_while_waiting"]
 
-_SHOWN = 8  # workers named one by one
+# Without these sleeps a job of two workers took 1.5 times as long on two cores that had other work, too.
+_POLL_INTERVAL_S = 2e-5
+_MAX_SHOWN = 8  # workers or parameters named one by one
+_reason: str | None = None  # why no operation will complete
+
+
+class _State(TypedDict):
+    """What a worker reports to the others: seconds in its present wait, number of its looks, where it is."""
+
+    waited: float
+    looks: int
+    place: str
+    without: dict[str, list[str]]  # see GradientAverager.without_gradient
+
+
+class _Verdict(TypedDict):
+    text: str
+    late: list[int]
+
+
+_UNKNOWN: _State = {"waited": 0.0, "looks": 0, "place": "a place that it has not reported", "without": {}}
+
+
+def poll_while_waiting() -> None:
+    """Let every wait for one of Horovod's operations sleep between polls, in Horovod's own functions too.
+
+    Horovod's ``synchronize`` polls in a loop that only yields the core. On a CPU that takes the core from what the
+    operation needs: Horovod's thread, the memory's thread, and the other workers of the machine.
+    """
+    import horovod.torch as hvd
+    from horovod.torch import mpi_ops
+
+    _set_reason(None)
+    wait = mpi_ops.synchronize
+    if wait.__code__.co_filename == __file__:
+        return
+
+    def synchronize(handle: int) -> Tensor | None:
+        try:
+            # Horovod's own function handles handles that were waited for before.
+            while handle in mpi_ops._handle_map and not mpi_ops.poll(handle) and _reason is None:
+                time.sleep(_POLL_INTERVAL_S)
+        finally:
+            # Also if a signal handler raises during the sleep, so that no operation is left behind.
+            result = None if _reason is not None else wait(handle)
+        if _reason is not None:
+            raise ConfigurationError(_reason)
+        return result
+
+    mpi_ops.synchronize = hvd.synchronize = synchronize
+
+
+def _set_reason(reason: str | None) -> None:
+    """Make all waits raise with this message, because their operations will never complete; None undoes it."""
+    global _reason
+    _reason = reason
 
 
 class Watchdog:
-    """Looks, from a thread, for how long this worker has waited within one of Horovod's operations.
+    """Watches, from a thread, how long this worker waits within one of Horovod's operations.
 
-    Nothing is added to a step: the thread reads the stacks of the others. Workers tell each other at the
-    rendezvous what they do. When one has waited too long, the others are asked: those that do not wait, or give
-    no sign of life, are named, show their stacks, and the job ends. Under MPI, which has no rendezvous, the
-    worker that has waited can only tell of itself.
+    The thread reads the stacks of the other threads, so steps do no extra work. Workers report to each other at the
+    rendezvous. When one has waited too long it compares the reports: workers that do not wait, or have stopped
+    reporting, are named and show their stacks, and the job ends. Under MPI, which has no rendezvous, the waiting worker
+    can only report where it waits itself.
 
     Args:
-        trainer: tells the task, epoch and batch.
-        timeout: seconds that a worker waits within one operation, above 0.
-        rank: this worker.
+        trainer: gives the task, epoch and batch of a report.
+        timeout: seconds that a worker may wait within one operation, above 0.
+        rank: 0-based rank of this worker.
         size: number of workers.
-        launcher: ours, on worker 0, if it has started the others.
+        launcher: of the strategy; on worker 0 the local launcher, if that started the others.
         gradients: knows which parameters' gradients are waited for.
     """
 
@@ -50,165 +109,164 @@ class Watchdog:
         timeout: float,
         rank: int,
         size: int,
-        launcher: Any,
+        launcher: object,
         gradients: GradientAverager,
     ) -> None:
-        self.trainer, self.timeout, self.rank, self.size = trainer, timeout, rank, size
-        self.launcher = launcher if isinstance(launcher, HorovodLauncher) else None
-        self.gradients = gradients
-        self.meeting = Rendezvous.of_job()
-        self.interval = min(max(timeout / 10, 0.2), 4.0)
+        self._trainer, self._timeout, self._rank, self._size = trainer, timeout, rank, size
+        self._launcher = launcher if isinstance(launcher, HorovodLauncher) else None
+        self._gradients = gradients
+        self._meeting = Rendezvous.of_job()
+        self._interval = min(max(timeout / 10, 0.2), 4.0)
         self._since: dict[tuple[int, int], float] = {}
         self._looks = 0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="horovod-watchdog", daemon=True)
-        # So that the launcher can have the stack of a worker whose threads cannot run any more.
+        # So that the launcher can get the stack of a worker whose threads cannot run any more.
         if not faulthandler.is_enabled():
             faulthandler.enable(2)
-        self._thread.start()
+        threading.Thread(target=self._run, name="horovod-watchdog", daemon=True).start()
 
     def stop(self) -> None:
         """End the watch; safe to repeat."""
         self._done.set()
 
     def _run(self) -> None:
-        while not self._done.wait(self.interval):
+        while not self._done.wait(self._interval):
             waited = self._look()
             try:
-                verdict = self._tell_and_ask(waited)
+                verdict = self._report_and_judge(waited)
             except OSError as error:
-                verdict = self._alone(f"the rendezvous gives no answer ({error})") if waited > self.timeout else None
+                verdict = self._judge_alone(f"the rendezvous does not answer ({error})", waited)
             if verdict is not None and not self._done.is_set():
-                self._obey(verdict)
+                self._carry_out(verdict)
                 return
 
     def _look(self) -> float:
-        """Return for how many seconds an operation has been waited for, as far as was seen; 0 if none is."""
+        """Return the seconds since when an operation was seen to be waited for; 0 if none is."""
         now = time.monotonic()
         self._since = {wait: self._since.get(wait, now) for wait in _waits()}
         return max((max(now - since, 1e-3) for since in self._since.values()), default=0.0)
 
-    def _tell_and_ask(self, waited: float) -> dict[str, Any] | None:
-        """Tell the others what this worker does; return the verdict, own or another's, if there is one."""
-        if self.meeting is None:
-            return self._alone("nobody can be asked under MPI") if waited > self.timeout else None
+    def _report_and_judge(self, waited: float) -> _Verdict | None:
+        """Report this worker's state; return this or another worker's verdict, if one exists."""
+        if self._meeting is None:
+            return self._judge_alone("MPI has no rendezvous at which to ask them", waited)
         self._looks += 1
-        state = {
-            "waited": waited,
-            "looks": self._looks,
-            "place": self._place(),
-            "without": self.gradients.without_gradient(),
-        }
-        self.meeting.put(f"state.{self.rank}", state)
-        if waited > self.interval / 2:  # seen at two looks: no step takes so long
-            self._look_for_unused(self.meeting)
-        verdict: dict[str, Any] | None = self.meeting.get("verdict")
-        if verdict is not None or waited <= self.timeout:
-            return verdict
-        return self._accuse(self.meeting)
+        without = {str(number): names for number, names in self._gradients.without_gradient().items()}
+        state: _State = {"waited": waited, "looks": self._looks, "place": self._place(), "without": without}
+        self._meeting.put(f"state.{self._rank}", state)
+        if waited > self._interval / 2:  # seen at two looks: no step takes so long
+            self._look_for_unused(self._meeting)
+        verdict: _Verdict | None = self._meeting.get("verdict")
+        return self._judge(self._meeting) if verdict is None and waited > self._timeout else verdict
 
     def _look_for_unused(self, meeting: Rendezvous) -> None:
-        """End this worker's wait for gradients that another worker, which has ended that backward pass, has not."""
-        number, names = self.gradients.waited_for()
+        """End this worker's wait for gradients that another worker's backward pass, already over, did not produce."""
+        number, names = self._gradients.waited_for()
         if not names:
             return
         for k, state in self._states(meeting).items():
             lacking = [name for name in state["without"].get(str(number), []) if name in names]
-            if lacking and self.gradients.waited_for()[0] == number:
-                shown = ", ".join(lacking[:_SHOWN]) + (" and others" if len(lacking) > _SHOWN else "")
-                end_waits(
-                    f"worker {k}'s backward pass gave no gradient to {shown}, and worker {self.rank} waits for it: "
-                    f"{FIND_UNUSED}"
+            if lacking and self._gradients.waited_for()[0] == number:
+                _set_reason(
+                    f"worker {k}'s backward pass gave no gradient to {_shown(lacking)}, and worker {self._rank} waits "
+                    f"for it: {FIND_UNUSED}"
                 )
                 return
 
-    def _accuse(self, meeting: Rendezvous) -> dict[str, Any] | None:
-        # Asked twice: who has not looked in between gives no sign of life.
+    def _judge(self, meeting: Rendezvous) -> _Verdict | None:
+        # The states are read twice: a worker that has not looked in between has stopped reporting.
         before = self._states(meeting)
-        if self._done.wait(1.5 * self.interval) or self._look() <= self.timeout:
+        if self._done.wait(1.5 * self._interval) or self._look() <= self._timeout:
             return None
         states = self._states(meeting)
         alive = [k for k, state in states.items() if state["looks"] > before[k]["looks"]]
-        waiting = [k for k in alive if k != self.rank and states[k]["waited"] > 0]
-        if any(k < self.rank and states[k]["waited"] > self.timeout for k in waiting):
-            return None  # that one speaks
-        late = [k for k in states if k != self.rank and k not in waiting]
-        lines = [self._headline(late)]
-        lines += [f"  worker {self.rank} waits in {self._place()}"]
-        for k in (late or waiting)[:_SHOWN]:
-            word = "waits in" if k in waiting else "is in" if k in alive else "gives no sign of life; last seen in"
-            lines.append(f"  worker {k} {word} {states[k]['place']}")
-        text = "\n".join(lines)
-        verdict = {"text": text, "late": late or list(states)}
+        waiting = [k for k in alive if k != self._rank and states[k]["waited"] > 0]
+        if any(k < self._rank and states[k]["waited"] > self._timeout for k in waiting):
+            return None  # that worker gives the verdict
+        late = [k for k in states if k != self._rank and k not in waiting]
+        lines = [self._headline(late), f"  worker {self._rank} waits in {self._place()}"]
+        for k in (late or waiting)[:_MAX_SHOWN]:
+            words = "waits in" if k in waiting else "is in" if k in alive else "gives no sign of life; last seen in"
+            lines.append(f"  worker {k} {words} {states[k]['place']}")
+        verdict: _Verdict = {"text": "\n".join(lines), "late": late or list(states)}
         meeting.put("verdict", verdict)
-        self._say(text)
+        write_stderr(verdict["text"])
         return verdict
 
-    def _states(self, meeting: Rendezvous) -> dict[int, dict[str, Any]]:
-        unknown = {"waited": 0.0, "looks": 0, "place": "a place that it has not told", "without": {}}
-        return {k: meeting.get(f"state.{k}") or unknown for k in range(self.size)}
+    def _states(self, meeting: Rendezvous) -> dict[int, _State]:
+        return {k: meeting.get(f"state.{k}") or _UNKNOWN for k in range(self._size)}
 
     def _headline(self, late: list[int]) -> str:
-        waited = f"that worker {self.rank} has waited for more than {self.timeout:g} s (collective_timeout)"
+        waited = f"that worker {self._rank} has waited for more than {self._timeout:g} s (collective_timeout)"
         if not late:
             return f"horovod: all workers wait, for different operations; in the one {waited}:"
-        names = ", ".join(map(str, late[:_SHOWN])) + (" and others" if len(late) > _SHOWN else "")
+        names = _shown([str(k) for k in late])
         return f"horovod: {'worker' if len(late) == 1 else 'workers'} {names} did not come to an operation {waited}:"
 
-    def _alone(self, why: str) -> dict[str, Any]:
+    def _judge_alone(self, why: str, waited: float) -> _Verdict | None:
+        if waited <= self._timeout:
+            return None
         text = (
-            f"horovod: worker {self.rank} has waited for the others for more than {self.timeout:g} s "
-            f"(collective_timeout), and {why}\n  worker {self.rank} waits in {self._place()}"
+            f"horovod: worker {self._rank} has waited for the others for more than {self._timeout:g} s "
+            f"(collective_timeout), and {why}\n  worker {self._rank} waits in {self._place()}"
         )
-        self._say(text)
-        # With a rendezvous that is silent, the process that holds it is stuck as a whole: let it show where.
+        write_stderr(text)
+        # If the rendezvous is silent, the process that holds it is stuck as a whole: make it show where.
         parent = launching_process()
-        if self.meeting is not None and parent is not None and self.launcher is None:
+        if self._meeting is not None and parent is not None and self._launcher is None:
             os.kill(parent, signal.SIGABRT)
-        return {"text": text, "late": [self.rank]}
+        return {"text": text, "late": [self._rank]}
 
-    def _obey(self, verdict: dict[str, Any]) -> None:
+    def _carry_out(self, verdict: _Verdict) -> None:
         late = verdict["late"]
-        if self.rank in late:
-            self._say(f"horovod: where worker {self.rank} is:")
+        if self._rank in late:
+            write_stderr(f"horovod: where worker {self._rank} is:")
             faulthandler.dump_traceback(2)
-        elif self.launcher is None:
-            time.sleep(2 * self.interval)  # for the stacks of those that hang
-        if self.launcher is not None:
-            self.launcher.abort(1, stuck=[k for k in late if k != self.rank], patience=2 * self.interval + 1)
+        elif self._launcher is None:
+            time.sleep(2 * self._interval)  # for workers that hang to show their stacks
+        if self._launcher is not None:
+            self._launcher.abort(1, stuck=[k for k in late if k != self._rank], patience=2 * self._interval + 1)
         os._exit(1)
 
-    @staticmethod
-    def _say(text: str) -> None:
-        # Not through ``sys.stderr``: a thread that hangs may hold its lock.
-        os.write(2, f"{text}\n".encode())
-
     def _place(self) -> str:
-        trainer: Any = self.trainer
-        words = [str(getattr(trainer.state.stage, "value", trainer.state.stage))]
-        clock = getattr(trainer.lightning_module, "clock", None)
-        if isinstance(clock, Clock):
-            words.append(f"task {clock.task_at(trainer.current_epoch)}")
+        """Return stage, task, epoch, batch and source line at which this worker is."""
+        trainer = self._trainer
+        stage, task = trainer.state.stage, present_task(trainer)
+        words = [str(stage and stage.value)]
+        if task is not None:
+            words.append(f"task {task}")
         words += [f"epoch {trainer.current_epoch}", f"batch {trainer.fit_loop.batch_idx}"]
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        while frame is not None and is_within_wait(frame):
+        while frame is not None and _is_within_wait(frame):
             frame = frame.f_back
         if frame is not None:
             code = frame.f_code
             words.append(f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})")
-        names = self.gradients.waited_for()[1]
+        names = self._gradients.waited_for()[1]
         if names:
             words.append(f"for the gradient of {names[0]} (if some worker's steps do without it, {FIND_UNUSED})")
         return ", ".join(words)
 
 
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_SHOWN]) + (" and others" if len(names) > _MAX_SHOWN else "")
+
+
+def _is_within_wait(frame: FrameType) -> bool:
+    """Return whether a frame belongs to Horovod, or to the wait for it, and so says nothing about a worker's place."""
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package == "horovod" or frame.f_code.co_filename == __file__
+
+
 def _waits() -> Iterator[tuple[int, int]]:
-    """Yield the thread and the handle of each of Horovod's operations that a thread waits for."""
+    """Yield thread and handle of each wait for one of Horovod's operations; the handle is -1 if it is not known."""
+    mpi_ops = sys.modules.get("horovod.torch.mpi_ops")
+    files = {__file__, mpi_ops.__file__ if mpi_ops else None}
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = top
         while frame is not None:
-            handle = handle_waited_for(frame)
-            if handle is not None:
-                yield thread, handle
+            code = frame.f_code
+            if code.co_name == "synchronize" and code.co_filename in files:
+                yield thread, int(frame.f_locals.get("handle", -1))
                 break
             frame = frame.f_back

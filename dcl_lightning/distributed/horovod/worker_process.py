@@ -1,4 +1,4 @@
-"""One worker process of the local launcher: its start, its output and its end."""
+"""Worker processes of the local launcher: start, output and end; imports the standard library only."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ _LAUNCHER = "DCL_LIGHTNING_LAUNCHER"
 
 
 def launching_process() -> int | None:
-    """Return the process id of worker 0, if that has started this worker."""
+    """Return the process id of worker 0 if the local launcher started this worker."""
     parent = os.getppid()
     return parent if os.environ.get(_LAUNCHER) == str(parent) else None
 
 
 class WorkerProcess:
-    """A process that ends with this one, whatever ends it.
+    """A worker in a process group of its own, which ends with this process, however that ends.
 
-    Its lines are shown here, on the stream of the same name, with ``[rank k]`` before each.
+    Its lines are passed on to this process's stream of the same name, prefixed with ``[rank k]``.
 
     Args:
-        rank: 0-based number of the worker.
+        rank: 0-based rank of the worker.
         command: what to run.
-        variables: its environment, besides this process's.
+        variables: added to this process's environment.
+
+    Attributes:
+        tail: its last lines on stderr.
     """
 
     def __init__(self, rank: int, command: list[str], variables: dict[str, str]) -> None:
@@ -57,10 +60,8 @@ class WorkerProcess:
             start_new_session=True,
             preexec_fn=end_with_parent(),
         )
-        self._readers = [
-            threading.Thread(target=self._pass_on, args=(stream, name), daemon=True)
-            for stream, name in ((self.process.stdout, "stdout"), (self.process.stderr, "stderr"))
-        ]
+        streams = ((self.process.stdout, False), (self.process.stderr, True))
+        self._readers = [threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in streams]
         for reader in self._readers:
             reader.start()
 
@@ -76,7 +77,7 @@ class WorkerProcess:
 
     @property
     def echoes(self) -> bool:
-        """Whether its last lines tell of another worker's failure rather than of its own."""
+        """Whether its last lines show the echo of another worker's failure."""
         return any("HorovodInternalError" in line for line in self.tail)
 
     def how_it_ended(self) -> str:
@@ -88,16 +89,11 @@ class WorkerProcess:
             name = signal.Signals(-code).name
         except ValueError:
             name = "a signal"
-        hint = ": killed from outside, or for want of memory" if code == -signal.SIGKILL else ""
+        hint = ": killed from outside, or out of memory" if code == -signal.SIGKILL else ""
         return f"ended with code {code} ({name}{hint})"
 
     def kill(self, signum: int, group: bool = True) -> None:
-        """Send a signal.
-
-        Args:
-            signum: the signal.
-            group: whether also to what the worker has started.
-        """
+        """Send a signal to the worker, and with ``group`` to the processes that it started."""
         if not self.running:
             return
         try:
@@ -106,24 +102,16 @@ class WorkerProcess:
             return
 
     def mute(self) -> None:
-        """Show no more of what it says on stderr; logs have it."""
+        """Stop passing its stderr on; the log still receives it."""
         self._muted = True
 
     def drain(self, timeout: float = 1.0) -> None:
-        """Wait until what it wrote before its end has been shown.
-
-        Args:
-            timeout: seconds, for each of its two streams.
-        """
+        """Wait until the last output has been passed on, at most ``timeout`` seconds for each stream."""
         for reader in self._readers:
             reader.join(timeout)
 
     def log_to(self, folder: Path) -> None:
-        """Write ``rank_k.log``, from its first line on.
-
-        Args:
-            folder: where; made if needed.
-        """
+        """Write its output, from the first line on, to ``rank_k.log`` in a folder, which is made if needed."""
         path = folder / f"rank_{self.rank}.log"
         if path == self._log_path:
             return
@@ -136,9 +124,9 @@ class WorkerProcess:
             self._log.flush()
             self._kept.clear()
 
-    def _pass_on(self, stream: IO[str], name: str) -> None:
+    def _pass_on(self, stream: IO[str], is_stderr: bool) -> None:
         for line in stream:
-            if name == "stderr":
+            if is_stderr:
                 self.tail.append(line)
             with self._lock:
                 if self._log is None:
@@ -146,16 +134,16 @@ class WorkerProcess:
                 else:
                     self._log.write(line)
                     self._log.flush()
-            if self._muted and name == "stderr":
+            if self._muted and is_stderr:
                 continue
-            out = getattr(sys, name)
+            out = sys.stderr if is_stderr else sys.stdout
             out.write(f"[rank {self.rank}] {line.rstrip()}\n")
             out.flush()
 
 
 def end_with_parent() -> Callable[[], None] | None:
-    """Return what a child runs before its program, ``preexec_fn``: Linux shall kill it when this process is gone."""
-    # The kernel means the thread that forked; a thread of the user's may end long before the process.
+    """Return a ``preexec_fn`` by which Linux kills a child process when this process ends; None where it cannot."""
+    # The kernel watches the thread that forked, and a thread other than the main one may end before the process.
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return None
     libc, parent = ctypes.CDLL(None), os.getpid()
