@@ -21,7 +21,7 @@ __all__ = [
     "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
     "datamodule_of", "has_version", "is_fast_dev_run", "log_interval", "loggers_write", "optimizers_to_device",
     "reload_training_data", "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io",
-    "trainer_of", "wrap_srun_check",
+    "trainer_of", "wrap_srun_check", "wrapped_io",
 ]  # fmt: skip
 
 
@@ -108,6 +108,12 @@ def reload_validation_data(trainer: pl.Trainer) -> None:
 def cluster_environment_of(trainer: pl.Trainer) -> ClusterEnvironment:
     """Return the cluster environment that a trainer detected."""
     return trainer._accelerator_connector.cluster_environment
+
+
+def wrapped_io(outer: CheckpointIO) -> CheckpointIO | None:
+    """Return the plugin that another one wraps, as ``AsyncCheckpointIO`` does; None if it wraps none."""
+    inner = getattr(outer, "checkpoint_io", None)
+    return inner if isinstance(inner, CheckpointIO) else None
 
 
 def set_wrapped_io(outer: CheckpointIO, inner: CheckpointIO) -> None:

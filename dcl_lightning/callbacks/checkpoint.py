@@ -11,9 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.callbacks.task_reset import move_schedules
 from dcl_lightning.checkpoint.directory import ClaimedFolders
-from dcl_lightning.checkpoint.io import keep_side_files
+from dcl_lightning.checkpoint.io import FORMAT, KEY, keep_side_files
 from dcl_lightning.checkpoint.resume import move_loop_progress, name_of
-from dcl_lightning.checkpoint.worker_files import FORMAT, KEY
 from dcl_lightning.comm import comm_of
 from dcl_lightning.distributed.horovod.shutdown import requeue_between_steps
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.checkpoint.directory import checkpoint_folder
-from dcl_lightning.checkpoint.reshard import reshard
-from dcl_lightning.checkpoint.worker_files import (
+from dcl_lightning.checkpoint.io import (
     FORMAT,
     KEY,
     STAGING,
@@ -25,6 +24,7 @@ from dcl_lightning.checkpoint.worker_files import (
     copy_file,
     stage_files,
 )
+from dcl_lightning.checkpoint.reshard import reshard
 from dcl_lightning.comm import Comm, allgather_text, comm_of, raise_together
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve

@@ -1,4 +1,4 @@
-"""The folders of checkpoints, and the latest whole checkpoint in them."""
+"""The folders in which a run saves checkpoints, and the latest intact checkpoint in them."""
 
 from __future__ import annotations
 
@@ -7,36 +7,34 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 
-from dcl_lightning.checkpoint.io import check_seal
-from dcl_lightning.checkpoint.worker_files import KEY, STAGING, check_files, side_folder
+from dcl_lightning.checkpoint.io import KEY, STAGING, check_files, check_seal, side_folder
 from dcl_lightning.comm import Comm, raise_together
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.paths import expanded
+from dcl_lightning.types import StateDict
 
 __all__ = ["ClaimedFolders", "checkpoint_folder", "latest_checkpoint", "problem_of"]
-
 
 _LOCK = "lock"
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> str:
-    """Return the folder of the trainer's first checkpoint callback, or where Lightning would have it.
-
-    Args:
-        trainer: the trainer.
-    """
-    return next(iter(_asked_for(trainer)), os.path.join(trainer.default_root_dir, "checkpoints"))
+    """Return the folder of the trainer's first checkpoint callback, else Lightning's default."""
+    return next(iter(_folders(trainer)), os.path.join(trainer.default_root_dir, "checkpoints"))
 
 
-def _asked_for(trainer: pl.Trainer) -> list[str]:
-    folders = (getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks)
-    return [expanded(str(folder)) for folder in folders if folder]
+def _dirpaths(trainer: pl.Trainer) -> list[str | None]:
+    """Return ``dirpath`` of each checkpoint callback that has one; a callback that is not set up yet has None."""
+    return [saver.dirpath for saver in trainer.checkpoint_callbacks if hasattr(saver, "dirpath")]
+
+
+def _folders(trainer: pl.Trainer) -> list[str]:
+    return [expanded(str(folder)) for folder in _dirpaths(trainer) if folder]
 
 
 class ClaimedFolders:
@@ -46,7 +44,7 @@ class ClaimedFolders:
         self._locks: dict[Path, IO[str]] = {}
 
     def claim(self, trainer: pl.Trainer, comm: Comm) -> list[Path]:
-        """Take the folders of the trainer's checkpoints, if it saves any; remove what a killed run left half.
+        """Lock the folders of the trainer's checkpoints, if it saves any, and remove a killed run's unfinished files.
 
         Args:
             trainer: the trainer, set up.
@@ -58,13 +56,11 @@ class ClaimedFolders:
         Raises:
             CheckpointError: a folder cannot be written, or another job saves there.
         """
-        if not any(
-            isinstance(saver, Checkpoint) and hasattr(saver, "dirpath") for saver in trainer.checkpoint_callbacks
-        ):
+        if not _dirpaths(trainer):
             return []
         error = ""
         if comm.rank == 0:
-            for folder in _asked_for(trainer):
+            for folder in _folders(trainer):
                 try:
                     if "://" not in folder:
                         self._claim(Path(os.path.realpath(folder)))
@@ -116,20 +112,20 @@ class ClaimedFolders:
                 (folder / STAGING).rmdir()
                 folder.rmdir()
             except OSError:
-                pass  # there is something in it
+                pass  # not empty
             lock.close()
 
 
 def problem_of(path: Path, resumes: bool = True) -> str:
-    """Return why training cannot go on from a checkpoint, or why it cannot be read; empty if it can.
+    """Return why a checkpoint cannot be read or resumed; an empty string if it can.
 
     Args:
         path: the checkpoint.
-        resumes: whether its memory and its optimizer are needed, too.
+        resumes: whether training resumes from it, which needs its memory and its optimizer, too.
     """
     try:
         check_seal(path)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: StateDict = torch.load(path, map_location="cpu", weights_only=True)
         if not resumes:
             return ""
         if "optimizer_states" not in checkpoint:
@@ -140,17 +136,17 @@ def problem_of(path: Path, resumes: bool = True) -> str:
         folder = side_folder(path, memory)
     except CheckpointError as error:
         return str(error)
-    except Exception as error:  # whatever reading a broken file raises
+    except Exception as error:  # reading a broken file raises many kinds
         return f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})"
     return check_files(folder, memory["files"], list(range(len(memory["files"]))))
 
 
 def latest_checkpoint(files: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint of some, and what is wrong with those that are newer.
+    """Return the latest intact checkpoint among files, and what is wrong with those that are newer.
 
     Args:
         files: the checkpoints.
-        resumes: whether its memory and its optimizer are needed, too.
+        resumes: whether training resumes from it, which needs its memory and its optimizer, too.
     """
     found = {file.resolve() for file in files if file.is_file()}
     problems: list[str] = []

@@ -1,104 +1,261 @@
-"""Writes and reads checkpoints atomically: the memories first, the checkpoint itself last.
+"""Writes and reads checkpoints atomically, together with the side files that all workers write for them.
 
-A checkpoint ``x.ckpt`` is the manifest of ``x.ckpt.memory/<token>/``: it tells the token, the files and their digests.
-Both are written under other names and renamed; the checkpoint's rename is the moment in which all become valid. The
-checkpoint ends with a digest of itself, as the comment of the zip file that it is, which other programs ignore.
+A checkpoint ``x.ckpt`` is the manifest of ``x.ckpt.memory/<token>/``: it records the token, and each file's name, size
+and digest. All are written under other names and renamed; they become valid when the checkpoint is renamed. A
+checkpoint ends with a digest of itself in the comment of the zip file that it is, which other programs ignore.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
+import socket
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Protocol, cast
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
-from dcl_lightning._lightning import set_wrapped_io
-from dcl_lightning.checkpoint.worker_files import FORMAT, KEY, STAGING, Hashed, side_folder, sync_folder
+from dcl_lightning._lightning import set_wrapped_io, wrapped_io
+from dcl_lightning.comm import Comm, allgather_text, raise_together
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.paths import expanded
+from dcl_lightning.types import StateDict
 
-__all__ = ["SideFilesIO", "check_seal", "keep_side_files"]
+__all__ = [
+    "FORMAT", "KEY", "STAGING", "SideFilesIO", "Writable", "check_files", "check_seal", "copy_file", "keep_side_files",
+    "side_folder", "stage_files",
+]  # fmt: skip
 
+KEY = "dcl_lightning"  # of this package's part of a checkpoint
+FORMAT = 1
+STAGING = ".staging"
 _SEAL = b"dcl_lightning sha256 "
 _SEALED = len(_SEAL) + 64
 _ZIP_END = 22  # bytes of a zip file's last record, whose last two are the length of the comment that follows
-_CHUNK = 1 << 20
+_CHUNK = 1 << 22
+_NOT_OURS = "this package gives no such names; the checkpoint was changed or is not to be trusted, use another one"
 
 
-def keep_side_files(strategy: Any) -> SideFilesIO:
+# -- side files: one of each worker -------------------------------------------------------------------
+
+
+class Writable(Protocol):
+    """A sink for bytes."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write bytes; return their number."""
+        ...
+
+
+class _Hashed:
+    """Hashes what is written to a file, from its beginning to its end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        count = memoryview(data).nbytes
+        self.num_bytes += count
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def stage_files(comm: Comm, root: Path, write: Callable[[Writable], None]) -> StateDict:
+    """Let every worker write its file into a new folder below ``root``; return the record for the checkpoint.
+
+    Args:
+        comm: the cluster; every worker calls this.
+        root: a folder that all workers see; worker 0's is used.
+        write: writes this worker's file.
+
+    Returns:
+        ``token``, ``staged`` (the folder) and ``files``: for each worker ``name``, ``bytes`` and ``sha256``.
+
+    Raises:
+        CheckpointError: on all workers, if one could not write or worker 0 does not see its file.
+    """
+    place = allgather_text(comm, str(root / uuid.uuid4().hex) if comm.rank == 0 else "")[0]
+    folder, name = Path(place), f"rank_{comm.rank}"
+    mine: StateDict = {"name": name, "host": socket.gethostname()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / name, "wb") as file:
+            hashed = _Hashed(file)
+            write(hashed)
+            file.flush()
+            os.fsync(file.fileno())
+        mine |= {"bytes": hashed.num_bytes, "sha256": hashed.digest()}
+    except OSError as error:
+        mine["error"] = str(CheckpointError.not_written(folder / name, error))
+    files = [json.loads(text) for text in allgather_text(comm, json.dumps(mine))]
+    errors = [file["error"] for file in files if "error" in file]
+    if not errors and comm.rank == 0:
+        errors = [
+            f"worker {rank} on host {file['host']} wrote {folder / file['name']}, and worker 0 on "
+            f"{socket.gethostname()} does not see it: checkpoints need a folder that all hosts share"
+            for rank, file in enumerate(files)
+            if not _has_size(folder / file["name"], file["bytes"])
+        ]
+    try:
+        raise_together(comm, errors[0] if errors else "", CheckpointError)
+    except CheckpointError:
+        if comm.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    kept = [{key: file[key] for key in ("name", "bytes", "sha256")} for file in files]
+    return {"token": folder.name, "staged": place, "files": kept}
+
+
+def side_folder(path: str | os.PathLike[str], memory: StateDict) -> Path:
+    """Return the folder of a checkpoint's side files, following links.
+
+    Args:
+        path: the checkpoint.
+        memory: its record of the side files.
+
+    Raises:
+        CheckpointError: the recorded token could be a path to another place.
+    """
+    token = str(memory["token"])
+    if not re.fullmatch("[0-9a-f]{32}", token):
+        raise CheckpointError(f"{path} gives {token!r} as the folder of its memory: {_NOT_OURS}")
+    place = path if "://" in str(path) else os.path.realpath(os.path.expanduser(path))
+    return Path(f"{place}.memory", token)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a side file; return when the copy is on the disk."""
+    with open(source, "rb") as read, open(target, "wb") as written:
+        shutil.copyfileobj(read, written, _CHUNK)
+        written.flush()
+        os.fsync(written.fileno())
+
+
+def check_files(folder: Path, files: list[StateDict], read: list[int]) -> str:
+    """Return what is wrong with side files; an empty string if nothing is.
+
+    Args:
+        folder: of the files.
+        files: the checkpoint's record of each worker's file.
+        read: workers whose files are compared with their digests; of the others only the sizes are checked.
+    """
+    for rank, file in enumerate(files):
+        if file["name"] != f"rank_{rank}":
+            return f"{folder}: the checkpoint gives {file['name']!r} as the file of worker {rank}: {_NOT_OURS}"
+        path = folder / file["name"]
+        if not path.is_file():
+            return (
+                f"{path} is missing: training resumes only with the memory, in the folder beside the checkpoint; "
+                "validate, test and predict do without"
+            )
+        if not _has_size(path, file["bytes"]) or (rank in read and _digest(path) != file["sha256"]):
+            return f"{path} is damaged or of another checkpoint: resume from another one of the run"
+    return ""
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == num_bytes
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# -- the checkpoint -----------------------------------------------------------------------------------
+
+
+def keep_side_files(strategy: Strategy) -> SideFilesIO:
     """Let a strategy save, load and remove checkpoints together with their side files; safe to repeat.
 
     Args:
-        strategy: the trainer's. What it saved with so far, the user's plugin too, still writes the checkpoint.
-
-    Returns:
-        What saves, loads and removes them.
+        strategy: the trainer's; its present plugin, also a user's own, still writes the checkpoint itself.
     """
     holder, io = None, strategy.checkpoint_io
-    while not isinstance(io, SideFilesIO) and isinstance(getattr(io, "checkpoint_io", None), CheckpointIO):
-        holder, io = io, io.checkpoint_io
+    while not isinstance(io, SideFilesIO) and (inner := wrapped_io(io)) is not None:
+        holder, io = io, inner
     if isinstance(io, SideFilesIO):
         return io
     ours = SideFilesIO(io)
     if holder is None:
         strategy.checkpoint_io = ours
     else:
-        # Within one that saves in the background, so that all is done in one order there.
+        # Inside a plugin that saves in the background, so that all work happens there, in order.
         set_wrapped_io(holder, ours)
     return ours
 
 
 class SideFilesIO(CheckpointIO):
-    """Puts a checkpoint's side files to their place, writes the checkpoint last, and takes both away together.
+    """Moves a checkpoint's side files into place, then writes the checkpoint; removes both together.
 
     Args:
-        base: writes and reads the checkpoint itself; Lightning's own is done without, to write in one go.
+        base: writes and reads the checkpoint itself. Lightning's default is bypassed for writing, to do that at once.
 
     Attributes:
-        folders: that the job has claimed; what a killed job leaves half is looked for there.
+        folders: those that the job has claimed; a killed job's unfinished files are looked for there.
     """
 
     def __init__(self, base: CheckpointIO) -> None:
         self.base = base
         self.folders: list[Path] = []
-        self._busy = threading.Lock()  # a plugin may save in the background, where nothing must be removed meanwhile
+        self._busy = threading.Lock()  # a plugin may save in the background while another checkpoint is removed
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return all but the lock: trainers are copied, as Lightning's own way to save allows."""
+    def __getstate__(self) -> StateDict:
+        """Return the state without the lock, because a trainer may be copied."""
         return {name: value for name, value in vars(self).items() if name != "_busy"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state back, with a lock of its own."""
+    def __setstate__(self, state: StateDict) -> None:
+        """Set the state, with a new lock."""
         vars(self).update(state, _busy=threading.Lock())
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, path: str | Path, storage_options: object = None) -> None:
         """Make a checkpoint and its side files valid together, in place of what had this name.
 
         Args:
-            checkpoint: what to save.
-            path: its place.
+            checkpoint: its content.
+            path: its file.
             storage_options: for the user's plugin.
 
         Raises:
-            CheckpointError: it cannot be written; what had this name before is still whole.
+            CheckpointError: it cannot be written; what had this name before is intact.
         """
         memory = checkpoint.get(KEY, {}).get("memory") or {}
         staged, token = memory.pop("staged", None), memory.get("token", "")
         if "://" in str(path):
-            self._refuse_remote(path, staged)
+            if staged is not None:
+                raise CheckpointError(
+                    f"{path}: a memory is saved in files beside the checkpoint, which need a folder of a file system: "
+                    "give ModelCheckpoint(dirpath=...) one"
+                )
             self.base.save_checkpoint(checkpoint, path, storage_options)
             return
         path = expanded(os.fspath(path))
         with self._busy:
             self._save(checkpoint, path, storage_options, staged, token)
 
-    def _save(self, checkpoint: dict[str, Any], path: str | Path, options: Any, staged: str | None, token: str) -> None:
+    def _save(self, checkpoint: StateDict, path: str | Path, options: object, staged: str | None, token: str) -> None:
         target = Path(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         folder = Path(f"{target}.memory")
         try:
@@ -106,57 +263,50 @@ class SideFilesIO(CheckpointIO):
             if staged is not None:
                 folder.mkdir(exist_ok=True)
                 shutil.move(staged, folder / token)
-                # From the inside out: the checkpoint must not be there, after a crash, before all that it needs is.
+                # From the inside out: after a crash, the checkpoint must not exist before all that it needs does.
                 for entered in (folder / token, folder, target.parent):
-                    sync_folder(entered)
+                    _sync_folder(entered)
             if type(self.base) is TorchCheckpointIO and options is None:
                 _write(checkpoint, target, self._staging(target))
             else:
                 self.base.save_checkpoint(checkpoint, path, options)
         except OSError as error:
-            for left in (staged, folder / token if staged is not None else None):
-                if left is not None:
+            if staged is not None:
+                for left in (staged, folder / token):
                     shutil.rmtree(left, ignore_errors=True)
             raise CheckpointError.not_written(path, error) from error
         _keep_only(folder, token)
 
     def _staging(self, target: Path) -> Path:
-        """Return the folder in which a checkpoint is written: a rename brings it from there to its place."""
+        """Return a folder on the target's file system, from which a rename moves a checkpoint into place."""
         for folder in self.folders:
-            # A name with a metric's slash in it, "epoch=1-val/acc=0.9", makes folders below the claimed one.
+            # A checkpoint named after a metric, such as "epoch=1-val/acc=0.9", lies below the claimed folder.
             if target.is_relative_to(folder) and folder.stat().st_dev == target.parent.stat().st_dev:
                 return folder / STAGING
         return target.parent / STAGING
 
-    def _refuse_remote(self, path: Any, staged: Any) -> None:
-        if staged is not None:
-            raise CheckpointError(
-                f"{path}: a memory is saved in files beside the checkpoint, which need a folder of a file system: give "
-                "ModelCheckpoint(dirpath=...) one"
-            )
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return a checkpoint, with the place of its side files noted in it.
+    def load_checkpoint(self, path: str | Path, *args: object, **kwargs: object) -> StateDict:
+        """Return a checkpoint, with the folder of its side files added to its record.
 
         Args:
-            path: its place.
+            path: its file.
             *args: for the plugin that reads.
             **kwargs: for the plugin that reads.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or a later version of this package wrote it.
+            CheckpointError: it does not exist, is damaged, or was written by a later version of this package.
         """
         remote = "://" in str(path)
         path = path if remote else expanded(os.fspath(path))
         if type(self.base) is TorchCheckpointIO and not remote:
             check_seal(path)
         try:
-            checkpoint: dict[str, Any] = self.base.load_checkpoint(path, *args, **kwargs)
+            checkpoint: StateDict = self.base.load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
         except Exception as error:
             if remote:
                 raise
-            told = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{path} cannot be read as a checkpoint ({told[0]})") from error
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason[0]})") from error
         ours = checkpoint.get(KEY)
         if ours is not None:
             if ours["format"] > FORMAT:
@@ -168,11 +318,7 @@ class SideFilesIO(CheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint, then its side files.
-
-        Args:
-            path: the checkpoint.
-        """
+        """Remove a checkpoint, then its side files."""
         path = expanded(os.fspath(path))
         with self._busy:
             self.base.remove_checkpoint(path)
@@ -180,26 +326,26 @@ class SideFilesIO(CheckpointIO):
                 shutil.rmtree(f"{path}.memory", ignore_errors=True)
 
     def teardown(self) -> None:
-        """End what the base does in the background."""
+        """Finish what the base plugin does in the background."""
         self.base.teardown()
 
 
-def _write(checkpoint: dict[str, Any], target: Path, staging: Path) -> None:
+def _write(checkpoint: StateDict, target: Path, staging: Path) -> None:
     """Write a sealed checkpoint under another name and rename it."""
     part = staging / f"{uuid.uuid4().hex}.part"
     part.parent.mkdir(exist_ok=True)
     try:
         with open(part, "wb") as file:
-            hashed = Hashed(file)
+            hashed = _Hashed(file)
             torch.save(checkpoint, cast(IO[bytes], hashed))
             file.seek(-2, os.SEEK_END)
             file.write(_SEALED.to_bytes(2, "little") + _SEAL + hashed.digest().encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
-        sync_folder(target.parent)
+        _sync_folder(target.parent)
     except RuntimeError as error:
-        # torch's writer tells of a full disk in this way.
+        # torch.save raises it for a full disk.
         cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0])
         raise cause from error
     finally:
@@ -208,31 +354,31 @@ def _write(checkpoint: dict[str, Any], target: Path, staging: Path) -> None:
 
 
 def check_seal(path: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint that is not as it was written; one that others wrote has no seal and is taken.
+    """Refuse a checkpoint that differs from what was written; those of other programs have no seal and are accepted.
 
     Args:
         path: the checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it was cut short or changed.
+        CheckpointError: it does not exist, or was truncated or changed.
     """
     try:
         with open(path, "rb") as file:
-            whole = _is_whole(file)
+            intact = _is_intact(file)
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: {error.strerror}") from error
-    if not whole:
+    if not intact:
         raise CheckpointError(
             f"checkpoint {path} is damaged: it is not what was written; resume from another one of the run"
         )
 
 
-def _is_whole(file: IO[bytes]) -> bool:
+def _is_intact(file: IO[bytes]) -> bool:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - _SEALED - _ZIP_END, 0))
     tail = file.read()
     if len(tail) < _SEALED + _ZIP_END or tail[_ZIP_END : _ZIP_END + len(_SEAL)] != _SEAL:
-        # Not sealed: whole if it ends as a zip file without a comment does.
+        # Not sealed: complete if it ends as a zip file without a comment does.
         return tail[-_ZIP_END:-18] == b"PK\x05\x06" and tail[-2:] == b"\0\0"
     if tail[_ZIP_END - 2 : _ZIP_END] != _SEALED.to_bytes(2, "little"):
         return False
@@ -242,12 +388,12 @@ def _is_whole(file: IO[bytes]) -> bool:
         chunk = file.read(min(_CHUNK, left))
         digest.update(chunk)
         left -= len(chunk)
-    digest.update(b"\0\0")  # the length of the comment before there was one
+    digest.update(b"\0\0")  # the length of the comment before the seal was added
     return digest.hexdigest().encode() == tail[-64:]
 
 
 def _keep_only(folder: Path, token: str) -> None:
-    """Remove what an earlier checkpoint of this name left in its folder of side files."""
+    """Remove the side files of an earlier checkpoint of the same name."""
     if not folder.is_dir():
         return
     for old in folder.iterdir():
@@ -261,3 +407,17 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
     except OSError:
         return
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write a folder's entries to the disk, if the file system supports it."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number)
+    except OSError:
+        return
+    finally:
+        os.close(number)

@@ -1,45 +1,42 @@
-"""Resuming a run: only with its own configuration, also with another number of samples per step."""
+"""Checks that a run is resumed with its own configuration, and finds its step when a step has another size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from dcl_lightning._lightning import trainer_of
-from dcl_lightning.checkpoint.worker_files import KEY
+from dcl_lightning.checkpoint.io import KEY
 from dcl_lightning.errors import CheckpointError, ConfigurationError
+from dcl_lightning.types import StateDict
 
 __all__ = ["BEYOND_ANY_EPOCH", "move_loop_progress", "name_of", "refuse_another_run"]
 
-# What does not change what is trained, and the memory's values, which the memory compares or iCaRL takes on.
+# Hyperparameters that do not change the training, and the memory's, which the memory compares or iCaRL adopts.
 _HARMLESS = ("input_spec", "rehearsal", "execution", "_instantiator")
-# Batches of an epoch that is over, whatever number the next one has.
+# A number of batches by which Lightning considers an epoch over, whatever number the next one has.
 BEYOND_ANY_EPOCH = 2**60
 
 
 def name_of(module: pl.LightningModule) -> str:
-    """Return the name under which a checkpoint keeps its module: of an agent that of its method.
-
-    Args:
-        module: an agent, or any other module.
-    """
-    method: Any = getattr(type(module), "method", None)  # of a class: submodules may have that name
+    """Return the name under which a checkpoint records its module: an agent's method, else the class's name."""
+    method = getattr(type(module), "method", None)  # of the class, because submodules may have that name
     return str(method()) if method is not None else type(module).__name__
 
 
-def refuse_another_run(agent: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Refuse to load a network into another one, and to go on with another agent or other values of it.
+def refuse_another_run(agent: pl.LightningModule, checkpoint: StateDict) -> None:
+    """Refuse to load weights into another network, and to resume with another agent or other hyperparameters.
 
     Args:
-        agent: into which the checkpoint is loaded.
-        checkpoint: as it was loaded.
+        agent: the agent that loads the checkpoint.
+        checkpoint: as loaded.
 
     Raises:
-        CheckpointError: training cannot go on from it: it has weights alone.
-        ConfigurationError: agent, network or a value differ.
+        CheckpointError: training cannot resume because the checkpoint has weights only.
+        ConfigurationError: agent, network or a hyperparameter differs.
     """
     trainer = trainer_of(agent)
     fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
@@ -57,22 +54,22 @@ def refuse_another_run(agent: pl.LightningModule, checkpoint: dict[str, Any]) ->
     _refuse_other_values(checkpoint.get("hyper_parameters", {}), dict(agent.hparams), "model")
 
 
-def move_loop_progress(loop: dict[str, Any], before: int, now: int) -> int:
-    """Change the saved state of Lightning's loops to the step up to which as many samples were trained on.
+def move_loop_progress(loop: StateDict, before: int, now: int) -> int:
+    """Convert the saved state of Lightning's loops to another number of samples per step.
 
-    Rounded down: what a step has already seen in part comes again, and nothing is left out.
+    Rounds down, so that the samples of a step done in part are repeated, and none is skipped.
 
     Args:
         loop: the saved state of the fit loop, changed in place.
-        before: samples a step over all workers, when it was saved.
-        now: samples a step now.
+        before: samples per step over all workers, when it was saved.
+        now: samples per step now.
 
     Returns:
-        Steps done within the epoch in which the run goes on.
+        Completed steps of the epoch in which the run resumes.
     """
     progress = loop["epoch_loop.batch_progress"]
     current = progress["current"]
-    pending = current["ready"] - current["completed"]  # 1 where it was saved before Lightning had counted the step
+    pending = current["ready"] - current["completed"]  # 1 if saved before Lightning counted the step
     over = progress["is_last_batch"]
     steps = BEYOND_ANY_EPOCH if over and not pending else current["ready"] * before // now
     current |= {"ready": steps, "started": steps, "processed": steps, "completed": steps - pending}
@@ -82,8 +79,8 @@ def move_loop_progress(loop: dict[str, Any], before: int, now: int) -> int:
     return 0 if over else steps
 
 
-def _refuse_another_network(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    # The parts that are configured; what a method keeps besides may change its size.
+def _refuse_another_network(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    # Only the configured parts: other state of a method may change its size.
     saved, present = ({n: t for n, t in d.items() if n.startswith(("backbone.", "head."))} for d in (saved, present))
     for name, tensor in present.items():
         if name in saved and saved[name].shape != tensor.shape:
@@ -100,7 +97,7 @@ def _refuse_another_network(saved: Mapping[str, Any], present: Mapping[str, Any]
         )
 
 
-def _refuse_other_values(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str) -> None:
+def _refuse_other_values(saved: Mapping[str, object], present: Mapping[str, object], prefix: str) -> None:
     for name in sorted(set(saved) & set(present) - set(_HARMLESS)):
         before, now = saved[name], present[name]
         if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -111,5 +108,6 @@ def _refuse_other_values(saved: Mapping[str, Any], present: Mapping[str, Any], p
             )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """Return tuples as lists, which is how some checkpoints hold them."""
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,7 +1,7 @@
 """Builds Horovod 0.28.1, its last release, into the current environment, against the installed PyTorch.
 
-``python -m dcl_lightning.tools.install_horovod``. The release asks for C++14, today's PyTorch for 17 or more:
-two lines of its build files are changed. The wheel is kept in the user's cache.
+Run ``python -m dcl_lightning.tools.install_horovod``. Horovod asks for C++14, but today's PyTorch needs C++17 or later,
+so two lines of Horovod's build files are changed. The wheel is kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -21,42 +21,35 @@ import sysconfig
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-__all__ = ["Build", "main", "missing_tools", "modernise"]
+__all__ = ["Build", "main", "missing_tools", "modernize"]
 
 VERSION = "0.28.1"
-_BUILD_PACKAGES = {
-    "setuptools": "setuptools",
-    "wheel": "wheel",
-    "packaging": "packaging",
-    "cffi": "cffi",
-    "cloudpickle": "cloudpickle",
-    "psutil": "psutil",
-    "yaml": "pyyaml",
+_BUILD_PACKAGES = {name: name for name in ("setuptools", "wheel", "packaging", "cffi", "cloudpickle", "psutil")} | {
+    "yaml": "pyyaml"
 }
 _STAMP = "horovod_build.json"
 _OLDEST_CMAKE = (3, 13)
 _CHECK_S = 180.0
+_HEADERS = ("string", "cstdint", "functional", "memory", "stdexcept")
 
 
 class InstallError(RuntimeError):
-    """Something that keeps Horovod from being built; the message says what to do."""
+    """Horovod cannot be built or does not work; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """All that decides what is built.
+    """Everything that a build depends on.
 
     Args:
-        torch: version of PyTorch with its local part, as 2.14.1+cu130.
-        python: version of Python, as cp311.
-        machine: processor, as x86_64.
+        torch: version of PyTorch with its local part, such as 2.14.1+cu130.
+        python: version of Python, such as cp311.
+        machine: processor, such as x86_64.
         gpu: ``cpu`` or ``cuda``.
-        mpi: whether MPI is built in beside Gloo.
+        mpi: whether MPI is built in addition to Gloo.
         horovod: version of Horovod.
     """
 
@@ -76,7 +69,7 @@ class Build:
 
 
 def missing_tools(gpu: str, path: str | None = None) -> list[str]:
-    """Return, in words, what is needed to build and not there, and how to get it.
+    """Return, in words, what a build needs that is not installed, and how to get it.
 
     Args:
         gpu: ``cpu`` or ``cuda``.
@@ -87,13 +80,12 @@ def missing_tools(gpu: str, path: str | None = None) -> list[str]:
         "cmake": "CMake: `apt-get install cmake`, or `pip install cmake`",
         "make": "make: `apt-get install make`",
     }
-    given = path is not None
-    path = path if given else _search_path()
-    missing = [text for program, text in wanted.items() if shutil.which(program, path=path) is None]
-    cmake = shutil.which("cmake", path=path)
+    programs = _search_path() if path is None else path
+    missing = [text for program, text in wanted.items() if shutil.which(program, path=programs) is None]
+    cmake = shutil.which("cmake", path=programs)
     if cmake is not None and _cmake_version(cmake) < _OLDEST_CMAKE:
         missing.append(f"CMake 3.13 or newer ({cmake} is older): `pip install cmake`")
-    if gpu == "cuda" and toolkit(path if given else None) is None:
+    if gpu == "cuda" and toolkit(path) is None:
         missing.append("NVIDIA's CUDA toolkit of PyTorch's CUDA version (or set CUDA_HOME); or build with --gpu cpu")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         missing.append("Python's headers: `apt-get install python3-dev`")
@@ -101,22 +93,18 @@ def missing_tools(gpu: str, path: str | None = None) -> list[str]:
 
 
 def toolkit(path: str | None = None) -> Path | None:
-    """Return the folder of the CUDA toolkit, None if there is none.
+    """Return the folder of the CUDA toolkit, or None.
 
-    An ``nvcc`` on the PATH may be a script that calls the real one from elsewhere, so a folder counts only if
-    it has CUDA's headers too.
+    A folder counts only if it has CUDA's headers, because an ``nvcc`` on the PATH may be a script that calls another.
 
     Args:
-        path: where to look for ``nvcc``; the PATH and ``/usr/local/cuda`` if None.
+        path: where to look for ``nvcc``; if None, the PATH, the variables for CUDA's folder, and ``/usr/local/cuda``.
     """
-    homes = []
-    if path is None:
-        homes += [Path(os.environ[name]) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME") if os.environ.get(name)]
     nvcc = shutil.which("nvcc", path=path)
-    if nvcc is not None:
-        homes.append(Path(nvcc).resolve().parent.parent)
+    homes = [Path(nvcc).resolve().parent.parent] if nvcc is not None else []
     if path is None:
-        homes.append(Path("/usr/local/cuda"))
+        given = [Path(os.environ[name]) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME") if os.environ.get(name)]
+        homes = [*given, *homes, Path("/usr/local/cuda")]
     for home in homes:
         headers = (home / "include", *home.glob("targets/*/include"))
         if (home / "bin" / "nvcc").exists() and any((folder / "cuda_runtime.h").exists() for folder in headers):
@@ -125,7 +113,7 @@ def toolkit(path: str | None = None) -> Path | None:
 
 
 def _search_path() -> str:
-    """The PATH with this environment's programs first: a ``cmake`` from pip lies there."""
+    """Return the PATH with this environment's programs first, such as a ``cmake`` from pip."""
     return os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
 
 
@@ -135,8 +123,8 @@ def _cmake_version(cmake: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def modernise(source: Path, gpu: str) -> None:
-    """Change Horovod's build files for C++20; for a CPU build, let them not look for CUDA."""
+def modernize(source: Path, gpu: str) -> None:
+    """Change Horovod's build files to C++20, and for a CPU build make them ignore CUDA."""
     for name in ("CMakeLists.txt", "horovod/torch/CMakeLists.txt"):
         file = source / name
         text, count = re.subn(r"set\(CMAKE_CXX_STANDARD 1\d\)", "set(CMAKE_CXX_STANDARD 20)", file.read_text())
@@ -152,9 +140,6 @@ def modernise(source: Path, gpu: str) -> None:
         file.write_text(text.replace(old, "set(Pytorch_CUDA FALSE)"))
 
 
-_HEADERS = ("string", "cstdint", "functional", "memory", "stdexcept")
-
-
 def build_variables(build: Build, nccl: Path | None) -> dict[str, str]:
     """Return the environment variables that steer Horovod's build."""
     variables = {
@@ -163,16 +148,16 @@ def build_variables(build: Build, nccl: Path | None) -> dict[str, str]:
         "HOROVOD_WITH_MPI" if build.mpi else "HOROVOD_WITHOUT_MPI": "1",
         "HOROVOD_WITHOUT_TENSORFLOW": "1",
         "HOROVOD_WITHOUT_MXNET": "1",
-        # CMake 4 refuses what third-party parts ask for.
+        # CMake 4 refuses the old minimum version of third-party parts.
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
         "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",
-        # GCC 13 and later do not include these by themselves where Horovod relies on it.
+        # Horovod relies on headers that GCC 13 and later no longer include indirectly.
         "CXXFLAGS": " ".join([*os.environ.get("CXXFLAGS", "").split(), *(f"-include {h}" for h in _HEADERS)]),
         "PATH": _search_path(),
     }
     if build.gpu == "cuda":
         home = toolkit()
-        assert home is not None, "missing_tools() was to say so"
+        assert home is not None  # or missing_tools() would have reported it
         variables |= {
             "CUDA_HOME": str(home),
             "HOROVOD_CUDA_HOME": str(home),
@@ -189,11 +174,9 @@ def build_variables(build: Build, nccl: Path | None) -> dict[str, str]:
 def main(args: list[str] | None = None) -> int:
     """Build, install and check Horovod; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dcl_lightning.tools.install_horovod", description=__doc__)
-    parser.add_argument(
-        "--gpu", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if a GPU is in sight"
-    )
-    parser.add_argument("--mpi", choices=("auto", "on", "off"), default="auto", help="auto: on if mpicxx is there")
-    parser.add_argument("--force", action="store_true", help="build anew even if a wheel is in the cache")
+    parser.add_argument("--gpu", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if a GPU is visible")
+    parser.add_argument("--mpi", choices=("auto", "on", "off"), default="auto", help="auto: on if mpicxx is installed")
+    parser.add_argument("--force", action="store_true", help="rebuild even if a wheel is in the cache")
     parser.add_argument("--check-only", action="store_true", help="only run the check on two workers")
     options = parser.parse_args(args)
     try:
@@ -212,7 +195,7 @@ def _plan(gpu: str, mpi: str) -> Build:
     if platform.system() != "Linux":
         raise InstallError("Horovod is for Linux; everything but strategy=horovod works without it")
     if importlib.util.find_spec("torch") is None:
-        raise InstallError("PyTorch is not installed: install it first, Horovod is built for it")
+        raise InstallError("PyTorch is not installed: install it first, because Horovod is built against it")
     import torch
 
     if gpu == "auto":
@@ -231,15 +214,13 @@ def _install_and_check(build: Build, force: bool) -> None:
             _check()
         except InstallError as error:
             stamp.unlink()
-            raise InstallError(
-                f"{error}\nIt was left in place; the next run of this command installs it anew"
-            ) from None
+            raise InstallError(f"{error}\nIt stays installed; the next run of this command reinstalls it") from None
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = base / "dcl_lightning" / "horovod" / build.key
     wheels = list(cache.glob("horovod-*.whl"))
     wheel = wheels[0] if wheels and not force else _build_wheel(build, cache)
-    # pip does not know of a stamp without an entry in RECORD: one left behind would speak for a Horovod that is gone.
+    # A stamp that pip left behind would describe a Horovod that is gone.
     stamp.unlink(missing_ok=True)
     _pip("install", "--no-deps", "--force-reinstall", str(wheel))
     _pip("install", "cloudpickle", "psutil", "pyyaml", "packaging", "cffi")
@@ -248,7 +229,7 @@ def _install_and_check(build: Build, force: bool) -> None:
         _check()
     except InstallError as error:
         _pip("uninstall", "-y", "horovod")
-        raise InstallError(f"{error}\nHorovod was removed again; --force builds it anew") from None
+        raise InstallError(f"{error}\nHorovod was removed again; --force rebuilds it") from None
     _write_stamp(build, stamp)
 
 
@@ -262,7 +243,7 @@ def _is_installed(build: Build, stamp: Path) -> bool:
 
 
 def _write_stamp(build: Build, stamp: Path) -> None:
-    """Write what was built into Horovod's folder, and into its RECORD so that pip takes it away with the rest."""
+    """Write the build into Horovod's folder, and list that file in RECORD so that pip removes it with the rest."""
     stamp.write_text(json.dumps(asdict(build)))
     record = stamp.parent.parent / f"horovod-{build.horovod}.dist-info" / "RECORD"
     with record.open("a") as lines:
@@ -272,7 +253,7 @@ def _write_stamp(build: Build, stamp: Path) -> None:
 def _build_wheel(build: Build, cache: Path) -> Path:
     missing = missing_tools(build.gpu)
     if missing:
-        raise InstallError("to build Horovod, this is missing: " + "; ".join(missing))
+        raise InstallError("building Horovod needs: " + "; ".join(missing))
     absent = [name for module, name in _BUILD_PACKAGES.items() if importlib.util.find_spec(module) is None]
     if absent:
         _pip("install", *absent)
@@ -286,37 +267,27 @@ def _build_wheel(build: Build, cache: Path) -> Path:
         with tarfile.open(next(work.glob("horovod-*.tar.gz"))) as archive:
             archive.extractall(work, filter="data")
         source = work / f"horovod-{VERSION}"
-        modernise(source, build.gpu)
+        modernize(source, build.gpu)
         nccl = _nccl_folder(work) if build.gpu == "cuda" else None
         variables = {**os.environ, **build_variables(build, nccl)}
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            folder,
-            str(source),
-        ]
+        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, str(source)]
         with log.open("w") as output:
             code = subprocess.run(command, env=variables, stdout=output, stderr=subprocess.STDOUT).returncode
         if code:
             lines = log.read_text().splitlines()
-            # The end is setuptools' traceback; the cause stands further up.
+            # The log ends with setuptools' traceback; the cause is further up.
             causes = [line for line in lines if re.search(r"\berror: |CMake Error", line)][:5]
             print(*causes, "...", *lines[-20:], sep="\n", file=sys.stderr)
-            raise InstallError(f"Horovod could not be built; nothing was installed; the whole log is {log}")
+            raise InstallError(f"Horovod could not be built; nothing was installed; see {log}")
         wheel = next(work.glob("horovod-*.whl"))
-        # Whole or not at all: another process may look for it.
+        # Renamed when complete, because another process may look for it.
         partial = cache / f".{os.getpid()}.part"
         shutil.copyfile(wheel, partial)
         return partial.replace(cache / wheel.name)
 
 
 def _nccl_folder(work: Path) -> Path | None:
-    """PyTorch brings NCCL as ``libnccl.so.2``, the linker looks for ``libnccl.so``: links serve."""
+    """Return a folder with links to PyTorch's NCCL, whose library lacks the name that the linker looks for."""
     spec = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nccl")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -357,15 +328,12 @@ def _check() -> None:
 
     from dcl_lightning.distributed.horovod.rendezvous import started_workers
 
-    def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[Any]:
-        return subprocess.Popen(
-            [sys.executable, "-c", _SELF_CHECK],
-            env=_with_timeout({**os.environ, **variables}),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    def start(rank: int, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+        env = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "120", **os.environ, **variables}
+        command = [sys.executable, "-c", _SELF_CHECK]
+        return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
 
-    # A file, not a pipe: what was written stays readable after a kill.
+    # Written to a file, because a pipe's content is lost when a worker is killed.
     with tempfile.TemporaryFile("w+") as output:
         late = ""
         with started_workers(2, 1, start) as workers:
@@ -379,10 +347,6 @@ def _check() -> None:
         text = output.read()[-2000:]
     if any(worker.returncode for worker in workers):
         raise InstallError(f"the check on two workers failed{late}\n{text}".rstrip())
-
-
-def _with_timeout(variables: Mapping[str, str]) -> dict[str, str]:
-    return {"HOROVOD_GLOO_TIMEOUT_SECONDS": "120", **variables}
 
 
 if __name__ == "__main__":

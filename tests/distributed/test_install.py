@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dcl_lightning.tools import install_horovod as install
-from dcl_lightning.tools.install_horovod import Build, InstallError, build_variables, missing_tools, modernise, toolkit
+from dcl_lightning.tools.install_horovod import Build, InstallError, build_variables, missing_tools, modernize, toolkit
 
 BUILD = Build("2.14.1+cu130", "cp311", "x86_64", "cpu", False)
 
@@ -63,7 +63,7 @@ def test_the_key_is_stable_and_names_a_folder():
 @pytest.mark.parametrize("gpu", ["cpu", "cuda"])
 def test_build_files_ask_for_cxx20_and_only_a_cuda_build_looks_for_cuda(tmp_path, gpu):
     source = horovod_source(tmp_path)
-    modernise(source, gpu)
+    modernize(source, gpu)
     for name in ("CMakeLists.txt", "horovod/torch/CMakeLists.txt"):
         assert (source / name).read_text() == (
             "project(horovod)\nset(CMAKE_CXX_STANDARD 20)\nset(CMAKE_CXX_EXTENSIONS OFF)\n"
@@ -78,7 +78,7 @@ def test_unexpected_build_files_are_an_error_not_a_silent_miss(tmp_path, name):
     source = horovod_source(tmp_path)
     (source / name).write_text("")
     with pytest.raises(InstallError, match=Path(name).name):
-        modernise(source, "cpu")
+        modernize(source, "cpu")
 
 
 def test_each_missing_program_is_named_with_the_way_to_get_it(tmp_path):

@@ -165,7 +165,7 @@ from pathlib import Path
 import horovod.torch as hvd
 hvd.init()
 from dcl_lightning.distributed.horovod.comm import HorovodComm
-from dcl_lightning.checkpoint.worker_files import check_files, stage_files
+from dcl_lightning.checkpoint.io import check_files, stage_files
 from dcl_lightning.errors import CheckpointError
 comm, root = HorovodComm(), Path({str(tmp_path)!r})
 told = stage_files(comm, root / "good", lambda file: file.write(bytes([comm.rank]) * (100 + comm.rank)))
