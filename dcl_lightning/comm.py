@@ -59,11 +59,15 @@ class Comm(Protocol):
         ...
 
     def allreduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
-        """Return a new tensor, reduced over workers; integer means are computed in float64."""
+        """Return a new tensor, reduced over workers, which give the same shape and dtype; integer means are float64."""
         ...
 
     def allgather(self, tensor: Tensor) -> list[Tensor]:
-        """Return every worker's tensor; first dimensions may differ, any dtype, also empty."""
+        """Return every worker's tensor, of any dtype.
+
+        First dimensions may differ. The others and the dtype must agree between workers that have rows; an empty tensor
+        takes them over from a worker that has rows.
+        """
         ...
 
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
@@ -180,12 +184,7 @@ class RowComm(ABC):
         return self._size
 
     def allreduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
-        """Return a new tensor, reduced over workers; integer means are float64.
-
-        Args:
-            tensor: same shape and dtype on all workers.
-            op: ``sum``, ``mean``, ``min`` or ``max``.
-        """
+        """Return a new tensor, reduced over workers; integer means are float64."""
         if op not in ("sum", "mean", "min", "max"):
             raise ValueError(f"op={op!r}: give sum, mean, min or max")
         value = tensor.detach()
@@ -203,12 +202,7 @@ class RowComm(ABC):
         return value.clone() if value.data_ptr() == tensor.data_ptr() else value
 
     def allgather(self, tensor: Tensor) -> list[Tensor]:
-        """Return every worker's tensor.
-
-        Args:
-            tensor: first dimensions may differ; the others and the dtype must agree between workers that have rows.
-                An empty tensor takes them over from a worker that has rows.
-        """
+        """Return every worker's tensor; see ``Comm.allgather``."""
         if tensor.ndim == 0:
             return [rows[0] for rows in self.allgather(tensor.reshape(1))]
         table = self._table(tensor)

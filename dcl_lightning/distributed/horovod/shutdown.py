@@ -24,14 +24,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from dcl_lightning._lightning import (
-    callbacks_of,
-    cluster_environment_of,
-    is_fast_dev_run,
-    replace_save,
-    restore_save,
-    set_callbacks,
-)
+from dcl_lightning import _lightning
+from dcl_lightning._lightning import callbacks_of, cluster_environment_of, replace_save, restore_save, set_callbacks
 from dcl_lightning.comm import Comm, SingleProcessComm
 from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
@@ -94,7 +88,7 @@ def through_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Ca
 
     Args:
         trainer: of the fit.
-        pl_module: the module that is trained.
+        pl_module: its module.
         work: calls ``break_off_if_signalled`` now and then. It may be broken off there and called again, so it changes
             state only at its end, or resumes where it was. Every worker calls it.
         save: whether to save; False if the fit has made no step since the checkpoint that it resumed from.
@@ -118,9 +112,6 @@ def break_off_if_signalled(trainer: pl.Trainer) -> None:
     """Break off work that ``through_signals`` runs if a worker received a signal; elsewhere do nothing.
 
     Every worker calls this equally often. A single process is interrupted by SIGINT at once, as usual in Python.
-
-    Args:
-        trainer: of the fit.
     """
     # A list, because every callback must be asked: each exchanges a message of its own.
     if _unwinding.get() and (any([c.signalled() for c in _acting(trainer)]) or _terminated_alone(trainer)):
@@ -147,11 +138,7 @@ def _terminated_alone(trainer: pl.Trainer) -> bool:
 
 
 class _StepMessage:
-    """A few integers, summed over the workers: sent when a step begins, read at its end.
-
-    Args:
-        name: name of the operation, the same on all workers and unique among messages.
-    """
+    """A few integers, summed over the workers by a named operation: sent when a step begins, read at its end."""
 
     def __init__(self, name: str) -> None:
         import horovod.torch as hvd
@@ -182,12 +169,7 @@ class _StepMessage:
 
 
 def _ends_a_step(trainer: pl.Trainer, began_at: int) -> bool:
-    """Return whether this batch completes a step: stopping within an accumulation would lose gradients.
-
-    Args:
-        trainer: of the fit.
-        began_at: ``global_step`` when the batch began.
-    """
+    """Return whether the batch that began at this ``global_step`` ends a step; within an accumulation it does not."""
     return trainer.accumulate_grad_batches == 1 or trainer.global_step != began_at
 
 
@@ -206,13 +188,7 @@ def guard_failures(trainer: pl.Trainer) -> _FailureGuard:
 
 
 def synchronize_stops(trainer: pl.Trainer, comm: Comm, gradients: GradientAverager) -> None:
-    """Let a trainer's workers stop and fail together.
-
-    Args:
-        trainer: the trainer, before its set-up hooks are called.
-        comm: the cluster.
-        gradients: knows which parameters had a gradient.
-    """
+    """Let the workers stop and fail together; called before the trainer's set-up hooks."""
     guard = guard_failures(trainer)
     guard.comm = comm
     _put_around(trainer, guard, _StopSynchronization(comm, gradients))
@@ -289,7 +265,7 @@ class _FailureGuard(pl.Callback):
 
     def _count(self, trainer: pl.Trainer, batches: float) -> None:
         self._counted = True
-        counts = [float(count) for count in self.comm.allgather(torch.tensor(batches, dtype=torch.float64))]
+        counts = torch.stack(self.comm.allgather(torch.tensor(batches, dtype=torch.float64))).tolist()
         if len(set(counts)) > 1:
             each = ", ".join(f"worker {k} has {count:g}" for k, count in enumerate(counts))
             raise _uneven(trainer, f"workers have different numbers of training batches: {each}")
@@ -299,10 +275,6 @@ class _StopSynchronization(pl.Callback):
     """The last callback: exchanges signals, last batches and gradient histories in a small message each step.
 
     The message is sent when a step begins and read at its end, when the gradients' allreduces have ended.
-
-    Args:
-        comm: the cluster.
-        gradients: knows which parameters had a gradient.
     """
 
     def __init__(self, comm: Comm, gradients: GradientAverager) -> None:
@@ -367,11 +339,7 @@ class _StopSynchronization(pl.Callback):
         self.signals.give_back()
 
     def _compare(self, histories: int) -> None:
-        """Raise if gradients of different passes were combined, which at least one worker sees.
-
-        Args:
-            histories: sum of all workers' histories.
-        """
+        """Raise, on at least one worker, if the sum of histories shows that gradients of two passes were combined."""
         if histories != self._comm.size * self._history:
             without = [name for names in self._gradients.without_gradient().values() for name in names]
             mine = f"none to {', '.join(dict.fromkeys(without))}" if without else "all"
@@ -455,7 +423,7 @@ def _leave_to_thread(signum: int, frame: FrameType | None) -> None:
 
 def _save(trainer: pl.Trainer, pl_module: pl.LightningModule, stopped: StoppedBySignal) -> list[str]:
     """Save what checkpoint callbacks save after an exception, and every last checkpoint; return the paths."""
-    if is_fast_dev_run(trainer):
+    if _lightning.is_fast_dev_run(trainer):
         return []
     before = trainer.save_checkpoint
     paths: list[str] = []
@@ -539,11 +507,8 @@ def write_stderr(text: str) -> None:
 def requeue_together(trainer: pl.Trainer, environment: ClusterEnvironment) -> None:
     """Let all workers save and requeue after the same step when SLURM signals that the job's time is over.
 
-    Lightning would save at once, in the signal's handler, while the other workers wait for this one's gradients.
-
-    Args:
-        trainer: the trainer of several workers, before its set-up hooks are called.
-        environment: the cluster.
+    Lightning would save at once, in the signal's handler, while the other workers wait for this one's gradients. Called
+    before the trainer's set-up hooks.
     """
     _requeue(trainer, environment, _StepMessage("requeue"), _StepMessage("requeue between steps"))
 
@@ -552,10 +517,7 @@ def requeue_between_steps(trainer: pl.Trainer) -> None:
     """Let a worker save and requeue after the step in which SLURM signals that the job's time is over.
 
     Lightning would save at once, in the signal's handler: the unfinished step would count as done, or its samples would
-    enter the memory twice. Does nothing after ``requeue_together``.
-
-    Args:
-        trainer: the trainer, when its set-up hooks are called.
+    enter the memory twice. Called by set-up hooks; does nothing after ``requeue_together``.
     """
     if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
         _requeue(trainer, cluster_environment_of(trainer), None, None)
@@ -575,10 +537,7 @@ def _requeue(
 class _Requeue(pl.Callback):
     """Notes SLURM's signal in place of Lightning's handler, and calls that handler at the end of a step.
 
-    Args:
-        signum: the signal.
-        message: synchronizes the signal over the workers; None for a single process.
-        between: the same during long work between two steps.
+    Messages synchronize the signal over the workers, during steps and between them; a single process has none.
     """
 
     def __init__(self, signum: signal.Signals, message: _StepMessage | None, between: _StepMessage | None) -> None:

@@ -299,9 +299,7 @@ class HorovodStrategy(ParallelStrategy):
         """Start the watchdog and the log files, now that data is prepared, a download by one worker included."""
         self._stop_watching()
         if self._comm.size > 1:
-            self._watchdog = Watchdog(
-                trainer, self._collective_timeout, self._comm.rank, self._comm.size, self._launcher, self._averager
-            )
+            self._watchdog = Watchdog(trainer, self._collective_timeout, self._comm, self._launcher, self._averager)
         folder = None if trainer.logger is None else trainer.logger.log_dir
         if isinstance(self._launcher, HorovodLauncher) and folder is not None:
             self._launcher.log_to(Path(folder) / "logs")

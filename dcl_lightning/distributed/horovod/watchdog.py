@@ -19,6 +19,7 @@ from typing import TypedDict
 import lightning.pytorch as pl
 from torch import Tensor
 
+from dcl_lightning.comm import Comm
 from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous
@@ -97,22 +98,15 @@ class Watchdog:
     Args:
         trainer: gives the task, epoch and batch of a report.
         timeout: seconds that a worker may wait within one operation, above 0.
-        rank: 0-based rank of this worker.
-        size: number of workers.
+        comm: the cluster.
         launcher: of the strategy; on worker 0 the local launcher, if that started the others.
         gradients: knows which parameters' gradients are waited for.
     """
 
     def __init__(
-        self,
-        trainer: pl.Trainer,
-        timeout: float,
-        rank: int,
-        size: int,
-        launcher: object,
-        gradients: GradientAverager,
+        self, trainer: pl.Trainer, timeout: float, comm: Comm, launcher: object, gradients: GradientAverager
     ) -> None:
-        self._trainer, self._timeout, self._rank, self._size = trainer, timeout, rank, size
+        self._trainer, self._timeout, self._rank, self._size = trainer, timeout, comm.rank, comm.size
         self._launcher = launcher if isinstance(launcher, HorovodLauncher) else None
         self._gradients = gradients
         self._meeting = Rendezvous.of_job()
