@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -107,12 +108,10 @@ class ClaimedFolders:
         """Release the locks; safe to repeat."""
         while self._locks:
             folder, lock = self._locks.popitem()
-            try:
+            with suppress(OSError):  # not empty
                 os.unlink(lock.name)
                 (folder / STAGING).rmdir()
                 folder.rmdir()
-            except OSError:
-                pass  # not empty
             lock.close()
 
 

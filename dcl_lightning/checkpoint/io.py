@@ -16,6 +16,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol, cast
 
@@ -177,10 +178,17 @@ def _has_size(path: Path, num_bytes: int) -> bool:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        return _sha256(file, path.stat().st_size)
+
+
+def _sha256(file: IO[bytes], num_bytes: int, end: bytes = b"") -> str:
+    """Return the digest of a file's next bytes, followed by others."""
+    digest = hashlib.sha256()
+    while num_bytes > 0 and (chunk := file.read(min(_CHUNK, num_bytes))):
+        digest.update(chunk)
+        num_bytes -= len(chunk)
+    digest.update(end)
     return digest.hexdigest()
 
 
@@ -350,7 +358,8 @@ def _write(checkpoint: StateDict, target: Path, staging: Path) -> None:
         raise cause from error
     finally:
         part.unlink(missing_ok=True)
-        _remove_if_empty(part.parent)
+        with suppress(OSError):  # not empty
+            part.parent.rmdir()
 
 
 def check_seal(path: str | os.PathLike[str]) -> None:
@@ -382,14 +391,9 @@ def _is_intact(file: IO[bytes]) -> bool:
         return tail[-_ZIP_END:-18] == b"PK\x05\x06" and tail[-2:] == b"\0\0"
     if tail[_ZIP_END - 2 : _ZIP_END] != _SEALED.to_bytes(2, "little"):
         return False
-    digest, left = hashlib.sha256(), size - _SEALED - 2
     file.seek(0)
-    while left:
-        chunk = file.read(min(_CHUNK, left))
-        digest.update(chunk)
-        left -= len(chunk)
-    digest.update(b"\0\0")  # the length of the comment before the seal was added
-    return digest.hexdigest().encode() == tail[-64:]
+    # Before the seal was added, the length of the comment was 0.
+    return _sha256(file, size - _SEALED - 2, b"\0\0").encode() == tail[-64:]
 
 
 def _keep_only(folder: Path, token: str) -> None:
@@ -399,25 +403,15 @@ def _keep_only(folder: Path, token: str) -> None:
     for old in folder.iterdir():
         if old.name != token:
             shutil.rmtree(old, ignore_errors=True)
-    _remove_if_empty(folder)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    try:
+    with suppress(OSError):  # not empty
         folder.rmdir()
-    except OSError:
-        return
 
 
 def _sync_folder(folder: Path) -> None:
     """Write a folder's entries to the disk, if the file system supports it."""
-    try:
+    with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(number)
-    except OSError:
-        return
-    finally:
-        os.close(number)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -94,12 +95,9 @@ class WorkerProcess:
 
     def kill(self, signum: int, group: bool = True) -> None:
         """Send a signal to the worker, and with ``group`` to the processes that it started."""
-        if not self.running:
-            return
-        try:
-            (os.killpg if group else os.kill)(self.process.pid, signum)
-        except ProcessLookupError:
-            return
+        if self.running:
+            with suppress(ProcessLookupError):
+                (os.killpg if group else os.kill)(self.process.pid, signum)
 
     def mute(self) -> None:
         """Stop passing its stderr on; the log still receives it."""
