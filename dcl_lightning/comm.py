@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -105,12 +104,21 @@ def check_async_rows(rank: int, size: int, tensor: Tensor, splits: list[int], re
         )
 
 
-@dataclass(frozen=True)
-class _Completed:
-    rows: Tensor
+class _Started:
+    """A pending operation, which keeps the sent tensor alive and the name taken until ``wait``."""
+
+    def __init__(self, finish: Callable[[], Tensor], release: Callable[[], None] = lambda: None) -> None:
+        self._finish: Callable[[], Tensor] | None = finish
+        self._release = release
 
     def wait(self) -> Tensor:
-        return self.rows
+        finish, self._finish = self._finish, None
+        if finish is None:
+            raise RuntimeError("wait() was already called on this operation")
+        try:
+            return finish()
+        finally:
+            self._release()
 
 
 class SingleProcessComm:
@@ -132,7 +140,7 @@ class SingleProcessComm:
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
         """Return a completed operation with the same rows."""
         check_async_rows(0, 1, tensor, splits, received)
-        return _Completed(tensor)
+        return _Started(lambda: tensor)
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Return the tensor."""
@@ -140,23 +148,6 @@ class SingleProcessComm:
 
     def barrier(self) -> None:
         """Do nothing."""
-
-
-class _Started:
-    """A pending operation, which keeps the sent tensor alive and the name taken until ``wait``."""
-
-    def __init__(self, finish: Callable[[], Tensor], release: Callable[[], None]) -> None:
-        self._finish: Callable[[], Tensor] | None = finish
-        self._release = release
-
-    def wait(self) -> Tensor:
-        finish, self._finish = self._finish, None
-        if finish is None:
-            raise RuntimeError("wait() was already called on this operation")
-        try:
-            return finish()
-        finally:
-            self._release()
 
 
 class RowComm(ABC):
@@ -170,18 +161,8 @@ class RowComm(ABC):
     """
 
     def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
+        self.rank, self.size = rank, size
         self._taken: set[str] = set()
-
-    @property
-    def rank(self) -> int:
-        """0-based rank of this worker."""
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        """Number of workers."""
-        return self._size
 
     def allreduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
         """Return a new tensor, reduced over workers; integer means are float64."""
