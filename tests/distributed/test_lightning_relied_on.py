@@ -12,17 +12,17 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins import ClusterEnvironment, TorchCheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.plugins import AsyncCheckpointIO, LayerSync
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 import dcl_lightning
-from dcl_lightning import HorovodStrategy
+from dcl_lightning import HorovodStrategy, _lightning
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 
 LIGHTNING = Path(pl.__file__).parent
@@ -180,3 +180,49 @@ def test_the_engine_still_calls_back_at_the_end_of_a_backward_pass() -> None:
     )
     (parameter * 2).sum().backward()
     assert called == [True], f"torch {torch.__version__}: gradients cannot be waited for at the end of backward"
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> pl.Trainer:
+    return pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False, log_every_n_steps=7)
+
+
+def test_attributes_of_a_trainer_are_read_and_set(trainer: pl.Trainer) -> None:
+    callbacks = [pl.Callback()]
+    _lightning.set_callbacks(trainer, callbacks)
+    assert _lightning.callbacks_of(trainer) is trainer.callbacks is callbacks
+    assert _lightning.datamodule_of(trainer) is None
+    assert _lightning.log_interval(trainer) == 7
+    assert isinstance(_lightning.cluster_environment_of(trainer), ClusterEnvironment)
+    assert not _lightning.is_fast_dev_run(trainer)
+    assert _lightning.is_fast_dev_run(pl.Trainer(accelerator="cpu", devices=1, fast_dev_run=2))
+    assert _lightning.trainer_of(pl.LightningModule()) is None
+
+
+def test_data_is_reloaded_by_numbers_that_the_loops_have(trainer: pl.Trainer) -> None:
+    loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop)
+    names = ("_last_train_dl_reload_epoch", "_last_val_dl_reload_epoch")
+    for loop, name in zip(loops, names, strict=True):
+        assert name in vars(loop), f"{RELEASE}: {type(loop).__name__} has no {name}"
+    _lightning.reload_training_data(trainer)
+    _lightning.reload_validation_data(trainer)
+    assert all(vars(loop)[name] == float("-inf") for loop, name in zip(loops, names, strict=True))
+
+
+def test_saving_is_replaced_and_restored(trainer: pl.Trainer) -> None:
+    saved: list[str] = []
+    _lightning.replace_save(trainer, saved.append)
+    trainer.save_checkpoint("a.ckpt")
+    assert saved == ["a.ckpt"]
+    for _ in range(2):
+        _lightning.restore_save(trainer)
+    assert trainer.save_checkpoint.__func__ is pl.Trainer.save_checkpoint
+
+
+def test_a_plugin_within_another_is_found_and_replaced() -> None:
+    inner, other = TorchCheckpointIO(), TorchCheckpointIO()
+    outer = AsyncCheckpointIO(inner)
+    assert _lightning.wrapped_io(outer) is inner
+    assert _lightning.wrapped_io(inner) is None
+    _lightning.set_wrapped_io(outer, other)
+    assert _lightning.wrapped_io(outer) is other
