@@ -137,35 +137,56 @@ def _terminated_alone(trainer: pl.Trainer) -> bool:
     return trainer.world_size == 1 and bool(trainer.received_sigterm)
 
 
-class _StepMessage:
-    """A few integers, summed over the workers by a named operation: sent when a step begins, read at its end."""
+class _SignalExchange:
+    """Sums flags over the workers without waiting: what was sent when a step began is read at its end.
 
-    def __init__(self, name: str) -> None:
-        import horovod.torch as hvd
+    Args:
+        name: prefix of the names of its operations, the same on all workers and unique among exchanges.
+        alone: whether this process is the only worker, which exchanges nothing.
+    """
 
-        self._hvd, self._name = hvd, name
-        self._handle: int | None = None
+    def __init__(self, name: str, alone: bool = False) -> None:
+        self._step, self._between, self._alone = name, f"{name} between steps", alone
+        self._handles: dict[str, int] = {}  # of Horovod's pending operations, by name
 
-    def start(self, values: Sequence[int]) -> None:
-        """Send this worker's values, as many as every worker sends."""
-        self.read()  # of a batch that the module skipped
-        mine = torch.tensor(values, dtype=torch.int32)
-        self._handle = self._hvd.allreduce_async_(mine, op=self._hvd.Sum, name=self._name)
+    def begin_step(self, values: Sequence[int]) -> None:
+        """Send this worker's flags, and other values, as many as every worker sends."""
+        if not self._alone:
+            self._receive(self._step)  # of a batch that the module skipped
+            self._send(self._step, values)
 
-    def read(self) -> list[int]:
-        """Return the sums; an empty list if nothing was sent."""
-        handle, self._handle = self._handle, None
-        return [] if handle is None else self._hvd.synchronize(handle).tolist()
+    def end_step(self, flags: Sequence[int] = ()) -> list[int]:
+        """Return the sums of what was sent when the step began, if anything; a process alone returns its flags."""
+        return list(flags) if self._alone else self._receive(self._step)
 
-    def exchange(self, values: Sequence[int]) -> list[int]:
-        """Return the sums of the previous call, and send values for the next one."""
-        sums = self.read()
-        self.start(values)
+    def ask(self, flags: Sequence[int]) -> list[int]:
+        """Between steps, send flags, and return the sums of the previous call; a process alone returns its flags."""
+        if self._alone:
+            return list(flags)
+        sums = self._receive(self._between)
+        self._send(self._between, flags)
         return sums
 
+    def drop_question(self) -> None:
+        """Complete the last call of ``ask``, when no other follows."""
+        self._receive(self._between)
+
     def forget(self) -> None:
-        """Drop a message on its way, after a failure."""
-        self._handle = None
+        """Drop what is on its way, after a failure."""
+        self._handles.clear()
+
+    def _send(self, name: str, values: Sequence[int]) -> None:
+        import horovod.torch as hvd
+
+        mine = torch.tensor(values, dtype=torch.int32)
+        self._handles[name] = hvd.allreduce_async_(mine, op=hvd.Sum, name=name)
+
+    def _receive(self, name: str) -> list[int]:
+        if name not in self._handles:
+            return []
+        import horovod.torch as hvd
+
+        return hvd.synchronize(self._handles.pop(name)).tolist()
 
 
 def _ends_a_step(trainer: pl.Trainer, began_at: int) -> bool:
@@ -281,7 +302,7 @@ class _StopSynchronization(pl.Callback):
         self._comm = comm
         self._gradients = gradients
         self._history = self._step = 0
-        self._message, self._between = _StepMessage("together"), _StepMessage("between steps")
+        self._exchange = _SignalExchange("together")
         self._signalled: list[int] = []
         self.signals = _SignalRecorder()
 
@@ -289,12 +310,12 @@ class _StopSynchronization(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         self._history, self._step = self._gradients.history(), trainer.global_step
-        self._message.start([self._history, int(_is_last(trainer, batch_idx)), *self.signals.flags()])
+        self._exchange.begin_step([self._history, int(_is_last(trainer, batch_idx)), *self.signals.flags()])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
-        sums = self._message.read()
+        sums = self._exchange.end_step()
         if not sums:
             return
         history, last, *signals = sums
@@ -311,7 +332,7 @@ class _StopSynchronization(pl.Callback):
 
     def signalled(self) -> bool:
         """See ``_ActsOnSignals``."""
-        self._signalled = self._between.exchange(self.signals.flags())
+        self._signalled = self._exchange.ask(self.signals.flags())
         return any(self._signalled)
 
     def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
@@ -321,7 +342,7 @@ class _StopSynchronization(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act on a signal that came after the last step."""
-        self._between.read()
+        self._exchange.drop_question()
         self._history = self._gradients.history()
         history, *signals = self._comm.allreduce(torch.tensor([self._history, *self.signals.flags()])).tolist()
         self.signals.give_back()
@@ -331,8 +352,7 @@ class _StopSynchronization(pl.Callback):
             raise StoppedBySignal(_chosen(signals))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._message.forget()
-        self._between.forget()
+        self._exchange.forget()
         self.signals.give_back()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -510,7 +530,7 @@ def requeue_together(trainer: pl.Trainer, environment: ClusterEnvironment) -> No
     Lightning would save at once, in the signal's handler, while the other workers wait for this one's gradients. Called
     before the trainer's set-up hooks.
     """
-    _requeue(trainer, environment, _StepMessage("requeue"), _StepMessage("requeue between steps"))
+    _requeue(trainer, environment, alone=False)
 
 
 def requeue_between_steps(trainer: pl.Trainer) -> None:
@@ -520,29 +540,21 @@ def requeue_between_steps(trainer: pl.Trainer) -> None:
     enter the memory twice. Called by set-up hooks; does nothing after ``requeue_together``.
     """
     if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
-        _requeue(trainer, cluster_environment_of(trainer), None, None)
+        _requeue(trainer, cluster_environment_of(trainer), alone=True)
 
 
-def _requeue(
-    trainer: pl.Trainer,
-    environment: ClusterEnvironment | None,
-    message: _StepMessage | None,
-    between: _StepMessage | None,
-) -> None:
+def _requeue(trainer: pl.Trainer, environment: ClusterEnvironment | None, alone: bool) -> None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
         others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _Requeue)]
-        set_callbacks(trainer, [_Requeue(environment.requeue_signal, message, between), *others])
+        set_callbacks(trainer, [_Requeue(environment.requeue_signal, alone), *others])
 
 
 class _Requeue(pl.Callback):
-    """Notes SLURM's signal in place of Lightning's handler, and calls that handler at the end of a step.
+    """Notes SLURM's signal in place of Lightning's handler, and calls that handler at the end of a step."""
 
-    Messages synchronize the signal over the workers, during steps and between them; a single process has none.
-    """
-
-    def __init__(self, signum: signal.Signals, message: _StepMessage | None, between: _StepMessage | None) -> None:
+    def __init__(self, signum: signal.Signals, alone: bool) -> None:
         self._signum = signum
-        self._message, self._between = message, between
+        self._exchange = _SignalExchange("requeue", alone)
         self._step = 0
         self._handler: Handler = None
         self._received = self._due = False
@@ -555,21 +567,18 @@ class _Requeue(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         self._step = trainer.global_step
-        if self._message is not None:
-            self._message.start([int(self._received)])
+        self._exchange.begin_step([self._received])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
-        due = self._received if self._message is None else any(self._message.read())
         # Within an accumulation the worker that received the signal sends it again with the next batch.
-        if due and _ends_a_step(trainer, self._step):
+        if any(self._exchange.end_step([self._received])) and _ends_a_step(trainer, self._step):
             self._save_and_requeue()
 
     def signalled(self) -> bool:
         """See ``_ActsOnSignals``."""
-        received = int(self._received)
-        self._due = bool(received) if self._between is None else any(self._between.exchange([received]))
+        self._due = any(self._exchange.ask([self._received]))
         return self._due
 
     def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
@@ -580,20 +589,16 @@ class _Requeue(pl.Callback):
 
     def _save_and_requeue(self) -> None:
         self._received = False
-        if self._between is not None:
-            self._between.read()  # a message on its way carries the same signal
+        self._exchange.drop_question()  # which carries the same signal
         if callable(self._handler):
             self._handler(self._signum, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._between is not None:
-            self._between.read()
+        self._exchange.drop_question()
         self._give_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        for message in (self._message, self._between):
-            if message is not None:
-                message.forget()
+        self._exchange.forget()
         self._give_back()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
