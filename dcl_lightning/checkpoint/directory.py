@@ -128,7 +128,7 @@ def problem_of(path: Path, resumes: bool = True) -> str:
         if not resumes:
             return ""
         if "optimizer_states" not in checkpoint:
-            return f"{path} has weights alone"
+            return f"{path} has only weights"
         memory = checkpoint.get(KEY, {}).get("memory")
         if memory is None:
             return ""

@@ -48,7 +48,7 @@ def refuse_another_run(agent: pl.LightningModule, checkpoint: StateDict) -> None
         return
     if "optimizer_states" not in checkpoint:
         raise CheckpointError(
-            "the checkpoint has weights alone, from which training cannot go on: resume from another one, or start a "
+            "the checkpoint has only weights, from which training cannot resume: resume from another one, or start a "
             "new run with load_from_checkpoint"
         )
     _refuse_other_values(checkpoint.get("hyper_parameters", {}), dict(agent.hparams), "model")
