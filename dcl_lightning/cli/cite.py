@@ -50,10 +50,10 @@ def _of_method(name: str) -> tuple[str, ...]:
     short = agents.short_names.__all__
     kind = getattr(agents.short_names, name) if name in short else getattr(agents, name, None)
     method = method_of(kind) if isinstance(kind, type) else None
-    if method is None:
+    if method is None and name not in short:
         near = suggestion(name, [*short, *agents.__all__])
         raise ConfigurationError(f"--model={name}: give one of {', '.join(short)}{near}")
-    return METHODS[method]
+    return METHODS.get(method or "", ())
 
 
 def _keys(flag: str, name: str, keys: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""A Lightning module that knows nothing of continual learning gains a memory by one callback.
+"""One callback adds a memory to a Lightning module without continual learning.
 
 python embedding.py
 
-The digits of MNIST arrive class after class, as they do where data are collected over time. The module and its loaders
-are as anybody writes them; only what is marked is new.
+The digits of MNIST arrive class after class, as if the data were collected over time. The module and its loaders are
+ordinary Lightning code; only the marked lines are new.
 """
 
 import lightning.pytorch as pl
@@ -19,7 +19,7 @@ from dcl_lightning import Rehearsal, RehearsalConfig  # new
 
 
 class DigitClassifier(pl.LightningModule):
-    """A small classifier of MNIST, with batches that are tuples (images, labels)."""
+    """A small classifier for MNIST whose batches are tuples (images, labels)."""
 
     def __init__(self, lr: float = 1e-3) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class DigitClassifier(pl.LightningModule):
 
 
 class DigitClassifierOfDicts(DigitClassifier):
-    """The same where a batch is a dict, as many loaders make them."""
+    """The same classifier for batches that are dicts."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step((batch["image"], batch["label"]), batch_idx)
@@ -59,7 +59,7 @@ def dicts(samples):
 
 
 def digits(train, collate_fn=None):
-    """Return a loader of MNIST below ``datasets``, training images class after class."""
+    """Return a loader of MNIST from ``datasets``; training images come class after class."""
     images = MNIST("datasets", train=train, download=True, transform=ToTensor())
     if train:
         images = Subset(images, images.targets.argsort(stable=True).tolist())
@@ -83,7 +83,7 @@ def run(module, loader, *callbacks):
 
 
 def memory(label):
-    """Return a memory of 200 images, as many of each class, of which 32 join every batch."""
+    """Return a memory of 200 images, balanced over the classes; 32 of them join every batch."""
     config = RehearsalConfig(buffer_size=200, num_samples=32, policy="class_balanced")
     return Rehearsal(config, label=label, num_classes=10)
 

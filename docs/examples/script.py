@@ -1,4 +1,4 @@
-"""Two agents on one stream: what is forgotten without a memory, what is kept with one, and a prediction at the end.
+"""Two agents on one stream, without and with a memory, and a prediction at the end.
 
 python script.py
 """
@@ -14,7 +14,7 @@ def train(kind, folder, **options):
     pl.seed_everything(0)
     data = ContinualDataModule("digits", scenario="class", increment=2, batch_size=16)
     agent = kind(MLP(), data.num_classes, input_spec=data.input_spec, epochs_per_task=3, lr=0.05, **options)
-    # Any options of Lightning's: strategy="horovod", devices=4, precision="bf16-mixed", loggers, callbacks.
+    # Any option of Lightning works: strategy="horovod", devices=4, precision="bf16-mixed", loggers, callbacks.
     trainer = pl.Trainer(accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False)
     trainer.fit(agent, datamodule=data)
     return agent, trainer, data

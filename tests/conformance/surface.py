@@ -445,22 +445,22 @@ CALLBACKS = [
         one(partial(cb.BackboneFinetuning, 1, lambda epoch: 1.5, 0.2)),
         seen("on_train_epoch_end"),
         looks={"on_train_epoch_end": thawed},
-        note="Epochs count over the whole stream. An optimizer that is reset at a task's start keeps the groups that "
-        "were added.",
+        note="Epochs count over the whole stream. The reset of the optimizer at the start of a task keeps added "
+        "parameter groups.",
     ),
     Row(
         "BaseFinetuning",
         one(Freeze),
         seen("on_train_epoch_end"),
         looks={"on_train_epoch_end": thawed},
-        note="As `BackboneFinetuning`.",
+        note="Like `BackboneFinetuning`.",
     ),
     Row(
         "BasePredictionWriter",
         one(Written),
         lambda run: None if mine(run) is None else (mine(run).epochs, mine(run).rows),
         then=predict,
-        note="An agent's predictions are `Prediction` objects, with the data set's own labels.",
+        note="An agent's predictions are `Prediction` objects, with the original labels.",
     ),
     Row(
         "BatchSizeFinder",
@@ -478,7 +478,7 @@ CALLBACKS = [
         "Checkpoint",
         lambda folder: {"callbacks": [EachEpoch(folder)], "enable_checkpointing": True},
         lambda run: (files(run), run.trainer.checkpoint_callback is mine(run)),
-        note="A memory is saved in a folder beside each checkpoint.",
+        note="Each checkpoint has a folder for the memory next to it.",
     ),
     Row(
         "DeviceStatsMonitor",
@@ -492,13 +492,13 @@ CALLBACKS = [
         calls("on_train_epoch_start"),
         agent="per task",
         per_task=[TASKS],
-        note="Ends the task, and what was best is forgotten at its end. Refused with `data.boundaries: hidden`.",
+        note="Ends the task; each task starts with a new best value. Refused with `data.boundaries: hidden`.",
     ),
     Row(
         "EMAWeightAveraging",
         one(partial(getattr(cb, "EMAWeightAveraging", pl.Callback), decay=0.5)),
         averaged,
-        note="The accuracy matrix is of the averaged weights.",
+        note="The accuracy matrix uses the averaged weights.",
         since="2.6",
     ),
     Row(
@@ -520,7 +520,7 @@ CALLBACKS = [
         "LearningRateFinder",
         one(partial(cb.LearningRateFinder, 1e-4, 0.01, 14, early_stop_threshold=None)),
         found_rate,
-        note="The rate that it finds is every task's.",
+        note="Every task uses the learning rate that it finds.",
     ),
     Row("LearningRateMonitor", with_logger(partial(cb.LearningRateMonitor, "step")), partial(logged, prefix="lr-")),
     Row(
@@ -533,7 +533,7 @@ CALLBACKS = [
         },
         lambda run: (files(run, "kept"), run.trainer.checkpoint_callback is mine(run)),
         note="With `monitor` each task keeps its own best. A monitor of test data (`val/...` without `data.val_ratio`) "
-        "is refused. A memory is saved in a folder beside each checkpoint.",
+        "is refused. Each checkpoint has a folder for the memory next to it.",
     ),
     Row(
         "ModelPruning",
@@ -548,7 +548,7 @@ CALLBACKS = [
             "enable_checkpointing": True,
         },
         lambda run: files(run, "kept"),
-        note="With several workers it saves nothing after one of them failed: a checkpoint takes all of them.",
+        note="With several workers it saves nothing after a worker has failed, because saving needs all workers.",
     ),
     Row("ProgressBar", one(Counted, enable_progress_bar=True), lambda run: getattr(mine(run), "totals", None)),
     Row(
@@ -571,7 +571,7 @@ CALLBACKS = [
         lambda run: None if mine(run) is None else int(mine(run).n_averaged),
         agent="refused",
         words="use WeightAveraging or EMAWeightAveraging",
-        note="It would average over tasks, after the last evaluation: `WeightAveraging` and `EMAWeightAveraging` work.",
+        note="It would average over tasks after the last evaluation. Use `WeightAveraging` or `EMAWeightAveraging`.",
     ),
     Row(
         "ThroughputMonitor",
@@ -582,14 +582,14 @@ CALLBACKS = [
         "Timer",
         one(partial(cb.Timer, timedelta(0), "step")),
         calls("on_train_batch_end"),
-        note="A limit on the whole stream.",
+        note="Limits the whole stream.",
     ),
     Row("TQDMProgressBar", one(cb.TQDMProgressBar, enable_progress_bar=True), bar),
     Row(
         "WeightAveraging",
         one(getattr(cb, "WeightAveraging", pl.Callback)),
         averaged,
-        note="The accuracy matrix is of the averaged weights.",
+        note="The accuracy matrix uses the averaged weights.",
         since="2.6",
     ),
 ]
@@ -614,13 +614,13 @@ ARGUMENTS = [
         "devices",
         agent="not tried",
         foreign="not tried",
-        note="Several devices are workers: [many workers](distributed.md).",
+        note="Each device is a worker: [many workers](distributed.md).",
     ),
     Row(
         "num_nodes",
         agent="not tried",
         foreign="not tried",
-        note="Needs several hosts; with `strategy=horovod` the launcher knows.",
+        note="Needs several hosts. With `strategy=horovod` the launcher sets it.",
     ),
     argument("precision", "bf16-mixed", lambda run: run.spy.dtypes),
     argument(
@@ -633,7 +633,7 @@ ARGUMENTS = [
         "callbacks",
         one(Spy),
         lambda run: None if mine(run) is None else mine(run).sequence,
-        note="See the callbacks below.",
+        note="See the callbacks above.",
     ),
     argument(
         "fast_dev_run",
@@ -641,7 +641,7 @@ ARGUMENTS = [
         lambda run: (run.trainer.global_step, files(run, pattern="**/*.ckpt")),
         agent="per task",
         per_task=(2 * TASKS, []),
-        note="As many batches of each of the first two tasks.",
+        note="Runs this number of batches in each of the first two tasks.",
     ),
     argument(
         "max_epochs",
@@ -649,7 +649,7 @@ ARGUMENTS = [
         lambda run: run.spy.count("on_train_epoch_start"),
         agent="refused",
         words="leave max_epochs out and use epochs_per_task",
-        note="The stream has as many as `epochs_per_task` says.",
+        note="`epochs_per_task` sets the number of epochs.",
     ),
     argument(
         "min_epochs",
@@ -658,18 +658,20 @@ ARGUMENTS = [
         agent="per task",
         per_task=2 * TASKS,
         beside=lambda folder: {"callbacks": [cb.EarlyStopping("train/loss", stopping_threshold=1e9)]},
-        note="`EarlyStopping` ends a task after as many epochs at the earliest.",
+        note="`EarlyStopping` ends a task after at least this many epochs.",
     ),
-    argument("max_steps", 6, lambda run: run.trainer.global_step, note="A limit on the whole stream."),
+    argument("max_steps", 6, lambda run: run.trainer.global_step, note="Limits the whole stream."),
     argument(
         "min_steps",
         6,
         lambda run: run.trainer.global_step,
         beside=lambda folder: {"callbacks": [Stops()]},
-        note="Of the whole stream; refused beside `EarlyStopping`, which ends tasks.",
+        note="Counts over the whole stream. Refused together with `EarlyStopping`, which ends tasks.",
     ),
-    argument("max_time", timedelta(0), calls("on_train_batch_end"), note="A limit on the whole stream."),
-    argument("limit_train_batches", 2, lambda run: run.trainer.global_step, note="Of each epoch, so of each task."),
+    argument("max_time", timedelta(0), calls("on_train_batch_end"), note="Limits the whole stream."),
+    argument(
+        "limit_train_batches", 2, lambda run: run.trainer.global_step, note="Limits each epoch, and thus each task."
+    ),
     argument("limit_val_batches", 1, lambda run: most_batches(run, "on_validation_batch_start")),
     argument("limit_test_batches", 1, lambda run: most_batches(run, "on_test_batch_start"), then=test_and_predict),
     argument(
@@ -681,10 +683,10 @@ ARGUMENTS = [
         lambda run: run.trainer.global_step,
         agent="refused",
         words="give trainer.limit_train_batches",
-        note="Needs the same batches in every epoch, and a `ContinualDataModule` shuffles; `limit_train_batches` "
-        "trains on few.",
+        note="Needs the same batches in every epoch, but a `ContinualDataModule` shuffles. Use `limit_train_batches` "
+        "to train on few.",
     ),
-    argument("val_check_interval", 2, calls("on_validation_start"), note="Refused where a task has fewer batches."),
+    argument("val_check_interval", 2, calls("on_validation_start"), note="Refused if a task has fewer batches."),
     argument("check_val_every_n_epoch", 2, calls("on_validation_start"), note="Epochs count over the whole stream."),
     argument("num_sanity_val_steps", 1, calls("sanity on_validation_start")),
     argument(
@@ -729,7 +731,7 @@ ARGUMENTS = [
         "use_distributed_sampler",
         agent="not tried",
         foreign="not tried",
-        note="Needs several workers. `ContinualDataModule` deals its samples out itself.",
+        note="Needs several workers. `ContinualDataModule` shards its samples itself.",
     ),
     argument(
         "profiler",
@@ -783,18 +785,19 @@ ARGUMENTS = [
 
 TABLES = {"callback": CALLBACKS, "argument": ARGUMENTS}
 PAGE = Path(__file__).parent.parent.parent / "docs" / "lightning.md"
-_INTRODUCTION = """# What of Lightning works
+_INTRODUCTION = """# Compatibility with Lightning
 
-Every callback class of `lightning.pytorch.callbacks` and every argument of `Trainer`, with an agent on a
-`ContinualDataModule`, and with a LightningModule of your own that has the callback `Rehearsal` and loaders of its own.
-A test fits both, and a plain LightningModule beside them, with and without each of these and compares what it does.
+This page lists every callback class of `lightning.pytorch.callbacks` and every argument of `Trainer`, and whether they
+work with an agent on a `ContinualDataModule` and with a LightningModule of your own that uses the callback `Rehearsal`
+and its own loaders. A test fits both, and a plain LightningModule, with and without each of them, and compares the
+effects.
 
-- **supported**: the effect is plain Lightning's.
-- **per task**: with an agent it means each task, where plain Lightning means the run.
-- **refused**: an error before the first step says what to do.
-- **not tried**: not part of that test.
+- **supported**: the effect is the same as in plain Lightning.
+- **per task**: with an agent it applies to each task, in plain Lightning to the run.
+- **refused**: an error before the first step suggests an alternative.
+- **not tried**: the test does not cover it.
 
-This page is generated: `python -m tests.conformance.surface`.
+`python -m tests.conformance.surface` generates this page.
 """
 
 
@@ -802,7 +805,7 @@ def markdown() -> str:
     """Return the page."""
     parts = [_INTRODUCTION]
     for title, rows in (("Callbacks", CALLBACKS), ("Arguments of the Trainer", ARGUMENTS)):
-        parts.append(f"## {title}\n\n| name | agent | your module | what is different |\n| --- | --- | --- | --- |\n")
+        parts.append(f"## {title}\n\n| name | agent | your module | difference |\n| --- | --- | --- | --- |\n")
         parts[-1] += "".join(f"| `{row.name}` | {row.agent} | {row.foreign} | {row.note} |\n" for row in rows)
     return "\n".join(parts)
 
