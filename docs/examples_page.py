@@ -1,4 +1,4 @@
-"""Hook of mkdocs: puts the code of an example, and the outputs that a notebook holds, where a page asks for it."""
+"""A mkdocs hook that inserts the code of an example, or a notebook with its outputs, into a page."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _ASKED = re.compile(r"<!-- content of (\S+) -->")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Return the page with the examples that it asks for; mkdocs calls this.
+    """Return the page with its examples inserted; mkdocs calls this hook.
 
     Args:
-        markdown: of the page; a line ``<!-- content of NAME -->`` names a script or a notebook beside it.
-        page: where it lies.
-        **_: what mkdocs knows besides.
+        markdown: the page; a line ``<!-- content of NAME -->`` names a script or a notebook in the same folder.
+        page: the page's location.
+        **_: other arguments of mkdocs.
     """
     folder = Path(page.file.abs_src_path).parent
     return _ASKED.sub(lambda found: content_of(folder / found[1]), markdown)
 
 
 def content_of(path: Path) -> str:
-    """Return an example in Markdown: a script's code; a notebook's text, code, and of its outputs text and pictures.
+    """Return an example as Markdown: a script's code, or a notebook's text, code, and text and image outputs.
 
     Args:
-        path: of the script or notebook.
+        path: the script or notebook.
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".ipynb":

@@ -119,6 +119,7 @@ with torch.no_grad():
 
 
 def test_two_workers_write_one_file_that_says_what_the_checkpoint_alone_does(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("horovod")
     # As a script of a user's, in a process that has imported nothing else.
     (tmp_path / "lone.py").write_text(LONE)
     args = ["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]

@@ -116,6 +116,7 @@ def test_embedded_in_a_fit_without_a_stream_it_says_nothing(tmp_path: Path, caps
 
 
 def test_on_a_real_terminal_one_of_two_horovod_workers_shows_a_bar(tmp_path: Path) -> None:
+    pytest.importorskip("horovod")
     main, terminal = pty.openpty()
     config = str(ROOT / "configs" / "base_digits.yaml")
     command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", config, "--model.epochs_per_task", "1"]

@@ -79,6 +79,7 @@ def test_a_killed_job_ends_as_if_it_had_not_been(place: Path) -> None:
 
 
 def test_a_lost_worker_does_not_lose_the_run(place: Path) -> None:
+    pytest.importorskip("horovod")
     job = [*JOB, "--trainer.strategy", "horovod", "--trainer.devices", "2", *dies(step=9, rank=1)]
     done = supervised(place, ["--min-workers", "1"], job)
     assert done.returncode == 0, done.stderr
