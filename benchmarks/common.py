@@ -105,7 +105,7 @@ class Filled(pl.Callback):
 
     def __init__(self, buffer: RehearsalBuffer, workers: int = 1) -> None:
         self.capacity, self._sizes = len(buffer) * workers, [len(buffer)] * workers
-        self._offered, self._state = buffer.offered * workers, buffer.state_dict()
+        self._offered, self._buffer = buffer.offered * workers, buffer
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Stand where saved memories would."""
@@ -114,7 +114,9 @@ class Filled(pl.Callback):
     def restore(self, manager: MemoryManager, example: Any) -> None:
         """Fill the memory."""
         place = {"seed": 0, "steps": 0, "sizes": self._sizes, "offered": self._offered}
-        manager.load_state_dict(place | {"buffer": self._state})
+        manager.load_state_dict(place | {"buffer": self._buffer.state_dict()})
+        slots = self._buffer.slots_at(torch.arange(len(self._buffer)))
+        manager.buffer.store.insert(slots, self._buffer.store.gather(slots))
 
 
 def quiet_trainer(folder: str, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:

@@ -28,8 +28,9 @@ from dcl_lightning.agents import NIL
 from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.config import RehearsalConfig, resolve
-from dcl_lightning.memory.manager import MemoryManager, Offer
+from dcl_lightning.memory.manager import MemoryManager
 from dcl_lightning.memory.policies import make_policy
+from dcl_lightning.memory.rows import Candidates
 from dcl_lightning.memory.storage import RowStore
 
 NEW, CANDIDATES = 64, 20
@@ -86,7 +87,7 @@ def advancing(case: Case, steps: int) -> Callable[[], float]:
     for _ in range(8):
         rows = images(NEW, case)
         rows["targets"] = torch.randint(case.classes, (NEW,))
-        offers.append(Offer(rows, rows["targets"], rows["sample_ids"]))
+        offers.append(Candidates(rows, rows["targets"], rows["sample_ids"]))
 
     def run() -> float:
         started = time.perf_counter()

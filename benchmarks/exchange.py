@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcl_lightning.memory.exchange import GlobalExchange, RowLayout, Served, plan_draws, plan_of
+from dcl_lightning.memory.exchange import GlobalExchange, RowLayout, SentRows, plan_draws, plan_of
 
 WORKERS = (2, 3, 4)
 LARGER = (64, 128, 256, 512, 1024, 2048)
@@ -89,8 +89,8 @@ def measure(r: int, steps: int, held: int) -> dict[str, list[float]]:
         "weight": torch.ones(held),
     }
 
-    def gather(slots: Tensor) -> Served:
-        return Served({name: column[slots] for name, column in table.items()})
+    def gather(slots: Tensor) -> SentRows:
+        return SentRows({name: column[slots] for name, column in table.items()})
 
     exchange = GlobalExchange(comm, gather, RowLayout(table), r, seed=0)
     compute = training_step()

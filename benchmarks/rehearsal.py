@@ -31,7 +31,8 @@ from dcl_lightning.backbones import MLP, ResNet
 from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.config import RehearsalConfig, resolve
-from dcl_lightning.memory.manager import MemoryManager, Offer
+from dcl_lightning.memory.manager import MemoryManager
+from dcl_lightning.memory.rows import Candidates
 from dcl_lightning.memory.storage import RowStore
 from dcl_lightning.types import InputSpec
 
@@ -65,11 +66,14 @@ def memory_alone(size: Size) -> dict[str, Any]:
     rows = _rows(NEW, 32)
     config = RehearsalConfig(num_representatives=PER_CLASS, num_candidates=moved, num_samples=moved)
     buffer = RehearsalBuffer(CLASSES, store, "nil", "fixed", moved, RowStore(rows, store))
-    buffer.load_state_dict(full_buffer(store, 32, store).state_dict())
+    full = full_buffer(store, 32, store)
+    buffer.load_state_dict(full.state_dict())
+    slots = full.slots_at(torch.arange(store))
+    buffer.store.insert(slots, full.store.gather(slots))
     manager = MemoryManager(
         resolve(config, NIL.memory), buffer, SingleProcessComm(), NEW, (rows, rows["targets"]), torch.device("cpu")
     )
-    offers = [Offer(r, r["targets"], r["sample_ids"]) for r in (_rows(NEW, 32) for _ in range(8))]
+    offers = [Candidates(r, r["targets"], r["sample_ids"]) for r in (_rows(NEW, 32) for _ in range(8))]
     column, candidates = torch.zeros(store, 3, 32, 32, dtype=torch.uint8), rows["inputs"][:moved].clone()
     places = [torch.randperm(store)[:moved] for _ in range(8)]
 

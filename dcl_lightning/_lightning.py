@@ -21,7 +21,7 @@ __all__ = [
     "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
     "datamodule_of", "has_version", "is_fast_dev_run", "log_interval", "loggers_write", "optimizers_to_device",
     "reload_training_data", "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io",
-    "trainer_of", "wrap_srun_check", "wrapped_io",
+    "step_is_open", "trainer_of", "wrap_srun_check", "wrapped_io",
 ]  # fmt: skip
 
 
@@ -56,6 +56,16 @@ def average_model_of(callback: Any) -> AveragedModel | None:
     """
     average: AveragedModel | None = callback._average_model
     return average
+
+
+def step_is_open(trainer: pl.Trainer) -> bool:
+    """Return whether the present training batch has begun and has not been trained on.
+
+    Args:
+        trainer: the trainer.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current  # declared as its base class
+    return progress.processed != progress.ready
 
 
 def datamodule_of(trainer: pl.Trainer) -> Any:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Batch", "Clock", "InputSpec", "MemoryRows", "PyTree", "Replay", "StateDict", "StoresMore", "Task"]
+__all__ = [
+    "Batch", "Clock", "InputSpec", "MemoryRows", "PyTree", "ReplaySource", "StateDict", "StoresExtraColumns", "Task",
+]  # fmt: skip
 
 PyTree: TypeAlias = Any  # tensors, in lists, tuples and dicts of any depth
 StateDict: TypeAlias = dict[str, Any]  # what an object's ``state_dict`` returns
@@ -113,12 +115,12 @@ class Clock(Protocol):
 
 
 @runtime_checkable
-class Replay(Protocol):
-    """What an agent or a callback adds to the training batches of a data module, which asks when it makes a loader."""
+class ReplaySource(Protocol):
+    """Adds samples to the training batches of a data module, which asks for them when it makes a loader."""
 
     @property
     def replayed_per_batch(self) -> int | None:
-        """Replayed samples that join each batch of a worker; None where they are part of the task's training set."""
+        """Replayed samples that join each batch of a worker; None if they are part of the task's training set."""
         ...
 
     @property
@@ -127,23 +129,23 @@ class Replay(Protocol):
         ...
 
     def replayed_ids(self, task: int) -> Tensor:
-        """Return the sample ids ``(m,)`` int64 that a 0-based task trains on besides its own; none, for most."""
+        """Return the sample ids ``(m,)`` int64 that a 0-based task trains on in addition to its own."""
         ...
 
 
 @runtime_checkable
-class StoresMore(Protocol):
-    """An agent whose memory holds more of a sample than the sample itself, logits for instance."""
+class StoresExtraColumns(Protocol):
+    """An agent that stores columns of its own with each sample, such as logits."""
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of a row of each further column, all float32; declared before the memory is made."""
+        """Name and shape of a row of each extra column, all float32; declared before the memory is made."""
         ...
 
     def columns_of_step(self) -> dict[str, Tensor]:
-        """Return these columns ``(b, ...)`` of the new samples of the step whose loss was computed last."""
+        """Return the columns ``(b, ...)`` of the new samples of the step whose loss was computed last."""
         ...
 
     def columns_of(self, batch: Batch) -> dict[str, Tensor]:
-        """Return these columns ``(b, ...)`` of samples that no step computed, in evaluation mode."""
+        """Return the columns ``(b, ...)`` of samples that no step has computed, in evaluation mode."""
         ...

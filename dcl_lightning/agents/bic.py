@@ -146,10 +146,10 @@ class BiC(RehearsingAgent):
 
     def _held_out_logits(self) -> tuple[Tensor, Tensor]:
         """Return logits ``(n, K)`` and labels of what is stored and held out, by ids, the same on all workers."""
-        self.rehearsal.wait(self.trainer)
-        manager = self.rehearsal.manager
+        manager, replay = self.rehearsal.manager, self.rehearsal.replay
         assert manager is not None
-        # What the rows say of themselves: not every policy keeps ids beside them.
+        assert replay is not None
+        replay.wait()
         stored = manager.memory_rows()
         assert stored is not None
         ids = stored.sample_ids.cpu()

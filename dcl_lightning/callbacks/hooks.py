@@ -7,15 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of
 from dcl_lightning.types import Task
 
-__all__ = [
-    "before_first_layer", "call_callbacks", "call_task_hook", "pass_through",
-    "wrap_hook",
-]  # fmt: skip
+__all__ = ["call_callbacks", "call_task_hook", "pass_through", "wrap_hook"]
 
 
 def pass_through(
@@ -72,19 +68,6 @@ def wrap_hook(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> Callable[
             owner.__dict__[name] = own
 
     return undo
-
-
-def before_first_layer(module: nn.Module) -> nn.Parameter | None:
-    """Return the parameter behind whose gradient a backward pass has the first layer left, None if there is one layer.
-
-    Layers are the parts with parameters of their own that are trained, and supposed to be used in their order.
-
-    Args:
-        module: that is trained.
-    """
-    layers = [[p for p in part.parameters(recurse=False) if p.requires_grad] for part in module.modules()]
-    layers = [parameters for parameters in layers if parameters]
-    return layers[1][0] if len(layers) > 1 else None
 
 
 def call_task_hook(name: str, trainer: pl.Trainer, agent: Any, task: Task, done: list[str] | None = None) -> None:

@@ -5,72 +5,61 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from dcl_lightning._lightning import datamodule_of, log_interval
-from dcl_lightning.callbacks.evaluation import limited_ids, loader_batches, within_class
-from dcl_lightning.callbacks.extras import ExtraColumns
-from dcl_lightning.callbacks.hooks import before_first_layer, pass_through
-from dcl_lightning.callbacks.references import AS_EVALUATED, References
+from dcl_lightning._lightning import datamodule_of, log_interval, step_is_open
+from dcl_lightning.callbacks.evaluation import evaluation_batches, limited_ids, loader_batches, within_class
+from dcl_lightning.callbacks.hooks import pass_through
 from dcl_lightning.checkpoint.buffer_files import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.checkpoint.io import keep_side_files
-from dcl_lightning.comm import Comm, comm_of, raise_together
+from dcl_lightning.comm import comm_of
+from dcl_lightning.data.datamodule import ContinualDataModule
+from dcl_lightning.data.images import AS_EVALUATED
 from dcl_lightning.data.scenarios import seed_of_run
 from dcl_lightning.data.stream import Stream
 from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.horovod.shutdown import requeue_between_steps
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
-from dcl_lightning.memory.joining import Room, columns_of, join
-from dcl_lightning.memory.manager import MemoryManager, Offer, Representatives
-from dcl_lightning.memory.policies import policy_class
-from dcl_lightning.memory.prefetch import MemoryEngine, nvtx_range
-from dcl_lightning.memory.pytree import concat, flatten, map_tensors, num_rows
-from dcl_lightning.memory.storage import RowStore, refuse_lack_of_space
-from dcl_lightning.types import Batch, Task
+from dcl_lightning.memory.manager import MemoryManager, build_manager
+from dcl_lightning.memory.pytree import num_rows
+from dcl_lightning.memory.replay import Replay
+from dcl_lightning.memory.rows import BatchCodec, NestCodec, Representatives, RowCodec
+from dcl_lightning.types import PyTree, StateDict, StoresExtraColumns, Task
 
 __all__ = ["Rehearsal"]
 
-_PRESET_ROWS = 60  # per class and worker, where no size is given: the original program's
-
-_Made = TypeVar("_Made")
-
-
-class _Prepared(NamedTuple):
-    """Representatives, and the room for new inputs in front of theirs, where the background has made it."""
-
-    drawn: Representatives
-    room: Room | None = None
+_DEFAULT_ROWS = 60  # per class and worker, as in the original program
 
 
 class Rehearsal(pl.Callback):
     """Adds representatives of earlier batches to every training batch.
 
-    With an agent and a ``ContinualDataModule`` rows are stored as the loader gives them and augmented
-    anew each time, unless ``store`` says otherwise. With any other module, batches may be any nest of
-    tensors with a common first dimension; what the loader gave is stored, and joined to the batch once
-    that is on the device.
+    With a ``ContinualDataModule`` the memory stores samples as the loader gives them, and representatives are augmented
+    anew in each step, unless ``row_format`` says otherwise. The first task begins with an empty memory.
 
-    With another module the memory outlives a fit: one fit a task, with the same ``Rehearsal``, rehearses what the fits
-    before have stored. ``clear`` empties it. Where a ``ContinualDataModule`` brings the tasks, the first of them begins
-    with an empty memory.
+    With any other data, a batch may be any nest of tensors with a common first dimension. The memory stores what the
+    loader gives, and outlives a fit: with one fit per task and the same ``Rehearsal``, a fit rehearses what the fits
+    before have stored. ``clear`` empties it.
 
     Args:
-        config: size, policy, scope and execution of the memory; or a dict. What is not given is an agent's own value,
-            or beside any other module that of plain replay, see ``RehearsalConfig``.
-        label: with another module, where a batch has its labels: a key or a place; None where the policy
-            needs none.
-        num_classes: with ``label``, the number of classes.
+        config: size, policy, scope and execution of the memory, or a dict of these values. Values that are not given
+            are the agent's own, or for other modules those of plain replay; see ``RehearsalConfig``.
+        label: for other data, the key or position of the labels in a batch; None if the policy needs no labels.
+        num_classes: for other data with ``label``, the number of classes.
 
     Attributes:
-        given: what was given of ``config``.
+        given: the values of ``config`` that were given.
+        manager: the memory; None before it is made.
+        replay: the rehearsal of the present fit; None outside a fit.
+        saved: memories of the checkpoint that the fit resumes from, until they are restored.
     """
 
     _config: ResolvedConfig | None
@@ -91,21 +80,13 @@ class Rehearsal(pl.Callback):
         self.config = config
         self.label, self.num_classes = label, num_classes
         self.manager: MemoryManager | None = None
-        self._engine: MemoryEngine[_Prepared | None] | None = None
-        self._references: References | None = None
-        self._extras: ExtraColumns | None = None
-        self._in_flight: _Prepared | None = None
-        self._offer: Offer | None = None
-        self._weights: Tensor | None = None
-        self._due = False  # whether this step's work was not given to the engine yet
-        self._came = False  # whether this step's batch came past the hooks
-        self._computed = False  # whether this step's loss was computed
-        self._undo: list[Callable[[], None]] = []
-        self._begins_late = False
+        self.replay: Replay | None = None
         self.saved: SavedMemories | None = None
-        self._wait_s = 0.0
-        # Of the taskset that is offered at a task's end: the task, the rows of each worker so far, the workers.
-        self._offered: tuple[int, int, int] | None = None
+        self._drawn: Representatives | None = None  # for the next step, while there is no ``replay``
+        self._joined = False  # whether the present batch has passed the hooks
+        self._undo: list[Callable[[], None]] = []
+        # Of a taskset whose insertion at a task's end a signal has interrupted: task, rows per worker so far, workers.
+        self._inserted: tuple[int, int, int] | None = None
 
     # -- configuration -----------------------------------------------------------------------------
 
@@ -141,45 +122,43 @@ class Rehearsal(pl.Callback):
     # -- life --------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget all that is stored: the next fit begins with an empty memory.
+        """Empty the memory.
 
         Raises:
-            RuntimeError: a fit is going on.
+            RuntimeError: during a fit.
         """
-        if self._engine is not None:
+        if self.replay is not None:
             raise RuntimeError("Rehearsal.clear: a fit is going on; call it between fits")
         self.manager = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what does not fit; with ``prefetch: batch`` let the data module prepare batches ahead."""
+        """Refuse what does not fit together; with ``prefetch: batch`` let the data module prepare batches ahead."""
         keep_side_files(trainer.strategy)
         requeue_between_steps(trainer)
         if stage != "fit":
             return
         if getattr(pl_module, "rehearsal", None) is not self:
-            self.complete()  # an agent that had it in an earlier fit has completed it by its own values
-        data = datamodule_of(trainer)
-        stream = getattr(data, "stream", None)
-        self.saved = self._offered = None
-        if isinstance(stream, Stream):
-            self.manager = None  # the stream begins, or a checkpoint brings its memory
+            self.complete()  # an agent that had it in an earlier fit has completed it with its own values
+        data, stream = datamodule_of(trainer), _stream_of(trainer)
+        self.saved = self._inserted = self._drawn = None
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise ConfigurationError(
                 f"{type(pl_module).__name__}.training_step(dataloader_iter) fetches batches itself, past the hooks by "
                 "which representatives join them: give training_step(batch, batch_idx)"
             )
         if not getattr(pl_module, "weighs_rows", False):
-            self.config.check_without_agent(self.label is not None, isinstance(stream, Stream))
-        if isinstance(stream, Stream):
+            self.config.check_without_agent(self.label is not None, stream is not None)
+        if stream is not None:
+            self.manager = None  # the stream begins, or a checkpoint brings its memory
             self.config.check_stream(stream.classes_come_again, data.boundaries)
             if not data.concatenate_tasksets:
                 self._warn_of_forgotten_tasks(stream)
         if self.config.prefetch == "batch":
-            if not hasattr(data, "attach_replay"):
+            if not isinstance(data, ContinualDataModule):
                 raise ConfigurationError("rehearsal.prefetch=batch needs a ContinualDataModule: give prefetch=device")
             data.attach_replay(self)
 
-    # What a data module asks whose batches are prepared ahead.
+    # ``ReplaySource``, of the data module with ``prefetch: batch``.
     replayed_per_batch = None
     loads_ahead = True
 
@@ -199,413 +178,251 @@ class Rehearsal(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the memory between the loader and the module; where rows are known already, make or restore it."""
-        self._offer = self._in_flight = None
-        self._due = self._came = self._computed = False
-        self._wait_s = 0.0
-        self._references = None
+        """Wrap the hooks of the batch; make, restore or reconnect the memory if the rows are known already."""
+        self._joined = False
         _refuse_several_loaders(trainer)
-        self._extras = ExtraColumns(pl_module)
-        self._engine = MemoryEngine(self.config.execution != "inline", pl_module.device)
-        data = datamodule_of(trainer)
-        if isinstance(getattr(data, "stream", None), Stream):
-            # Before the first batch, so that the clock ends a task that was cut off with the memory that it filled.
-            self._build(trainer, pl_module, self._batch_without_rows(trainer, pl_module, data))
+        if _stream_of(trainer) is not None:
+            # Before the first batch, since the clock may have to end an interrupted task with the restored memory.
+            self._build_for_stream(trainer, pl_module)
         elif self.manager is not None:
-            self._go_on(trainer, pl_module)
+            refuse_another_memory(
+                self.manager.config, self.config, "the memory was filled with", ("execution", "prefetch")
+            )
+            self.manager.config = self.config
+            self.manager.connect(comm_of(trainer.strategy), pl_module.device)
+            self._start(trainer, pl_module, NestCodec(self.label))
+        augmented = self.config.row_format == "augmented"
+
+        def before(batch: PyTree) -> PyTree:
+            if not augmented:
+                self._observe(trainer, pl_module, batch)
+            return batch
+
+        def after(batch: PyTree) -> PyTree:
+            if augmented:
+                self._observe(trainer, pl_module, batch)
+            assert self.replay is not None
+            self._joined = True
+            manual = not pl_module.automatic_optimization  # may go without ``on_before_backward``
+            return self.replay.augment(batch, trainer.global_step, trainer.is_last_batch, computed=manual)
+
         self._undo = [
-            pass_through(trainer, pl_module, "on_before_batch_transfer", self._before(trainer, pl_module)),
-            pass_through(
-                trainer, pl_module, "on_after_batch_transfer", self._after(trainer, pl_module),
-                behind=self.config.row_format == "augmented",
-            ),
-        ]  # fmt: skip
-        # On a CPU the background begins when the backward pass has the first layer left. As PyTorch frees what the
-        # forward pass made, layer by layer, it asks for Python, which the background holds while it works: it would be
-        # waited for. The first layer's gradients are the last long stretch of a step that needs no Python.
-        last = before_first_layer(pl_module) if pl_module.device.type == "cpu" else None
-        self._begins_late = last is not None and self.config.execution != "inline"
-        if last is not None and self._begins_late:
-            self._undo.append(last.register_post_accumulate_grad_hook(lambda _: self._begin(trainer)).remove)
+            pass_through(trainer, pl_module, "on_before_batch_transfer", before),
+            pass_through(trainer, pl_module, "on_after_batch_transfer", after, behind=augmented),
+        ]
 
-    def _batch_without_rows(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> Batch:
-        batch: Batch = trainer.precision_plugin.convert_input(data.batch_without_rows())
-        if self.config.row_format == "augmented":
-            batch = data.on_after_batch_transfer(move_data_to_device(batch, module.device), 0)
-        return batch
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PyTree, batch_idx: int
+    ) -> None:
+        """Refuse a batch that has not passed the hooks: it would be trained on without representatives.
 
-    def _go_on(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Let the memory of an earlier fit go on in this one."""
-        assert self.manager is not None
-        refuse_another_memory(self.manager.config, self.config, "the memory was filled with", ("execution", "prefetch"))
-        self.manager.config = self.config
-        self.manager.connect(comm_of(trainer.strategy), module.device)
-        self._refer(trainer, module)
+        Raises:
+            ConfigurationError: with the remedy.
+        """
+        if not self._joined:
+            raise ConfigurationError(
+                "a batch came past on_after_batch_transfer, by which representatives join it: the strategy or the "
+                "module moves batches by itself; leave Rehearsal out, or let Lightning move them"
+            )
+        self._joined = False
 
-    def _begin(self, trainer: pl.Trainer) -> None:
-        if self._due:
-            self._submit(trainer)
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Begin the background work, which overlaps with the backward pass."""
+        if self.replay is not None:
+            self.replay.loss_computed()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: PyTree, batch_idx: int
+    ) -> None:
+        """Do the memory's work if it has not begun; at the end of an epoch leave none pending."""
+        assert self.replay is not None
+        self.replay.work()
+        if trainer.is_last_batch:
+            self.replay.end_epoch()
+        every = log_interval(trainer)
+        if trainer.loggers and every and trainer.global_step % every == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics(self.replay.figures(every), step=trainer.global_step - 1)  # Lightning's, from 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave nothing pending, also where an epoch ends amid its batches; the next one draws anew."""
-        self._due = False
-        self.wait(trainer)
-        self._in_flight = None
+        """Leave no work pending, also if the epoch ends before its last batch."""
+        if self.replay is not None:
+            self.replay.skip()
+            self.replay.end_epoch()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finish pending work and take the memory out again."""
-        self.wait(trainer)
+        """Finish pending work and restore the hooks."""
+        if self.replay is not None:
+            self.replay.wait()
         self._leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take the memory out; a callback of a lone worker's that saves after this finds what the step has left."""
+        """Restore the hooks; for a checkpoint that a callback saves after this, a lone worker finishes its work."""
         drawn = None
-        if comm_of(trainer.strategy).size == 1 and self._engine is not None:
-            batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-            self._due = self._due and batches.processed == batches.ready  # else this batch was not trained on
-            with suppress(Exception):  # the memory's own error may be what ends the fit
-                self.wait(trainer)
-                drawn = self._in_flight
-        self._due = False
+        if self.replay is not None and comm_of(trainer.strategy).size == 1:
+            if step_is_open(trainer):
+                self.replay.skip()
+            with suppress(Exception):  # an error of the memory may be what ends the fit
+                drawn = self.replay.wait()
         self._leave()
-        self._in_flight = drawn
+        self._drawn = drawn
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave no thread and no wrapped hook behind."""
+        """Leave no thread and no wrapped hook."""
         self._leave()
 
     def _leave(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._in_flight = self._offer = self._weights = self._extras = self._references = None
-        engine, self._engine = self._engine, None
-        if engine is not None and not engine.close():
-            rank_zero_warn("the memory's work did not end with the fit: what it holds is given up")
+        replay, self.replay = self.replay, None
+        if replay is not None and not replay.close():
+            rank_zero_warn("the memory's work did not end with the fit: the memory is dropped")
             self.manager = None
         if self.manager is not None:
             self.manager.disconnect()
 
-    def wait(self, trainer: pl.Trainer) -> None:
-        """Wait until no work is pending, so that the memory may be read or changed; what was drawn is kept.
+    # -- the memory --------------------------------------------------------------------------------
 
-        Args:
-            trainer: of the fit; every worker calls this.
-        """
-        if self._engine is None:
-            return
-        self._begin(trainer)
-        if self._engine.pending:
-            drawn = self._engine.flush()
-            self._in_flight = self._in_flight if drawn is None else drawn
+    def _observe(self, trainer: pl.Trainer, module: pl.LightningModule, batch: PyTree) -> None:
+        if self.replay is None:
+            codec, size = NestCodec(self.label), num_rows(batch)
+            self._build(trainer, module, codec, codec.example(batch), self.num_classes or 1, batch_size=size)
+        assert self.replay is not None
+        self.replay.observe(batch, trainer.current_epoch)
 
-    # -- one step ----------------------------------------------------------------------------------
+    def _build_for_stream(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        data = datamodule_of(trainer)
+        batch = trainer.precision_plugin.convert_input(data.batch_without_rows())
+        if self.config.row_format == "augmented":
+            batch = data.on_after_batch_transfer(move_data_to_device(batch, module.device), 0)
+        read = None
+        if self.config.row_format == "index":
+            read = data.read_samples
+            read(batch.sample_ids, batch.sample_ids)  # refuses at once what it cannot read
+        codec = BatchCodec(self.config.loss, module.row_shapes if isinstance(module, StoresExtraColumns) else {}, read)
+        self._build(
+            trainer, module, codec, codec.example(batch), data.num_classes, data.batch_size, len(data.train_targets),
+            data.eval_batch_size if self.config.update == "task_end" else None,
+        )  # fmt: skip
 
-    def _before(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
-        def add(batch: Any) -> Any:
-            if self.config.row_format != "augmented":
-                self._note(trainer, module, batch)
-            return batch
+    def _build(
+        self, trainer: pl.Trainer, module: pl.LightningModule, codec: RowCodec, example: PyTree, num_classes: int,
+        batch_size: int, num_samples: int | None = None, most_candidates: int | None = None,
+    ) -> None:  # fmt: skip
+        config, comm = self.config, comm_of(trainer.strategy)
+        default = _DEFAULT_ROWS * num_classes * comm.size
+        total = config.total(num_classes, comm.size, num_samples or 0, default)
+        self.manager = build_manager(
+            config,
+            example,
+            comm,
+            module.device,
+            num_classes=num_classes,
+            num_samples=num_samples,
+            # At the end of a task every sample is a candidate.
+            num_candidates=(most_candidates or config.num_candidates) if config.num_candidates is not None else None,
+            batch_size=batch_size,
+            # The saved capacity also if it was given per worker, and the number of workers has changed.
+            total=total if self.saved is None else self.saved.capacity,
+            seed=seed_of_run(config.seed, "rehearsal.seed"),
+            workers_on_host=min(comm.size, max(ranks.local_size(), trainer.num_devices)),
+            shares_weights=isinstance(codec, BatchCodec),
+        )
+        if self.saved is not None:
+            self._drawn, self.saved = self.saved.restore(self.manager, codec.decode(example)), None
+        self._start(trainer, module, codec)
 
-        return add
-
-    def _note(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
-        if self.manager is None:
-            self._build(trainer, module, batch)
-        self._offer = self._offer_of(batch, trainer.current_epoch)
-        self._weights = batch.weights if isinstance(batch, Batch) else None
-
-    def _after(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[Any], Any]:
-        def add(batch: Any) -> Any:
-            if self.config.row_format == "augmented":
-                self._note(trainer, module, batch)
-            ready = self._take(trainer)
-            self._due, self._came, self._computed = True, True, not module.automatic_optimization
-            more = self._extras is not None and self._extras.shapes
-            if self.config.scope == "global" and self.config.execution != "inline" and not more:
-                # What travels between workers does so before the gradients, and behind the whole step.
-                self._submit(trainer)
-            if ready is None or not (len(ready.drawn.labels) or ready.drawn.weight_share):
-                # The module may write into its batch, of which the memory reads after the step.
-                return batch._replace(inputs=batch.inputs.clone()) if isinstance(batch, Batch) else batch
-            with nvtx_range("join", module.device):
-                return self._join(batch, ready, module.device, trainer.global_step)
-
-        return add
-
-    def _join(self, batch: Any, ready: _Prepared, device: torch.device, step: int) -> Any:
-        rows, weights, share = ready.drawn.rows, ready.drawn.weights, ready.drawn.weight_share
-        if device.type != "cpu":
-            rows, weights = move_data_to_device((rows, weights), device)
-        if self._engine is not None and self._engine.stream is not None:
-            _used_on(torch.cuda.current_stream(), rows)
-        if not isinstance(batch, Batch):
-            return concat(batch, rows)
-        inputs = ready.room.beside(batch.inputs) if ready.room is not None else None
-        more = self._extras.shapes if self._extras is not None else ()
-        return join(batch, rows, weights, share, self.config.loss, step, inputs, more)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Refuse a batch that did not come past the hooks: it would be trained on without representatives.
-
-        Raises:
-            ConfigurationError: with the remedy.
-        """
-        if not self._came:
-            raise ConfigurationError(
-                "a batch came past on_after_batch_transfer, by which representatives join it: the strategy or the "
-                "module moves batches by itself; leave Rehearsal out, or let Lightning move them"
-            )
-        self._came = False
-
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Let the background begin, its kernels under the backward pass, where it does not begin late."""
-        self._computed = True
-        if self.config.execution != "inline" and not self._begins_late:
-            self._begin(trainer)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Do the memory's work now if it was not begun; at the end of an epoch leave nothing pending."""
-        self._begin(trainer)
-        if trainer.is_last_batch:
-            self.wait(trainer)
-            self._in_flight = None
-        every = log_interval(trainer)
-        if trainer.loggers and every and trainer.global_step % every == 0:
-            self._log(trainer, every)
-
-    def _take(self, trainer: pl.Trainer) -> _Prepared | None:
-        """Return the representatives of this step; at the start of an epoch they are drawn now."""
-        assert self._engine is not None
-        if self._in_flight is not None:
-            ready, self._in_flight = self._in_flight, None
-            return ready
-        if self.config.execution == "nonblocking":
-            return self._engine.latest()
-        if not self._engine.pending:
-            assert self.manager is not None
-            skipped = self._skipped(trainer)
-            self._engine.submit(lambda: self._advance(None, True, skipped))
-        return self._engine.collect()
-
-    def _submit(self, trainer: pl.Trainer) -> None:
-        assert self._engine is not None
+    def _start(self, trainer: pl.Trainer, module: pl.LightningModule, codec: RowCodec) -> None:
         assert self.manager is not None
-        self._due = False
-        # Loaders that are not ours may differ in length: no worker leaves out an exchange that another waits for.
-        draw = not trainer.is_last_batch or (self._weights is None and self.manager.exchange is not None)
-        offer = self._offer if self.config.update == "step" else None
-        skipped = self._skipped(trainer)
-        if offer is not None and self._extras is not None and self._extras.shapes and self._weights is not None:
-            # A step that the module left out has no columns.
-            offer = self._extras.with_step(offer, self._weights) if self._computed else None
-        if offer is not None and self._engine.stream is not None:
-            _used_on(self._engine.stream, offer)
-        self._engine.submit(lambda: self._advance(offer, draw, skipped))
+        self.replay = Replay(
+            self.manager,
+            codec,
+            exclude=lambda: self._present_classes(trainer),
+            agent=module,
+            equal_batches=isinstance(codec, BatchCodec),
+        )
+        self.replay.resume(self._drawn)
+        self._drawn = None
 
-    def _advance(self, offer: Offer | None, draw: bool, skipped: Tensor | None) -> _Prepared | None:
-        assert self.manager is not None
-        drawn = self.manager.advance(offer, draw, skipped)
-        if drawn is None:
-            return None
-        if self._references is not None:
-            drawn = drawn._replace(rows=self._references.complete(drawn.rows))
-        if self.config.prefetch == "draw":
-            return _Prepared(drawn)
-        rows, device, room = drawn.rows, self.manager.device, None
-        with nvtx_range("move", device):
-            # Not if a step may meet these representatives again: new inputs would lie in front of them already.
-            if self.config.execution == "blocking" and isinstance(rows, dict) and "sample_ids" in rows:
-                room = Room(self.manager.batch_size, rows["inputs"], device)
-                rows = {**rows, "inputs": room.rehearsed}
-            if device.type != "cpu":
-                rows = move_data_to_device(rows, device)
-        return _Prepared(drawn._replace(rows=rows), room)
-
-    def _skipped(self, trainer: pl.Trainer) -> Tensor | None:
-        # Of the present task nothing is stored before its end, where rows enter at the ends of tasks.
+    def _present_classes(self, trainer: pl.Trainer) -> Tensor | None:
+        """Return the present task's classes ``(K,)`` bool if draws leave them out, else None."""
+        # With ``update: task_end`` nothing of the present task is stored yet.
         if self.config.draw_from == "seen" or self.config.update == "task_end":
             return None
-        # Not what the agent says: resumed at the end of an epoch, it hears of its task after this batch came.
-        clock: Any = datamodule_of(trainer).clock
+        # By the clock, since the agent of a run resumed at the end of an epoch hears of its task after the first batch.
+        clock = datamodule_of(trainer).clock
         assert self.manager is not None
-        skipped = torch.zeros(self.manager.buffer.state.num_classes, dtype=torch.bool)
-        if clock is None:  # there is one task, and nothing before it
-            return ~skipped
-        skipped[list(clock.tasks[clock.task_at(trainer.current_epoch)].classes)] = True
-        return skipped
+        present = torch.zeros(self.manager.buffer.state.num_classes, dtype=torch.bool)
+        if clock is None:  # a single task
+            return ~present
+        present[list(clock.tasks[clock.task_at(trainer.current_epoch)].classes)] = True
+        return present
 
     def on_task_end(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
         """With ``update: task_end`` offer the whole taskset, in random order."""
         if self.config.update != "task_end":
             return
         assert self.manager is not None
-        assert self._extras is not None
-        data = datamodule_of(trainer)
+        assert self.replay is not None
+        codec, data = self.replay.codec, datamodule_of(trainer)
+        assert isinstance(codec, BatchCodec)
         ids = _shuffled(limited_ids(trainer, data.train_indices(task.index)), self.manager.seed + task.index)
         rows = 0
-        if self._offered is not None and self._offered[0] == task.index:  # a signal had broken it off
-            rows = self._offered[1]
-            ids = ids[_places(ids, data.owners(self._offered[2]), self._offered[2]) >= rows]
+        if self._inserted is not None and self._inserted[0] == task.index:
+            rows = self._inserted[1]
+            ids = ids[_places(ids, data.owners(self._inserted[2]), self._inserted[2]) >= rows]
         loader = data.train_eval_loader(ids)
-        if self._references is not None and not self._extras.shapes:
-            loader.inputs = torch.empty(len(data.train_targets), 0)  # none need be read
-        workers = comm_of(trainer.strategy).size
+        if not codec.stores_inputs and not codec.extra:
+            loader.inputs = torch.empty(len(data.train_targets), 0)  # no input is needed
+        world_size = comm_of(trainer.strategy).size
         for batch in loader_batches(trainer, loader):
             batch = trainer.precision_plugin.convert_input(batch)
-            offer = self._extras.with_evaluation(self._offer_of(batch), batch)
-            self.manager.buffer.add(offer.rows, offer.labels, offer.ids)
+            candidates = codec.encode(batch, AS_EVALUATED)
+            if codec.extra:
+                assert isinstance(agent, StoresExtraColumns)
+                # Of the trained weights, not of averaged ones, as the columns of a step are.
+                for ready in evaluation_batches(agent, [batch], averaged=False):
+                    candidates = codec.add_columns(candidates, agent.columns_of(ready), batch.weights)
+            self.manager.buffer.add(*candidates)
             rows += loader.batch_size
-            self._offered = (task.index, rows, workers)
-        self._offered = None
-
-    # -- rows --------------------------------------------------------------------------------------
-
-    def _columns_of(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        return columns_of(batch) if self._references is None else self._references.columns(batch, epoch)
-
-    def _offer_of(self, batch: Any, epoch: int = AS_EVALUATED) -> Offer:
-        if isinstance(batch, Batch):
-            columns = self._columns_of(batch, epoch)
-            if not batch.weights.all():
-                columns = {name: column[batch.weights > 0] for name, column in columns.items()}
-            return Offer(columns, columns["targets"], columns["sample_ids"])
-        count = num_rows(batch)
-        labels = torch.zeros(count, dtype=torch.int64)
-        if self.label is not None:
-            labels = batch[self.label].long().cpu()
-        assert self.manager is not None
-        self.manager.buffer.store.check(batch)
-        # A copy: the module may write into its batch while the memory reads. A sample's place is not known.
-        return Offer(map_tensors(torch.clone, batch), labels, torch.full((count,), -1))
-
-    def _build(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
-        own = isinstance(batch, Batch)
-        config, comm = self.config, comm_of(trainer.strategy)
-        if config.execution == "nonblocking" and config.scope == "global" and comm.size > 1:
-            raise ConfigurationError(
-                "rehearsal.execution=nonblocking goes with scope=local: the exchange needs all workers in step"
-            )
-        if not own:
-            num_rows(batch)  # what is no tensor is named
-        data = datamodule_of(trainer)
-        classes = data.num_classes if own else (self.num_classes or 1)
-        samples = len(data.train_targets) if own else 0
-        total = config.total(classes, comm.size, samples, _PRESET_ROWS * classes * comm.size)
-        if self.saved is not None:  # also where sizes are given for each worker, and there are others now
-            total = self.saved.capacity
-        if total < comm.size or (own and policy_class(config.policy, config.quota).shares_by_class and total < classes):
-            raise ConfigurationError(
-                f"a memory of {total} rows is smaller than the {classes} classes: enlarge rehearsal.buffer_size"
-            )
-        self._refer(trainer, module)
-        example = self._columns_of(batch, 0) if own else batch
-        if own and self._extras is not None and self._extras.shapes:
-            example = _no_rows(example) | self._extras.no_rows()
-        capacity = split_total(total, comm.size, comm.rank)
-        seed = seed_of_run(config.seed, "rehearsal.seed")
-        on_host = min(comm.size, max(ranks.local_size(), trainer.num_devices))
-        # All workers look before one of them takes its part.
-        _together(comm, lambda: refuse_lack_of_space(example, capacity, config.storage, on_host))
-        store = _together(comm, lambda: RowStore(example, capacity, config.storage))
-        candidates = config.num_candidates
-        if config.update == "task_end" and candidates is not None:  # every sample is a candidate
-            candidates = data.eval_batch_size
-        buffer = RehearsalBuffer(
-            num_classes=classes,
-            capacity=capacity,
-            policy=config.policy,
-            quota=config.quota,
-            num_candidates=candidates,
-            store=store,
-            seed=seed * 1_000_003 + comm.rank,
-            num_samples=samples or None,
-        )
-        size = data.batch_size if own else num_rows(batch)
-        labels = torch.zeros(0, dtype=torch.int64)
-        example = _no_rows(example)
-        self.manager = MemoryManager(
-            config, buffer, comm, size, (example, labels), module.device, seed, shares_weights=own
-        )
-        if self._references is not None:
-            example = self._references.complete(example)
-        self.manager.total = total
-        if self.saved is not None:
-            drawn, self.saved = self.saved.restore(self.manager, example), None
-            self._in_flight = None if drawn is None else _Prepared(drawn)
-
-    def _refer(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.config.row_format == "index":
-            self._references = References(datamodule_of(trainer), module.device.type == "cuda")
-
-    # -- reports -----------------------------------------------------------------------------------
-
-    def _log(self, trainer: pl.Trainer, steps: int) -> None:
-        assert self.manager is not None
-        assert self._engine is not None
-        buffer = self.manager.buffer
-        waited, self._wait_s = self._engine.wait_s - self._wait_s, self._engine.wait_s
-        figures = {
-            "buffer/fill": len(buffer) / buffer.store.capacity,
-            "buffer/bytes": float(buffer.num_bytes),
-            "buffer/wait_ms": 1e3 * waited / steps,
-            "buffer/staleness": float(self._engine.staleness),
-        }
-        if self.manager.exchange is not None:
-            cost = self.manager.exchange.last
-            figures["buffer/exchanged_bytes"] = float(cost.header_bytes + cost.note_bytes + cost.row_bytes)
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step - 1)  # counted from 0, as by Lightning
+            self._inserted = (task.index, rows, world_size)
+        self._inserted = None
 
     # -- checkpoint --------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return how much of a taskset was offered where a signal has broken a task's end off."""
-        return {} if self._offered is None else {"offered": list(self._offered)}
+    def state_dict(self) -> StateDict:
+        """Return how much of a taskset was inserted, if a signal has interrupted the end of a task."""
+        return {} if self._inserted is None else {"offered": list(self._inserted)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
-        task, rows, workers = state_dict["offered"]
-        self._offered = (task, rows, workers)
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore it."""
+        task, rows, world_size = state_dict["offered"]
+        self._inserted = (task, rows, world_size)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Write this worker's memory, and what it has drawn for its next step, beside the checkpoint."""
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
+        """Write this worker's memory and the representatives of its next step to a file next to the checkpoint."""
         if self.manager is None and self.saved is not None:
             self.saved.save_again(trainer, checkpoint)
         elif self.manager is not None:
-            self.wait(trainer)  # another callback may save, whose turn comes before ours
-            drawn = None if self._in_flight is None else self._in_flight.drawn
+            # The callback that saves may come before this one, so the step's work may not have begun.
+            drawn = self._drawn if self.replay is None else self.replay.wait()
             save_memory(trainer, checkpoint, self.config, self.manager, drawn)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Look at the saved memories, which are taken back as training starts, or with a module's first batch."""
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
+        """Check the saved memories, which are restored when training starts, or with the first batch of other data."""
         if trainer.state.fn == TrainerFn.FITTING:
             comm, kept = comm_of(trainer.strategy), self.manager
             self.manager, self.saved = None, SavedMemories.of(checkpoint, self.config, comm)
             if kept is not None and self.saved is not None and self.saved.fits(kept, comm):
-                # At once: what a search for a rate or a batch size has put aside is gone when training starts.
+                # At once: the files of Lightning's search for a rate or a batch size are gone when training starts.
                 kept.connect(comm, pl_module.device)
-                drawn = self.saved.restore(kept, kept.buffer.store.example)
-                self._in_flight = None if drawn is None else _Prepared(drawn)
+                self._drawn = self.saved.restore(kept, kept.buffer.store.example)
                 self.manager, self.saved = kept, None
 
 
-def _together(comm: Comm, make: Callable[[], _Made]) -> _Made:
-    """Return what this worker makes; if one cannot, all raise that worker's error."""
-    error, made = "", None
-    try:
-        made = make()
-    except ConfigurationError as failed:
-        error = str(failed)
-    raise_together(comm, error, ConfigurationError)
-    return cast(_Made, made)
+def _stream_of(trainer: pl.Trainer) -> Stream | None:
+    data = datamodule_of(trainer)
+    return data.stream if isinstance(data, ContinualDataModule) else None
 
 
 def _refuse_several_loaders(trainer: pl.Trainer) -> None:
@@ -615,17 +432,6 @@ def _refuse_several_loaders(trainer: pl.Trainer) -> None:
             f"{len(loaders)} training loaders: what they give side by side are not the rows of one batch, which a "
             "memory stores together; give one loader, of a data set with all columns (torch.utils.data.StackDataset)"
         )
-
-
-def _used_on(stream: torch.cuda.Stream, nest: Any) -> None:
-    """Tell the allocator that tensors made on another stream are used on this one: it must not give them away early."""
-    for _, tensor in flatten(nest):
-        if tensor.is_cuda:
-            tensor.record_stream(stream)
-
-
-def _no_rows(nest: Any) -> Any:
-    return map_tensors(lambda column: column[:0], nest)
 
 
 def _places(ids: Tensor, owners: Tensor | None, workers: int) -> Tensor:

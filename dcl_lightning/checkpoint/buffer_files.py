@@ -28,8 +28,9 @@ from dcl_lightning.checkpoint.reshard import reshard
 from dcl_lightning.comm import Comm, allgather_text, comm_of, raise_together
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
-from dcl_lightning.memory.manager import MemoryManager, Representatives
+from dcl_lightning.memory.manager import MemoryManager
 from dcl_lightning.memory.pytree import flatten, rebuild
+from dcl_lightning.memory.rows import Representatives
 from dcl_lightning.memory.storage import RowStore
 from dcl_lightning.types import PyTree, StateDict
 
@@ -52,7 +53,7 @@ def write_memory(file: Writable, manager: MemoryManager, in_flight: object = Non
     store, slots = buffer.store, buffer.slots_at(torch.arange(len(buffer)))
     columns = [(name, store.column(name, slots[:0])) for name in store.names]
     header = {
-        "manager": manager.bookkeeping(),
+        "manager": manager.state_dict(),
         "in_flight": in_flight,
         "capacity": store.capacity,
         "rows": len(slots),
@@ -243,12 +244,12 @@ class SavedMemories:
         comm = manager.comm
         if len(files) != comm.size:
             dealt = reshard([file.header["manager"] for file in files], comm.size, comm.rank)
-            manager.take_bookkeeping(dealt.manager)
+            manager.load_state_dict(dealt.manager)
             for file, (places, slots) in zip(files, dealt.rows, strict=True):
                 file.read_into(manager.buffer.store, places, slots)
             return None
         mine = files[comm.rank]
-        manager.take_bookkeeping(mine.header["manager"])
+        manager.load_state_dict(mine.header["manager"])
         places = torch.arange(len(manager.buffer))
         mine.read_into(manager.buffer.store, places, manager.buffer.slots_at(places))
         if mine.header["in_flight"] is None:

@@ -23,7 +23,7 @@ class Dealt(NamedTuple):
     """One worker's share of a redistributed memory.
 
     Args:
-        manager: bookkeeping of its manager.
+        manager: state of its manager.
         rows: for each former worker, indices ``(m,)`` of rows in its file and their new slots ``(m,)``, int64.
     """
 
@@ -40,7 +40,7 @@ def reshard(saved: list[StateDict], size: int, rank: int) -> Dealt:
     offered) are split equally. Each worker draws from a newly seeded generator.
 
     Args:
-        saved: bookkeeping of each former worker's manager.
+        saved: state of each former worker's manager.
         size: new number of workers.
         rank: 0-based rank of this worker.
     """

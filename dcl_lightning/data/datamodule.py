@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning.data import transforms
-from dcl_lightning.data.images import ImageFiles, ReaderPool
+from dcl_lightning.data.images import AS_EVALUATED, ImageFiles, ReaderPool
 from dcl_lightning.data.loader import AheadLoader, Inputs, TaskLoader, for_all
 from dcl_lightning.data.scenarios import Label, TaskSplit, count_tasks, seed_of_run
 from dcl_lightning.data.sources import table as sources
@@ -24,7 +24,7 @@ from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.ranks import worker_threads
 from dcl_lightning.errors import ConfigurationError, whole_number
 from dcl_lightning.paths import absolute
-from dcl_lightning.types import Batch, Clock, InputSpec, Replay, Task
+from dcl_lightning.types import Batch, Clock, InputSpec, ReplaySource, Task
 
 __all__ = ["ContinualDataModule"]
 
@@ -160,7 +160,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self.original_labels: list[Label] = []
         self._stream: Stream | None = None
         self._clock: Clock | None = None
-        self._replay: Replay | None = None
+        self._replay: ReplaySource | None = None
         self._train_loader: TaskLoader | None = None
 
     # -- known before any file is read -------------------------------------------------------------
@@ -276,7 +276,7 @@ class ContinualDataModule(pl.LightningDataModule):
         if clock is not None:
             self.task_id = clock.task_at(0)
 
-    def attach_replay(self, replay: Replay) -> None:
+    def attach_replay(self, replay: ReplaySource) -> None:
         """Let an agent or a callback add to the training batches, until the fit ends.
 
         Args:
@@ -361,6 +361,29 @@ class ContinualDataModule(pl.LightningDataModule):
             dtype = torch.uint8 if isinstance(inputs, ImageFiles) else torch.float32
             inputs = torch.empty((0, *inputs.shape[1:]), dtype=dtype)
         return Batch(inputs[:0], none, none, none, torch.empty(0), torch.zeros(()), none, 0)
+
+    def read_samples(self, ids: Tensor, epochs: Tensor) -> Tensor:
+        """Return the inputs of training samples as the loader gave them in earlier epochs.
+
+        Args:
+            ids: ``(n,)`` int64 sample ids.
+            epochs: ``(n,)`` int64, the epoch of each sample's random crop; ``AS_EVALUATED`` for no random crop.
+
+        Raises:
+            ConfigurationError: transformations of a scenario cannot be repeated.
+            DataError: an image cannot be read; the message names its file.
+        """
+        source = self.train_inputs
+        if isinstance(source, TransformedInputs):
+            raise ConfigurationError(
+                "rehearsal.row_format=index reads samples again, which a scenario's transformations may change: give "
+                "row_format=inputs"
+            )
+        if isinstance(source, ImageFiles):
+            inputs = source.read(ids, epochs if self.augment else torch.full_like(ids, AS_EVALUATED), self.seed)
+        else:
+            inputs = source[ids]
+        return inputs.pin_memory() if self._on_gpu() else inputs
 
     def val_dataloader(self) -> list[TaskLoader]:
         """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out.

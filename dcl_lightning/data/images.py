@@ -22,7 +22,9 @@ from dcl_lightning.data.decode import read_images
 from dcl_lightning.distributed.ranks import mpi_runs
 from dcl_lightning.types import Batch
 
-__all__ = ["ImageFiles", "ReaderPool"]
+__all__ = ["AS_EVALUATED", "ImageFiles", "ReaderPool"]
+
+AS_EVALUATED = -1  # in place of an epoch: without a random crop
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -190,7 +192,7 @@ class ImageFiles:
 
         Args:
             rows: ``(n,)`` int64.
-            epochs: ``(n,)`` int64, the epoch of each random crop; negative for evaluation's crop.
+            epochs: ``(n,)`` int64, the epoch of each random crop; ``AS_EVALUATED`` for evaluation's crop.
             seed: seed of the crops.
 
         Raises:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,22 +11,23 @@ from torch import Tensor
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.functional.losses import nil_weights
 from dcl_lightning.memory.policies import make_policy
-from dcl_lightning.memory.pytree import Nest, num_rows
+from dcl_lightning.memory.pytree import num_rows
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState, class_quotas
 from dcl_lightning.memory.storage import RowStore
+from dcl_lightning.types import PyTree, StateDict
 
 __all__ = ["RehearsalBuffer", "distinct", "split_total"]
 
 
-def split_total(total: int, num_workers: int, rank: int) -> int:
+def split_total(total: int, world_size: int, rank: int) -> int:
     """Return a worker's part of the rows of the whole job; what is left over goes to the first workers.
 
     Args:
         total: rows over all workers.
-        num_workers: number of workers.
-        rank: 0-based number of this one.
+        world_size: number of workers.
+        rank: 0-based number of this worker.
     """
-    return total // num_workers + int(rank < total % num_workers)
+    return total // world_size + int(rank < total % world_size)
 
 
 def distinct(bound: int, number: int, generator: Generator) -> Integers:
@@ -102,7 +101,7 @@ class RehearsalBuffer:
         """``(K,)`` int64, rows stored of each class; a copy."""
         return torch.from_numpy(self.state.class_counts.copy())
 
-    def add(self, rows: Nest, labels: Tensor | None = None, ids: Tensor | None = None) -> Assignment:
+    def add(self, rows: PyTree, labels: Tensor | None = None, ids: Tensor | None = None) -> Assignment:
         """Offer a batch of b samples; the policy decides which enter.
 
         Args:
@@ -231,8 +230,8 @@ class RehearsalBuffer:
         offered = torch.from_numpy(self.state.offered) if offered is None else offered
         return nil_weights(offered, labels, self.state.size if stored is None else stored, batch_size, candidates)
 
-    def bookkeeping(self) -> dict[str, Any]:
-        """Return all but the rows: slots and generator as plain tensors, numbers and strings."""
+    def state_dict(self) -> StateDict:
+        """Return slots and generator as plain tensors, numbers and strings; rows are saved separately."""
         return {
             "policy": self.policy_name,
             "quota": self.quota,
@@ -240,28 +239,14 @@ class RehearsalBuffer:
             "generator": dict(self.generator.bit_generator.state),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return rows and bookkeeping."""
-        rows = self.store.state_dict(torch.from_numpy(self.state.filled[: self.state.size]))
-        return self.bookkeeping() | {"rows": rows}
-
-    def take_bookkeeping(self, state: dict[str, Any]) -> None:
-        """Take over all but the rows, which have to be written into the store besides.
+    def load_state_dict(self, state: StateDict) -> None:
+        """Restore all but the rows, which the caller writes into the store; draws continue as they would have.
 
         Raises:
-            ConfigurationError: it is of another policy, quota, number of classes or capacity.
+            ConfigurationError: the state has another policy, quota, number of classes or capacity.
         """
         for name, ours in (("policy", self.policy_name), ("quota", self.quota)):
             if state[name] != ours:
                 raise ConfigurationError(f"saved memory has {name} {state[name]}, this one {ours}: give the same")
         self.state.load_state_dict(state["slots"])
         self.generator.bit_generator.state = state["generator"]
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; what is drawn afterwards is what would have been drawn.
-
-        Raises:
-            ConfigurationError: it is of another policy, quota, number of classes, capacity or columns.
-        """
-        self.take_bookkeeping(state)
-        self.store.load_state_dict(state["rows"])

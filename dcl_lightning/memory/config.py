@@ -69,19 +69,19 @@ class MemorySize:
         """The values that are given, by name: those that are not None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-    def total(self, num_classes: int, num_workers: int, num_samples: int, default: int) -> int:
+    def total(self, num_classes: int, world_size: int, num_samples: int, default: int) -> int:
         """Return the capacity in samples over the whole job.
 
         Args:
             num_classes: classes of the whole stream.
-            num_workers: workers of the job.
+            world_size: number of workers.
             num_samples: training samples of the whole stream.
             default: capacity if none of the three is given.
         """
         if self.buffer_size is not None:
             return self.buffer_size
         if self.num_representatives is not None:
-            return self.num_representatives * num_classes * num_workers
+            return self.num_representatives * num_classes * world_size
         if self.rehearsal_ratio is not None:
             return max(int(self.rehearsal_ratio * num_samples), 1)
         return default

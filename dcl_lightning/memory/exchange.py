@@ -1,8 +1,8 @@
-"""The global draw: every worker's rehearsed rows, uniform over all workers' memories, by one all-to-all a step.
+"""The global draw: each worker draws uniformly from all workers' memories, with one all-to-all per step.
 
-Which rows every worker draws follows from the seed, the step and the number of rows that each worker
-has, which all workers know. So each computes what it has to send to whom, and no request travels. What
-else a step has to agree on (the sum of the weights, say) goes in the same message.
+Which rows every worker draws follows from the seed, the step and each worker's number of rows, which all workers know.
+So each worker computes which rows it sends to whom, and no request travels. Whatever else the workers have to agree on
+in a step, such as the sum of the weights, is part of the same message.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.comm import Comm, Pending
-from dcl_lightning.memory.pytree import Nest, flatten, map_tensors, rebuild
+from dcl_lightning.memory.pytree import flatten, map_tensors, rebuild
+from dcl_lightning.types import PyTree
 
 __all__ = [
-    "HEADER_BYTES", "Drawn", "Exchanged", "GlobalExchange", "Plan", "RowLayout", "Served", "plan_draws", "plan_of",
+    "HEADER_BYTES", "Exchanged", "GlobalExchange", "Plan", "ReceivedRows", "RowLayout", "SentRows", "plan_draws",
+    "plan_of",
 ]  # fmt: skip
 
-# To every worker: the sender's number of rows, its step, and what its rows add to the job's sum.
-_HEADER = np.dtype([("size", "<i4"), ("step", "<i4"), ("amount", "<f8")])
+# Sent to every worker: the sender's number of rows, its step, and the sum of the weights of the rows that it sends.
+_HEADER = np.dtype([("size", "<i4"), ("step", "<i4"), ("weight_sum", "<f8")])
 HEADER_BYTES = _HEADER.itemsize
 _FAILED = -1
 _WORD = (1 << 64) - 1
@@ -35,29 +37,29 @@ _WORD = (1 << 64) - 1
 def plan_draws(sizes: Sequence[int], r: int, seed: int, step: int) -> npt.NDArray[np.int64]:
     """Return which rows each worker draws: ``(number of workers, min(r, all rows))``.
 
-    Row i of worker k counts as ``sum(sizes[:k]) + i``. The draws of one worker are distinct, each
-    selection is equally likely, and workers draw independently of each other.
+    Row i of worker k has the number ``sum(sizes[:k]) + i``. The draws of one worker are distinct, every selection is
+    equally likely, and workers draw independently of each other.
 
     Args:
         sizes: number of rows of each worker, the same list on all workers.
         r: rows that each worker draws.
         seed: the same on all workers.
-        step: the same on all workers; another step gives other draws.
+        step: the same on all workers; each step has its own draws.
     """
     workers, total = len(sizes), sum(sizes)
     count = min(r, total)
     if count == 0:
         return np.zeros((workers, 0), dtype=np.int64)
-    # Raw words of Philox are the same in every version of numpy, those of a Generator need not be.
+    # The raw words of Philox are the same in every version of NumPy; the draws of a Generator are not guaranteed to be.
     key = np.array([seed & _WORD, step & _WORD], dtype=np.uint64)
     if total < 4 * r:
-        # The rows in the order of random keys; each key has its row's number in the last bits.
+        # Sort the rows by random keys; the last bits of a key are the number of its row.
         bits = np.uint64((1 << (total - 1).bit_length()) - 1)
         words = np.random.Philox(key=key).random_raw(workers * total).reshape(workers, total)
         keys = (words & ~bits) | np.arange(total, dtype=np.uint64)
         return (np.sort(keys, axis=1)[:, :count] & bits).astype(np.int64)
-    # The first distinct ones of more draws than needed. How many of them are distinct says nothing of
-    # which they are, so to start again with more draws, should they be too few, favours no row.
+    # Draw more than needed and keep the first distinct ones. How many are distinct is independent of which ones are, so
+    # starting again with more draws favours no row.
     shift = (count + count // 2 + 7).bit_length()
     while True:
         many = 1 << shift
@@ -79,8 +81,8 @@ class Plan(NamedTuple):
 
     Args:
         positions: int64, rows of its own memory that it sends, those for worker 0 first.
-        send: how many of them each worker gets.
-        receive: how many rows each worker sends here.
+        send: number of rows that it sends to each worker.
+        receive: number of rows that it receives from each worker.
     """
 
     positions: Tensor
@@ -89,12 +91,12 @@ class Plan(NamedTuple):
 
 
 def plan_of(rank: int, sizes: Sequence[int], draws: npt.NDArray[np.int64]) -> Plan:
-    """Return what one worker sends and receives.
+    """Return one worker's part in an exchange.
 
     Args:
         rank: 0-based number of the worker.
         sizes: number of rows of each worker.
-        draws: what ``plan_draws`` returned for them.
+        draws: result of ``plan_draws`` for these sizes.
     """
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     start = int(ends[rank]) - sizes[rank]
@@ -111,11 +113,11 @@ class RowLayout:
     """Turns a nest of columns into rows of bytes and back.
 
     Args:
-        columns: a nest of tensors with a common first dimension, as the memory returns them; only structure, dtypes
-            and shapes are kept, so that it may have no rows.
+        columns: a nest of tensors with a common first dimension, possibly without rows; its structure, dtypes and
+            shapes are kept.
     """
 
-    def __init__(self, columns: Nest) -> None:
+    def __init__(self, columns: PyTree) -> None:
         leaves = _leaves(columns)
         self._names = [name for name, _ in leaves]
         self._example = map_tensors(lambda leaf: leaf[:0].detach().to("meta"), columns)
@@ -123,11 +125,11 @@ class RowLayout:
         self._widths = [shape.numel() * dtype.itemsize for dtype, shape in self._types]
         self.row_bytes = sum(self._widths)
 
-    def pack(self, columns: Nest) -> Tensor:
+    def pack(self, columns: PyTree) -> Tensor:
         """Return the rows as contiguous uint8 ``(n, row_bytes)``, on the device of the columns.
 
         Args:
-            columns: a nest like the one given at the start, with any number of rows.
+            columns: a nest like the constructor's, with any number of rows.
         """
         leaves = _leaves(columns)
         if [name for name, _ in leaves] != self._names:
@@ -141,16 +143,16 @@ class RowLayout:
                 parts.append(leaf.detach().reshape(count, shape.numel()).contiguous().view(torch.uint8))
         return torch.cat(parts, 1) if parts else leaves[0][1].new_empty((count, self.row_bytes), dtype=torch.uint8)
 
-    def unpack(self, rows: Tensor) -> Nest:
-        """Return the nest of columns that ``pack`` was given.
+    def unpack(self, rows: Tensor) -> PyTree:
+        """Return the nest of columns from packed rows.
 
         Args:
-            rows: what ``pack`` returned.
+            rows: result of ``pack``.
         """
         count, leaves = rows.shape[0], []
         for part, (dtype, shape), width in zip(rows.split(self._widths, dim=1), self._types, self._widths, strict=True):
             if width:
-                # A copy: a column inside the rows need not start where its dtype may.
+                # A copy, since a column within packed rows may not be aligned to its dtype.
                 leaves.append(part.clone(memory_format=torch.contiguous_format).view(dtype).view(count, *shape))
             else:
                 leaves.append(torch.empty((count, *shape), dtype=dtype, device=rows.device))
@@ -162,83 +164,83 @@ class Exchanged:
     """What the last exchange cost this worker.
 
     Args:
-        header_bytes: headers sent, its own to itself included.
-        note_bytes: notes sent, likewise.
-        row_bytes: rows sent, its own to itself included.
-        rows_sent: their number.
-        wait_seconds: how long ``collect`` waited.
+        header_bytes: headers sent, including the one to itself.
+        count_bytes: class counts sent, likewise.
+        row_bytes: rows sent, likewise.
+        rows_sent: number of these rows.
+        wait_seconds: time that ``collect`` waited.
     """
 
     header_bytes: int
-    note_bytes: int
+    count_bytes: int
     row_bytes: int
     rows_sent: int
     wait_seconds: float
 
 
-class Served(NamedTuple):
-    """What a memory gives to an exchange.
+class SentRows(NamedTuple):
+    """Rows that one worker contributes to an exchange.
 
     Args:
-        rows: nest of columns, the rows that were asked for.
-        amount: a number of theirs, of which every worker learns the sum over all workers.
+        rows: nest of columns, ``(n, ...)`` each.
+        weight_sum: sum of their weights; every worker receives the sum over all workers.
     """
 
-    rows: Any
-    amount: float = 0.0
+    rows: PyTree
+    weight_sum: float = 0.0
 
 
-class Drawn(NamedTuple):
-    """What one exchange brought.
+class ReceivedRows(NamedTuple):
+    """Result of one exchange.
 
     Args:
-        rows: nest of columns, ``min(r, sum(sizes))`` rows, grouped by the worker they came from.
+        rows: nest of columns, ``min(r, sum(sizes))`` rows, grouped by the worker that sent them.
         sizes: every worker's number of rows when it started this exchange, for the next one.
-        amount: the sum of what all workers said of the rows that they sent.
-        notes: ``(N, note length)`` int64, every worker's note.
+        weight_sum: sum of the weights of the rows that all workers sent.
+        class_counts: ``(N, num_counts)`` int64, every worker's counts.
     """
 
-    rows: Any
+    rows: PyTree
     sizes: list[int]
-    amount: float
-    notes: Tensor
+    weight_sum: float
+    class_counts: Tensor
 
 
 class GlobalExchange:
-    """Draws r rows a step from the union of all workers' memories.
+    """Draws r rows per step from the union of all workers' memories.
 
-    All workers call ``start`` and ``collect`` in turn, equally often. The sizes for a step are those
-    that the step before brought, so the draw is one step behind; the first step's sizes are zeros, and
-    nothing but headers travels. A row that was overwritten in between comes as it is now. A memory that
-    loses rows, as at the end of a task, has to start again with zeros.
+    All workers call ``start`` and ``collect`` alternately, equally often. The sizes for a step are those received in
+    the step before, so the draw lags by one step; the first step's sizes are zeros, and only headers travel. A row that
+    was overwritten in between is sent as it is now. A memory that loses rows, as at the end of a task, starts again
+    with zeros.
 
     Args:
-        comm: the cluster.
-        gather: returns copies of the rows at some positions of this worker's memory.
-        layout: how the rows are packed.
-        r: rows that each worker draws a step.
+        comm: collectives between workers.
+        gather: returns copies of the rows at given positions of this worker's memory.
+        layout: how rows are packed.
+        r: rows that each worker draws per step.
         seed: the same on all workers.
-        note_length: int64 numbers that each worker tells all others at each step.
+        num_counts: number of int64 class counts that each worker sends to all others in each step.
         device: where ``gather`` returns rows.
-        name: of the all-to-all; two exchanges of one ``comm`` need two.
+        name: of the all-to-all; two exchanges over one ``comm`` need different names.
     """
 
     def __init__(
         self,
         comm: Comm,
-        gather: Callable[[Tensor], Served],
+        gather: Callable[[Tensor], SentRows],
         layout: RowLayout,
         r: int,
         seed: int,
-        note_length: int = 0,
+        num_counts: int = 0,
         device: torch.device | None = None,
         name: str = "rehearsal",
     ) -> None:
-        if r * layout.row_bytes + HEADER_BYTES + 8 * note_length >= 1 << 31:
+        if r * layout.row_bytes + HEADER_BYTES + 8 * num_counts >= 1 << 31:
             raise ValueError(f"r={r} rows of {layout.row_bytes} bytes: one exchange holds less than 2 GiB a worker")
         self.comm, self._gather, self._layout = comm, gather, layout
         self._r, self.seed, self._name = r, seed, name
-        self._fixed_bytes = HEADER_BYTES + 8 * note_length  # of a message, whatever rows are in it
+        self._fixed_bytes = HEADER_BYTES + 8 * num_counts  # of a message, whatever rows are in it
         self._device = device
         self._step = 0
         self._plan: Plan | None = None
@@ -246,39 +248,39 @@ class GlobalExchange:
         self._error: Exception | None = None
         self.last = Exchanged(0, 0, 0, 0, 0.0)
 
-    def start(self, step: int, sizes: Sequence[int], size: int, note: Tensor | None = None) -> None:
+    def start(self, step: int, sizes: Sequence[int], size: int, class_counts: Tensor | None = None) -> None:
         """Send the rows that the workers drew from this memory, without waiting.
 
-        What goes wrong with this memory raises in ``collect``, here and on all other workers.
+        A failure to read this memory raises in ``collect``, here and on all other workers.
 
         Args:
             step: number of the step, the same on all workers.
             sizes: number of rows of each worker, the same on all workers; zeros at first.
-            size: number of rows of this memory now, for the draw after this one.
-            note: ``(note length,)`` int64, for all workers; may be None if the length is 0.
+            size: present number of rows of this memory, for the next draw.
+            class_counts: ``(num_counts,)`` int64, for all workers; None if ``num_counts`` is 0.
         """
         if self._plan is not None:
             raise RuntimeError("an exchange is pending: collect it before the next one starts")
         if len(sizes) != self.comm.size:
             raise ValueError(f"sizes {list(sizes)}: give one for each of {self.comm.size} workers")
-        fixed = torch.zeros(0, dtype=torch.int64) if note is None else note
+        fixed = torch.zeros(0, dtype=torch.int64) if class_counts is None else class_counts
         if 8 * fixed.numel() + HEADER_BYTES != self._fixed_bytes:
-            raise ValueError(f"a note of {fixed.numel()} numbers, expected {(self._fixed_bytes - HEADER_BYTES) // 8}")
+            raise ValueError(f"{fixed.numel()} class counts, expected {(self._fixed_bytes - HEADER_BYTES) // 8}")
         draws = plan_draws(sizes, self._r, self.seed, step)
         self._plan, self._step, self._error = plan_of(self.comm.rank, sizes, draws), step, None
         try:
             if sizes[self.comm.rank] > size:
                 raise RuntimeError(f"the memory has {size} rows, fewer than the {sizes[self.comm.rank]} drawn from")
-            served = self._gather(self._plan.positions)
-            rows, amount = self._layout.pack(served.rows), served.amount
+            sent = self._gather(self._plan.positions)
+            rows, weight_sum = self._layout.pack(sent.rows), sent.weight_sum
             if len(rows) != len(self._plan.positions):
                 raise RuntimeError(f"gather returned {len(rows)} rows for {len(self._plan.positions)} positions")
         except Exception as error:
-            # The others wait for rows: they get rubbish, and the word that it is.
-            self._error, size, amount = error, _FAILED, 0.0
+            # Send placeholder rows with an error flag, so that the peers do not block.
+            self._error, size, weight_sum = error, _FAILED, 0.0
             shape = (len(self._plan.positions), self._layout.row_bytes)
             rows = torch.zeros(shape, dtype=torch.uint8, device=self._device)
-        header = torch.from_numpy(np.array([(size, step, amount)], dtype=_HEADER).view(np.uint8))
+        header = torch.from_numpy(np.array([(size, step, weight_sum)], dtype=_HEADER).view(np.uint8))
         try:
             self._pending = self._send(rows, torch.cat((header, fixed.contiguous().view(torch.uint8))), self._plan)
         except Exception as error:
@@ -293,8 +295,8 @@ class GlobalExchange:
         sent, received = ([self._fixed_bytes + n * width for n in counts] for counts in (plan.send, plan.receive))
         return self.comm.alltoall_async(message, sent, received, self._name)
 
-    def collect(self) -> Drawn:
-        """Wait for the exchange; return this worker's rows and the sizes for the next one."""
+    def collect(self) -> ReceivedRows:
+        """Wait for the exchange; return this worker's rows, and the sizes for the next exchange."""
         plan, pending, error = self._plan, self._pending, self._error
         if plan is None:
             raise RuntimeError("no exchange is pending: start one first")
@@ -310,11 +312,11 @@ class GlobalExchange:
             raise error
         assert message is not None
         width, workers = self._layout.row_bytes, len(plan.send)
-        note_bytes = self._fixed_bytes - HEADER_BYTES
+        count_bytes = self._fixed_bytes - HEADER_BYTES
         self.last = Exchanged(
-            HEADER_BYTES * workers, note_bytes * workers, width * sum(plan.send), sum(plan.send), waited
+            HEADER_BYTES * workers, count_bytes * workers, width * sum(plan.send), sum(plan.send), waited
         )
-        parts = message.view(-1).split([m for n in plan.receive for m in (HEADER_BYTES, note_bytes, n * width)])
+        parts = message.view(-1).split([m for n in plan.receive for m in (HEADER_BYTES, count_bytes, n * width)])
         headers = torch.cat(parts[0::3]).cpu().numpy().view(_HEADER)
         for worker, (size, step) in enumerate(zip(headers["size"].tolist(), headers["step"].tolist(), strict=True)):
             if step != self._step:
@@ -322,12 +324,12 @@ class GlobalExchange:
             if size == _FAILED:
                 raise RuntimeError(f"worker {worker} could not read its memory; its own traceback says why")
         rows = torch.cat(parts[2::3]).view(sum(plan.receive), width)
-        notes = torch.cat(parts[1::3]).cpu().view(torch.int64).view(workers, -1)
-        amount = math.fsum(headers["amount"].tolist())
-        return Drawn(self._layout.unpack(rows), headers["size"].tolist(), amount, notes)
+        class_counts = torch.cat(parts[1::3]).cpu().view(torch.int64).view(workers, -1)
+        weight_sum = math.fsum(headers["weight_sum"].tolist())
+        return ReceivedRows(self._layout.unpack(rows), headers["size"].tolist(), weight_sum, class_counts)
 
 
-def _leaves(columns: Nest) -> list[tuple[str, Tensor]]:
+def _leaves(columns: PyTree) -> list[tuple[str, Tensor]]:
     leaves = flatten(columns)
     if not leaves or not all(leaf.ndim for _, leaf in leaves):
         raise ValueError("rows are a nest of tensors with a first dimension, at least one")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from copy import copy
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dcl_lightning.errors import DataError
+from dcl_lightning.types import PyTree
 
-__all__ = ["Nest", "concat", "flatten", "map_tensors", "num_rows", "rebuild", "refuse_another_row"]
-
-Nest: TypeAlias = Any
+__all__ = ["concat", "flatten", "map_tensors", "num_rows", "rebuild", "refuse_another_row"]
 
 
-def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
+def _children(nest: PyTree) -> list[tuple[str, PyTree]] | None:
     """Return the named parts of a container, or None for a leaf."""
     if isinstance(nest, MutableMapping):
         return [(str(key), value) for key, value in nest.items()]
@@ -27,7 +25,7 @@ def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
     return None
 
 
-def flatten(nest: Nest, name: str = "") -> list[tuple[str, Tensor]]:
+def flatten(nest: PyTree, name: str = "") -> list[tuple[str, Tensor]]:
     """Return the tensors of a nest with their dotted names, in the order of the nest.
 
     Args:
@@ -51,7 +49,7 @@ def flatten(nest: Nest, name: str = "") -> list[tuple[str, Tensor]]:
     return [leaf for key, child in children for leaf in flatten(child, prefix + key)]
 
 
-def rebuild(example: Nest, tensors: list[Tensor]) -> Nest:
+def rebuild(example: PyTree, tensors: list[Tensor]) -> PyTree:
     """Return a nest like the example with other tensors.
 
     Args:
@@ -67,7 +65,7 @@ def rebuild(example: Nest, tensors: list[Tensor]) -> Nest:
     return _fill(example, iter(tensors).__next__)
 
 
-def _fill(example: Nest, following: Callable[[], Tensor]) -> Nest:
+def _fill(example: PyTree, following: Callable[[], Tensor]) -> PyTree:
     if isinstance(example, Tensor):
         return following()
     if type(example) is dict:
@@ -83,7 +81,7 @@ def _fill(example: Nest, following: Callable[[], Tensor]) -> Nest:
     return type(example)(values)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
+def map_tensors(function: Callable[[Tensor], Tensor], nest: PyTree) -> PyTree:
     """Return the nest with the function applied to each tensor.
 
     Raises:
@@ -92,7 +90,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
     return rebuild(nest, [function(tensor) for _, tensor in flatten(nest)])
 
 
-def num_rows(nest: Nest) -> int:
+def num_rows(nest: PyTree) -> int:
     """Return the first dimension that all tensors share.
 
     Raises:
@@ -132,7 +130,7 @@ def refuse_another_row(name: str, ours: tuple[torch.Size, torch.dtype], given: t
         )
 
 
-def concat(first: Nest, second: Nest) -> Nest:
+def concat(first: PyTree, second: PyTree) -> PyTree:
     """Return the rows of the first nest followed by those of the second.
 
     Args:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
-from dcl_lightning.memory.pytree import Nest, flatten, map_tensors, rebuild, refuse_another_row
+from dcl_lightning.memory.pytree import flatten, map_tensors, rebuild, refuse_another_row
+from dcl_lightning.types import PyTree
 
 __all__ = ["RowStore", "available_bytes", "refuse_lack_of_space"]
 
@@ -103,7 +104,7 @@ def _folder(device: str | Path) -> Path | None:
     return Path(device).expanduser()
 
 
-def refuse_lack_of_space(example: Nest, capacity: int, device: str | Path = "cpu", workers: int = 1) -> int:
+def refuse_lack_of_space(example: PyTree, capacity: int, device: str | Path = "cpu", workers: int = 1) -> int:
     """Return the bytes of a store, if there is room for it.
 
     Args:
@@ -189,7 +190,7 @@ class RowStore:
         TypeError: a leaf of the nest is no tensor.
     """
 
-    def __init__(self, example: Nest, capacity: int, device: str | Path = "cpu") -> None:
+    def __init__(self, example: PyTree, capacity: int, device: str | Path = "cpu") -> None:
         if capacity < 1:
             raise ConfigurationError(f"memory of {capacity} rows: give at least 1")
         leaves = flatten(example)
@@ -232,7 +233,7 @@ class RowStore:
             column.copy_(rows)
 
     @property
-    def example(self) -> Nest:
+    def example(self) -> PyTree:
         """A nest like those of its rows, without rows."""
         return self._example
 
@@ -240,7 +241,7 @@ class RowStore:
         """Return the capacity."""
         return self.capacity
 
-    def check(self, rows: Nest) -> list[tuple[str, Tensor]]:
+    def check(self, rows: PyTree) -> list[tuple[str, Tensor]]:
         """Return the columns of rows by name, once it is sure that they are like those of the store.
 
         Args:
@@ -258,7 +259,7 @@ class RowStore:
             refuse_another_row(name, (shape, dtype), (tensor.shape[1:], tensor.dtype))
         return leaves
 
-    def insert(self, slots: Tensor, rows: Nest, chosen: Tensor | None = None) -> None:
+    def insert(self, slots: Tensor, rows: PyTree, chosen: Tensor | None = None) -> None:
         """Write rows.
 
         Args:
@@ -286,7 +287,7 @@ class RowStore:
                 source = source.index_select(0, _moved(chosen, source.device))
             target.index_copy_(0, there, _as_words(_moved(source, self.device), word))
 
-    def gather(self, slots: Tensor) -> Nest:
+    def gather(self, slots: Tensor) -> PyTree:
         """Read rows.
 
         Args:
@@ -330,29 +331,3 @@ class RowStore:
         rows = torch.empty((len(places), *array.shape[1:]), dtype=dtype, pin_memory=True)
         array.take(places, axis=0, out=rows.numpy(), mode="clip")  # unchecked: straight into the rows
         return rows
-
-    def state_dict(self, slots: Tensor | None = None) -> dict[str, Any]:
-        """Return a copy of rows, on the CPU: ``slots`` ``(n,)`` and ``columns``, a tensor ``(n, ...)`` for each name.
-
-        Args:
-            slots: ``(n,)`` int64, those to save; all if None.
-        """
-        slots = torch.arange(self.capacity) if slots is None else slots.cpu().clone()
-        there = slots.to(self.device)
-        columns = [self._selected(index, there).cpu() for index in range(len(self._columns))]
-        return {"slots": slots, "columns": dict(zip(self.names, columns, strict=True))}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Write the rows of a state back to their slots; other slots stay as they are.
-
-        Raises:
-            ConfigurationError: the columns are others, or a slot lies beyond the capacity.
-        """
-        slots: Tensor = state["slots"]
-        if list(state["columns"]) != self.names:
-            raise ConfigurationError(f"saved memory has the columns {list(state['columns'])}, this one {self.names}")
-        if slots.numel() and int(slots.max()) >= self.capacity:
-            raise ConfigurationError(
-                f"saved memory uses slot {int(slots.max())}, this one has {self.capacity}: give the capacity it had"
-            )
-        self.insert(slots, rebuild(self._example, list(state["columns"].values())))

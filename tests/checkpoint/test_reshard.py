@@ -46,13 +46,13 @@ def rows_of(manager: MemoryManager) -> list[int]:
 
 
 def deal(managers: list[MemoryManager], total: int, size: int) -> list[MemoryManager]:
-    saved = [manager.bookkeeping() for manager in managers]
+    saved = [manager.state_dict() for manager in managers]
     policy, quota = managers[0].buffer.policy_name, managers[0].buffer.quota
     result = []
     for rank in range(size):
         manager = make(total, size, rank, policy, quota)
         dealt = reshard(saved, size, rank)
-        manager.take_bookkeeping(dealt.manager)
+        manager.load_state_dict(dealt.manager)
         for old, (places, slots) in zip(managers, dealt.rows, strict=True):
             rows = old.buffer.store.gather(old.buffer.slots_at(places))
             manager.buffer.store.insert(slots, rows)

@@ -18,7 +18,7 @@ from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.report import citations
 from tests.conformance.agents import KEEPING, NAMES, REHEARSING, STREAMS, make
-from tests.conformance.rehearsal_runs import same
+from tests.conformance.rehearsal_runs import memory_state, same
 from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,7 +101,7 @@ def test_resume_equals_uninterrupted_and_the_memory_works(name: str, tmp_path: P
             assert torch.equal(matrix(again).nan_to_num(-1), matrix(agent).nan_to_num(-1)), step
             assert same(again.state_dict(), agent.state_dict()), step
             if name in REHEARSING:
-                managers = again.rehearsal.manager.state_dict(), agent.rehearsal.manager.state_dict()
+                managers = memory_state(again.rehearsal.manager), memory_state(agent.rehearsal.manager)
                 assert same(*managers), step
 
     # A lone checkpoint predicts.
@@ -150,7 +150,7 @@ def test_blocking_equals_inline_bit_for_bit_under_either_scope(name: str, tmp_pa
         agent = make(name, data, memory=memory)
         make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
         assert agent.clock.samples_seen["rehearsed"] > 12
-        found.append((weights(agent), agent.rehearsal.manager.state_dict()))
+        found.append((weights(agent), memory_state(agent.rehearsal.manager)))
     assert same(found[0], found[1])
     assert same(found[2], found[3])
 

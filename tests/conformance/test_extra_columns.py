@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dcl_lightning.types import StoresMore
+from dcl_lightning.types import StoresExtraColumns
 from tests.conformance.agents import make
 from tests.conformance.small_stream import make_data, make_trainer
 
@@ -57,7 +57,7 @@ def test_rows_come_back_with_their_own_columns(name: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     data = make_data(batch_size=5)  # the last batch of a task is shorter
     agent = make("derpp", data, memory=MEMORIES[name], lr=1e-4)  # ids are large logits
-    assert isinstance(agent, StoresMore)
+    assert isinstance(agent, StoresExtraColumns)
     rows = told(agent)
     make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
     assert sum(rows) == agent.clock.samples_seen["rehearsed"] > 12

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig
-from tests.conformance.rehearsal_runs import same
+from tests.conformance.rehearsal_runs import memory_state, same
 from tests.conformance.small_stream import make_trainer, weights
 
 
@@ -405,7 +405,7 @@ def test_a_search_leaves_the_memory_of_earlier_fits(tmp_path: Path) -> None:
 
         class Looks(pl.Callback):
             def on_train_batch_start(self, trainer, module, batch, batch_idx, looked=looked, rehearsal=rehearsal):
-                looked.append(copy.deepcopy(rehearsal.manager.state_dict()["buffer"]))
+                looked.append(copy.deepcopy(memory_state(rehearsal.manager)))
 
         make_trainer(tmp_path, [rehearsal, *search, Looks()], max_steps=1, max_epochs=1).fit(module, data)
         found.append(looked[-1])

@@ -10,15 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
 from torch.nn import functional as F
 
 from dcl_lightning import ContinualDataModule
-from dcl_lightning.callbacks.hooks import before_first_layer
-from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.checkpoint.buffer_files import RowsFile
 from dcl_lightning.data.loader import TaskLoader
 from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory.replay import Replay
+from dcl_lightning.memory.rows import BatchCodec, Candidates
 from tests.conformance.rehearsal_runs import assert_same_run, buffer_of, fit, stored_rows
 from tests.conformance.small_stream import make_data, matrix
 
@@ -50,38 +49,24 @@ def test_blocking_is_inline_bit_for_bit(tmp_path: Path, policy: str, mode: str) 
     assert inline[0].clock.samples_seen["rehearsed"] > 30
 
 
-def test_the_background_begins_on_a_cpu_when_the_first_layer_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun: list[tuple[bool, bool]] = []
-    submit = Rehearsal._submit
+def test_background_work_begins_before_the_backward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[bool] = []
+    submit, networks = Replay._submit, []
 
-    def spy(callback: Rehearsal, trainer: Any) -> None:
-        network = trainer.lightning_module
-        begun.append((network.backbone.layers[1].weight.grad is None, network.head.weight.grad is None))
-        submit(callback, trainer)
+    def spy(replay: Replay, candidates: Candidates | None, draw: bool) -> None:
+        if candidates is not None:
+            begun.append(networks[0].head.weight.grad is None)
+        submit(replay, candidates, draw)
 
-    monkeypatch.setattr(Rehearsal, "_submit", spy)
-    on_cpu = {"accelerator": "cpu"}
-    agent, losses = fit(tmp_path, trainer=on_cpu, execution="blocking")
-    assert begun == [(True, False)] * len(losses)
-    assert not agent.head.weight._post_accumulate_grad_hooks
+    def look(agent: Any, batch: Any, loss: Any) -> None:
+        networks[:] = [agent]
+
+    monkeypatch.setattr(Replay, "_submit", spy)
+    losses = fit(tmp_path, look=look, execution="blocking")[1]
+    assert begun == [True] * len(losses)
     begun.clear()
-    fit(tmp_path, trainer=on_cpu, execution="inline")
-    assert begun == [(False, False)] * len(losses)
-
-
-def test_first_layer_is_found_among_those_that_are_trained() -> None:
-    first, second, third = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
-    network = nn.Sequential(nn.Flatten(), nn.Sequential(first, nn.ReLU()), second, third)
-    assert before_first_layer(network) is second.weight
-    first.requires_grad_(False)
-    assert before_first_layer(network) is third.weight
-    second.weight.requires_grad_(False)
-    assert before_first_layer(network) is third.weight
-    second.requires_grad_(False)
-    assert before_first_layer(network) is None
-    assert before_first_layer(nn.Flatten()) is None
+    fit(tmp_path, look=look, execution="inline")
+    assert begun == [False] * len(losses)
 
 
 def test_stages_equal_sample_runs_repeat_and_seeds_differ(tmp_path: Path) -> None:
@@ -242,7 +227,7 @@ def test_padding_rows_are_never_offered() -> None:
     loader = TaskLoader(x, y, y * 0, 2, torch.arange(5), rank=1, size=2, train=True)
     batches = list(loader)
     assert [b.weights.tolist() for b in batches] == [[1.0, 1.0], [0.0]]
-    offers = [Rehearsal()._offer_of(b) for b in batches]
+    offers = [BatchCodec().encode(b, epoch=0) for b in batches]
     assert [len(o.labels) for o in offers] == [2, 0]
     assert [len(o.rows["inputs"]) for o in offers] == [2, 0]
 

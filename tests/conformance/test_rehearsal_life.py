@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.prefetch import MemoryEngine
-from tests.conformance.rehearsal_runs import assert_same_run, buffer_of, fit, make_nil, same, watch
+from tests.conformance.rehearsal_runs import assert_same_run, buffer_of, fit, make_nil, memory_state, same, watch
 from tests.conformance.small_stream import make_data, make_trainer
 
 _THREAD = "rehearsal"
@@ -134,13 +134,13 @@ def test_evaluation_does_not_touch_the_memory(tmp_path: Path) -> None:
     agent, losses = fit(tmp_path, data=data, callbacks=[saver], trainer=options, execution="blocking")
     quiet = fit(tmp_path, data=make_data(val_ratio=0.3), execution="blocking")
     assert_same_run((agent, losses), quiet)
-    before = agent.rehearsal.manager.state_dict()
+    before = memory_state(agent.rehearsal.manager)
     trainer = make_trainer(tmp_path)
     trainer.validate(agent, datamodule=data, verbose=False)
     trainer.test(agent, datamodule=data, verbose=False)
     trainer.test(agent, datamodule=data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
     trainer.predict(agent, datamodule=data)
-    assert same(before, agent.rehearsal.manager.state_dict())
+    assert same(before, memory_state(agent.rehearsal.manager))
     assert int(before["buffer"]["slots"]["seen"]) == agent.clock.samples_seen["new"]
 
 

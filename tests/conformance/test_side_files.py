@@ -282,7 +282,7 @@ def test_rows_of_every_type_and_shape_come_back(tmp_path: Path) -> None:
         with open(tmp_path / "memory", "wb") as file:
             write_memory(file, first)
         read = RowsFile(tmp_path / "memory")
-        second.take_bookkeeping(read.header["manager"])
+        second.load_state_dict(read.header["manager"])
         places = torch.arange(len(second.buffer))
         slots = second.buffer.slots_at(places)
         read.read_into(second.buffer.store, places, slots)

@@ -44,7 +44,7 @@ import time
 import numpy as np
 import torch
 from scipy.stats import chi2
-from dcl_lightning.memory.exchange import HEADER_BYTES, GlobalExchange, RowLayout, Served
+from dcl_lightning.memory.exchange import HEADER_BYTES, GlobalExchange, RowLayout, SentRows
 torch.set_num_threads(1)
 me, n = comm.rank, comm.size
 
@@ -84,9 +84,10 @@ r, half = 4, 250
 
 def gather(slots):
     noise = (torch.arange(30)[None] * (slots[:, None] + 1) + me) % 256
-    return Served({"owner": torch.full_like(slots, me), "slot": slots.int(), "noise": noise.to(torch.uint8)}, me + 0.5)
+    rows = {"owner": torch.full_like(slots, me), "slot": slots.int(), "noise": noise.to(torch.uint8)}
+    return SentRows(rows, me + 0.5)
 
-draw = GlobalExchange(comm, gather, RowLayout(gather(torch.arange(0)).rows), r, seed=5, note_length=1)
+draw = GlobalExchange(comm, gather, RowLayout(gather(torch.arange(0)).rows), r, seed=5, num_counts=1)
 counts = {tuple(held): np.zeros(sum(held)), tuple(more): np.zeros(sum(more))}
 failure = []
 
@@ -95,9 +96,9 @@ def manage():
     for step in range(2 * half + 1):
         now = held if step < half else more
         draw.start(step, sizes, now[me], torch.tensor([100 * me + step]))
-        got, after, amount, notes = draw.collect()
-        assert amount == sum(k + 0.5 for k in range(n))
-        assert notes.tolist() == [[100 * k + step] for k in range(n)]
+        got, after, weight_sum, class_counts = draw.collect()
+        assert weight_sum == sum(k + 0.5 for k in range(n))
+        assert class_counts.tolist() == [[100 * k + step] for k in range(n)]
         owner, slot = got["owner"], got["slot"].long()
         assert len(owner) == min(r, sum(sizes))
         assert draw.last.header_bytes == HEADER_BYTES * n
@@ -158,7 +159,8 @@ import torch
 from dcl_lightning.agents import NIL
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.config import resolve, RehearsalConfig
-from dcl_lightning.memory.manager import MemoryManager, Offer
+from dcl_lightning.memory.manager import MemoryManager
+from dcl_lightning.memory.rows import Candidates
 from dcl_lightning.memory.storage import RowStore
 torch.set_num_threads(1)
 
@@ -169,7 +171,7 @@ buffer = RehearsalBuffer(2, 2, "nil", "fixed", 4, RowStore(example[0], 2))
 manager = MemoryManager(config, buffer, comm, 4, example, torch.device("cpu"))
 labels = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]])[comm.rank]
 for step in range(20):
-    drawn = manager.advance(Offer(torch.rand(4, 1), labels, torch.full((4,), -1)), draw=True)
+    drawn = manager.advance(Candidates(torch.rand(4, 1), labels, torch.full((4,), -1)), draw=True)
     before = max(step - 1, 0)  # offers that all workers knew of when the exchange began
     expected = {0: max(math.log(5 * before / 3), 1), 1: max(math.log(3 * before / 3), 1)} if before else {}
     assert sorted(drawn.labels.tolist()) == ([0, 0, 1] if before else []), (step, drawn.labels)

@@ -61,11 +61,12 @@ def fit(name, kind=nil, callbacks=(), ckpt=None, seed=0, **config):
                          enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0)
     trainer.fit(agent, datamodule=data, ckpt_path=ckpt)
     buffer = agent.rehearsal.manager.buffer
+    rows = buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))
     done[name] = {
         "first": first, "steps": steps, "state": {k: v.clone() for k, v in agent.state_dict().items()},
         "weights": torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone(),
         "manager": agent.rehearsal.manager.state_dict(), "capacity": buffer.store.capacity,
-        "ids": buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))["sample_ids"],
+        "rows": rows, "ids": rows["sample_ids"],
     }
     return trainer
 
@@ -114,8 +115,8 @@ def assert_same_run(first: dict[str, Any], second: dict[str, Any], skip: int = 0
     for name, value in first["manager"]["buffer"]["slots"].items():
         other = second["manager"]["buffer"]["slots"][name]
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), name
-    for name, value in first["manager"]["buffer"]["rows"]["columns"].items():
-        assert torch.equal(value, second["manager"]["buffer"]["rows"]["columns"][name]), name
+    for name, value in first["rows"].items():
+        assert torch.equal(value, second["rows"][name]), name
 
 
 def test_blocking_is_inline_bit_for_bit(runs: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from scipy.stats import chi2, chisquare
 from torch import Tensor
 
 from dcl_lightning.comm import Comm, Pending, SingleProcessComm, check_async_rows
-from dcl_lightning.memory.exchange import HEADER_BYTES, GlobalExchange, RowLayout, Served, plan_draws, plan_of
+from dcl_lightning.memory.exchange import HEADER_BYTES, GlobalExchange, RowLayout, SentRows, plan_draws, plan_of
 
 SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 
@@ -206,19 +206,19 @@ class Worker:
     def __init__(self, comm: Comm, r, seed=0):
         self.comm, self.r, self.held = comm, r, 0
         self.sizes = [0] * comm.size
-        self.exchange = GlobalExchange(comm, self.gather, layout(), r, seed, note_length=2)
-        self.amount = 0.0
+        self.exchange = GlobalExchange(comm, self.gather, layout(), r, seed, num_counts=2)
+        self.weight_sum = 0.0
 
     def gather(self, positions):
         assert positions.numel() == 0 or int(positions.max()) < self.held
-        self.amount = float(positions.sum()) / 7 + self.comm.rank
-        return Served(columns(self.comm.rank, positions), self.amount)
+        self.weight_sum = float(positions.sum()) / 7 + self.comm.rank
+        return SentRows(columns(self.comm.rank, positions), self.weight_sum)
 
     def start(self, step):
         self.exchange.start(step, self.sizes, self.held, torch.tensor([self.held, -step]))
 
     def collect(self):
-        rows, self.sizes, self.total, self.notes = self.exchange.collect()
+        rows, self.sizes, self.total, self.class_counts = self.exchange.collect()
         return rows
 
 
@@ -255,19 +255,19 @@ def test_every_worker_gets_its_rows_as_their_owner_has_them(size, r):
             assert worker.sizes == [w.held for w in group]
             last = worker.exchange.last
             assert last.header_bytes == HEADER_BYTES * size <= 16 * size
-            assert last.note_bytes == 16 * size
+            assert last.count_bytes == 16 * size
             if size > 1:
-                assert worker.comm.sent[-1] == last.header_bytes + last.note_bytes + last.row_bytes
-            # What every worker said of the rows that it sent, and its note.
-            assert worker.total == pytest.approx(sum(w.amount for w in group), rel=1e-15)
-            assert worker.notes.tolist() == [[w.held, -step] for w in group]
+                assert worker.comm.sent[-1] == last.header_bytes + last.count_bytes + last.row_bytes
+            # The sum of what the workers said of the rows that they sent, and every worker's counts.
+            assert worker.total == pytest.approx(sum(w.weight_sum for w in group), rel=1e-15)
+            assert worker.class_counts.tolist() == [[w.held, -step] for w in group]
         assert sum(w.exchange.last.rows_sent for w in group) == size * min(r, total)
         before = group[0].sizes
 
 
 def test_an_overwritten_slot_serves_its_new_sample():
     comm, table = SingleProcessComm(), torch.zeros(4)
-    exchange = GlobalExchange(comm, lambda i: Served(table[i]), RowLayout(table), 4, 0)
+    exchange = GlobalExchange(comm, lambda i: SentRows(table[i]), RowLayout(table), 4, 0)
     exchange.start(0, [0], 4)
     assert exchange.collect().sizes == [4]
     table.fill_(5)
@@ -287,7 +287,7 @@ def test_turns_are_kept():
     assert worker.exchange.collect().sizes == [2]
     with pytest.raises(ValueError, match="one for each of 1 workers"):
         worker.exchange.start(1, [1, 1], 2)
-    with pytest.raises(ValueError, match="a note of 0 numbers, expected 2"):
+    with pytest.raises(ValueError, match="0 class counts, expected 2"):
         worker.exchange.start(1, [2], 2)
     with pytest.raises(ValueError, match="2 GiB"):
         GlobalExchange(SingleProcessComm(), worker.gather, layout(), 2**30, 0)

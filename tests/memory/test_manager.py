@@ -11,7 +11,8 @@ from dcl_lightning.agents import NIL
 from dcl_lightning.comm import SingleProcessComm
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.config import RehearsalConfig, resolve
-from dcl_lightning.memory.manager import MemoryManager, Offer
+from dcl_lightning.memory.manager import MemoryManager
+from dcl_lightning.memory.rows import Candidates
 from dcl_lightning.memory.storage import RowStore
 
 
@@ -22,8 +23,8 @@ def manager_of(scope: str, device: str = "cpu") -> MemoryManager:
     return MemoryManager(config, buffer, SingleProcessComm(), 2, example, torch.device(device))
 
 
-def offer(value: float) -> Offer:
-    return Offer(torch.full((2, 2), float(value)), torch.tensor([0, 1]), torch.tensor([-1, -1]))
+def offer(value: float) -> Candidates:
+    return Candidates(torch.full((2, 2), float(value)), torch.tensor([0, 1]), torch.tensor([-1, -1]))
 
 
 @pytest.mark.parametrize(("scope", "drawn"), [("local", [2, 3, 3]), ("global", [0, 0, 2])])

@@ -265,6 +265,8 @@ def test_greedy_balancing_in_a_buffer_draws_counts_and_comes_back():
         part = slice(low, low + 4)
         buffer.add({"y": labels[part]}, labels[part], torch.arange(64)[part])
         resumed.load_state_dict(buffer.state_dict())
+        stored = buffer.slots_at(torch.arange(len(buffer)))
+        resumed.store.insert(stored, buffer.store.gather(stored))
         buffer, resumed = resumed, buffer
     assert buffer.class_counts.tolist() == greedily_balanced(labels.tolist(), 20) == [9, 4, 7]
     slots = buffer.draw(20, torch.tensor([True, False, False]))

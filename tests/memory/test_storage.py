@@ -101,19 +101,6 @@ def test_asks_the_system(tmp_path):
         RowStore(rows(1), 2**50)
 
 
-def test_state(tmp_path):
-    store = RowStore(rows(1), 10)
-    store.insert(torch.arange(10), rows(10))
-    torch.save(store.state_dict(torch.tensor([3, 8])), tmp_path / "state.pt")
-    other = RowStore(rows(1), 10)
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert other.gather(torch.arange(10))["y"].tolist() == [0, 0, 0, 3, 0, 0, 0, 0, 8, 0]
-    with pytest.raises(ConfigurationError, match="slot 8"):
-        RowStore(rows(1), 5).load_state_dict(store.state_dict(torch.tensor([8])))
-    with pytest.raises(ConfigurationError, match="columns"):
-        RowStore({"z": torch.zeros(1)}, 10).load_state_dict(store.state_dict())
-
-
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "complex32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(6,), (6, 3)])
 def test_types_that_numpy_does_not_know_keep_their_bits(name: str, shape: tuple[int, ...], tmp_path) -> None:
