@@ -1,4 +1,4 @@
-"""The rehearsal memory of one worker: rows, who enters, and what is drawn."""
+"""The rehearsal memory of one worker: a store, an insertion policy, and uniform draws."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["RehearsalBuffer", "distinct", "split_total"]
 
 
 def split_total(total: int, world_size: int, rank: int) -> int:
-    """Return a worker's part of the rows of the whole job; what is left over goes to the first workers.
+    """Return a worker's share of a number of rows; the remainder goes to the first workers.
 
     Args:
         total: rows over all workers.
@@ -31,11 +31,11 @@ def split_total(total: int, world_size: int, rank: int) -> int:
 
 
 def distinct(bound: int, number: int, generator: Generator) -> Integers:
-    """Draw distinct whole numbers from ``[0, bound)``, every ordered choice as likely as any other.
+    """Draw distinct whole numbers from ``[0, bound)``; every ordered selection is equally likely.
 
     Args:
-        bound: one more than the largest number that can be drawn.
-        number: how many; all if there are fewer.
+        bound: upper bound, exclusive.
+        number: how many to draw; at most ``bound`` are drawn.
         generator: for the draw.
 
     Returns:
@@ -45,21 +45,21 @@ def distinct(bound: int, number: int, generator: Generator) -> Integers:
 
 
 class RehearsalBuffer:
-    """A store, the policy by which rows enter it, and uniform draws from it, all from one generator.
+    """A store of rows, the policy by which samples enter it, and uniform draws from it, all from one generator.
 
     Args:
         num_classes: K, classes of the whole stream; 1 for data without labels.
         capacity: number of rows, that of the store.
         policy: ``nil``, ``class_balanced``, ``reservoir``, ``greedy`` or ``fifo``.
-        quota: ``fixed`` (capacity / K for each class) or ``adaptive`` (capacity / classes seen); ``reservoir`` has no
-            room for each class and takes either.
+        quota: ``fixed`` (capacity / K for each class) or ``adaptive`` (capacity / classes seen); makes no difference
+            for ``reservoir``.
         num_candidates: c; None for ``reservoir`` and ``greedy``.
-        store: where the rows lie.
+        store: of the rows.
         seed: of the generator.
-        num_samples: sample ids are below this number; if not given the map of ids grows as they come.
+        num_samples: sample ids are below this number; if None, the map of ids grows as they come.
 
     Raises:
-        ConfigurationError: a value is unknown or does not fit the others.
+        ConfigurationError: a value is unknown or contradicts another one.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class RehearsalBuffer:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows and of the bookkeeping."""
+        """Bytes of the rows and of the state of the slots."""
         return self.store.num_bytes + self.state.num_bytes
 
     @property
@@ -107,11 +107,11 @@ class RehearsalBuffer:
         Args:
             rows: a nest like that of the store, b rows, on any device.
             labels: ``(b,)`` int64 in ``[0, K)``; None counts all as class 0.
-            ids: ``(b,)`` int64, place of each sample in the data set, -1 for one without; None for no ids, with which
-                a sample may be stored twice.
+            ids: ``(b,)`` int64, index of each sample in the data set, -1 for a sample without one; None if no sample
+                has an id, so that a sample may be stored twice.
 
         Returns:
-            What was decided, after it was done.
+            The decision that was applied.
 
         Raises:
             DataError: a label lies outside ``[0, K)`` or lengths differ.
@@ -122,7 +122,7 @@ class RehearsalBuffer:
         if classes.shape != (count,) or (places is not None and places.shape != (count,)):
             raise DataError(f"{count} rows come with labels of shape {classes.shape}: give one for each row")
         if count:
-            # Without a sign one below 0 is the largest; ``max`` would take another call in Python.
+            # As unsigned, a negative label is the largest: one call checks both bounds.
             if np.maximum.reduce(classes.view(np.uint64)) >= self.state.num_classes:
                 raise DataError(
                     f"labels from {classes.min()} to {classes.max()}: the memory is for 0 to "
@@ -140,11 +140,11 @@ class RehearsalBuffer:
         """Draw rows, uniformly and without replacement.
 
         Args:
-            number: r; all are drawn, in random order, if fewer are stored.
-            exclude_classes: ``(K,)`` bool, classes that are left out.
+            number: r; if fewer are stored, all are drawn, in random order.
+            exclude_classes: ``(K,)`` bool, classes to leave out.
 
         Returns:
-            ``(min(r, rows there are),)`` int64, distinct slots.
+            ``(min(r, number of candidates),)`` int64, distinct slots.
         """
         if exclude_classes is None:
             return self._counted(self.state.filled[distinct(self.state.size, number, self.generator)])
@@ -164,15 +164,15 @@ class RehearsalBuffer:
         return torch.from_numpy(slots)
 
     def count_drawn(self, slots: Tensor) -> None:
-        """Note that rows were drawn by other means than ``draw``.
+        """Count rows that were drawn by other means than ``draw``.
 
         Args:
-            slots: ``(n,)`` int64, filled slots; one may come several times.
+            slots: ``(n,)`` int64, filled slots, possibly repeated.
         """
         np.add.at(self.state.drawn, slots.numpy(), 1)
 
     def _draw_checked(self, number: int, allowed: int, excluded: npt.NDArray[np.bool_]) -> Integers:
-        """Draw where classes own no slots: more than are wanted, of which the allowed are kept."""
+        """Draw if classes own no slots: draw more than needed and keep the rows of allowed classes."""
         size, labels = self.state.size, self.state.labels
         tries = 2 * number * size // max(allowed, 1) + 16
         if 4 * tries < size:
@@ -185,9 +185,9 @@ class RehearsalBuffer:
         return filled[distinct(allowed, number, self.generator)]
 
     def slots_at(self, places: Tensor) -> Tensor:
-        """Return the slots of rows counted in the order in which their slots were first filled.
+        """Return the slots of rows, which are numbered in the order in which their slots were first filled.
 
-        A place below a former length still means the same slot, unless the adaptive quota took rows away meanwhile.
+        A number below an earlier length still denotes the same slot, unless the adaptive quota has evicted rows since.
 
         Args:
             places: ``(n,)`` int64 in ``[0, len)``.
@@ -213,9 +213,9 @@ class RehearsalBuffer:
     def weights(
         self, labels: Tensor, batch_size: int, offered: Tensor | None = None, stored: int | None = None
     ) -> Tensor:
-        """Return the weight that NIL gives to each representative, see ``nil_weights``.
+        """Return NIL's weight of each representative, see ``nil_weights``.
 
-        Policies that offer every sample have c = b here: ``n_y b / c`` is the number of samples of the class so far.
+        For policies that offer every sample c = b, so that ``n_y b / c`` is the number of samples of the class so far.
 
         Args:
             labels: ``(n,)`` int64, of rows drawn.

@@ -1,4 +1,4 @@
-"""Options of the rehearsal memory: checked when given, and completed by an agent's own values."""
+"""Configuration of the rehearsal memory: checked on construction, completed with an agent's own values."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _Size = TypeVar("_Size", bound="MemorySize")
 
 @dataclass(frozen=True)
 class MemorySize:
-    """Capacity of the rehearsal memory; at most one of the three is given.
+    """Capacity of the rehearsal memory, given by at most one of three values.
 
     Args:
         num_representatives: stored samples per class and worker.
-        buffer_size: stored samples in all, over all workers and classes.
-        rehearsal_ratio: share of the training set that is stored, in (0, 1].
+        buffer_size: stored samples over all workers and classes.
+        rehearsal_ratio: stored share of the training set, in (0, 1].
     """
 
     num_representatives: int | None = None
@@ -46,13 +46,13 @@ class MemorySize:
 
     @classmethod
     def of(cls: type[_Size], given: MemorySize | Mapping[str, Any] | None) -> _Size:
-        """Return a configuration of what may also be a dict, or nothing.
+        """Return a configuration from a configuration, a dict of its values, or None.
 
         Args:
             given: a configuration, or a dict of its values.
 
         Raises:
-            ConfigurationError: a key that there is not, or what the constructor refuses.
+            ConfigurationError: a key is unknown, or the constructor refuses a value.
         """
         if given is not None and not isinstance(given, (MemorySize, Mapping)):
             raise ConfigurationError(f"rehearsal={given!r}: give a {cls.__name__}, or a dict of its values")
@@ -66,17 +66,17 @@ class MemorySize:
 
     @property
     def explicit(self) -> dict[str, Any]:
-        """The values that are given, by name: those that are not None."""
+        """The values that are not None, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def total(self, num_classes: int, world_size: int, num_samples: int, default: int) -> int:
-        """Return the capacity in samples over the whole job.
+        """Return the capacity in samples, over all workers.
 
         Args:
             num_classes: classes of the whole stream.
             world_size: number of workers.
             num_samples: training samples of the whole stream.
-            default: capacity if none of the three is given.
+            default: capacity if no size is given.
         """
         if self.buffer_size is not None:
             return self.buffer_size
@@ -99,7 +99,7 @@ _RowFormat = Literal["inputs", "index", "augmented"]
 
 _OFFERS_ALL = tuple(name for name, policy in POLICIES.items() if policy.offers_all)
 _NUM_CANDIDATES = 20
-# Values that contradict each other (None: any value), and what to do.
+# Values that contradict each other (None stands for any value), and the remedy.
 _CONTRADICTIONS: tuple[tuple[dict[str, tuple[str, ...] | None], str], ...] = (
     (
         {"num_candidates": None, "policy": _OFFERS_ALL},
@@ -107,23 +107,23 @@ _CONTRADICTIONS: tuple[tuple[dict[str, tuple[str, ...] | None], str], ...] = (
     ),
     (
         {"policy": _OFFERS_ALL, "weighting": ("nil",)},
-        "that weighting counts candidates, and all samples are offered; give weighting=none, or policy=nil",
+        "that weighting counts candidates, but all samples are offered; give weighting=none, or policy=nil",
     ),
     (
         {"scope": ("global",), "draw_from": ("past",), "update": ("step",)},
-        "a global draw does not know classes; give update=task_end, or scope=local",
+        "a global draw cannot exclude classes; give update=task_end, or scope=local",
     ),
     (
         {"scope": ("global",), "quota": ("adaptive",)},
-        "a global draw needs rows that stay; give quota=fixed, or scope=local",
+        "a global draw needs a memory that never shrinks; give quota=fixed, or scope=local",
     ),
     (
         {"row_format": ("augmented",), "update": ("task_end",)},
-        "at a task's end nothing is augmented; give update=step, or row_format=inputs",
+        "no sample is augmented at the end of a task; give update=step, or row_format=inputs",
     ),
     (
         {"prefetch": ("device", "batch"), "execution": ("inline",)},
-        "it is background work; give execution=blocking, or prefetch=draw",
+        "prefetching is background work; give execution=blocking, or prefetch=draw",
     ),
 )
 
@@ -139,40 +139,39 @@ def _refuse_contradictions(values: Mapping[str, Any], given: Collection[str], wh
 
 @dataclass(frozen=True)
 class RehearsalConfig(MemorySize):
-    """What is stored, how it is drawn, and who does the work.
+    """Contents of the memory, draws from it, and execution of its work.
 
-    A key that is None is not given: ``resolve`` takes the agent's own value, from the ``memory`` of its class, or, for
-    a ``Rehearsal`` beside any other module, that of plain replay, a reservoir that is filled at each step. A size that
-    is given takes the place of any size of the agent's own.
+    For a value that is None ``resolve`` takes the agent's own, from the attribute ``memory`` of its class; for modules
+    that are not agents it takes that of plain replay, a reservoir filled at each step. A given size replaces any size
+    of the agent's own.
 
     Args:
-        num_representatives: stored samples per class and worker, R; 60 if no size is given.
-        buffer_size: stored samples in all, over all workers and classes.
-        rehearsal_ratio: share of the training set that is stored, in (0, 1].
+        num_representatives: R, stored samples per class and worker; 60 if no size is given.
+        buffer_size: stored samples over all workers and classes.
+        rehearsal_ratio: stored share of the training set, in (0, 1].
         num_samples: r, representatives added to each batch of a worker, at least 1.
-        policy: which samples enter and which leave.
+        policy: decides which samples enter the memory and which leave it.
         num_candidates: c, samples of each batch offered to the memory, at least 1. Not for ``reservoir`` and
-            ``greedy``, to which all are offered.
-        quota: room of a class: ``fixed`` (all classes of the stream share from the start) or ``adaptive``
-            (the classes seen so far share).
-        update: samples enter at every training ``step``, or once at the ``task_end``.
-        draw_from: draw from everything stored (``seen``), or only from what tasks before the present one left
-            (``past``).
-        loss: one ``mean`` over new and rehearsed samples, or the ``sum`` of the means of both.
-        weighting: weight of a representative: ``nil`` or ``none`` (1).
+            ``greedy``, to which all samples are offered.
+        quota: share of a class: ``fixed`` (of all classes of the stream, from the start) or ``adaptive`` (of the
+            classes seen so far).
+        update: insert samples at every training ``step``, or once at the ``task_end``.
+        draw_from: draw from all stored samples (``seen``), or only from those of earlier tasks (``past``).
+        loss: one ``mean`` over new and rehearsed samples, or the ``sum`` of their two means.
+        weighting: weight of a representative: ``nil``, or ``none`` (1).
         scope: draw from this worker's memory (``local``) or from those of all workers (``global``).
-        execution: ``inline`` (on the training thread, after the step), ``blocking`` (one step ahead in the
-            background) or ``nonblocking`` (the step never waits and may meet the last representatives again).
-        prefetch: what the background prepares: representatives (``draw``), representatives on the device behind
-            room for the new batch (``device``), or the next batch of the loader as well (``batch``).
-        row_format: what is stored: ``inputs`` (as the loader gives them, augmented anew when drawn), ``index``
-            (the ids of samples, whose inputs are read from the data set again; the same rows are drawn) or
-            ``augmented`` (inputs as the network got them, never augmented again).
-        storage: where rows lie: ``cpu``, ``cuda`` or a folder for a memory-mapped file.
-        seed: of choice and draws, each worker adds its rank; that of ``seed_everything`` if None.
+        execution: ``inline`` (on the training thread, after the step), ``blocking`` (in the background, one step
+            ahead) or ``nonblocking`` (in the background; a step never waits and may reuse the last representatives).
+        prefetch: what the background prepares: representatives (``draw``), representatives on the device with space
+            for the new batch (``device``), or the loader's next batch as well (``batch``).
+        row_format: what is stored: ``inputs`` (as the loader gives them, augmented anew at each draw), ``index``
+            (sample ids, whose inputs are read from the data set again; the same samples are drawn) or ``augmented``
+            (inputs as the network gets them, never augmented again).
+        storage: of the rows: ``cpu``, ``cuda``, or a folder for memory-mapped files.
+        seed: of insertions and draws, to which each worker adds its rank; the seed of ``seed_everything`` if None.
 
     Raises:
-        ConfigurationError: a value out of range, or values that contradict each other.
+        ConfigurationError: a value is out of range, or values contradict each other.
     """
 
     num_samples: int | None = None
@@ -201,9 +200,9 @@ class RehearsalConfig(MemorySize):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(RehearsalConfig):
-    """A configuration without gaps, as ``resolve`` makes it: at most one size is given, all else is.
+    """A configuration in which every value is given, except that at most one size is; made by ``resolve``.
 
-    For what each value means see ``RehearsalConfig``; ``num_candidates`` is None where all are offered to the policy.
+    For the values see ``RehearsalConfig``; ``num_candidates`` is None if all samples are offered to the policy.
     """
 
     num_samples: int
@@ -220,22 +219,22 @@ class ResolvedConfig(RehearsalConfig):
     storage: str
 
     def forgets_tasks(self) -> str | None:
-        """Return what becomes of tasks whose classes come again in later ones; None if the memory keeps them alike."""
+        """Return how the memory forgets tasks whose classes come again, see ``Policy.forgets``; None if it does not."""
         return policy_class(self.policy, self.quota).forgets
 
     def check_stream(self, classes_come_again: bool, boundaries: str) -> None:
-        """Refuse what cannot tell the tasks of a stream apart.
+        """Refuse values that a stream of tasks does not support.
 
         Args:
             classes_come_again: whether a class comes in several tasks.
-            boundaries: whether the tasks' starts and ends are ``known``, or ``hidden``.
+            boundaries: whether the tasks' starts and ends are ``known`` or ``hidden``.
 
         Raises:
             ConfigurationError: with the remedy.
         """
         if self.draw_from == "past" and self.update == "step" and classes_come_again:
             raise ConfigurationError(
-                "rehearsal.draw_from=past tells tasks by their classes, and here a class comes in several tasks: give "
+                "rehearsal.draw_from=past tells tasks apart by their classes, but a class comes in several tasks: give "
                 "rehearsal.update=task_end"
             )
         for name, value, remedy in (
@@ -249,11 +248,11 @@ class ResolvedConfig(RehearsalConfig):
                 )
 
     def check_without_agent(self, has_labels: bool, has_tasks: bool = False) -> None:
-        """Refuse what needs an agent of ours, whose loss knows weights, or our data module, which knows tasks.
+        """Refuse values that need an agent, whose loss uses weights, or a ``ContinualDataModule``, which has tasks.
 
         Args:
-            has_labels: whether it is known where a batch has its labels, and how many classes there are.
-            has_tasks: whether the data come from our data module, so that the loss alone is in question.
+            has_labels: whether ``label`` and ``num_classes`` are given.
+            has_tasks: whether the data come from a ``ContinualDataModule``.
 
         Raises:
             ConfigurationError: with the remedy.
@@ -280,7 +279,7 @@ class ResolvedConfig(RehearsalConfig):
             )
 
 
-# Plain replay, which needs neither labels nor tasks nor a loss that knows of it.
+# Plain replay, which needs neither labels, nor tasks, nor a loss that uses weights.
 _NEUTRAL = RehearsalConfig(
     num_samples=20, policy="reservoir", quota="fixed", update="step", draw_from="seen", loss="mean", weighting="none",
     scope="local", execution="inline", prefetch="draw", row_format="inputs", storage="cpu",
@@ -293,19 +292,19 @@ def resolve(
     required: Mapping[str, Any] | None = None,
     owner: str = "",
 ) -> ResolvedConfig:
-    """Return a configuration without gaps: what was given, over own values, over those of plain replay.
+    """Return a complete configuration: the given values override the agent's own, which override plain replay's.
 
-    Two keys depend on others: a size takes the place of any other size, and where all samples are offered to the policy
-    there are no candidates, unless they were given, which is refused.
+    A size replaces any other size. If the policy is offered all samples, ``num_candidates`` is dropped, unless it was
+    given, which is refused.
 
     Args:
         given: by the user.
-        *own: values of an agent, of which later ones win.
-        required: values without which the agent would be another method.
-        owner: whose own values these are, for messages: ``agent ER``; empty for those of plain replay.
+        *own: values of an agent; later ones override earlier ones.
+        required: values that define the agent's method.
+        owner: of ``own`` in messages, such as ``agent ER``; empty for plain replay.
 
     Raises:
-        ConfigurationError: a value contradicts another one or ``required``; what was given is named first.
+        ConfigurationError: a value contradicts another one or ``required``; the message names given values first.
     """
     values: dict[str, Any] = {}
     for layer in (_NEUTRAL, *own, given):

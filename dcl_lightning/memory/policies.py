@@ -1,12 +1,12 @@
 """Insertion policies: which samples of a batch enter the memory, and which slots they take.
 
-Every policy is written as if the samples came one after another, and computed for the whole batch at once: each sample
-gets the slot that it would have taken, and of several that took the same slot the last one has it. A batch costs the
-samples in it and the number of classes, whatever the size of the memory; only a class that is new under the adaptive
-quota has the slots dealt out anew, and each sample for which ``GreedyBalancing`` lets another go looks for it in all.
+Each policy is defined for samples that come one after another, and computed for a whole batch at once: a sample gets
+the slot that it would have taken, and if several took the same slot, the last one keeps it. The cost of a batch depends
+on its size and on the number of classes, not on the size of the memory. Two cases cost more: a new class under the
+adaptive quota redistributes all slots, and ``GreedyBalancing`` searches the whole memory for each row that it evicts.
 
-What a policy does where a class comes again in a later task is said with each: only ``Reservoir`` keeps samples of all
-tasks alike.
+Each policy states what it does if a class comes again in a later task. Only ``Reservoir`` keeps samples of all tasks
+alike.
 """
 
 from __future__ import annotations
@@ -30,19 +30,18 @@ __all__ = [
 
 
 class Policy(ABC):
-    """Decides which samples of a batch enter and where; a policy states the traits in which it differs from these.
+    """Decides which samples of a batch enter the memory, and where. A subclass sets the traits that differ from these.
 
     Attributes:
-        candidates: number c of a batch that is offered; None if all are.
-        owns_slots: whether each class has slots of its own, a share of all by the quota; else any sample may take any
-            slot.
-        refreshes: whether a sample that is stored is written to its slot again instead of being stored twice.
+        candidates: c, the number of samples of a batch that are offered; None if all are.
+        owns_slots: whether each class has its own slots, by the quota; otherwise any sample may take any slot.
+        refreshes: whether a sample that is already stored is written to its slot again instead of being stored twice.
         shares_by_class: whether the quota gives each class a share of the memory.
-        needs_labels: whether it can do nothing without labels.
-        oldest_leave: whether rows leave in the order in which they came.
-        offers_all: whether all samples of a batch are offered, so that it takes no ``candidates``.
-        forgets: what becomes of earlier tasks whose classes come again in later ones, in words; None if the memory
-            keeps all tasks alike.
+        needs_labels: whether the policy requires labels.
+        oldest_leave: whether rows leave in the order in which they entered.
+        offers_all: whether all samples of a batch are offered, so that the policy takes no ``candidates``.
+        forgets: the verb phrase of a warning about earlier tasks whose classes come again in later ones; None if the
+            memory keeps all tasks alike.
     """
 
     candidates: int | None
@@ -59,10 +58,10 @@ class Policy(ABC):
 
     @abstractmethod
     def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
-        """Decide; the state stays as it is.
+        """Return the decision for a batch; the state is not changed.
 
         Args:
-            state: what is stored.
+            state: of the memory.
             labels: ``(b,)`` int64, in ``[0, K)``.
             ids: ``(b,)`` int64, -1 for a sample without one; None for no ids.
             generator: for all draws.
@@ -80,7 +79,7 @@ def _last(keys: Integers) -> tuple[Integers, Integers]:
 
 
 def _by_class(rows: Integers, labels: Integers) -> tuple[Integers, Integers, Integers]:
-    """Order rows by class, else as they were; return them, their classes, and how many of the class precede each."""
+    """Sort rows by class (stable); return them, their classes, and each row's position within its class."""
     classes = labels[rows]
     order = classes.argsort(kind="stable")
     classes = classes[order]
@@ -88,16 +87,16 @@ def _by_class(rows: Integers, labels: Integers) -> tuple[Integers, Integers, Int
 
 
 def _below(bounds: Integers, generator: Generator) -> Integers:
-    """Return for each bound a whole number drawn from ``[0, bound)``; 0 for the bound 0."""
+    """Draw a whole number from ``[0, bound)`` for each bound; 0 for the bound 0."""
     return (generator.random(bounds.size) * bounds).astype(np.int64)
 
 
 def _split(
     state: SlotState, rows: Integers, labels: Integers, ids: Integers | None
 ) -> tuple[Integers, Integers, Integers]:
-    """Part the rows of a batch into new ones and stored ones; return new, stored, and the latter's slots.
+    """Split the rows of a batch; return the new ones, the stored ones, and the slots of the stored ones.
 
-    Of rows with the same id in one batch the last counts.
+    If several rows of one batch have the same id, the last one counts.
     """
     if ids is None:
         return rows, rows[:0], rows[:0]
@@ -117,7 +116,7 @@ def _split(
 
 
 def _settle(rows: Integers, slots: Integers, stored: Integers, stored_slots: Integers) -> tuple[Integers, Integers]:
-    """Let stored rows be refreshed first, then new ones take their slots in order; return rows and distinct slots."""
+    """Refresh stored rows first, then let new rows take their slots in order; return rows and distinct slots."""
     if stored.size:
         rows, slots = np.concatenate((stored, rows)), np.concatenate((stored_slots, slots))
     slots, last = _last(slots)
@@ -127,7 +126,7 @@ def _settle(rows: Integers, slots: Integers, stored: Integers, stored_slots: Int
 def _in_class(
     state: SlotState, rows: Integers, classes: Integers, place: Integers, enters: npt.NDArray[np.bool_]
 ) -> tuple[Integers, Integers]:
-    """Return the rows that enter and their slots, given by their places among those of their class."""
+    """Return the rows that enter and their slots, given their places among the slots of their class."""
     return rows[enters], state.table[state.start[classes[enters]] + place[enters]]
 
 
@@ -136,12 +135,12 @@ _FIRST_COME = "keeps the first samples of each class, so that the memory takes n
 
 @dataclass(frozen=True)
 class Nil(Policy):
-    """c candidates drawn from the batch; each class among them keeps R drawn from its stored rows and candidates.
+    """Draws c candidates from the batch; each of their classes keeps R rows drawn from its stored rows and candidates.
 
-    Computed as reservoir sampling that starts with the S stored rows as seen: after C more each of the S + C is kept
-    with the same probability, which is the shuffle. Stored samples are not looked for: one may be stored twice.
-    A row stored before stays through m batches with C_1 ... C_m candidates of its full class with probability
-    ``prod_i R / (R + C_i)``: where the class comes again, of earlier tasks' rows soon none is left.
+    Computed as reservoir sampling that counts the S stored rows as seen: after C more, each of the S + C rows is kept
+    with the same probability, which is the shuffle of the paper. A sample may be stored twice, since its id is not
+    looked up. A stored row of a full class survives m batches with C_1 ... C_m candidates of its class with probability
+    ``prod_i R / (R + C_i)``: if the class comes again, rows of earlier tasks soon vanish.
 
     Args:
         candidates: c.
@@ -166,14 +165,14 @@ class Nil(Policy):
 
 @dataclass(frozen=True)
 class ClassBalanced(Policy):
-    """All b are offered: one whose class has room is appended, else it takes a random slot of it with chance c / b.
+    """Appends a sample if its class has room; otherwise it takes a random slot of its class with probability c / b.
 
-    Counted as offered are those that the chance fell on, appended or not: c of a batch, as under the other policies.
-    A row stays through m samples of its full class that are not stored with probability ``(1 - min(c / b, 1) / R)^m``:
-    where the class comes again, of earlier tasks' rows soon none is left.
+    A sample counts as offered with probability c / b, appended or not, so that c of a batch are offered as under the
+    other policies. A stored row of a full class survives m samples of its class that are not stored with probability
+    ``(1 - min(c / b, 1) / R)^m``: if the class comes again, rows of earlier tasks soon vanish.
 
     Args:
-        candidates: c, the expected number of overwrites a batch once all classes are full.
+        candidates: c, the expected number of overwrites per batch once all classes are full.
 
     Source: Bouvier et al., CCGrid 2024, algorithm 1.
     """
@@ -197,11 +196,10 @@ class ClassBalanced(Policy):
 
 @dataclass(frozen=True)
 class Reservoir(Policy):
-    """All b are offered; after n samples each of them is stored with probability capacity / n.
+    """Stores each of the n samples seen so far with probability capacity / n.
 
-    Exact as long as each sample comes once. One that is stored and comes again counts as seen and keeps its slot. Which
-    class a sample is of makes no difference: tasks share the memory by their numbers of samples, also where classes
-    come again.
+    Exact if each sample comes once; a stored sample that comes again counts as seen and keeps its slot. Classes make no
+    difference: tasks share the memory in proportion to their numbers of samples, also if classes come again.
 
     Source: Vitter, ACM TOMS 11 (1985), algorithm R.
     """
@@ -226,9 +224,9 @@ class Reservoir(Policy):
 
 @dataclass(frozen=True)
 class Greedy(Policy):
-    """All b are offered: one whose class has room is appended, and nothing is overwritten.
+    """Appends a sample if its class has room, and never overwrites.
 
-    The first samples of each class stay for good: where it is full, none of a later task enters.
+    The first samples of each class stay for good: once a class is full, no sample of a later task enters.
     """
 
     candidates = None
@@ -248,11 +246,10 @@ class Greedy(Policy):
 
 @dataclass(frozen=True)
 class GreedyBalancing(Policy):
-    """All b are offered: one whose class has fewer rows than its share of the memory enters, GDumb's sampler.
+    """GDumb's sampler: a sample enters if its class has fewer rows than its share of the memory.
 
-    A share is capacity / classes seen, not rounded. While the memory has room, nothing leaves it; once it is full, a
-    row of the largest class (of several the first), drawn at random, leaves for each sample that enters. A class that
-    has its share takes none of a later task.
+    A share is capacity / classes seen, not rounded. Once the memory is full, each sample that enters evicts a random
+    row of the largest class (the first of several). A class that has its share takes no sample of a later task.
 
     Source: Prabhu, Torr and Dokania, ECCV 2020, algorithm 1.
     """
@@ -293,10 +290,10 @@ class GreedyBalancing(Policy):
 
 @dataclass(frozen=True)
 class Fifo(Policy):
-    """c candidates drawn from the batch enter; of a full class the oldest leaves. A refreshed row keeps its age.
+    """Draws c candidates from the batch, which enter; of a full class the oldest row leaves.
 
-    After R further candidates of a class none of its earlier rows is left: where it comes again, an earlier task is
-    forgotten whole.
+    A refreshed row keeps its age. After R further candidates of a class, none of its earlier rows is left: if the class
+    comes again, an earlier task is forgotten completely.
 
     Args:
         candidates: c.
@@ -321,7 +318,7 @@ class Fifo(Policy):
 
 
 PolicyName = Literal["nil", "class_balanced", "reservoir", "greedy", "fifo"]
-# A policy is added with its class, its name above and its line here.
+# To add a policy, write its class, add its name above and its line here.
 POLICIES: dict[str, type[Policy]] = {
     "nil": Nil, "class_balanced": ClassBalanced, "reservoir": Reservoir, "greedy": Greedy, "fifo": Fifo,
 }  # fmt: skip
@@ -351,7 +348,7 @@ def make_policy(name: str, num_candidates: int | None, quota: str = "fixed") -> 
         quota: see ``policy_class``.
 
     Raises:
-        ConfigurationError: the name is unknown, or c is missing, below 1, or given where every sample is offered.
+        ConfigurationError: the name is unknown, or c is missing, below 1, or given although every sample is offered.
     """
     kind = policy_class(name, quota)
     make: Callable[..., Policy] = kind

@@ -1,4 +1,4 @@
-"""Runs the memory's work in parallel to the training step: one thread per worker, and one stream on a GPU."""
+"""Runs the memory's work in parallel to the training step: one thread per worker, and on a GPU one CUDA stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 __all__ = ["MemoryEngine", "nvtx_range"]
 
 
-_PATIENCE_S = 5.0  # for a job to end when the engine is closed
+_CLOSE_TIMEOUT_S = 5.0  # for a job to end when the engine is closed
 
 Result = TypeVar("Result")
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 @dataclass
 class _Job(Generic[Result]):
     run: Callable[[], Result]
-    ready: torch.cuda.Event | None = None  # what the training stream had queued when the job was given
+    ready: torch.cuda.Event | None = None  # the training stream's position at ``submit``
     done: threading.Event = field(default_factory=threading.Event)
     finished: torch.cuda.Event | None = None
     result: Result | None = None
@@ -31,15 +31,20 @@ class _Job(Generic[Result]):
 
 
 class MemoryEngine(Generic[Result]):
-    """Executes jobs one at a time in the order given; at most one result is waited for.
+    """Executes jobs one at a time, in the order of ``submit``.
 
-    On a GPU jobs run on a stream of their own: it waits, on the device, for what the training stream had
-    queued at ``submit``, and ``collect`` makes the training stream wait for the job, so the host waits for
-    neither. Tensors of a result must be recorded on the training stream by whoever uses them.
+    On a GPU jobs run on a stream of their own, which waits, on the device, for the work that the training stream had
+    queued at ``submit``; ``collect`` lets the training stream wait for the job. The host waits for neither. The caller
+    records the tensors of a result on the training stream.
 
     Args:
-        background: whether jobs run in a thread; else within ``submit``.
-        device: the worker's device.
+        background: whether jobs run in a thread; otherwise within ``submit``.
+        device: of this worker.
+
+    Attributes:
+        stream: of the jobs; None on a CPU, or without a background thread.
+        wait_s: seconds that ``collect`` has waited so far.
+        staleness: steps since the result that ``latest`` returned last was new.
     """
 
     def __init__(self, background: bool, device: torch.device | None = None) -> None:
@@ -57,11 +62,11 @@ class MemoryEngine(Generic[Result]):
 
     @property
     def pending(self) -> bool:
-        """Whether a result has not been collected."""
+        """Whether a job has not been collected."""
         return bool(self._pending)
 
     def submit(self, run: Callable[[], Result]) -> None:
-        """Give a job."""
+        """Queue a job."""
         job = _Job(run)
         if self.stream is not None:
             job.ready = torch.cuda.current_stream().record_event()
@@ -72,10 +77,10 @@ class MemoryEngine(Generic[Result]):
             self._jobs.put(job)
 
     def collect(self) -> Result | None:
-        """Wait for the oldest job and return its result; None if there is no job.
+        """Wait for the oldest job and return its result; None if no job is pending.
 
         Raises:
-            BaseException: what the job raised, with the job's own traceback.
+            BaseException: the job's error, with its own traceback.
         """
         if not self._pending:
             return None
@@ -86,7 +91,7 @@ class MemoryEngine(Generic[Result]):
         return self._finish(job)
 
     def latest(self) -> Result | None:
-        """Return the newest result that is ready, without waiting; the last one again if none is."""
+        """Return the newest finished result without waiting, possibly the same one as before."""
         self.staleness += 1
         while self._pending and self._pending[0].done.is_set():
             self._last = self._finish(self._pending.pop(0))
@@ -94,16 +99,16 @@ class MemoryEngine(Generic[Result]):
         return self._last
 
     def flush(self) -> Result | None:
-        """Wait for all jobs; return the last one's result, None if there was none."""
+        """Wait for all jobs and return the last one's result; None if no job was pending."""
         result = None
         while self._pending:
             result = self.collect()
         return result
 
     def close(self) -> bool:
-        """End the thread; results that nobody collected are dropped, with their errors.
+        """End the thread; drop uncollected results and their errors.
 
-        A job that waits for another worker, which may have failed, is not waited for: the thread ends with it.
+        A job that waits for another worker, which may have failed, is given up after some seconds.
 
         Returns:
             Whether all jobs have ended.
@@ -113,7 +118,7 @@ class MemoryEngine(Generic[Result]):
         if thread is None:
             return True
         self._jobs.put(None)
-        thread.join(_PATIENCE_S)
+        thread.join(_CLOSE_TIMEOUT_S)
         return not thread.is_alive()
 
     def _finish(self, job: _Job[Result]) -> Result | None:
@@ -137,16 +142,16 @@ class MemoryEngine(Generic[Result]):
                     self.stream.wait_event(job.ready)
                     job.result = job.run()
                     job.finished = self.stream.record_event()
-        except BaseException as error:  # handed to whoever collects
+        except BaseException as error:  # raised by ``collect``
             job.error = error
         job.done.set()
 
 
 def nvtx_range(name: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return a context whose work stands as ``rehearsal.<name>`` in a profile of Nsight Systems (an NVTX range).
+    """Return a context that is an NVTX range ``rehearsal.<name>``, which profilers such as Nsight Systems show.
 
     Args:
-        name: of the stage: ``insert``, ``draw``, ``exchange``, ``move`` or ``join``.
-        device: the worker's; on any but a GPU there is no range.
+        name: ``insert``, ``draw``, ``exchange``, ``move`` or ``join``.
+        device: of this worker; no range is made unless it is a GPU.
     """
     return torch.cuda.nvtx.range(f"rehearsal.{name}") if device.type == "cuda" else nullcontext()

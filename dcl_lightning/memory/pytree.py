@@ -1,4 +1,4 @@
-"""Nested tensors: a tuple, list, NamedTuple or dict, whose tensors share their first dimension."""
+"""Nests of tensors: tuples, lists, named tuples and dicts whose tensors share their first dimension."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def flatten(nest: PyTree, name: str = "") -> list[tuple[str, Tensor]]:
     """Return the tensors of a nest with their dotted names, in the order of the nest.
 
     Args:
-        nest: the nest; a tensor alone is a nest of one, with ``name`` as its name.
-        name: name of the nest itself, put before the names of its parts.
+        nest: the nest; a single tensor is a nest of one, named ``name``.
+        name: prefix of the names.
 
     Raises:
-        TypeError: a leaf is no tensor; the message names it.
+        TypeError: a leaf is not a tensor; the message names it.
     """
     if isinstance(nest, Tensor):
         return [(name, nest)]
@@ -42,7 +42,7 @@ def flatten(nest: PyTree, name: str = "") -> list[tuple[str, Tensor]]:
     children = _children(nest)
     if children is None:
         raise TypeError(
-            f"rows: leaf '{name}' is a {type(nest).__name__}; only tensors with one row a sample can be stored: "
+            f"rows: leaf '{name}' is a {type(nest).__name__}; only tensors with one row per sample can be stored: "
             "leave it out or make it a tensor"
         )
     prefix = f"{name}." if name else ""
@@ -85,7 +85,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], nest: PyTree) -> PyTree:
     """Return the nest with the function applied to each tensor.
 
     Raises:
-        TypeError: a leaf is no tensor.
+        TypeError: a leaf is not a tensor.
     """
     return rebuild(nest, [function(tensor) for _, tensor in flatten(nest)])
 
@@ -94,7 +94,7 @@ def num_rows(nest: PyTree) -> int:
     """Return the first dimension that all tensors share.
 
     Raises:
-        TypeError: a leaf is no tensor.
+        TypeError: a leaf is not a tensor.
         DataError: there is no tensor, one has no dimension, or first dimensions differ.
     """
     leaves = flatten(nest)
@@ -105,28 +105,28 @@ def num_rows(nest: PyTree) -> int:
         return size[0]
     scalars = [name for name, tensor in leaves if tensor.ndim == 0]
     if scalars:
-        raise DataError(f"rows: leaf '{scalars[0]}' has no dimension; each tensor needs one row a sample")
+        raise DataError(f"rows: leaf '{scalars[0]}' has no dimension; each tensor needs one row per sample")
     raise DataError(f"rows: first dimensions differ: { {name: tensor.shape[0] for name, tensor in leaves} }")
 
 
 def refuse_another_row(name: str, ours: tuple[torch.Size, torch.dtype], given: tuple[torch.Size, torch.dtype]) -> None:
-    """Refuse rows of another shape or type than the ones that they shall stand beside.
+    """Refuse a row whose shape or dtype differs from that of the rows of its column.
 
     Args:
         name: of the column.
-        ours: shape and type of a row that is there.
-        given: of a row that comes.
+        ours: shape and dtype of the column's rows.
+        given: shape and dtype of the new row.
 
     Raises:
-        DataError: they differ, with the remedy.
+        DataError: they differ; the message has the remedy.
     """
     if given != ours:
-        remedy = "give all batches one type"
+        remedy = "use one dtype for all batches"
         if given[0] != ours[0]:
-            remedy = "bring all samples to one shape (pad, crop or cut them where batches are collated)"
+            remedy = "bring all samples to one shape (pad or crop them in the collate function)"
         raise DataError(
-            f"column '{name or 'batch'}' has rows of {list(given[0])} {given[1]}, and those before were of "
-            f"{list(ours[0])} {ours[1]}: rows of a memory are alike; {remedy}"
+            f"column '{name or 'batch'}' has rows of {list(given[0])} {given[1]}, but earlier rows have "
+            f"{list(ours[0])} {ours[1]}: all rows of a memory have one shape and dtype; {remedy}"
         )
 
 
@@ -138,7 +138,7 @@ def concat(first: PyTree, second: PyTree) -> PyTree:
         second: same names, dtypes, devices and shapes, but for the number of rows.
 
     Raises:
-        TypeError: a leaf is no tensor.
+        TypeError: a leaf is not a tensor.
         DataError: their names, shapes or types differ.
     """
     ours, theirs = flatten(first), flatten(second)

@@ -1,12 +1,12 @@
-"""The slots of the memory: which are filled, with which sample, and to which class they belong.
+"""Bookkeeping of the memory's slots: which are filled, with which sample, and to which class they belong.
 
-All in NumPy: on so few numbers its calls take a third of the time of torch's, and what the memory's thread does in
-Python the training thread waits for.
+In NumPy, whose calls on small arrays take a third of the time of torch's: the memory's thread holds the GIL meanwhile,
+and the training thread waits for it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import torch
 from numpy.random import Generator
 
 from dcl_lightning.errors import ConfigurationError, DataError
+from dcl_lightning.types import StateDict
 
 __all__ = ["Assignment", "Integers", "SlotState", "class_quotas"]
 
@@ -23,15 +24,15 @@ _MAX_ID = 2**31
 
 
 class Assignment(NamedTuple):
-    """What a policy decided for a batch of b samples.
+    """A policy's decision for a batch of b samples.
 
     Args:
-        rows: ``(m,)`` int64, places in the batch of the samples to write.
-        slots: ``(m,)`` int64, distinct, where to write them.
+        rows: ``(m,)`` int64, positions in the batch of the samples to write.
+        slots: ``(m,)`` int64, distinct, the slots to write them to.
         offered: ``(K,)`` int64, samples of each class that were offered.
-        entered: ``(K,)`` int64, new samples of each class that took a slot, also if a later one took it from them;
-            None where age does not count.
-        seen: number of samples that the policy was shown, b.
+        entered: ``(K,)`` int64, new samples of each class that took a slot, including those that a later sample of the
+            batch replaced; None if the policy does not depend on age.
+        seen: number of samples in the batch, b.
     """
 
     rows: Integers
@@ -42,14 +43,14 @@ class Assignment(NamedTuple):
 
 
 def class_quotas(capacity: int, classes: npt.NDArray[np.bool_]) -> Integers:
-    """Share the capacity among classes, what is left over going to the first ones.
+    """Divide the capacity among classes; the remainder goes to the first ones.
 
     Args:
         capacity: number of slots.
-        classes: ``(K,)`` bool, the classes that get some: all for the fixed quota, those seen for the adaptive one.
+        classes: ``(K,)`` bool, the classes with a share: all for the fixed quota, those seen for the adaptive one.
 
     Returns:
-        ``(K,)`` int64, slots of each class, in all the capacity (0 if no class gets any).
+        ``(K,)`` int64, slots of each class; their sum is the capacity, or 0 if no class has a share.
     """
     share, rest = divmod(capacity, max(int(classes.sum()), 1))
     place = classes.cumsum(0) - 1
@@ -57,16 +58,16 @@ def class_quotas(capacity: int, classes: npt.NDArray[np.bool_]) -> Integers:
 
 
 class SlotState:
-    """What is stored where; it changes in :meth:`apply` and :meth:`admit` alone.
+    """Contents of the slots; only :meth:`apply` and :meth:`admit` change it.
 
-    The slots of a class y are ``table[start[y] : start[y] + room[y]]``, the first ``class_counts[y]`` of them filled.
-    (Under a policy whose classes own no slots, ``table``, ``start`` and ``room`` mean nothing.)
+    The slots of a class y are ``table[start[y] : start[y] + room[y]]``; the first ``class_counts[y]`` of them are
+    filled. If the policy's classes own no slots, ``table``, ``start`` and ``room`` are unused.
 
     Args:
         num_classes: K.
         capacity: number of slots.
         room: ``(K,)`` int64, slots that each class owns.
-        num_samples: ids are below this number; without it the map from id to slot grows as larger ones come.
+        num_samples: ids are below this number; if 0, the map from ids to slots grows as larger ids come.
     """
 
     def __init__(self, num_classes: int, capacity: int, room: Integers, num_samples: int = 0) -> None:
@@ -82,13 +83,13 @@ class SlotState:
         self.cursor = np.zeros(num_classes, dtype=np.int64)
         self.admitted = np.zeros(num_classes, dtype=np.bool_)
         self.filled = np.zeros(capacity, dtype=np.int64)
-        # For reports: the offer in which a slot's sample came, and how often it was drawn since.
+        # For reports: the batch in which a slot's sample entered, and how often it was drawn since.
         self.entered = np.zeros(capacity, dtype=np.int64)
         self.drawn = np.zeros(capacity, dtype=np.int64)
         self.size = 0
         self.seen = 0
         self.offers = 0
-        # The last entry stands for "no id", -1, and is never a slot.
+        # Indexed by id. The last entry belongs to the id -1, "no id", and is never a slot.
         self.slot_of = np.full(num_samples + 1, -1)
 
     @property
@@ -97,14 +98,14 @@ class SlotState:
         return sum(v.nbytes for v in vars(self).values() if isinstance(v, np.ndarray))
 
     def find(self, ids: Integers, labels: Integers) -> Integers:
-        """Return ``(n,)`` int64, the slot in which each sample is stored with this label, else -1.
+        """Return ``(n,)`` int64, the slot that holds each sample with this label; -1 if it is not stored.
 
         Args:
             ids: ``(n,)`` int64, -1 for a sample without one.
             labels: ``(n,)`` int64.
 
         Raises:
-            DataError: an id cannot be the place of a sample in a data set.
+            DataError: an id is out of range.
         """
         smallest, largest = (int(ids.min()), int(ids.max())) if ids.size else (-1, -1)
         if smallest < -1 or largest >= _MAX_ID:
@@ -118,12 +119,12 @@ class SlotState:
         return np.where(self.labels[slots] == labels, slots, -1)
 
     def apply(self, assignment: Assignment, labels: Integers, ids: Integers | None) -> None:
-        """Note what a policy decided.
+        """Apply a policy's decision.
 
         Args:
-            assignment: its decision on the batch.
+            assignment: the decision on the batch.
             labels: ``(b,)`` int64 of the batch.
-            ids: ``(b,)`` int64 of the batch, -1 for a sample without one; None if stored samples are not looked for.
+            ids: ``(b,)`` int64 of the batch, -1 for a sample without one; None if ids are not looked up.
         """
         rows, slots = assignment.rows, assignment.slots
         self.offers += 1
@@ -141,7 +142,7 @@ class SlotState:
             self.entered[slots], self.drawn[slots] = self.offers, 0
         else:
             entering = ids[rows]
-            # A stored sample that is written again stays the same one.
+            # A stored sample that is written again keeps its age and its number of draws.
             other = slots[(self.ids[slots] != entering) | (entering < 0)]
             self.entered[other], self.drawn[other] = self.offers, 0
             self._forget(slots)
@@ -162,14 +163,14 @@ class SlotState:
         self.slot_of[leaving[self.slot_of[leaving] == slots]] = -1
 
     def admit(self, labels: Integers, generator: Generator, oldest_leave: bool) -> None:
-        """Adaptive quota: share the capacity among the classes seen so far and those of a batch.
+        """With the adaptive quota, divide the capacity among the classes seen so far, including those of a batch.
 
-        Rows stay in their slots. A class with more rows than room loses some, drawn at random.
+        Rows stay in their slots. A class with more rows than its share loses random ones.
 
         Args:
             labels: ``(b,)`` int64.
             generator: for the draw.
-            oldest_leave: the oldest rows leave instead.
+            oldest_leave: whether a class loses its oldest rows instead.
         """
         classes = np.bincount(labels, minlength=self.num_classes) > 0
         if not (classes & ~self.admitted).any():
@@ -178,7 +179,7 @@ class SlotState:
         room = class_quotas(self.capacity, self.admitted)
         start = room.cumsum() - room
         slots, owner = self._members(generator, oldest_leave)
-        # `rank`: place among the rows of its class, those that leave first.
+        # `rank` is a row's position within its class; the first ones leave.
         rank = np.arange(slots.size) - (self.class_counts.cumsum() - self.class_counts)[owner]
         surplus = np.maximum(self.class_counts - room, 0)
         place = rank - surplus[owner]
@@ -201,7 +202,7 @@ class SlotState:
         self.table, self.room, self.start = table, room, start
 
     def _members(self, generator: Generator, by_age: bool) -> tuple[Integers, Integers]:
-        """Return the filled slots and their classes, class by class, within a class by age or at random."""
+        """Return the filled slots and their classes, sorted by class, then by age or randomly."""
         if by_age:
             owner = np.repeat(np.arange(self.num_classes), self.room)
             offset = np.arange(owner.size) - self.start[owner]
@@ -220,16 +221,16 @@ class SlotState:
         "drawn",
     )  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of the tensors and the three counts."""
+    def state_dict(self) -> StateDict:
+        """Return copies of the arrays, as tensors, and the three counts."""
         tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in self._SAVED}
         return {**tensors, "size": self.size, "seen": self.seen, "offers": self.offers}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state.
+    def load_state_dict(self, state: StateDict) -> None:
+        """Restore a state.
 
         Raises:
-            ConfigurationError: it is of another number of classes or another capacity.
+            ConfigurationError: it has another number of classes or another capacity.
         """
         for name in self._SAVED:
             if state[name].shape != getattr(self, name).shape:

@@ -1,4 +1,4 @@
-"""Storage of rows: one preallocated column for each tensor of a sample."""
+"""Storage of rows: one preallocated column per tensor of a sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.pytree import flatten, map_tensors, rebuild, refuse_another_row
-from dcl_lightning.types import PyTree
+from dcl_lightning.types import PyTree, StateDict
 
 __all__ = ["RowStore", "available_bytes", "refuse_lack_of_space"]
 
@@ -24,7 +24,7 @@ _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def _word(column: Tensor) -> torch.dtype:
-    """Return the type in which rows are moved: their own if a row is one number, else the widest integer that fits."""
+    """Return the dtype in which rows are copied: their own if a row is a scalar, else the widest integer that fits."""
     if column.ndim == 1 and _numpy_knows(column.dtype):
         return column.dtype
     row_bytes = column[0].numel() * column.element_size()
@@ -51,7 +51,7 @@ def _as_words(rows: Tensor, word: torch.dtype) -> Tensor:
 
 
 def _as_rows(words: Tensor, column: Tensor) -> Tensor:
-    """Undo ``_as_words``: return rows of the type and shape that the column has."""
+    """Undo ``_as_words``: return rows with the dtype and shape of the column."""
     return (
         words
         if words.dtype == column.dtype and words.ndim == 1
@@ -60,7 +60,7 @@ def _as_rows(words: Tensor, column: Tensor) -> Tensor:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; to a GPU it goes from page-locked memory, while the host goes on."""
+    """Return a tensor on a device; copies to a GPU are asynchronous, from page-locked memory."""
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -74,7 +74,7 @@ def _read_number(path: str) -> int | None:
 
 
 def available_bytes(device: str | Path) -> int | None:
-    """Return how many bytes can still be allocated, None if the system does not say.
+    """Return how many bytes can still be allocated; None if the system does not report it.
 
     Args:
         device: ``cpu``, a CUDA device, or a folder.
@@ -96,7 +96,7 @@ def available_bytes(device: str | Path) -> int | None:
 
 
 def _folder(device: str | Path) -> Path | None:
-    """Return the folder that rows are to lie in, None if they lie on a device."""
+    """Return the folder of memory-mapped rows, None if rows lie on a device."""
     if isinstance(device, str) and device.split(":")[0] in ("cpu", "cuda"):
         return None
     if str(device) in ("gpu", "disk", "ram"):
@@ -105,18 +105,18 @@ def _folder(device: str | Path) -> Path | None:
 
 
 def refuse_lack_of_space(example: PyTree, capacity: int, device: str | Path = "cpu", workers: int = 1) -> int:
-    """Return the bytes of a store, if there is room for it.
+    """Return the size of a store in bytes, if that much space is available.
 
     Args:
         example: as for ``RowStore``.
         capacity: number of rows.
         device: as for ``RowStore``.
-        workers: of this host, each with a store like this one on the same device or in the same folder.
+        workers: number of workers on this host, each with such a store on the same device or in the same folder.
 
     Raises:
-        ConfigurationError: there is no room, or no such device.
-        DataError: a column that no store can hold.
-        TypeError: a leaf of the nest is no tensor.
+        ConfigurationError: too little space is available, or the device does not exist.
+        DataError: a column cannot be stored.
+        TypeError: a leaf of the nest is not a tensor.
     """
     leaves = flatten(example)
     for name, tensor in leaves:
@@ -134,8 +134,8 @@ def refuse_lack_of_space(example: PyTree, capacity: int, device: str | Path = "c
     if there is not None and num_bytes * workers > there:
         share = f", on each of {workers} workers of this host" if workers > 1 else ""
         raise ConfigurationError(
-            f"memory of {capacity} rows wants {num_bytes:,} bytes on {device}{share}, where {there:,} are available: "
-            "store fewer rows or put it elsewhere (cpu, cuda, a folder)"
+            f"memory of {capacity} rows needs {num_bytes:,} bytes on {device}{share}, where {there:,} are available: "
+            "store fewer rows or choose another storage (cpu, cuda, a folder)"
         )
     return num_bytes
 
@@ -144,16 +144,16 @@ def _refuse_layout(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
         raise DataError(
-            f"column '{name or 'batch'}' is a {kind} tensor, of which no rows can be stored: make it dense where "
-            "batches are collated (to_dense, dequantize, padding)"
+            f"column '{name or 'batch'}' is a {kind} tensor, whose rows cannot be stored: make it dense in the collate "
+            "function (to_dense, dequantize, padding)"
         )
 
 
 def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a column in a file that no other process can open: it has no name any more once it is mapped.
+    """Return a column mapped from a file that is unlinked at once.
 
-    So no other worker and no other job shares it, and it goes with the process, however that ends. Its bytes are
-    reserved first: to write into a file that the disk has no room for would kill the process.
+    No other worker or job can open the file, and it disappears with the process. Its space is reserved first, since
+    writing to a mapped file on a full disk kills the process.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     try:
@@ -167,27 +167,26 @@ def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             os.unlink(path)
     except OSError as error:
         raise ConfigurationError(
-            f"rehearsal.storage={folder}: {num_bytes:,} bytes cannot be had there ({error.strerror}); store fewer "
-            "rows, or give another folder"
+            f"rehearsal.storage={folder}: cannot reserve {num_bytes:,} bytes ({error.strerror}); store fewer rows, or "
+            "give another folder"
         ) from error
     return data.view(dtype).view(shape)
 
 
 class RowStore:
-    """A fixed number of rows of a nest of tensors; writes and reads cost the rows moved, whatever the capacity.
+    """A fixed number of rows of a nest of tensors; reads and writes cost the rows moved, independent of the capacity.
 
     Args:
-        example: a nest of tensors ``(n, ...)``, n of any size; each gives a column ``(capacity, ...)`` of its dtype.
-            Tensors on the device ``meta`` do, for they are only looked at. Extra columns (logits, features) are
-            part of the nest.
+        example: a nest of tensors ``(n, ...)`` with any n, also on the device ``meta``; each defines a column
+            ``(capacity, ...)`` of its dtype. Extra columns (logits, features) are part of the nest.
         capacity: number of rows, at least 1.
-        device: ``cpu`` (pinned where CUDA is available), a CUDA device, or a folder, made if it is not there, for
-            memory-mapped columns that the host reads. Each store has files of its own there, without names.
+        device: ``cpu`` (page-locked if CUDA is available), a CUDA device, or a folder for memory-mapped columns, made
+            if missing. Each store has its own unlinked files there.
 
     Raises:
-        ConfigurationError: the capacity is below 1 or does not fit in what is available.
-        DataError: a column that no store can hold.
-        TypeError: a leaf of the nest is no tensor.
+        ConfigurationError: the capacity is below 1, or too little space is available.
+        DataError: a column cannot be stored.
+        TypeError: a leaf of the nest is not a tensor.
     """
 
     def __init__(self, example: PyTree, capacity: int, device: str | Path = "cpu") -> None:
@@ -212,29 +211,29 @@ class RowStore:
                 column = _mapped(folder, shape, tensor.dtype)
             self._columns.append(column)
         self._row_types = [(column.shape[1:], column.dtype) for column in self._columns]
-        # The same memory in words, of columns whose rows have bytes at all.
+        # Views of the columns as words; None for columns whose rows are empty.
         self._words = [_word(column) for column in self._columns]
         self._targets = [
             _as_words(column, word) if column.numel() else None
             for column, word in zip(self._columns, self._words, strict=True)
         ]
-        # On the host NumPy moves rows, in a third of the time that torch takes for as few.
+        # On the host NumPy copies rows; for few rows it takes a third of torch's time.
         on_host = self.device.type == "cpu"
         self._arrays = [None if target is None or not on_host else target.numpy() for target in self._targets]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what makes a store like this one, in the same place: views and arrays of it are made anew."""
+    def __getstate__(self) -> StateDict:
+        """Return the constructor's arguments and the columns."""
         return {"storage": self._storage, "capacity": self.capacity, "example": self._example, "rows": self._columns}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the store, with its rows."""
+    def __setstate__(self, state: StateDict) -> None:
+        """Make the store anew, and copy the rows into it."""
         self.__init__(state["example"], state["capacity"], state["storage"])  # type: ignore[misc]
         for column, rows in zip(self._columns, state["rows"], strict=True):
             column.copy_(rows)
 
     @property
     def example(self) -> PyTree:
-        """A nest like those of its rows, without rows."""
+        """A nest like the stored ones, without rows."""
         return self._example
 
     def __len__(self) -> int:
@@ -242,14 +241,14 @@ class RowStore:
         return self.capacity
 
     def check(self, rows: PyTree) -> list[tuple[str, Tensor]]:
-        """Return the columns of rows by name, once it is sure that they are like those of the store.
+        """Return the columns of rows by name, after checking that they match those of the store.
 
         Args:
             rows: a nest like the example.
 
         Raises:
             DataError: names, shapes or dtypes are not those of the store.
-            TypeError: a leaf of the rows is no tensor.
+            TypeError: a leaf of the rows is not a tensor.
         """
         leaves = flatten(rows)
         if [name for name, _ in leaves] != self.names:
@@ -265,11 +264,11 @@ class RowStore:
         Args:
             slots: ``(m,)`` int64, distinct, in ``[0, capacity)``.
             rows: a nest like the example, on any device.
-            chosen: ``(m,)`` int64, which of the rows; all m if None.
+            chosen: ``(m,)`` int64, indices of the rows to write; all m if None.
 
         Raises:
             DataError: names, shapes or dtypes are not those of the store.
-            TypeError: a leaf of the rows is no tensor.
+            TypeError: a leaf of the rows is not a tensor.
         """
         leaves = self.check(rows)
         if not slots.numel():
@@ -310,7 +309,7 @@ class RowStore:
         return rebuild(self._example, rows)
 
     def column(self, name: str, slots: Tensor) -> Tensor:
-        """Return rows ``(m, ...)`` of one column alone, on the CPU.
+        """Return rows ``(m, ...)`` of a single column, on the CPU.
 
         Args:
             name: one of ``names``.
@@ -327,7 +326,7 @@ class RowStore:
     def _taken(self, array: npt.NDArray[Any], places: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
         if not self._pinned:
             return torch.from_numpy(array[places])
-        # Page-locked like the store, so that a GPU fetches the rows while the host goes on.
+        # Page-locked like the store, so that the copy to a GPU is asynchronous.
         rows = torch.empty((len(places), *array.shape[1:]), dtype=dtype, pin_memory=True)
         array.take(places, axis=0, out=rows.numpy(), mode="clip")  # unchecked: straight into the rows
         return rows

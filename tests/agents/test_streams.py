@@ -152,7 +152,7 @@ def test_a_method_has_to_say_that_it_needs_no_boundaries(tmp_path):
 def test_past_goes_by_classes_and_is_refused_at_set_up_where_they_come_again(tmp_path):
     data = make_data(scenario="blurry", blurriness=0.3)
     trainer = make_trainer(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"draw_from=past tells tasks by their classes.*update=task_end"):
+    with pytest.raises(ConfigurationError, match=r"draw_from=past tells tasks apart by their classes.*update=task_end"):
         trainer.fit(nil_agent(data, draw_from="past"), datamodule=data)
     assert trainer.global_step == 0
 

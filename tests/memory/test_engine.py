@@ -52,7 +52,7 @@ def test_latest_never_waits_and_tells_its_age() -> None:
 
 
 def test_a_job_that_waits_for_ever_does_not_keep_the_engine_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dcl_lightning.memory.prefetch._PATIENCE_S", 0.2)
+    monkeypatch.setattr("dcl_lightning.memory.prefetch._CLOSE_TIMEOUT_S", 0.2)
     engine: MemoryEngine[bool] = MemoryEngine(True)
     gate = threading.Event()
     engine.submit(gate.wait)

@@ -86,7 +86,7 @@ def test_refuses_other_rows():
 
 def test_refuses_what_does_not_fit(monkeypatch, tmp_path):
     monkeypatch.setattr(storage, "available_bytes", lambda device: 100)
-    with pytest.raises(ConfigurationError, match=r"wants 120 bytes on cpu, where 100"):
+    with pytest.raises(ConfigurationError, match=r"needs 120 bytes on cpu, where 100"):
         RowStore(rows(1), 6)
     with pytest.raises(ConfigurationError, match="120 bytes"):
         RowStore(rows(1), 6, tmp_path)
