@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dcl_lightning._version import __version__ as __version__
+
 # Makes ``Trainer(strategy="horovod")`` known; imports no Horovod.
 from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from dcl_lightning.memory.config import RehearsalConfig
     from dcl_lightning.metrics import AccuracyMatrix
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AGEM",

@@ -1,4 +1,4 @@
-"""Shared by all tests: quiet Lightning that starts fast, reports without pictures, and in CI no test may be skipped."""
+"""Shared by all tests: quiet Lightning that starts fast, reports without figures, and no skipped test in CI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README and documents tell users to type: fenced blocks, commands, and files that blocks are."""
+"""What README and documents tell users to type: code blocks, commands, and files given as blocks."""
 
 from __future__ import annotations
 

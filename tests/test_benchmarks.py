@@ -1,4 +1,4 @@
-"""Benchmarks run, their sides do the same work, and one that fails is named; no test looks at a time."""
+"""Benchmarks run, all sides do the same work, and a failing one is named; no test asserts a time."""
 
 from __future__ import annotations
 

@@ -124,7 +124,6 @@ def test_wrong_usage_is_one_message_and_code_2(
     assert not list(tmp_path.iterdir())
 
 
-# cases.md 45
 def test_missing_cifar100_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     start = time.monotonic()
     done = run(["fit", "--config", str(ROOT / "configs/icarl_cifar100.yaml")], tmp_path)
@@ -176,7 +175,6 @@ def test_icarl_cifar100_on_files_in_its_own_format(tmp_path: Path) -> None:
     assert len(report["matrix"]) == 2
 
 
-# cases.md 43
 def test_second_run_gets_a_new_folder_and_resume_works(tmp_path: Path) -> None:
     args = ["fit", "--config", str(ROOT / "configs/base_digits.yaml"), "--model.epochs_per_task", "1"]
     assert run(args, tmp_path).returncode == 0
@@ -210,7 +208,6 @@ def test_another_agent_after_a_config_keeps_only_what_is_shared(tmp_path: Path) 
     assert "model.train_classes" in done.stderr
 
 
-# cases.md 44
 def test_bare_name_quoted_lists_and_numbers_in_yaml(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "model: icarl\ndata: {class_path: ContinualDataModule, init_args: {class_order: '[1,0,2,3,4,5,6,7,8,9]'}}\n"
@@ -223,7 +220,6 @@ def test_bare_name_quoted_lists_and_numbers_in_yaml(tmp_path: Path) -> None:
     assert config["data"]["init_args"]["class_order"][:2] == [1, 0]
 
 
-# cases.md 43
 def test_a_second_run_without_a_logger_and_its_resume(tmp_path: Path) -> None:
     args = ["fit", "--config", str(ROOT / "configs/base_digits.yaml"), "--model.epochs_per_task", "1"]
     args += ["--trainer.logger", "false"]

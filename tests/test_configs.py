@@ -1,4 +1,4 @@
-"""Every file under configs/: it parses, round-trips, and learns its first two tasks through the reader of its data."""
+"""Every file in configs/ parses, round-trips, and learns two tasks through the real reader of its data."""
 
 from __future__ import annotations
 

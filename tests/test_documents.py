@@ -1,4 +1,4 @@
-"""Every command of README and documents is right: it is run, or at least parsed, and the reason stands in one table."""
+"""Every command in README and documents is run or at least parsed; one table has the reasons."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ NOT_RUN: list[tuple[str, str, Check]] = [
     (r"python -m dcl_lightning\.tools\.install_horovod", "builds Horovod", a_script_with_these_options),
     (r"(python -m |\w+=\w+ )?pytest ", "the suite itself, or a GPU's", existing_tests),
     (
-        r"python -m tests\.conformance\.surface",
-        "writes the page, which tests/conformance/test_lightning_surface.py compares",
+        r"python -m tests\.conformance\.lightning_support\.page",
+        "writes the page, which tests/conformance/test_lightning_support.py compares",
         a_test_module,
     ),
     (r"pip install", "the network", an_extra),

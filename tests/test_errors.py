@@ -1,4 +1,4 @@
-"""Words that are not among those allowed: refused in Python as on the command line, wherever they are given."""
+"""Words outside the allowed ones are refused in Python as on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of the documents run as they stand there, and show what they say."""
+"""The examples of the documents run as printed and show what the text claims."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Which part of the package may import which, and that the package imports nothing heavy of its own accord."""
+"""Which part of the package may import which, and that ``import dcl_lightning`` imports nothing heavy."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -12,45 +14,68 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dcl_lightning"
 # Each may import those that stand before it.
 ORDER = [
-    "types", "errors", "paths", "screen", "_lightning", "comm", "functional", "metrics", "backbones", "memory",
-    "checkpoint", "distributed", "data", "report", "callbacks", "agents", "tools", "cli", "studies", "__init__",
-    "__main__",
+    "_version", "types", "errors", "paths", "screen", "_lightning", "comm", "functional", "metrics", "backbones",
+    "memory", "checkpoint", "distributed", "data", "report", "callbacks", "agents", "tools", "cli", "studies",
+    "__init__", "__main__",
 ]  # fmt: skip
+WITHOUT_LIGHTNING = {"types", "errors", "paths", "comm", "functional", "metrics", "backbones", "memory", "studies"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported(file: Path) -> set[str]:
+    """Return the full names of all that a file imports, wherever it does so."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file.name}: imports are absolute"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def part_of(name: str) -> str:
+    """Return the part of the package that an imported name is from: what is no part is a name of ``__init__``."""
+    word = name.split(".")[1] if "." in name else "__init__"
+    return word if (PACKAGE / word).is_dir() or (PACKAGE / f"{word}.py").exists() else "__init__"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_imports_point_downwards(file: Path) -> None:
     part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for name in imported(file):
-        words = name.split(".")
-        if words[0] == "dcl_lightning" and len(words) > 1 and words[1] in ORDER:
-            assert ORDER.index(words[1]) <= ORDER.index(part), f"{file.name} imports {name}"
-    if part == "memory":
-        assert not any(n.split(".")[0] in ("lightning", "horovod") for n in imported(file))
+    names = imported(file)
+    for name in names:
+        if name.split(".")[0] == "dcl_lightning":
+            assert ORDER.index(part_of(name)) <= ORDER.index(part), f"{file.name} imports {name}"
+    if part in WITHOUT_LIGHTNING:
+        assert not any(name.split(".")[0] in ("lightning", "horovod") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("statement", "part"),
+    [
+        ("import dcl_lightning", "__init__"),
+        ("from dcl_lightning import TaskClock", "__init__"),
+        ("from dcl_lightning import paths", "paths"),
+        ("import dcl_lightning.cli.parser", "cli"),
+        ("from dcl_lightning.agents.nil import NIL", "agents"),
+        ("def f():\n    from dcl_lightning.comm import Comm", "comm"),
+    ],
+)
+def test_every_way_to_import_is_seen(statement: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text(statement)
+    assert {part_of(name) for name in imported(tmp_path / "file.py")} == {part}
 
 
 # What methods share; the short names stand for them all.
-SHARED = {"__init__", "base", "optimization", "short_names", "replay", "teacher", "weights"}
-METHODS = sorted({f.stem for f in (PACKAGE / "agents").glob("*.py")} - SHARED)
+SHARED = {"base", "optimization", "prediction", "replay", "step_log", "teacher", "weights"}
+AGENTS = sorted({f.stem for f in (PACKAGE / "agents").glob("*.py")} - {"__init__", "short_names"})
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_method_imports_another(method: str) -> None:
-    others = set(METHODS) - {method}
-    names = imported(PACKAGE / "agents" / f"{method}.py")
-    assert not any(name.split(".")[1:3] == ["agents", other] for name in names for other in others)
+@pytest.mark.parametrize("module", AGENTS)
+def test_no_method_is_imported_by_another_or_by_what_they_share(module: str) -> None:
+    of_agents = [n.split(".") for n in imported(PACKAGE / "agents" / f"{module}.py") if n.startswith("dcl_lightning.a")]
+    assert [".".join(words) for words in of_agents if words[2] not in SHARED | {module}] == []
 
 
 def test_importing_the_package_brings_nothing_heavy() -> None:
@@ -85,3 +110,9 @@ def test_private_names_of_lightning_stand_in_one_file() -> None:
             elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning"):
                 assert not any(a.name.startswith("_") for a in node.names), f"{file.name} imports a private name"
     assert {name: file for name, file in used.items() if name not in ours} == {}
+
+
+def test_requirements_name_what_continuum_imports_without_declaring_it() -> None:
+    needed = {re.split(r"[^\w-]", line)[0] for line in requires("dcl-lightning") or [] if "extra ==" not in line}
+    assert {"continuum", "six"} <= needed
+    assert not {"horovod", "optuna", "matplotlib", "tensorboard", "timm", "rich"} & needed

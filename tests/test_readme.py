@@ -1,4 +1,4 @@
-"""The Python of the README and of the guides runs as it stands there, and so do the README's baselines."""
+"""The Python code in README and guides runs as printed, and so do the README's baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be said of a stream on the command line."""
+"""Options of a stream on the command line."""
 
 from __future__ import annotations
 

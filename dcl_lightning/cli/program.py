@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-import dcl_lightning
 from dcl_lightning._lightning import callbacks_of
+from dcl_lightning._version import __version__
 from dcl_lightning.callbacks import PredictionWriter
 from dcl_lightning.cli.config_files import last_model, with_one_optimizer, without_other_agent
 from dcl_lightning.cli.parser import ContinualParser, memory_help
@@ -48,7 +48,7 @@ class ContinualCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser with short errors."""
-        kwargs.setdefault("dump_header", [f"dcl_lightning {dcl_lightning.__version__}"])
+        kwargs.setdefault("dump_header", [f"dcl_lightning {__version__}"])
         parser = ContinualParser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="YAML file; what stands later wins.")
         return parser

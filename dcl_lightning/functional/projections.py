@@ -48,8 +48,8 @@ def gem_projection(gradient: Tensor, references: Tensor, margin: float = 0.0, ri
     Returns:
         ``(P,)``.
     """
-    from scipy.linalg import solve_triangular  # type: ignore[import-untyped]
-    from scipy.optimize import nnls  # type: ignore[import-untyped]
+    from scipy.linalg import solve_triangular
+    from scipy.optimize import nnls
 
     products = (references @ gradient).double().cpu().numpy()
     if not (products < 0).any():

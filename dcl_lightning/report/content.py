@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of
+from dcl_lightning._version import __version__
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.evaluation import StreamResults
@@ -176,6 +177,4 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         # The package runs from a checkout that was not installed.
-        import dcl_lightning
-
-        return dcl_lightning.__version__ if name == "dcl_lightning" else None
+        return __version__ if name == "dcl_lightning" else None

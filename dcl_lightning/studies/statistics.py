@@ -41,7 +41,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Estimate(mean, math.nan, math.nan, math.nan, n)
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     deviation = float(np.std(values, ddof=1))
     half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)

@@ -6,9 +6,12 @@ The digits of MNIST arrive class after class, as if the data were collected over
 ordinary Lightning code; only the marked lines are new.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, default_collate
 from torchmetrics.classification import MulticlassAccuracy
@@ -27,46 +30,46 @@ class DigitClassifier(pl.LightningModule):
         self.network = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 64), nn.ReLU(), nn.Linear(64, 10))
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Any:
         return self.network(images)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss)
         return loss
 
-    def test_step(self, batch, batch_idx):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         images, labels = batch
         self.accuracy(self(images), labels)
         self.log("test_accuracy", self.accuracy)
 
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
 
 
 class DigitClassifierOfDicts(DigitClassifier):
     """The same classifier for batches that are dicts."""
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step((batch["image"], batch["label"]), batch_idx)
 
 
-def dicts(samples):
+def dicts(samples: list[Any]) -> dict[str, Tensor]:
     """Collate samples (image, label) into a dict."""
     images, labels = default_collate(samples)
     return {"image": images, "label": labels}
 
 
-def digits(train, collate_fn=None):
+def digits(train: bool, collate_fn: Callable[[list[Any]], Any] | None = None) -> DataLoader[Any]:
     """Return a loader of MNIST from ``datasets``; training images come class after class."""
-    images = MNIST("datasets", train=train, download=True, transform=ToTensor())
+    images: Any = MNIST("datasets", train=train, download=True, transform=ToTensor())
     if train:
         images = Subset(images, images.targets.argsort(stable=True).tolist())
     return DataLoader(images, batch_size=32, collate_fn=collate_fn)
 
 
-def run(module, loader, *callbacks):
+def run(module: pl.LightningModule, loader: DataLoader[Any], *callbacks: pl.Callback) -> float:
     """Train one epoch; return the accuracy over all test images."""
     pl.seed_everything(0)
     trainer = pl.Trainer(
@@ -82,7 +85,7 @@ def run(module, loader, *callbacks):
     return metrics["test_accuracy"]
 
 
-def memory(label):
+def memory(label: int | str) -> Rehearsal:
     """Return a memory of 200 images, balanced over the classes; 32 of them join every batch."""
     config = RehearsalConfig(buffer_size=200, num_samples=32, policy="class_balanced")
     return Rehearsal(config, label=label, num_classes=10)

@@ -3,13 +3,15 @@
 python script.py
 """
 
+from typing import Any
+
 import lightning.pytorch as pl
 
 from dcl_lightning import ERACE, ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
 
 
-def train(kind, folder, **options):
+def train(kind: type[Any], folder: str, **options: Any) -> tuple[Any, pl.Trainer, ContinualDataModule]:
     """Train an agent of this kind on five tasks of two digits each; return it with its trainer and its data."""
     pl.seed_everything(0)
     data = ContinualDataModule("digits", scenario="class", increment=2, batch_size=16)
@@ -28,5 +30,5 @@ if __name__ == "__main__":
         figures = f"average accuracy {matrix.average_accuracy:.2f}, forgetting {matrix.forgetting:.2f}"
         print(f"{name}: {figures}")
 
-    predictions = trainer.predict(agent, datamodule=data)
+    predictions: Any = trainer.predict(agent, datamodule=data)
     print("first test images are predicted to be", predictions[0][0].labels[:5])  # of test set 0, batch 0

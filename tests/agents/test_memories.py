@@ -1,4 +1,4 @@
-"""The memory of each agent: its own values where nothing else is said, the same however that is said."""
+"""Each agent's memory settings: its own defaults, the same from Python, a file or the command line."""
 
 from __future__ import annotations
 

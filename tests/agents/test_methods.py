@@ -1,4 +1,4 @@
-"""What each method does in a step and at the end of a task, beside the same by hand."""
+"""Each method's step and end of a task against the same computation by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step's loss and accuracy are logged where someone reads them, and are always those of that step."""
+"""A step's loss and accuracy: logged when a logger or bar reads them, and always those of that step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an agent says of the streams that it can learn from."""
+"""Streams that an agent refuses or warns about."""
 
 import json
 import warnings

@@ -1,3 +1,5 @@
+"""Backbones: feature sizes, layers, numbers of parameters, and users' own networks."""
+
 import copy
 import sys
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dcl_lightning import ContinualDataModule, Rehearsal, RehearsalConfig, TaskClock, TaskReport
 from dcl_lightning.errors import ConfigurationError
-from tests.conformance.small_stream import ON, make_data
+from tests.conformance.small_stream import ON, make_data, make_trainer
 
 
 class Plain(pl.LightningModule):
@@ -205,3 +205,49 @@ def test_a_validation_step_for_one_loader_is_refused_before_training(tmp_path: P
         trainer(tmp_path, TaskClock()).fit(module, datamodule=make_data())
     assert module.seen == []
     trainer(tmp_path, TaskClock(), limit_val_batches=0).fit(module, datamodule=make_data())
+
+
+class Theirs(pl.LightningModule):
+    """A module that knows nothing of this package, with hooks and hyperparameters of its own."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Linear(width, 3)
+        self.calls: list[str] = []
+
+    def on_train_start(self) -> None:
+        self.calls.append("start")
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        self.calls.append("batch")
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.calls.append("validation")
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_hooks_of_a_users_module_are_called_once_and_evaluation_leaves_the_memory_alone(
+    tmp_path: Path,
+) -> None:
+    x, y = torch.randn(24, 4), torch.arange(24) % 3
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=6)
+    memory = Rehearsal(RehearsalConfig(buffer_size=8, policy="reservoir", weighting="none", num_samples=2))
+    module = Theirs()
+    trainer = make_trainer(tmp_path, [memory], max_epochs=2, enable_checkpointing=False)
+    trainer.validate(module, loader, verbose=False)
+    assert memory.manager is None
+    trainer.fit(module, loader)
+    assert module.calls == ["validation"] * 4 + ["start"] + ["batch"] * 8
+    before = len(memory.manager.buffer), memory.manager.buffer.state.offers
+    trainer.test(module, loader, verbose=False)
+    assert (len(memory.manager.buffer), memory.manager.buffer.state.offers) == before == (8, 8)
+    assert dict(module.hparams) == {"width": 4}

@@ -1,4 +1,4 @@
-"""Evaluation outside Lightning's loops: it gives what Lightning's would, keeps to limits, and changes nothing."""
+"""Evaluation outside Lightning's loops: equal to Lightning's own, within its limits, without side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said while a stream is trained: on a terminal, elsewhere, and by several workers."""
+"""Progress messages during training: on a terminal, in a file, and from several workers."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The report callback: what it writes, when, and with which warnings."""
+
 import csv
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A signal in the midst of a task's end: acted on at once, and what was left is done when the run is resumed."""
+"""A signal during a task's end takes effect at once, and the resumed run finishes that end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
-from tests.conformance.rehearsal_runs import same
+from tests.conformance.rehearsal_runs import memory_state, same
 from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def state(agent):
         "weights": weights(agent),
         "matrix": matrix(agent).nan_to_num(-1),
         "buffers": buffers,
-        "memory": None if manager is None else manager.state_dict(),
+        "memory": None if manager is None else memory_state(manager),
     }
 
 

@@ -1,4 +1,4 @@
-"""The task clock among Lightning's callbacks and limits: what ends a task, what ends the run, what is left behind."""
+"""The task clock with Lightning's callbacks and limits: what ends a task, what ends the run, what is cleaned up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dcl_lightning.callbacks import Rehearsal, StreamProgress
 from dcl_lightning.errors import ConfigurationError
 from tests.conformance.small_stream import arrays, make_agent, make_data, make_trainer, matrix, weights
 
-TASKS, EPOCHS, BATCHES = 3, 3, 3  # of the stream of streams.py: 14 samples a task in batches of 5
+TASKS, EPOCHS, BATCHES = 3, 3, 3  # of the small stream: 14 samples a task in batches of 5
 
 
 class Metric(pl.Callback):

@@ -1,4 +1,4 @@
-"""Memories of a job dealt out to another number of workers: every row, the capacity, the balance, fair draws."""
+"""Memories resharded to another number of workers: all rows, the capacity, the balance, and uniform draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that a user could mistype, run in this process and judged: what the fuzz of the command line is made of."""
+"""Mistyped commands, run in this process and judged: the material of the fuzz test."""
 
 from __future__ import annotations
 

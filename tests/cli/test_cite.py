@@ -1,4 +1,4 @@
-"""What is to be cited: every agent and data set has its papers, entries are whole, docstrings say the same."""
+"""Citations: every agent and data set has its papers, entries are complete, and docstrings agree with them."""
 
 from __future__ import annotations
 

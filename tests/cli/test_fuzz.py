@@ -1,4 +1,4 @@
-"""The command line, fuzzed: whatever stands behind a key or in a file, it works or says why not in a few lines."""
+"""Fuzz test of the command line: any value and any file either works or is refused in a few lines."""
 
 from __future__ import annotations
 

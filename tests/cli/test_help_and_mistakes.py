@@ -1,10 +1,13 @@
-"""Help that reads well, and mistakes that are told in one line, before anything slow."""
+"""Readable help, and mistakes reported in one line before anything slow starts."""
 
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from dcl_lightning import cli
 from dcl_lightning.cli.parser import AGENTS, BACKBONES
@@ -102,7 +105,6 @@ def test_a_typo_is_one_line_with_the_nearest_right_word(
     assert not list(tmp_path.iterdir())  # before anything was made
 
 
-# cases.md 44
 @pytest.mark.parametrize(
     ("content", "word"),
     [
@@ -140,3 +142,28 @@ def test_nothing_is_suggested_for_what_is_right_or_far_from_all() -> None:
     assert suggestion("zzz", ["icarl"]) == ""
     assert in_one_line("a\n  b", [], [], [], []) == "a b"
     assert len(in_one_line("x" * 2000, [], [], [], [])) < 800
+
+
+def test_without_horovod_asking_for_it_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("horovod", "horovod.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["fit", "--trainer.strategy", "horovod", "--trainer.accelerator", "cpu"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "python -m dcl_lightning.tools.install_horovod" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["[0,1,2,3,4,5,6,7,8,9]", '["0","1","2","3","4","5","6","7","8","9"]'])
+def test_lists_of_numbers_may_be_quoted_and_a_rate_may_be_written_as_a_power(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", "--data.class_order", value, "--model.lr", "1e-2", "--print_config"])
+    assert end.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert [int(y) for y in config["data"]["init_args"]["class_order"]] == list(range(10))
+    assert config["model"]["init_args"]["lr"] == 0.01

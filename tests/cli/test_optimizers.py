@@ -1,4 +1,4 @@
-"""The rate that a run trains with, wherever it was given: on the command line, in files, or to the optimizer itself."""
+"""The learning rate that a run uses, given on the command line, in files, or to the optimizer itself."""
 
 from __future__ import annotations
 

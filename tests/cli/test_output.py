@@ -1,4 +1,4 @@
-"""What is shown ends no run, whatever it is shown on; what is not to be written is not."""
+"""Output never ends a run, whatever the terminal or encoding; nothing is written unasked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of the command line: files that compose, folders, callbacks, what Lightning's monitors see, loggers."""
+"""Runs of the command line: composed files, folders, callbacks, Lightning's monitors, loggers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,6 @@ def claimed(folder: str, barrier, results) -> None:
     results.put(logger.version)
 
 
-# cases.md 43
 def test_runs_started_together_have_a_folder_each(tmp_path: Path) -> None:
     context = get_context("fork")
     barrier, results = context.Barrier(8), context.Queue()
@@ -134,7 +133,6 @@ def test_tensorboard_beside_csv_has_the_same_names_and_the_matrix_as_a_picture(t
     assert not (tmp_path / "runs" / "both" / "version_1").exists()
 
 
-# cases.md 23 and 24
 def test_selection_within_each_task_on_hold_outs_and_none_on_test_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""``run -- fit ...``: real jobs that are killed go on from their newest checkpoint; the user's own stop is one."""
+"""``run -- fit ...``: killed jobs resume from their latest checkpoint; a stop by the user is respected."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dcl_lightning.checkpoint.directory import latest_checkpoint, problem_of
 from tests.conformance.agents import STREAMS, make
-from tests.conformance.rehearsal_runs import same
+from tests.conformance.rehearsal_runs import memory_state, same
 from tests.conformance.small_stream import make_data, make_trainer, matrix, weights
 
 PATIENCE_S = 120
@@ -52,7 +52,7 @@ def fit(name: str, folder: Path, pipe: int, ckpt: Path | None) -> None:
     trainer.fit(agent, datamodule=data, ckpt_path=ckpt)
     # None where there is no memory, or nothing was left to train.
     manager = getattr(getattr(agent, "rehearsal", None), "manager", None)
-    memory = None if manager is None else manager.state_dict()
+    memory = None if manager is None else memory_state(manager)
     end = {"weights": weights(agent), "matrix": matrix(agent).nan_to_num(-1), "memory": memory}
     torch.save({**end, "seconds": time.monotonic() - began}, folder / "end.pt")
 

@@ -1,4 +1,4 @@
-"""Fits with a rehearsal memory over the small stream, and what they left in it."""
+"""Fits with a rehearsal memory over the small stream, and comparisons of what they left in it."""
 
 from __future__ import annotations
 

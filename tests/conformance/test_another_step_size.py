@@ -1,4 +1,4 @@
-"""A run that goes on with another batch size: at the same place of the same stream."""
+"""A run resumed with another batch size continues at the same place of the stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong with checkpoints: one clear line, and the last good state can be used."""
+"""Faults of checkpoints: each gives one clear line, and the last good state stays usable."""
 
 from __future__ import annotations
 

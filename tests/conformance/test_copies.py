@@ -1,4 +1,4 @@
-"""Copies of agents, data modules and trainers, before and after a fit: as of plain Lightning's."""
+"""Copies of agents, data modules and trainers, before and after a fit, as with plain Lightning."""
 
 from __future__ import annotations
 

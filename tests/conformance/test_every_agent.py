@@ -1,4 +1,4 @@
-"""What every agent keeps to, by its short name."""
+"""Properties of every agent, by its short name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns that an agent stores beside a sample stay with it, whoever does the memory's work."""
+"""Extra columns that an agent stores with a sample stay with it for every execution of the memory's work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rehearsal in somebody else's training script: any module, any batch, one line."""
+"""Rehearsal in another project's training script: any module, any batch, one added line."""
 
 from __future__ import annotations
 

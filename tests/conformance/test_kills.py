@@ -1,4 +1,4 @@
-"""Real kills at random moments, most of them within a save: all that is there is whole, and goes on to the same end."""
+"""Real kills at random moments, mostly during a save: every file is whole, and the resumed run ends the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole configurations drawn at random, in one process; ``lattice.py`` says what has to hold of each.
+"""Whole configurations drawn at random, in one process; the package ``lattice`` says what has to hold of each.
 
 ``LATTICE_SEED=n`` draws others. A draw that fails prints the line that repeats it alone, which also looks for a smaller
 draw that fails.
@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conformance import lattice
+from tests.conformance.lattice.draws import Draw, draw, named_axes, recipe
+from tests.conformance.lattice.examination import examine, shrunk
 
 SEED = int(os.environ.get("LATTICE_SEED", 20))
 ALONE = json.loads(os.environ.get("LATTICE_DRAW", "null"))
@@ -34,15 +35,15 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def check(drawn: lattice.Draw, folder: Path) -> list[str]:
+def check(drawn: Draw, folder: Path) -> list[str]:
     """Run a draw, count it, and return its faults below the line that repeats it."""
-    found = lattice.examine(drawn, folder)
+    found = examine(drawn, folder)
     if found.refused is None:
         counts["run"] += 1
     else:
         counts["refused"] += 1
-        counts[f"refused for {', '.join(lattice.named_axes(found.refused, drawn))}"] += 1
-    return [lattice.recipe(drawn), *found.faults] if found.faults else []
+        counts[f"refused for {', '.join(named_axes(found.refused, drawn))}"] += 1
+    return [recipe(drawn), *found.faults] if found.faults else []
 
 
 def parts(first: int, last: int, *marks: Any) -> list[Any]:
@@ -53,7 +54,7 @@ if ALONE is None:
 
     @pytest.mark.parametrize("numbers", [*parts(0, FAST), *parts(FAST, ALL, pytest.mark.exhaustive)])
     def test_draws(numbers: range, tmp_path: Path) -> None:
-        faults = [fault for number in numbers for fault in check(lattice.draw(SEED, number), tmp_path)]
+        faults = [fault for number in numbers for fault in check(draw(SEED, number), tmp_path)]
         if faults:
             pytest.fail("\n".join(faults), pytrace=False)
 
@@ -69,5 +70,5 @@ else:
     def test_one_draw(tmp_path: Path) -> None:
         faults = check(ALONE, tmp_path)
         if faults:
-            smaller = lattice.shrunk(ALONE, tmp_path)
+            smaller = shrunk(ALONE, tmp_path)
             pytest.fail("\n".join([*faults, "smaller:", *check(smaller, tmp_path)]), pytrace=False)

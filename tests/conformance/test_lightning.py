@@ -1,4 +1,4 @@
-"""What users of Lightning take for granted, over a stream of tasks."""
+"""What users of Lightning rely on, over a stream of tasks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ class Hooks(pl.Callback):
         self.calls.append("epoch")
 
 
-# cases.md 22
 def test_every_task_gets_its_epochs_and_hooks(tmp_path: Path) -> None:
     data = make_data()
     agent = make_agent("base", data, epochs_per_task=[1, 2, 3])
@@ -43,7 +42,6 @@ def test_every_task_gets_its_epochs_and_hooks(tmp_path: Path) -> None:
     assert hooks.calls == expected
 
 
-# cases.md 22
 def test_max_steps_bounds_the_whole_run(tmp_path: Path) -> None:
     data = make_data()
     agent = make_agent("base", data)
@@ -77,7 +75,6 @@ def test_a_second_fit_trains_again(tmp_path: Path) -> None:
     assert agent.clock.evaluated_rows == 3
 
 
-# cases.md 24
 def test_val_acc_can_be_monitored_and_each_task_saves_its_best(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max", save_top_k=1, filename="{epoch}")
     data = make_data(val_ratio=0.3)

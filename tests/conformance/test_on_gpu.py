@@ -1,4 +1,4 @@
-"""On a GPU: a stream of the memory's own changes no result, and the host waits for nobody."""
+"""On a GPU: the memory's own CUDA stream changes no result and never makes the host wait."""
 
 from __future__ import annotations
 

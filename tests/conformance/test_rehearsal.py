@@ -1,4 +1,4 @@
-"""Rehearsal in one process: what the memory stores, what it gives back, and that it repeats itself."""
+"""Rehearsal in one process: what is stored, what is drawn, and reproducibility."""
 
 from __future__ import annotations
 

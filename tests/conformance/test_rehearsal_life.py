@@ -1,4 +1,4 @@
-"""Rehearsal in one process: odd sizes, failures, and what is left behind."""
+"""Rehearsal in one process: odd sizes, failures, and clean-up."""
 
 from __future__ import annotations
 

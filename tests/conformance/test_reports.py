@@ -1,4 +1,4 @@
-"""The report of real runs: what it counts, on streams of every kind, and after resume."""
+"""Reports of real runs: their counts, on streams of every kind, and after resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint and the memory beside it: valid together, removed together, and what does without the memory."""
+"""A checkpoint and its memory files: valid together, removed together; uses of the checkpoint without them."""
 
 from __future__ import annotations
 

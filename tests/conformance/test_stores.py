@@ -1,4 +1,4 @@
-"""What a memory stores: rows, references to the data set, or samples as the network got them."""
+"""Row formats of a memory: inputs, indices of the data set, or augmented samples."""
 
 from __future__ import annotations
 

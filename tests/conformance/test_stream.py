@@ -38,7 +38,6 @@ def test_every_step_resumes_to_the_same_end(tmp_path: Path, kind: str, options: 
         assert torch.equal(matrix(again).nan_to_num(-1), matrix(agent).nan_to_num(-1)), step
 
 
-# cases.md 23
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_ends_tasks_not_the_stream(tmp_path: Path, first: bool) -> None:
     stop = EarlyStopping("constant", patience=1)
@@ -206,6 +205,28 @@ def test_momentum_and_rate_start_anew_with_each_task(tmp_path: Path) -> None:
     assert plain == [True, False] * 3
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_momentum_is_kept_over_tasks_where_optimizer_reset_is_off(reset: bool, tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("base", data, milestones=[1], optimizer_reset=reset)
+    empty: list[bool] = []
+    rates: list[float] = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.current_epoch % 2 == 0 and batch_idx == 0:
+                empty.append(not trainer.optimizers[0].state)
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    # After the clock's own hook, which starts the task.
+    trainer = make_trainer(tmp_path)
+    agent.configure_callbacks = lambda: [agent.clock, agent.report, Spy()]
+    trainer.fit(agent, datamodule=data)
+    assert empty == ([True] * 3 if reset else [True, False, False])
+    assert rates[0] == 0.05
+    assert (rates[1] == 0.05) is reset
+
+
 def test_scratch_starts_each_task_from_the_same_weights(tmp_path: Path) -> None:
     data = make_data(concatenate_tasksets=True)
     agent = make_agent("base", data, reset_state_dict=True)
@@ -213,14 +234,16 @@ def test_scratch_starts_each_task_from_the_same_weights(tmp_path: Path) -> None:
     inner = agent.training_loss
 
     def spy(batch):
-        if agent.trainer.global_step % 1 == 0 and agent.trainer.fit_loop.batch_idx == 0:
+        if agent.trainer.fit_loop.batch_idx == 0:
             starts.append(weights(agent).clone())
         return inner(batch)
 
     agent.training_loss = spy
     make_trainer(tmp_path).fit(agent, datamodule=data)
-    assert torch.equal(starts[0], starts[2])
-    assert torch.equal(starts[0], starts[4])
+    first, second = starts[0::2], starts[1::2]  # two epochs a task
+    assert len(first) == len(second) == 3
+    assert all(torch.equal(start, first[0]) for start in first)
+    assert not any(torch.equal(start, first[0]) for start in second)
 
 
 def test_max_epochs_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run: the tasks it has seen, and the method; and agents with two memories or none."""
+"""What a checkpoint records of its run: tasks seen and the method; agents with two memories or none."""
 
 from __future__ import annotations
 

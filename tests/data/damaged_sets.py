@@ -1,4 +1,4 @@
-"""Data sets that are harmed, each in one way; see test_hostile_inputs.py."""
+"""Data sets with one fault each, for test_hostile_inputs.py."""
 
 from __future__ import annotations
 

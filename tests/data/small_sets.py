@@ -1,4 +1,4 @@
-"""Writes small data sets in the published layout and format of the true ones."""
+"""Writers of small data sets in the published layout and format of the real ones."""
 
 from __future__ import annotations
 

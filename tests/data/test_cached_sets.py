@@ -1,4 +1,4 @@
-"""Sets that are written once in another form: Tiny ImageNet and CANDLE's NT3."""
+"""Data sets that are converted once and cached: Tiny ImageNet and CANDLE's NT3."""
 
 from __future__ import annotations
 

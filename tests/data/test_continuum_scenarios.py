@@ -1,4 +1,4 @@
-"""Scenarios of continuum by class path and as objects: its own tasksets, sample by sample; what it does in silence."""
+"""Continuum's scenarios by class path and as objects: its own tasksets, sample by sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data module inside a trainer: tasks, loaders, shards, validation sets and what the device sees."""
+"""The data module in a trainer: tasks, loaders, shards, validation sets, and batches on the device."""
 
 from __future__ import annotations
 

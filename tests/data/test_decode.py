@@ -1,4 +1,4 @@
-"""One image: decoded whatever its format, of the final size, cropped as torchvision crops for the same draw."""
+"""One image: decoded from any format, of the final size, cropped as torchvision crops for the same draw."""
 
 from __future__ import annotations
 

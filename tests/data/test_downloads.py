@@ -1,4 +1,4 @@
-"""Fetching: checked by checksums, and what was broken off is not taken for a data set. A server of this machine."""
+"""Downloads from a local server: checksums, and no partial download is taken for a data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a fit runs: in daemonic, spawned and threaded parts of a program, with names and seeds of any kind."""
+"""Surroundings of a fit: daemonic, spawned and threaded processes, names and seeds of any kind."""
 
 from __future__ import annotations
 

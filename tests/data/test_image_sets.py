@@ -1,4 +1,4 @@
-"""Data sets of image files: known before they are read, listed without a look into an image, faults in one line."""
+"""Data sets of image files: known before they are read, listed without opening an image, faults in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches: the same on any number of workers, resumable, each sample with its own augmentation."""
+"""Batches: equal for any number of workers, resumable, each sample with its own augmentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths below ``~``, and relative paths of a process that changes its working folder, wherever a user gives a path."""
+"""Paths below ``~`` and relative paths in a process that changes its working directory."""
 
 from __future__ import annotations
 

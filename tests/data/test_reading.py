@@ -1,4 +1,4 @@
-"""Batches of image files: what holds for tensors holds for them, with processes that live on over tasks."""
+"""Batches of image files behave as batches of tensors, with reader processes that survive over tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays of a data set lie in memory once, however many workers of a host use them."""
+"""Arrays of a data set are in memory once, for any number of workers of a host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets: known before they are read, read as they are published, missing ones refused and nothing created."""
+"""Data sets: known before they are read, read as published; missing ones are refused, and nothing is created."""
 
 from __future__ import annotations
 

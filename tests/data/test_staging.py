@@ -1,4 +1,4 @@
-"""Copies on a disk of the host: whole or not there, made once, and made anew if the source has changed."""
+"""Copies on a local disk: complete or absent, made once, and renewed if the source has changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every ``Comm`` must do; each worker calls it, and every worker checks its own results."""
+"""The contract of every ``Comm``: each worker calls it and checks its own results."""
 
 from __future__ import annotations
 

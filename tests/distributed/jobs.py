@@ -1,4 +1,4 @@
-"""A job of workers as a user runs it, whose output can be read as it runs, and that leaves nothing behind."""
+"""A job of workers as a user runs it, with output that can be read while it runs, and a check for leftovers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed.workers import HERE, environment
+from tests.distributed.workers import SCRIPTS, environment
 
 DEADLINE = 20.0  # from the fault to the end of the job
 START = 120.0  # for a busy machine
 
 
 class Job:
-    """``faulty.py`` as a user runs it, or under a launcher; its output goes to files, which can be read as it runs."""
+    """``faulty_job.py`` as a user runs it, or under a launcher; its output goes to files, to be read as it runs."""
 
     def __init__(self, folder: Path, *args: str, launcher: tuple[str, ...] = (), python: str = sys.executable) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.out, self.err = folder, folder / "stdout", folder / "stderr"
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                [*launcher, python, str(HERE / "faulty.py"), *args],
+                [*launcher, python, str(SCRIPTS / "faulty_job.py"), *args],
                 cwd=folder,
                 env=environment(),
                 stdout=out,

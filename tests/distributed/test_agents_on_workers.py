@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.distributed.workers import ROOT, run_script
 
 
 def fit(folder: Path, *args: str, timeout: float = 240) -> tuple[dict, dict]:
@@ -64,22 +64,6 @@ def test_horovodrun_gives_each_worker_its_place(tmp_path: Path) -> None:
 
 
 def test_ten_images_on_three_workers_count_as_ten(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        """
-import lightning.pytorch as pl, torch
-from dcl_lightning import ContinualDataModule, FineTuning
-from dcl_lightning.backbones import MLP
-
-x = torch.randn(22, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-y = torch.arange(22) % 2
-data = ContinualDataModule((x, y, x[:10], y[:10]), increment=2, batch_size=4)
-agent = FineTuning(MLP([4]), data.num_classes, input_spec=data.input_spec)
-pl.Trainer(strategy="horovod", devices=3, accelerator="cpu", logger=False, enable_checkpointing=False,
-           enable_progress_bar=False, num_sanity_val_steps=0).fit(agent, datamodule=data)
-open(f"total{agent.trainer.global_rank}", "w").write(str(int(agent.clock.matrix.total[0, 0])))
-"""
-    )
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = run_script("ten_images", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(tmp_path / f"total{rank}").read_text() for rank in range(3)] == ["10"] * 3

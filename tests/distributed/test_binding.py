@@ -1,4 +1,4 @@
-"""Which cores and threads a worker gets."""
+"""Cores and threads of a worker."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dcl_lightning.distributed import cpu_binding as binding
 from dcl_lightning.distributed.cpu_binding import bind_worker, divide_cores, numa_nodes
 from dcl_lightning.distributed.horovod.strategy import fork_hazard
 from dcl_lightning.errors import ConfigurationError
+from tests.distributed.programs.binding import bound
 from tests.distributed.workers import assert_ended_well, run_workers
 
 
@@ -107,7 +108,7 @@ def test_a_system_that_cannot_bind_does_not_fail(monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_workers_run_on_cores_of_their_own() -> None:
-    assert_ended_well(run_workers(BOUND, 2))
+    assert_ended_well(run_workers(bound, 2))
 
 
 @pytest.mark.parametrize(
@@ -134,24 +135,3 @@ def test_loaders_that_fork_beside_mpi_or_cuda_are_told_of(
     hazard = fork_hazard(DataLoader([1, 2], **options))
     assert words in hazard
     assert bool(hazard) == bool(words)
-
-
-BOUND = """
-import os, threading, torch
-from tests.distributed.toy import Toy, shard, trainer
-from dcl_lightning import HorovodStrategy
-rank = int(os.environ["HOROVOD_RANK"])
-del os.environ["OMP_NUM_THREADS"]
-before = os.sched_getaffinity(0)
-class Looking(Toy):
-    def on_train_start(self):
-        masks = {frozenset(os.sched_getaffinity(int(t))) for t in os.listdir("/proc/self/task")}
-        assert len(masks) == 1, masks
-        mine = torch.tensor(sorted(masks.pop()))
-        others = self.trainer.strategy.comm.allgather(mine)
-        if len(before) > 1:
-            assert not set(others[0].tolist()) & set(others[1].tolist()), others
-        assert set(torch.cat(others).tolist()) <= before
-        assert torch.get_num_threads() == max(1, len(mine)) == max(1, len(before) // 2)
-trainer(HorovodStrategy(bind="core")).fit(Looking(), shard(rank, 2, 8))
-"""

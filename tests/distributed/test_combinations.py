@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dcl_lightning.distributed.horovod.batchnorm import HorovodBatchNormSync
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.errors import ConfigurationError
-from tests.distributed.combinations import CASES, Case
+from tests.distributed.programs.combinations import CASES, Case, run_all
 from tests.distributed.workers import assert_ended_well, run_workers
 
 pytestmark = pytest.mark.timeout(600)  # for the launch, which the first test waits for
@@ -28,9 +28,7 @@ Results = list[dict[str, dict[str, "Tensor | str"]]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("combinations")
-    assert_ended_well(
-        run_workers(f"from tests.distributed import combinations; combinations.main({str(folder)!r})", 2, deadline=540)
-    )
+    assert_ended_well(run_workers(run_all, 2, folder, deadline=540))
     return [torch.load(Path(folder, f"worker_{rank}.pt"), weights_only=True) for rank in range(2)]
 
 

@@ -1,4 +1,4 @@
-"""Whatever happens to a worker, the job ends soon, says why first, and leaves nothing behind."""
+"""Faults of a worker: the job ends soon, names the cause first, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_worker_that_hangs_is_named_and_shows_where(job: Job) -> None:
     rank = 1 if "[rank 1] FAULT AT" in job.text else 0
     error = first_error(job).replace("[rank 1] ", "")
     assert error.startswith(f"horovod: worker {rank} did not come to an operation that worker {1 - rank}"), job.text
-    assert f"worker {rank} is in train, epoch 1, batch 1, fail (faulty.py:" in error
+    assert f"worker {rank} is in train, epoch 1, batch 1, fail (faulty_job.py:" in error
     assert f"worker {1 - rank} waits in train, epoch 1, batch 1, " in error
     assert " in training_step" in error.partition(f"where worker {rank} is:")[2], "the stack"
     assert job.check_saved() == 4

@@ -1,4 +1,4 @@
-"""The install command up to the point where it would build: no compiler is started here."""
+"""The install command up to the build; no compiler is started here."""
 
 import ast
 import json

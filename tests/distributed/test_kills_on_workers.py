@@ -1,4 +1,4 @@
-"""A worker is killed at a random moment of a job that saves at each step; the job goes on to the end it was to have."""
+"""A worker is killed at a random moment of a job that saves at each step; the resumed job ends the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from dcl_lightning.checkpoint.directory import problem_of
 from tests.conformance.rehearsal_runs import same
-from tests.distributed.workers import HERE, environment
+from tests.distributed.workers import SCRIPTS, environment
 
 PATIENCE_S = 150
 
@@ -27,7 +27,7 @@ def job(folder: Path, name: str, kill: tuple[int, float] | None = None, workers:
     folder.mkdir(parents=True, exist_ok=True)
     pids = folder / "pids"
     pids.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "killed.py"), str(folder), name, str(workers)]
+    command = [sys.executable, str(SCRIPTS / "killed_job.py"), str(folder), name, str(workers)]
     killed = False
     with (folder / "log").open("a") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)

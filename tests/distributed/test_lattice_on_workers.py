@@ -1,4 +1,4 @@
-"""Whole configurations drawn at random, on two Horovod workers; ``tests/conformance/lattice.py`` says what has to hold.
+"""Whole configurations drawn at random, on two Horovod workers; ``tests/conformance/lattice`` says what has to hold.
 
 ``LATTICE_SEED=n`` draws others. A draw that fails prints the line that repeats it alone.
 """
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.conformance import lattice
+from tests.conformance.lattice.draws import Draw, draw, named_axes, recipe
+from tests.distributed.programs import lattice_draws
 from tests.distributed.workers import run_workers
 
 SEED = int(os.environ.get("LATTICE_SEED", 20))
@@ -24,9 +25,9 @@ FILE = "tests/distributed/test_lattice_on_workers.py"
 counts: Counter[str] = Counter()
 
 
-def draws_of(numbers: range) -> list[lattice.Draw]:
+def draws_of(numbers: range) -> list[Draw]:
     # Other draws than in one process.
-    return [lattice.draw(SEED + 1_000_000, number) for number in numbers]
+    return [draw(SEED + 1_000_000, number) for number in numbers]
 
 
 def parts(first: int, last: int, *marks: Any) -> list[Any]:
@@ -37,18 +38,16 @@ def parts(first: int, last: int, *marks: Any) -> list[Any]:
 @pytest.mark.parametrize(
     "draws", [*parts(0, FAST), *parts(FAST, ALL, pytest.mark.exhaustive)] if ALONE is None else [[ALONE]]
 )
-def test_draws(draws: list[lattice.Draw], tmp_path: Path) -> None:
-    ended = run_workers(
-        f"from tests.distributed.lattice_workers import main; main({str(tmp_path)!r}, {draws!r})", 2, deadline=540
-    )
+def test_draws(draws: list[Draw], tmp_path: Path) -> None:
+    ended = run_workers(lattice_draws.run_all, 2, tmp_path, draws, deadline=540)
     lines = [json.loads(line) for line in (tmp_path / "found.json").read_text().splitlines()]
     faults = []
     for line in lines:
         counts["run" if line["refused"] is None else "refused"] += 1
         if line["refused"] is not None:
-            counts[f"refused for {', '.join(lattice.named_axes(line['refused'], line['draw']))}"] += 1
+            counts[f"refused for {', '.join(named_axes(line['refused'], line['draw']))}"] += 1
         if line["faults"]:
-            faults += [lattice.recipe(line["draw"], FILE), *line["faults"]]
+            faults += [recipe(line["draw"], FILE), *line["faults"]]
     if faults:
         pytest.fail("\n".join(faults), pytrace=False)
     assert [worker.code for worker in ended] == [0, 0], [worker.output[-2000:] for worker in ended]

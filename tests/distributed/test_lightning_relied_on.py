@@ -1,4 +1,4 @@
-"""What the distributed part relies on in Lightning and in torch: a release that changes it is named here, in words."""
+"""Names and behaviour of Lightning and torch that the distributed part relies on, so that a change shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Horovod with MPI, made by the install command in an environment of its own: five minutes where it is not cached."""
+"""A Horovod with MPI, built by the install command in its own environment: five minutes unless it is cached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.jobs import Job
-from tests.distributed.workers import ROOT, environment
+from tests.distributed.workers import ROOT, SCRIPTS, environment
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -78,9 +78,7 @@ def test_the_command_line_under_mpirun_gives_the_matrix_of_gloo(python: Path, tm
 
 
 def test_adasum_adds_orthogonal_gradients_keeps_equal_ones_and_trains(python: Path, tmp_path: Path) -> None:
-    script = tmp_path / "adasum.py"
-    script.write_text(ADASUM)
-    assert mpirun(python, script, cwd=tmp_path).count("ADASUM DONE") == 2
+    assert mpirun(python, SCRIPTS / "adasum.py", cwd=tmp_path).count("ADASUM DONE") == 2
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -110,30 +108,3 @@ def test_a_worker_that_hangs_ends_the_job_under_mpirun(python: Path, tmp_path: P
         assert job.check_saved() == 4
     finally:
         job.kill()
-
-
-ADASUM = """
-import torch, horovod.torch as hvd
-from tests.distributed.toy import Toy, samples, shard, trainer, weights
-from dcl_lightning import HorovodStrategy
-
-hvd.init()
-assert hvd.mpi_enabled() and hvd.mpi_built() and hvd.gloo_built() and hvd.size() == 2
-rank = hvd.rank()
-unit = torch.eye(2)[rank] * (rank + 1)
-assert torch.allclose(hvd.allreduce(unit, op=hvd.Adasum, name="orthogonal"), torch.tensor([1.0, 2.0]))
-assert torch.allclose(hvd.allreduce(torch.tensor([3.0, -4.0]), op=hvd.Adasum, name="equal"), torch.tensor([3.0, -4.0]))
-
-x, y = samples().tensors
-model = Toy(seed=rank)
-before = None
-for options in ({}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}):
-    t = trainer(HorovodStrategy(op="adasum"), max_epochs=10, **options)
-    t.fit(model, shard(rank, 2, 8))
-    loss = torch.nn.functional.mse_loss(model.net(x), y).item()
-    assert loss < (before or 0.35), (loss, before)
-    before = loss
-    both = t.strategy.all_gather(weights(model))
-    assert torch.equal(both[0], both[1])
-print("ADASUM DONE", flush=True)
-"""

@@ -1,4 +1,4 @@
-"""Rehearsal on two real Horovod workers, against what one process computes from the rows that they trained on."""
+"""Rehearsal on two real Horovod workers against one process that trains on the rows of both."""
 
 from __future__ import annotations
 
@@ -11,90 +11,17 @@ from torch.nn import functional as F
 
 from dcl_lightning.agents.short_names import nil
 from dcl_lightning.backbones import MLP
+from tests.distributed.programs import rehearsal
 from tests.distributed.workers import assert_ended_well, run_workers
 
 WORKERS = 2
 R = 4
 
-RUN = """
-import sys
-from pathlib import Path
-import lightning.pytorch as pl, torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from dcl_lightning import ContinualDataModule
-from dcl_lightning.agents.short_names import nil, nil_global
-from dcl_lightning.backbones import MLP
-from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.config import RehearsalConfig
-
-torch.set_num_threads(1)
-OUT = Path(FOLDER)
-
-def make_data():
-    # Task 0 has one sample: worker 1 pads, and its memory stays empty. Task 1 has 15, task 2 has 14.
-    g = torch.Generator().manual_seed(0)
-    y = torch.tensor([0] + [1] * 8 + [2] * 7 + [3] * 5 + [4] * 5 + [5] * 4)
-    x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, generator=g)
-    return ContinualDataModule((x, y, x.clone(), y.clone()), increment=[1, 2, 3], batch_size=3, seed=0)
-
-def fit(name, kind=nil, callbacks=(), ckpt=None, seed=0, **config):
-    pl.seed_everything(seed)
-    data = make_data()
-    if config or kind is nil:
-        config = {"buffer_size": 13, "num_candidates": 2, "num_samples": 4} | config
-        if config.get("policy") == "reservoir":
-            config["num_candidates"] = None
-        config = {"rehearsal": RehearsalConfig(**config)}
-    agent = kind(MLP([8]), data.num_classes, epochs_per_task=2, lr=0.05, momentum=0.9, input_spec=data.input_spec,
-                 **config)
-    first = torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
-    steps, inner = [], agent.training_loss
-    def spy(batch):
-        loss, logits = inner(batch)
-        steps.append({"epoch": agent.trainer.current_epoch, "task": agent.clock.task_at(agent.trainer.current_epoch),
-                      "loss": loss.detach().clone(), "stored": len(agent.rehearsal.manager.buffer),
-                      **{k: v for k, v in batch._asdict().items()}})
-        return loss, logits
-    agent.training_loss = spy
-    trainer = pl.Trainer(strategy="horovod", devices=2, accelerator="cpu", logger=False, default_root_dir=OUT,
-                         callbacks=list(callbacks), enable_checkpointing=bool(callbacks), enable_progress_bar=False,
-                         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0)
-    trainer.fit(agent, datamodule=data, ckpt_path=ckpt)
-    buffer = agent.rehearsal.manager.buffer
-    rows = buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))
-    done[name] = {
-        "first": first, "steps": steps, "state": {k: v.clone() for k, v in agent.state_dict().items()},
-        "weights": torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone(),
-        "manager": agent.rehearsal.manager.state_dict(), "capacity": buffer.store.capacity,
-        "rows": rows, "ids": rows["sample_ids"],
-    }
-    return trainer
-
-done = {}
-trainer = fit("global inline", scope="global")
-rank = trainer.global_rank
-fit("global blocking", scope="global", execution="blocking")
-fit("global none", scope="global", execution="blocking", weighting="none", policy="reservoir")
-fit("local none", weighting="none")
-fit("local sum", weighting="none", loss="sum", execution="blocking")
-fit("preset", kind=nil_global)
-for name, config in (("global", {"scope": "global", "execution": "blocking"}), ("local", {})):
-    saver = ModelCheckpoint(OUT / name, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    fit(name + " saved", callbacks=[saver], **config)
-    for step in (4, 8, 10):
-        fit(f"{name} from {step}", ckpt=OUT / name / f"step={step}.ckpt", seed=5, **config)
-try:
-    fit("refused", scope="global", execution="nonblocking")
-except ConfigurationError as error:
-    done["refused"] = str(error)
-torch.save(done, OUT / f"{rank}.pt")
-"""
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("workers")
-    assert_ended_well(run_workers(f"FOLDER = {str(folder)!r}\n{RUN}", WORKERS))
+    assert_ended_well(run_workers(rehearsal.runs, WORKERS, folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORKERS)]
 
 
@@ -203,49 +130,4 @@ def test_nonblocking_under_global_scope_is_refused(runs: list[dict[str, Any]]) -
 
 
 def test_one_memory_over_a_fit_for_each_task() -> None:
-    assert_ended_well(run_workers(FITS, WORKERS))
-
-
-# An input says which sample it is: 100 times its task, and its number. Worker k has those with number % 2 == k.
-FITS = """
-import os, torch
-from torch.utils.data import DataLoader, TensorDataset
-from tests.distributed.toy import Toy, trainer
-from dcl_lightning import Rehearsal, RehearsalConfig
-
-rank = int(os.environ["HOROVOD_RANK"])
-torch.set_num_threads(1)
-
-class Looks(Toy):
-    def training_step(self, batch, index):
-        tasks = (batch[0][:, 0] // 100).long()
-        numbers = batch[0][:, 0].long() % 100
-        assert torch.equal(batch[1][:, 0], batch[0][:, 0] * 2)
-        assert (tasks[:4] == task).all() and (numbers[:4] % 2 == rank).all()
-        seen.append(list(zip(tasks[4:].tolist(), (numbers[4:] % 2).tolist())))
-        return self.net(batch[0] / 300).square().mean()
-
-for scope, execution in (("local", "inline"), ("local", "blocking"), ("global", "blocking")):
-    memory = Rehearsal(RehearsalConfig(
-        buffer_size=24, num_samples=6, policy="reservoir", weighting="none", scope=scope, execution=execution, seed=1
-    ))
-    module, stored = Looks(), []
-    for task in range(3):
-        seen = []
-        inputs = (100.0 * task + torch.arange(40.0)[rank::2])[:, None].repeat(1, 5)
-        trainer("horovod", max_epochs=1, callbacks=[memory]).fit(
-            module, DataLoader(TensorDataset(inputs, inputs[:, :1] * 2), batch_size=4)
-        )
-        buffer = memory.manager.buffer
-        rows, _ = buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))
-        stored.append(set((rows[:, 0] // 100).long().tolist()))
-        assert len(buffer) == 12 and (rows[:, 0].long() % 2 == rank).all()
-        first, drawn = seen[0], [pair for step in seen for pair in step]
-        if task:  # the first batch of a later fit meets what the fits before have stored
-            assert len(first) == 6 and {t for t, _ in first} <= set(range(task)), (scope, task, first)
-            assert all(len(step) == 6 for step in seen)
-        assert {k for _, k in drawn} == ({0, 1} if scope == "global" else {rank})
-    assert stored == [{0}, {0, 1}, {0, 1, 2}], stored
-    memory.clear()
-    assert memory.manager is None
-"""
+    assert_ended_well(run_workers(rehearsal.several_fits, WORKERS))

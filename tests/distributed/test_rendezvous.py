@@ -1,4 +1,4 @@
-"""Workers that meet before Horovod runs, and children that end with their parent."""
+"""The rendezvous of workers before Horovod runs, and worker processes that end with their parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``strategy=horovod`` on real workers: numbers and launch."""
+"""``strategy=horovod`` on real workers: results and launch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from dcl_lightning.distributed import HorovodStrategy
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
+from tests.distributed.programs import strategy
 from tests.distributed.workers import assert_ended_well, environment, run_script, run_workers
 
 
@@ -105,13 +106,11 @@ def test_options_that_cannot_work_are_refused() -> None:
 
 
 def test_numbers_of_two_workers() -> None:
-    assert_ended_well(run_workers(NUMBERS, 2))
+    assert_ended_well(run_workers(strategy.numbers, 2))
 
 
 def test_a_plain_script_starts_its_workers_once(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(PLAIN)
-    done, _ = run_script(script, "--word", "two words")
+    done = run_script("two_fits", tmp_path, "--word", "two words")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(f"horovod: 2 workers on 1 host, {threads()} each") == 1
     for fit in (1, 2):
@@ -124,116 +123,3 @@ def test_a_plain_script_starts_its_workers_once(tmp_path: Path) -> None:
 def threads() -> str:
     count = int(os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // 2)))
     return "1 thread" if count == 1 else f"{count} threads"
-
-
-NUMBERS = """
-import os, torch, lightning.pytorch as pl
-from torch import nn
-from torch.distributed import ReduceOp
-from tests.distributed.toy import Toy, shard, trainer, weights
-from dcl_lightning import HorovodStrategy
-
-rank = int(os.environ["HOROVOD_RANK"])
-one = Toy()
-trainer("auto").fit(one, shard(0, 1, 16))
-accumulated = Toy()
-trainer("auto", accumulate_grad_batches=3, gradient_clip_val=0.5).fit(accumulated, shard(0, 1, 16))
-
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["TORCH_PORT"],
-                  WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
-ddp = Toy(seed=rank)
-trainer("ddp", devices=2).fit(ddp, shard(rank, 2, 8))
-torch.distributed.destroy_process_group()
-for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"):
-    os.environ.pop(name, None)
-
-# Two workers with half the batch do what one does with the whole, and what ddp does.
-two = Toy(seed=rank)
-t = trainer("horovod", devices=2)
-assert (t.world_size, t.global_rank, t.is_global_zero) == (2, rank, rank == 0)
-t.fit(two, shard(rank, 2, 8))
-assert two.flags.all(), "buffers come from worker 0"
-torch.testing.assert_close(weights(two), weights(one), atol=1e-6, rtol=1e-6)
-torch.testing.assert_close(weights(two), weights(ddp), atol=1e-7, rtol=1e-6)
-assert not torch.distributed.is_initialized()
-gathered = t.strategy.all_gather(two.seen)
-assert torch.equal(gathered[0], gathered[1]), "gradients are averaged when backward returns"
-
-# Accumulation with a short last window, clipping, and a module that was fitted before.
-again = Toy(seed=rank)
-trainer("horovod", accumulate_grad_batches=3, gradient_clip_val=0.5).fit(again, shard(rank, 2, 8))
-torch.testing.assert_close(weights(again), weights(accumulated), atol=1e-6, rtol=1e-6)
-trainer("horovod").fit(again, shard(rank, 2, 8))
-trainer("auto").fit(accumulated, shard(0, 1, 16))
-torch.testing.assert_close(weights(again), weights(accumulated), atol=2e-6, rtol=2e-6)
-
-# Options.
-for options, tolerance in (({"gradient_predivide_factor": 2.0}, 1e-6), ({"compression": "fp16"}, 5e-3),
-                           ({"compression": "bf16"}, 5e-2)):
-    other = Toy(seed=rank)
-    trainer(HorovodStrategy(**options)).fit(other, shard(rank, 2, 8))
-    torch.testing.assert_close(weights(other), weights(one), atol=tolerance, rtol=tolerance)
-
-# A head that one worker uses stays equal on both; one that nobody uses does not move, nor decay.
-heads = Toy(unused=True)
-before = heads.extra[1].weight.detach().clone()
-t = trainer(HorovodStrategy(find_unused_parameters=True))
-t.fit(heads, shard(rank, 2, 8))
-assert torch.equal(heads.extra[1].weight, before) and heads.extra[1].weight.grad is None
-mine = t.strategy.all_gather(weights(heads))
-assert torch.equal(mine[0], mine[1])
-
-# Collectives of the strategy.
-s = t.strategy
-found = s.reduce(torch.tensor(3 + rank))
-assert found.dtype == torch.float64 and found == 3.5
-assert s.reduce("text") == "text"
-x = torch.tensor([2.0 + rank])
-for op, wanted in (("mean", 2.5), ("AVG", 2.5), (None, 2.5), ("sum", 5), ("max", 3), ("min", 2), ("product", 6),
-                   (ReduceOp.SUM, 5), (ReduceOp.MAX, 3), (ReduceOp(ReduceOp.SUM), 5), (ReduceOp(ReduceOp.MIN), 2)):
-    assert s.reduce(x, reduce_op=op).item() == wanted, op
-assert s.broadcast("name" if rank == 0 else None) == "name"
-assert s.broadcast(["name"] if rank == 1 else 3, src=1) == ["name"]
-assert s.reduce_boolean_decision(rank == 0, all=False) and not s.reduce_boolean_decision(rank == 0)
-assert s.distributed_sampler_kwargs == {"num_replicas": 2, "rank": rank}
-y = torch.tensor([1.0, 2.0], requires_grad=True)
-out = s.all_gather(y, sync_grads=True)
-assert out.shape == (2, 2)
-(out * torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank + 1)).sum().backward()
-assert y.grad.tolist() == [[3.0, 6.0], [9.0, 12.0]][rank], "summed over workers, as ddp does"
-assert not s.all_gather(y).requires_grad
-s.barrier()
-
-# Logged metrics and values over uneven shards: 40 samples on worker 0, 24 on worker 1.
-from torch.utils.data import DataLoader, Subset
-from torchmetrics import MeanSquaredError
-from tests.distributed.toy import samples
-class Measured(Toy):
-    def __init__(self):
-        super().__init__()
-        self.error = MeanSquaredError()
-    def validation_step(self, batch, index):
-        out = self.net(batch[0])
-        self.error(out, batch[1])
-        self.log("error", self.error)
-        self.log("loss", nn.functional.mse_loss(out, batch[1]), sync_dist=True, batch_size=len(out))
-def loader(a, b):
-    return DataLoader(Subset(samples(), range(a, b)), batch_size=8)
-wanted = trainer("auto").validate(Measured(), loader(0, 64), verbose=False)[0]
-found = trainer("horovod").validate(Measured(), loader(*[(0, 40), (40, 64)][rank]), verbose=False)[0]
-assert abs(found["error"] - wanted["error"]) < 1e-6, (found, wanted)
-assert abs(found["loss"] - wanted["loss"]) < 1e-6, (found, wanted)
-"""
-
-PLAIN = """
-import sys
-import dcl_lightning
-from tests.distributed.toy import Toy, shard, trainer
-model = Toy()
-for fit in (1, 2):
-    t = trainer("horovod", devices=2)
-    t.fit(model, shard(t.global_rank, t.world_size, 8))
-    print(f"FIT {fit} of {t.world_size} {sys.argv[2]}", flush=True)
-if t.global_rank == 1:
-    print("on stderr", file=sys.stderr)
-"""

@@ -1,8 +1,9 @@
-"""Runs Python source on real Horovod workers of this machine."""
+"""Starts functions on real Horovod workers of this machine, and scripts the way a user does."""
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import random
@@ -11,18 +12,22 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import pytest
+from _pytest.assertion import install_importhook
+from _pytest.config import get_config
+
+from dcl_lightning.callbacks import report
 from dcl_lightning.distributed.horovod.rendezvous import started_workers
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-
-# Drawing takes most of a small run's time; what reports look like is tested elsewhere.
-WITHOUT_PICTURES = "from dcl_lightning.callbacks import report; report.figures_of = lambda *_: {}\n"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
 @dataclass
@@ -57,6 +62,7 @@ FORKS.set_forkserver_preload(
         "lightning.pytorch.cli",
         "continuum",
         "sklearn.datasets",
+        "pytest",
         "dcl_lightning.cli.program",
         "dcl_lightning.distributed.horovod.strategy",
     ]
@@ -64,11 +70,21 @@ FORKS.set_forkserver_preload(
 
 
 class Worker(ForkServerProcess):
-    """Runs ``source`` as ``python -c`` does, and can be asked and ended as a ``subprocess.Popen``."""
+    """Calls a function of a module in a process of its own; offers what ``subprocess.Popen`` does to wait and to kill.
 
-    def __init__(self, source: str, variables: dict[str, str], output: Path) -> None:
+    Args:
+        program: a function at the top of a module, which the new process imports; its assertions are rewritten.
+        args: its arguments.
+        variables: all environment variables of the process.
+        output: the file that gets stdout and stderr.
+    """
+
+    def __init__(
+        self, program: Callable[..., None], args: tuple[Any, ...], variables: dict[str, str], output: Path
+    ) -> None:
         super().__init__()
-        self.source, self.variables, self.output = source, variables, output
+        self.module, self.function, self.args = program.__module__, program.__qualname__, args
+        self.variables, self.output = variables, output
         self.start()
 
     def run(self) -> None:
@@ -78,9 +94,13 @@ class Worker(ForkServerProcess):
         os.environ.clear()
         os.environ.update(self.variables)
         sys.argv = ["-c"]
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        install_importhook(get_config())
+        pytest.register_assert_rewrite(self.module)
+        # Drawing takes most of a small run's time; what reports look like is tested elsewhere.
+        pytest.MonkeyPatch().setattr(report, "figures_of", lambda *_: {})
         try:
-            exec(compile(self.source, "<string>", "exec"), main.__dict__)
+            getattr(importlib.import_module(self.module), self.function)(*self.args)
         finally:
             atexit._run_exitfuncs()  # a forked process ends without them
 
@@ -91,14 +111,13 @@ class Worker(ForkServerProcess):
         self.join()
 
 
-def run_workers(source: str, count: int, deadline: float = 150) -> list[Ended]:
-    """Run ``source`` on ``count`` workers; a worker that ends does not end the others."""
-    source = WITHOUT_PICTURES + source if ".fit(" in source else source
+def run_workers(program: Callable[..., None], count: int, *args: Any, deadline: float = 150) -> list[Ended]:
+    """Call ``program(*args)`` on ``count`` workers; a worker that ends does not end the others."""
     variables = {**environment(), "TORCH_PORT": str(free_port())}
     with TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(count)]
         with started_workers(
-            count, 1, lambda rank, place: Worker(source, {**variables, **place}, outputs[rank])
+            count, 1, lambda rank, place: Worker(program, args, {**variables, **place}, outputs[rank])
         ) as processes:
             end = time.monotonic() + deadline
             while time.monotonic() < end and any(p.poll() is None for p in processes):
@@ -112,15 +131,13 @@ def assert_ended_well(workers: list[Ended]) -> None:
     assert all(w.code == 0 for w in workers), text
 
 
-def run_script(script: Path, *args: str, deadline: float = 150) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run a script the way a user does, with plain ``python``; return how it ended and after how long."""
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(script), *args],
-        cwd=script.parent,
-        env=environment(),
+def run_script(name: str, folder: Path, *args: str, deadline: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a script of ``scripts/`` in a folder the way a user does, with plain ``python``."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / f"{name}.py"), *args],
+        cwd=folder,
+        env={**environment(), "MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,
         timeout=deadline,
     )
-    return done, time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Matrices worked by hand, in the formulas of the papers; the first two are those that continuum gets wrong."""
+"""Matrices worked by hand with the papers' formulas; continuum gets the first two wrong."""
 
 from __future__ import annotations
 

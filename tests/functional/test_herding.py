@@ -1,3 +1,5 @@
+"""Herding and nearest-mean scores against NumPy."""
+
 import numpy as np
 import torch
 from hypothesis import given, settings

@@ -1,3 +1,5 @@
+"""Losses against NumPy."""
+
 import numpy as np
 import pytest
 import torch

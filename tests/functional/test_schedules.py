@@ -1,4 +1,4 @@
-"""Learning-rate factors against numbers worked out by hand."""
+"""Learning-rate factors against numbers worked by hand."""
 
 import pytest
 

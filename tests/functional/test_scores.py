@@ -1,4 +1,4 @@
-"""What counts as right, against sorting in plain Python."""
+"""Hits among the top scores against sorting in plain Python."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The buffer: sizes, quotas, uniform draws, saved state."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,4 @@
-"""Configurations of a memory: completed by one rule, and refused where two values contradict each other."""
+"""Memory configurations: completed by one rule, and refused where two values contradict each other."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Policies: enumerated small cases, properties, and distributions of what is stored."""
+
 from __future__ import annotations
 
 from collections import Counter

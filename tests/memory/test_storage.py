@@ -1,3 +1,5 @@
+"""Stored rows: in memory and in files, of every type."""
+
 from __future__ import annotations
 
 import copy

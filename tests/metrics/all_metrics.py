@@ -1,10 +1,14 @@
-"""Random streams, and every metric over them beside plain NumPy: on one process or on this worker of several."""
+"""Random streams, and every metric over them against plain NumPy, in one process or on one of several workers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from torch import nn
 from torchmetrics import MetricCollection
 
 from dcl_lightning.metrics import (
@@ -42,7 +46,9 @@ def streams(draw):
     return num_tasks, row, column, scores, target
 
 
-def check(stream, rank=0, workers=1, prepare=lambda metric: None):
+def check(
+    stream: Any, rank: int = 0, workers: int = 1, prepare: Callable[[nn.Module], object] = lambda metric: None
+) -> None:
     """Compare; each worker is given an uneven part of every evaluation."""
     num_tasks, row, column, scores, target = stream
     mine = np.random.default_rng(len(row)).choice(workers, len(row), p=WEIGHTS[workers]) == rank

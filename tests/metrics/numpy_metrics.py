@@ -1,4 +1,4 @@
-"""Every figure of a stream by plain loops over counts, as its paper has it, to compare with."""
+"""Every figure of a stream by plain loops over counts, from its paper, as the reference."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The accuracy matrix: counts, figures, state."""
+
 import math
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Every metric equals plain NumPy on random streams, with empty tasks, tasks to come and streams cut short."""
+"""Every metric equals plain NumPy on random streams, with empty tasks, future tasks and truncated streams."""
 
 from __future__ import annotations
 

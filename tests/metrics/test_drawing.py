@@ -1,4 +1,4 @@
-"""Pictures: every text lies within the figure, and none over another, whatever the number of tasks and the names."""
+"""Figures: every text lies inside and overlaps no other, for any number of tasks and any names."""
 
 from __future__ import annotations
 

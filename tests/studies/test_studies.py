@@ -1,4 +1,4 @@
-"""Studies of several runs as a user starts them; the fits run in this process, which is faster."""
+"""Studies of several runs as a user starts them; their fits run in this process, which is faster."""
 
 from __future__ import annotations
 

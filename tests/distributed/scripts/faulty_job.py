@@ -1,4 +1,4 @@
-"""A job in which one thing goes wrong at one place: ``faulty.py WHAT RANK``, run by the tests of faults."""
+"""A job with one fault at one place: ``faulty_job.py WHAT RANK``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint  
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 from dcl_lightning import HorovodStrategy  # noqa: E402
+from dcl_lightning.comm import comm_of  # noqa: E402
 from tests.distributed.toy import Toy, shard, trainer  # noqa: E402
 
 STEP = 5  # the first in which something goes wrong
@@ -35,7 +36,7 @@ class Collector(pl.Callback):
     """Has state that takes all workers to gather, as the memory has."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        gathered = self.trainer.strategy.comm.allgather(torch.tensor([float(self.trainer.global_step)]))
+        gathered = comm_of(self.trainer.strategy).allgather(torch.tensor([float(self.trainer.global_step)]))
         return {"steps": torch.cat(gathered)}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -47,7 +48,7 @@ class Collector(pl.Callback):
 
 
 class Faulty(Toy):
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor | None:
         if self.trainer.global_step >= STEP:
             if WHAT == "signal":
                 time.sleep(0.05)

@@ -16,15 +16,17 @@ import pytest
 import torch
 
 from dcl_lightning.errors import ConfigurationError
-from tests.conformance.surface import PAGE, TABLES, Row, Who, markdown, run
+from tests.conformance.lightning_support.fits import Row, Who, run
+from tests.conformance.lightning_support.page import PAGE, markdown
+from tests.conformance.lightning_support.tables import TABLES
 
 # Of this release of Lightning; the tables are of the newest.
-THERE = {
+OFFERED = {
     "callback": set(callbacks_of_lightning.__all__),
     "argument": set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"},
 }
 TRIED = [
-    (what, row) for what, rows in TABLES.items() for row in rows if row.given is not None and row.name in THERE[what]
+    (what, row) for what, rows in TABLES.items() for row in rows if row.given is not None and row.name in OFFERED[what]
 ]
 
 
@@ -69,8 +71,8 @@ def test_the_effect_is_plain_lightnings_or_what_the_table_says(what: str, row: R
 @pytest.mark.parametrize("what", TABLES)
 def test_nothing_of_lightnings_is_missing(what: str) -> None:
     rows = TABLES[what]
-    assert not THERE[what] - {row.name for row in rows}, f"Lightning has a new {what}: give it a row"
-    assert {row.name for row in rows if not row.since} <= THERE[what]
+    assert not OFFERED[what] - {row.name for row in rows}, f"Lightning has a new {what}: give it a row"
+    assert {row.name for row in rows if not row.since} <= OFFERED[what]
 
 
 def test_every_row_says_why_it_is_no_plain_lightning() -> None:
@@ -81,4 +83,4 @@ def test_every_row_says_why_it_is_no_plain_lightning() -> None:
 
 
 def test_the_page_is_of_this_table() -> None:
-    assert PAGE.read_text(encoding="utf-8") == markdown(), "run: python -m tests.conformance.surface"
+    assert PAGE.read_text(encoding="utf-8") == markdown(), "run: python -m tests.conformance.lightning_support.page"

@@ -1,4 +1,4 @@
-"""The cases of ``test_combinations.py``, run on each of two workers: Horovod, ddp and one process in turn."""
+"""The cases of ``test_combinations.py``, run on each of two workers: one process, ddp and Horovod in turn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,12 @@ class Heads(Toy):
     def __init__(self, seed: int, late: bool = False) -> None:
         super().__init__(seed)
         self.late = late
-        self.extra = nn.ModuleList(nn.Linear(5, 1) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(5, 1) for _ in range(3))
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         out = self.net(batch[0])
         if not (self.late and index % 2):
-            out = out + self.extra[self.global_rank](batch[0])
+            out = out + self.heads[self.global_rank](batch[0])
         return nn.functional.mse_loss(out, batch[1])
 
 
@@ -117,12 +118,12 @@ class SharedHead(Toy):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.extra = nn.ModuleList([nn.Linear(5, 1)])
+        self.head = nn.Linear(5, 1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         out = self.net(batch[0])
         if index % 2 == 0:
-            out = out + self.extra[0](batch[0])
+            out = out + self.head(batch[0])
         return nn.functional.mse_loss(out, batch[1])
 
 
@@ -136,7 +137,8 @@ class Manual(Toy):
         self.other = nn.Linear(1, 1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        first, second = self.optimizers()
+        optimizers: Any = self.optimizers()
+        first, second = optimizers
         last = index % self.window == self.window - 1
         with first.toggle_model(sync_grad=last):
             self.manual_backward(nn.functional.mse_loss(self.net(batch[0]), batch[1]))
@@ -178,10 +180,14 @@ class Overflowing(Toy):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         loss = super().training_step(batch, index)
+        assert loss is not None
         return loss * torch.inf if self.global_step == 2 and self.global_rank == self.trainer.world_size - 1 else loss
 
     def on_train_epoch_end(self) -> None:
-        self.flags = torch.tensor(self.trainer.precision_plugin.scaler.get_scale())
+        plugin = self.trainer.precision_plugin
+        assert isinstance(plugin, MixedPrecision)
+        assert plugin.scaler is not None
+        self.flags = torch.tensor(plugin.scaler.get_scale())
 
 
 class Images(Toy):
@@ -197,7 +203,7 @@ class Images(Toy):
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.net.to(memory_format=self.format)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor | None:
         return super().training_step((batch[0].to(memory_format=self.format), batch[1]), index)
 
 
@@ -231,9 +237,9 @@ def single_cases() -> Iterator[Case]:
     yield Case("own_heads", Heads, horovod=UNUSED, ddp=DDP_UNUSED, one=None)
     yield Case("own_heads_windows", Heads, WINDOWS, UNUSED, DDP_UNUSED, None)
     late = {"accumulate_grad_batches": 2}
-    yield Case("own_heads_owed", lambda seed: Heads(seed, late=True), late, UNUSED, DDP_UNUSED, None)
-    yield Case("head_owed", SharedHead, late, ddp=None)
-    yield Case("head_owed_unused", SharedHead, late, UNUSED, DDP_UNUSED)
+    yield Case("own_heads_late", lambda seed: Heads(seed, late=True), late, UNUSED, DDP_UNUSED, None)
+    yield Case("head_late", SharedHead, late, ddp=None)
+    yield Case("head_late_unused", SharedHead, late, UNUSED, DDP_UNUSED)
     yield Case("frozen", Frozen)
     yield Case("unfrozen_later", Unfrozen, ddp=None)
     yield Case("unfrozen_later_unused", Unfrozen, horovod=UNUSED, ddp=None)
@@ -247,7 +253,7 @@ def single_cases() -> Iterator[Case]:
     for form in (False, True):
         yield Case(
             f"sync_batchnorm{'_channels_last' * form}",
-            lambda seed, form=form: Images(seed, True, form),
+            partial(Images, norm=True, channels_last=form),
             {"sync_batchnorm": True},
             ddp=None,
         )
@@ -264,7 +270,11 @@ def single_cases() -> Iterator[Case]:
 def table_cases() -> Iterator[Case]:
     """Every combination of the strategy's options with accumulation and clipping."""
     ways = [("average", 1.0), ("average", 3.0), ("sum", 1.0)]
-    clips = {"": {}, "_norm": CLIP, "_value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}}
+    clips: dict[str, dict[str, Any]] = {
+        "": {},
+        "_norm": CLIP,
+        "_value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    }
     for (op, predivide), compression, (clip, clipping), windows, unused in itertools.product(
         ways, ("none", "fp16", "bf16"), clips.items(), (1, 3), (False, True)
     ):
@@ -298,15 +308,20 @@ def fit(case: Case, rank: int, size: int, strategy: Any, scale: float = 1.0) -> 
 
         def scaled() -> torch.optim.Optimizer:
             optimizer = configure()
+            assert isinstance(optimizer, torch.optim.Optimizer)
             for group in optimizer.param_groups:
                 group["lr"] *= scale
             return optimizer
 
-        module.configure_optimizers = scaled
+        module.configure_optimizers = scaled  # type: ignore[method-assign]
     data = images() if isinstance(module, Images) else samples()
     t.fit(module, DataLoader(Subset(data, range(rank, SAMPLES, size)), batch_size=16 // size))
     tensors = (*module.parameters(), *module.buffers())
     return torch.cat([torch.view_as_real(x).flatten() if x.is_complex() else x.flatten().double() for x in tensors])
+
+
+def horovod_fit(case: Case, rank: int) -> Tensor:
+    return fit(case, rank, 2, HorovodStrategy(**case.horovod), case.scale)
 
 
 def attempt(run: Callable[[], Tensor]) -> Tensor | str:
@@ -316,7 +331,7 @@ def attempt(run: Callable[[], Tensor]) -> Tensor | str:
         return traceback.format_exc()
 
 
-def main(folder: str) -> None:
+def run_all(folder: Path) -> None:
     """Run all cases and leave what each of them gave in ``worker_k.pt``: a tensor, or a traceback."""
     rank = int(os.environ["HOROVOD_RANK"])
     results: dict[str, dict[str, Tensor | str]] = {case.name: {} for case in CASES}
@@ -325,7 +340,7 @@ def main(folder: str) -> None:
         if case.one is not None:
             key = f"{case.make} {case.options}"
             if key not in alone:
-                alone[key] = attempt(lambda case=case: fit(case, 0, 1, "auto"))
+                alone[key] = attempt(partial(fit, case, 0, 1, "auto"))
             results[case.name]["one"] = alone[key]
     port = os.environ["TORCH_PORT"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
@@ -333,12 +348,10 @@ def main(folder: str) -> None:
     os.environ.update(place)
     for case in CASES:
         if case.ddp:
-            results[case.name]["ddp"] = attempt(lambda case=case: fit(case, rank, 2, case.ddp))
+            results[case.name]["ddp"] = attempt(partial(fit, case, rank, 2, case.ddp))
     torch.distributed.destroy_process_group()
     for name in place:
         os.environ.pop(name, None)
     for case in CASES:
-        results[case.name]["horovod"] = attempt(
-            lambda case=case: fit(case, rank, 2, HorovodStrategy(**case.horovod), case.scale)
-        )
-    torch.save(results, Path(folder, f"worker_{rank}.pt"))
+        results[case.name]["horovod"] = attempt(partial(horovod_fit, case, rank))
+    torch.save(results, folder / f"worker_{rank}.pt")

@@ -1,4 +1,4 @@
-"""The lattice on Horovod workers: the same draws on all of them, one after another, in one launch."""
+"""Draws of the lattice on Horovod workers: the same ones on all workers, one after another, in one launch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from dcl_lightning import HorovodStrategy
-from tests.conformance import lattice
+from tests.conformance.lattice.draws import Draw
+from tests.conformance.lattice.examination import Examination
 
 _DEADLINE_S = 120
 
@@ -44,7 +45,7 @@ class Exchange:
         return [torch.load(path, weights_only=False) for path in paths]
 
 
-def examined(drawn: lattice.Draw, folder: Path, exchange: Exchange) -> lattice.Examination:
+def examined(drawn: Draw, folder: Path, exchange: Exchange) -> Examination:
     """Run one draw on all workers."""
 
     def more() -> dict[str, Any]:
@@ -54,29 +55,29 @@ def examined(drawn: lattice.Draw, folder: Path, exchange: Exchange) -> lattice.E
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "run").mkdir(parents=True)
     exchange(None)
-    found = lattice.Examination(drawn, folder / "run", more, exchange).run()
+    found = Examination(drawn, folder / "run", more, exchange).run()
     found.faults = [text for faults in exchange(found.faults) for text in faults]
     return found
 
 
-def main(folder: str, draws: list[lattice.Draw]) -> None:
+def run_all(folder: Path, draws: list[Draw]) -> None:
     """Run draws and leave what was found of each, in ``found.json``, a line each."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # As in tests/conftest.py: each trainer reads from all installed packages what they offer to Lightning.
-    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # type: ignore[assignment]
     torch.set_num_threads(1)
     rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
-    exchange = Exchange(Path(folder, "exchange"), rank, size)
+    exchange = Exchange(folder / "exchange", rank, size)
     for drawn in draws:
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                found = examined(drawn, Path(folder, "draw"), exchange)
+                found = examined(drawn, folder / "draw", exchange)
             line = {"draw": drawn, "refused": found.refused, "faults": found.faults}
         except Exception:
             line = {"draw": drawn, "refused": None, "faults": [traceback.format_exc()]}
         if rank == 0 or "Traceback" in str(line["faults"]):
-            with open(Path(folder, "found.json"), "a") as file:
+            with open(folder / "found.json", "a") as file:
                 file.write(json.dumps(line) + "\n")
         if "Traceback" in str(line["faults"]):  # the workers may be at different places now
             os._exit(1)

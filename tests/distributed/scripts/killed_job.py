@@ -1,4 +1,4 @@
-"""``killed.py FOLDER AGENT WORKERS``: fits an agent on Horovod workers, saves at each step, and goes on where it was.
+"""``killed_job.py FOLDER AGENT WORKERS``: fits an agent, saves at each step, and resumes from the last one.
 
 Each worker writes its process id into ``FOLDER/pids`` when it trains, and what it ended with into
 ``FOLDER/end_RANK.pt``.
@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from dcl_lightning.callbacks import TaskReport
 from dcl_lightning.checkpoint.directory import latest_checkpoint
 from tests.conformance.agents import make
+from tests.conformance.rehearsal_runs import memory_state
 from tests.conformance.small_stream import make_data, matrix, weights
 
 
@@ -34,7 +35,6 @@ class Tell(pl.Callback):
 
 
 def main(folder: Path, name: str, workers: int) -> None:
-    """Fit."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     path, problems = latest_checkpoint((folder / "checkpoints").glob("*.ckpt"))
@@ -60,7 +60,7 @@ def main(folder: Path, name: str, workers: int) -> None:
     end = {
         "weights": weights(agent),
         "matrix": matrix(agent).nan_to_num(-1),
-        "memory": None if manager is None else manager.state_dict(),
+        "memory": None if manager is None else memory_state(manager),
         "first": tell.first,
     }
     torch.save(end, folder / f"end_{trainer.global_rank}.pt")

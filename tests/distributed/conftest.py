@@ -1,0 +1,29 @@
+"""A SLURM allocation whose variables are set by hand, and a ``scontrol`` that records what it is asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def allocation(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    # As sbatch gives them for two nodes of four tasks: Lightning alone refuses --ntasks without --ntasks-per-node.
+    given = "JOB_ID=123 JOB_NAME=train NTASKS=8 NNODES=2 PROCID=0 LOCALID=0 NODEID=0"
+    for name, value in (pair.split("=") for pair in given.split()):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    return monkeypatch
+
+
+@pytest.fixture
+def requeued(tmp_path: Path, allocation: pytest.MonkeyPatch) -> Path:
+    """The file into which a stub of ``scontrol`` writes its arguments."""
+    file, command = tmp_path / "requeued", tmp_path / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\necho $@ >> {file}\n")
+    command.chmod(0o755)
+    allocation.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    return file

@@ -1,0 +1,1 @@
+"""Programs that tests run on workers: a function for each, which checks its own results on its own worker."""

@@ -1,0 +1,105 @@
+"""Methods on two workers against one process with the double batch; the warm-up of each task."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dcl_lightning import ContinualDataModule, FineTuning
+from dcl_lightning.agents import short_names
+from dcl_lightning.backbones import MLP
+from dcl_lightning.callbacks import TaskReport
+from dcl_lightning.types import Batch
+from tests.distributed.toy import trainer
+
+NAMES = ("er", "er_ace", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    ("derpp", {"execution": "blocking"}),
+    ("derpp", {"scope": "global", "execution": "blocking", "num_samples": 54}),
+]
+
+
+def as_one_process(folder: Path) -> None:
+    """Weights and buffers of every method equal those of one process, where what is drawn is the same."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name, memory in CASES:
+        two, rehearsed = fit(folder, name, 2, memory)
+        if "scope" in memory:
+            # One step older than a local draw, and so not that of one process; all rows of both came with their logits.
+            assert rehearsed > 100
+            continue
+        one, _ = fit(folder, name, 1, memory)
+        for key, value in one.state_dict().items():
+            if value.is_floating_point():
+                torch.testing.assert_close(two.state_dict()[key], value, atol=1e-5, rtol=1e-4, msg=f"{name}: {key}")
+
+
+def fit(folder: Path, name: str, workers: int, memory: dict[str, Any]) -> tuple[Any, int]:
+    """Return the agent, and how many rows came with logits that say whose they are (of a global memory)."""
+    pl.seed_everything(0, verbose=False)
+    g = torch.Generator().manual_seed(0)
+    # One sample more in the first task: of it the workers' memories hold different numbers.
+    y = torch.cat([torch.arange(6).repeat(9), torch.tensor([0])])
+    x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, generator=g)
+    data = ContinualDataModule((x, y, x.clone(), y.clone()), increment=2, batch_size=8 // workers, seed=0)
+    kind = getattr(short_names, name)
+    options: dict[str, Any] = {"epochs_per_task": 2}
+    if kind.rehearses:
+        # Room for every sample, and all are drawn; in one epoch each comes once.
+        options = {"epochs_per_task": 1, "rehearsal": {"buffer_size": 216, "num_samples": 108} | memory}
+    agent = kind(MLP([8]), data.num_classes, lr=0.05, input_spec=data.input_spec, **options)
+    inner, rehearsed = agent.training_loss, 0
+
+    def labelled(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Make the first logit of a stored row say whose it is."""
+        nonlocal rehearsed
+        if batch.rehearsed:
+            assert torch.equal(batch.rehearsed["logits"][:, 0].long(), batch.sample_ids[batch.num_new :])
+            rehearsed += len(batch.targets) - batch.num_new
+        found: tuple[Tensor, Tensor] = inner(batch)
+        agent._logits[:, 0] = batch.sample_ids[: batch.num_new]
+        return found
+
+    if "scope" in memory:
+        agent.training_loss = labelled
+    pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, devices=workers,
+        callbacks=[TaskReport(show_table=False)], default_root_dir=folder,
+        strategy="horovod" if workers > 1 else "auto",
+    ).fit(agent, datamodule=data)  # fmt: skip
+    assert agent.comm.size == workers
+    return agent, rehearsed
+
+
+class Rates(pl.Callback):
+    """Records the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def warm_up() -> None:
+    """Tasks of 8 and 16 samples: two and four steps an epoch, in which the rate rises from one worker's to two's."""
+    y = torch.tensor([0] * 8 + [1] * 16)
+    x = torch.rand(24, 1, 2, 2)
+    data = ContinualDataModule((x, y, x, y), increment=1, batch_size=2)
+    agent = FineTuning(
+        MLP([4]), 2, input_spec=data.input_spec, epochs_per_task=2, lr=0.1, scale_lr="linear", warmup_epochs=1
+    )
+    found = Rates()
+    trainer("horovod", max_epochs=-1, callbacks=[found]).fit(agent, datamodule=data)
+    expected = [0.1 + 0.1 * k / n if k < n else 0.2 for n in (2, 4) for k in range(1, 2 * n + 1)]
+    torch.testing.assert_close(torch.tensor(found.rates), torch.tensor(expected))

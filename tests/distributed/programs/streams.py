@@ -1,0 +1,59 @@
+"""A blurry stream on two workers, with fixed shards and with shards of each epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dcl_lightning import NIL, ContinualDataModule
+from dcl_lightning.backbones import MLP
+from dcl_lightning.types import Batch
+from tests.distributed.programs.place import flat, rank
+
+
+def shards(folder: Path) -> None:
+    """Leave in ``RANK.pt`` what this worker met and stored for each way of sharding and of filling the memory."""
+    torch.set_num_threads(1)
+    ways = (("fixed", "step"), ("fixed", "task_end"), ("epoch", "step"))
+    torch.save({way: run(folder, *way) for way in ways}, folder / f"{rank()}.pt")
+
+
+def run(folder: Path, sharding: str, update: str) -> dict[str, Any]:
+    """Fit, and return what is to be compared."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(6).repeat(8)[:-1]
+    x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, generator=g)
+    options: Any = {"sharding": sharding}
+    data = ContinualDataModule(
+        (x, y, x.clone(), y.clone()), scenario="blurry", blurriness=0.3, val_ratio=0.2, batch_size=3,
+        class_order="random", seed=1, **options,
+    )  # fmt: skip
+    pl.seed_everything(0)
+    config = {"buffer_size": 36, "num_samples": 2, "policy": "class_balanced", "update": update}
+    agent = NIL(MLP([8]), 6, config, epochs_per_task=2, input_spec=data.input_spec)
+    met: list[Tensor] = []
+    inner = agent.training_loss
+
+    def spy(batch: Batch) -> tuple[Tensor, Tensor]:
+        new = batch.sample_ids[: batch.num_new]
+        met.append(new[batch.weights[: batch.num_new] > 0])
+        return inner(batch)
+
+    agent.training_loss = spy  # type: ignore[method-assign]
+    trainer = pl.Trainer(
+        strategy="horovod", devices=2, accelerator="cpu", logger=False, default_root_dir=folder,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(agent, datamodule=data)
+    manager: Any = agent.rehearsal.manager
+    rows = manager.buffer.store.gather(manager.buffer.slots_at(torch.arange(len(manager.buffer))))
+    stream: Any = data.stream
+    return {
+        "stored": rows["sample_ids"], "met": torch.cat(met), "parts": stream.train_parts,
+        "held": torch.nonzero(stream.held).flatten(), "labels": data.original_labels, "weights": flat(agent),
+        "matrix": agent.clock.matrix.compute(),
+    }  # fmt: skip
