@@ -14,18 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dcl_lightning.comm import Comm
 from dcl_lightning.distributed.ranks import available_cores
-from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["BINDINGS", "bind_worker", "check_binding", "divide_cores", "numa_nodes"]
+__all__ = ["bind_worker", "divide_cores", "numa_nodes"]
 
-BINDINGS = ("none", "core", "numa")
 _SYSTEM = Path("/sys/devices/system")
-
-
-def check_binding(bind: str) -> None:
-    """Raise ``ConfigurationError`` if ``bind`` is none of ``BINDINGS``."""
-    if bind not in BINDINGS:
-        raise ConfigurationError(f"bind={bind!r}: give {', '.join(BINDINGS[:-1])} or {BINDINGS[-1]}")
 
 
 def bind_worker(bind: str, comm: Comm) -> int:

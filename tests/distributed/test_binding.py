@@ -24,9 +24,13 @@ from tests.distributed.programs.binding import bound
 from tests.distributed.workers import assert_ended_well, run_workers
 
 
-def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"bind='socket': give none, core or numa"):
-        HorovodStrategy(bind="socket")
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("bind", "none, core, numa"), ("op", "average, sum, adasum"), ("compression", "none, fp16, bf16")],
+)
+def test_an_unknown_word_is_refused(option: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"strategy\.{option}='socket': give {words}"):
+        HorovodStrategy(**{option: "socket"})
 
 
 @pytest.mark.parametrize(

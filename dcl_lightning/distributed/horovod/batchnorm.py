@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.plugins import LayerSync, TorchSyncBatchNorm
+from lightning.pytorch.plugins import LayerSync
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,12 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dcl_lightning.distributed.horovod.comm import HorovodComm
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["HorovodBatchNormSync", "layer_sync_for_horovod"]
-
-
-def layer_sync_for_horovod(given: LayerSync) -> LayerSync:
-    """Return the layer sync to use under Horovod: ours in place of Lightning's, else the user's own."""
-    return HorovodBatchNormSync() if type(given) is TorchSyncBatchNorm else given
+__all__ = ["HorovodBatchNormSync"]
 
 
 class HorovodBatchNormSync(LayerSync):

@@ -8,12 +8,11 @@ import signal
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from dcl_lightning._lightning import wrap_srun_check
 from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.ranks import launched_by_horovod
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["HorovodEnvironment", "HorovodSLURMEnvironment", "accept_allocation", "check_srun", "horovod_environment"]
+__all__ = ["HorovodEnvironment", "HorovodSLURMEnvironment", "check_srun", "horovod_environment"]
 
 
 class HorovodEnvironment(ClusterEnvironment):
@@ -96,15 +95,6 @@ def horovod_environment() -> HorovodEnvironment:
     # As SLURMEnvironment.detect, by which Lightning decides at resume, but without its advice to use srun.
     batch = "SLURM_NTASKS" in os.environ and SLURMEnvironment.job_name() not in ("bash", "interactive")
     return HorovodSLURMEnvironment() if batch else HorovodEnvironment()
-
-
-def accept_allocation() -> None:
-    """Exempt Horovod's workers from Lightning's check that ``--ntasks-per-node`` was given. Safe to repeat.
-
-    Given the name of a strategy, Lightning makes a ``SLURMEnvironment`` before the strategy can bring its own, and that
-    refuses ``sbatch --ntasks``, which is right only for tasks that ``srun`` starts.
-    """
-    wrap_srun_check(unless=launched_by_horovod)
 
 
 def check_srun() -> None:

@@ -9,32 +9,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import Precision, TorchSyncBatchNorm
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dcl_lightning._lightning import optimizers_to_device
+from dcl_lightning._lightning import optimizers_to_device, wrap_srun_check
 from dcl_lightning.comm import Comm, ReduceOp, SingleProcessComm, broadcast_buffers, broadcast_tensors
 from dcl_lightning.distributed import ranks
-from dcl_lightning.distributed.cpu_binding import bind_worker, check_binding
-from dcl_lightning.distributed.horovod.batchnorm import layer_sync_for_horovod
+from dcl_lightning.distributed.cpu_binding import bind_worker
+from dcl_lightning.distributed.horovod.batchnorm import HorovodBatchNormSync
 from dcl_lightning.distributed.horovod.comm import HorovodComm, attach_metrics
-from dcl_lightning.distributed.horovod.environment import (
-    HorovodEnvironment,
-    accept_allocation,
-    check_srun,
-    horovod_environment,
-)
+from dcl_lightning.distributed.horovod.environment import HorovodEnvironment, check_srun, horovod_environment
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_workers
@@ -46,7 +41,7 @@ from dcl_lightning.distributed.horovod.shutdown import (
 )
 from dcl_lightning.distributed.horovod.watchdog import Watchdog, poll_while_waiting
 from dcl_lightning.distributed.ranks import launched_by_horovod, mpi_runs, set_rank_from_environment
-from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
+from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError, check_words
 
 __all__ = ["HorovodStrategy", "fork_hazard"]
 
@@ -118,7 +113,8 @@ class HorovodStrategy(ParallelStrategy):
                 f"start_timeout={start_timeout} must be at least 1 second and collective_timeout={collective_timeout} "
                 "at least 0, which is no limit"
             )
-        check_binding(bind)
+        words = {"op": op, "compression": compression, "bind": bind}
+        check_words("strategy", get_type_hints(HorovodStrategy.__init__), words)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -280,7 +276,8 @@ class HorovodStrategy(ParallelStrategy):
         self._watch(trainer)
         self.accelerator.setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None and self._comm.size > 1:
-            self._layer_sync = layer_sync_for_horovod(self._layer_sync)
+            if type(self._layer_sync) is TorchSyncBatchNorm:  # Lightning's choice, not a user's own
+                self._layer_sync = HorovodBatchNormSync()
             self.model = self._layer_sync.apply(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
@@ -457,6 +454,8 @@ def _counted(count: int, noun: str) -> str:
 
 # On import, before Horovod runs, so that Lightning prints its first messages only once.
 set_rank_from_environment()
-accept_allocation()
+# Given a strategy's name, Lightning makes a SLURMEnvironment before the strategy can bring its own, and that refuses
+# ``sbatch --ntasks`` without ``--ntasks-per-node``, which is right only for tasks that ``srun`` starts.
+wrap_srun_check(unless=launched_by_horovod)
 if HorovodStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(HorovodStrategy.strategy_name, HorovodStrategy, "Data-parallel training over Horovod")
