@@ -211,8 +211,8 @@ def guard_failures(trainer: pl.Trainer) -> _FailureGuard:
 def synchronize_stops(trainer: pl.Trainer, comm: Comm, gradients: GradientAverager) -> None:
     """Let the workers stop and fail together; called before the trainer's set-up hooks."""
     guard = guard_failures(trainer)
-    guard.comm = comm
-    _put_around(trainer, guard, _StopSynchronization(comm, gradients))
+    guard.comm, guard.stops = comm, _StopSynchronization(comm, gradients)
+    guard.surround(trainer)
 
 
 def restore_callbacks(trainer: pl.Trainer) -> None:
@@ -227,15 +227,12 @@ def _others(trainer: pl.Trainer) -> list[pl.Callback]:
     return [c for c in callbacks_of(trainer) if not isinstance(c, (_FailureGuard, _StopSynchronization))]
 
 
-def _put_around(trainer: pl.Trainer, first: _FailureGuard, last: _StopSynchronization) -> None:
-    set_callbacks(trainer, [first, *_others(trainer), last])
-
-
 class _FailureGuard(pl.Callback):
     """The first callback: checks that all workers have as many batches, and prevents saving after a failure."""
 
     def __init__(self) -> None:
         self.comm: Comm = SingleProcessComm()
+        self.stops: _StopSynchronization | None = None
         self._counted = False
         self._silenced: list[ModelCheckpoint] = []
 
@@ -244,20 +241,23 @@ class _FailureGuard(pl.Callback):
         self._counted = False
         restore_save(trainer)
 
+    def surround(self, trainer: pl.Trainer) -> None:
+        """Make this the trainer's first callback, and the stop synchronization its last one."""
+        if self.stops is not None:
+            set_callbacks(trainer, [self, *_others(trainer), self.stops])
+
     def end(self) -> None:
         """Restore ``save_on_exception`` of the trainer's callbacks; ``begin`` restores ``save_checkpoint``."""
         while self._silenced:
             self._silenced.pop().save_on_exception = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A callback's set-up may have changed the order.
-        for last in self._stop_synchronizations(trainer):
-            _put_around(trainer, self, last)
+        self.surround(trainer)  # again, because a callback's set-up may have changed the order
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Before other callbacks, which may have long work to finish here.
-        for last in self._stop_synchronizations(trainer):
-            last.signals.take(trainer)
+        if self.stops is not None:
+            self.stops.signals.take(trainer)
         self._count(trainer, float(trainer.num_training_batches))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -279,10 +279,6 @@ class _FailureGuard(pl.Callback):
             if isinstance(saver, ModelCheckpoint) and saver.save_on_exception:
                 self._silenced.append(saver)
                 saver.save_on_exception = False
-
-    @staticmethod
-    def _stop_synchronizations(trainer: pl.Trainer) -> list[_StopSynchronization]:
-        return [c for c in callbacks_of(trainer) if isinstance(c, _StopSynchronization)]
 
     def _count(self, trainer: pl.Trainer, batches: float) -> None:
         self._counted = True
