@@ -36,44 +36,45 @@ class ContinualDataModule(pl.LightningDataModule):
         dataset: ``digits``, ``digits_dev``, ``synthetic``, ``mnist``, ``mnist5k``, ``cifar10``, ``cifar100``,
             ``tinyimagenet``, ``imagenet``, ``imagenet_blurred``, ``imagenet100``, ``imagenet100small``, ``core50``,
             ``candle``; ``folder`` for images in ``<root>/train/<class>/`` and ``<root>/test/<class>/`` (or ``val``);
-            the class path of a continuum data set of arrays; or in Python ``(x_train, y_train, x_test, y_test)``, or
-            with task ids as third of each split, or two continuum data sets, of training and of test.
+            the class path of a continuum data set; or in Python ``(x_train, y_train, x_test, y_test)``, the same with
+            task ids as third of each split, or two continuum data sets, of training and of test.
         root: folder of the data sets, or of the images for ``folder``; symbolic links are followed.
         download: whether a missing data set may be fetched.
-        scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (all classes in every
-            task), ``blurry`` (as ``class``, but a share of each class leaks into the other tasks' training sets),
-            ``none`` (one task), ``given`` (by the data's task ids); the class path of a continuum scenario, or
-            ``{class_path: ..., init_args: ...}``; in Python also two scenario objects, of training and of test, which
-            bring their data.
+        scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (every task has all classes),
+            ``blurry`` (as ``class``, but a share of each class leaks into the other tasks' training sets), ``none``
+            (one task), ``given`` (by the data's task ids); the class path of a continuum scenario, or
+            ``{class_path: ..., init_args: ...}``; in Python also two scenario objects with their data, of training and
+            of test.
         blurriness: share of each class that leaks in a blurry scenario, in [0, 1); 0.1 if None.
-        sample_order: how the samples of a class are split into the tasks of a domain scenario: ``in_order``, as they
-            come, or ``shuffled`` by ``seed``.
+        sample_order: how a domain scenario splits the samples of a class into tasks: ``in_order`` of the data, or
+            ``shuffled`` by ``seed``.
         initial_increment: classes of the first task of a class scenario; ``increment`` if None.
         increment: classes of each further task, or a list with one number for each task.
         num_tasks: tasks of a domain or instance scenario; 5 if None.
-        class_order: original labels in the order of their appearance; ``random`` for one by ``seed``, or a number for
-            one by that seed; a published order of CIFAR-100, ``icarl_1993`` or ``icarl_list``; ascending if None.
+        class_order: original labels in the order in which they arrive; ``random`` for an order by ``seed``, a number
+            for an order by that seed; a published order of CIFAR-100, ``icarl_1993`` or ``icarl_list``; ascending if
+            None.
         concatenate_tasksets: whether task t trains on the data of tasks 0..t.
         val_ratio: share of each class of each task that is held out of training for validation, in [0, 1).
-        select_on_test: allow callbacks to select on test data where nothing is held out.
-        boundaries: whether agent and callbacks hear of the tasks' starts and ends (``known``), or nothing in training
-            depends on them (``hidden``); the optimizer is then not reset. Each task is reported at its end even so.
-        sharding: whether samples are dealt to the workers anew each ``epoch``, or keep to one worker for the whole run
+        select_on_test: allow callbacks to select on test data if nothing is held out.
+        boundaries: whether agent and callbacks are notified of the start and end of each task (``known``), or nothing
+            in training depends on them (``hidden``) and the optimizer is not reset. The report covers each task either
+            way.
+        sharding: whether samples are dealt to the workers anew each ``epoch``, or stay on one worker for the whole run
             (``fixed``), so that memories are disjoint.
-        batch_size: training samples a step and worker.
-        eval_batch_size: evaluation samples a step and worker; ``batch_size``, but at least 256, if None.
-        num_workers: processes that read images from files, of each worker: 0 to read in the training process, one
-            for each of its cores but at most 8 if None. Data sets of arrays need none.
-        augment: crop and mirror training images; what suits the data set if None.
-        stage_to: folder on a disk of the host itself, to which a data set is copied once for each host, and from
-            which it is read.
-        seed: seed of order, augmentation and hold-outs, the same on all workers; the one given to
-            ``seed_everything`` if None, 0 without any.
-        source_options: ``num_classes``, ``size``, ``per_class``, ``seed`` of ``synthetic``; ``size``, the side of an
-            image, and ``num_classes``, where only a part is at hand, of sets of image files.
+        batch_size: training samples of a step and worker.
+        eval_batch_size: evaluation samples of a step and worker; ``batch_size``, but at least 256, if None.
+        num_workers: processes of each worker that read image files; 0 reads in the training process; if None, one for
+            each of the worker's cores, at most 8. Data sets of arrays need none.
+        augment: whether training images are cropped and mirrored; the data set's default if None.
+        stage_to: folder on the host's own disk to which each host copies the data set once, to read it from there.
+        seed: seed of order, augmentation and hold-outs, the same on all workers; if None, the seed of
+            ``seed_everything``, or 0.
+        source_options: ``num_classes``, ``size``, ``per_class``, ``seed`` of ``synthetic``; of sets of image files
+            ``size``, the side of an image, and ``num_classes`` if only a part of the set is there.
 
     Attributes:
-        task_id: 0-based task of the training loader that was made last.
+        task_id: 0-based task of the latest training loader.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and deviation of each channel by which images are normalised; None if they are not."""
+        """Mean and deviation of each channel that normalise images; None for data that are not normalised."""
         return None if self._source is None else (self._source.mean, self._source.std)
 
     def _count_tasks(self) -> int:
@@ -199,7 +200,7 @@ class ContinualDataModule(pl.LightningDataModule):
     # -- set-up ------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Refuse a missing data set before anything is created, or fetch it if asked to.
+        """Fetch, stage and cache the data set as far as asked to; refuse a missing one before anything is created.
 
         Lightning calls this in one process of each host.
         """
@@ -212,12 +213,12 @@ class ContinualDataModule(pl.LightningDataModule):
             self._splits = self._read()
 
     def _read(self) -> sources.Splits:
-        """Fetch the data set if that is asked for, stage it if that is, and read it."""
+        """Fetch the data set and stage it if asked to, and read it."""
         root = self._staged_root(compare=True)
         return sources.load(self.dataset_name, root, self.download and root == self.root, self.source_options)
 
     def _staged_root(self, compare: bool) -> str:
-        """Return the root to read from: with ``stage_to`` that of the copy, made if it is not there."""
+        """Return the root to read from: with ``stage_to`` the copy's, which is made if missing."""
         if self._root_here is None:
             assert self.stage_to is not None
             if compare and self.download:
@@ -226,7 +227,7 @@ class ContinualDataModule(pl.LightningDataModule):
         return self._root_here
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data and cut them into tasks, once."""
+        """Read the data and split them into tasks, once."""
         self._reader_pool.num_workers = self._processes()
         if self._stream is not None:
             if stage == "fit":  # an earlier fit may have been resumed from a run of another seed
@@ -249,7 +250,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     @property
     def stream(self) -> Stream:
-        """Which samples belong to which task; known after ``setup``."""
+        """The task of each sample; available after ``setup``."""
         assert self._stream is not None
         return self._stream
 
@@ -267,11 +268,11 @@ class ContinualDataModule(pl.LightningDataModule):
 
     @property
     def clock(self) -> Clock | None:
-        """Who says which task an epoch belongs to; None outside a fit."""
+        """Tells the task of an epoch; None outside a fit."""
         return self._clock
 
     def attach_clock(self, clock: Clock | None) -> None:
-        """Let a clock say which task an epoch belongs to, until the fit ends; None to go without."""
+        """Let a clock tell the task of each epoch until the fit ends; None detaches it."""
         self._clock = clock
         if clock is not None:
             self.task_id = clock.task_at(0)
@@ -307,18 +308,18 @@ class ContinualDataModule(pl.LightningDataModule):
         self._reader_pool.close()
 
     def tasks(self, epochs: list[int]) -> list[Task]:
-        """Return the stream, given each task's number of epochs."""
+        """Return the description of each task, given its number of epochs."""
         self.setup()
         return self.stream.tasks(epochs)
 
     def train_indices(self, task: int) -> Tensor:
-        """Return the sample ids of a task's own training samples, hold-outs left out."""
+        """Return the sample ids ``(k,)`` int64 of a task's own training samples without its hold-outs."""
         return self.stream.train_indices(task)
 
     # -- loaders -----------------------------------------------------------------------------------
 
     def train_dataloader(self) -> TaskLoader | AheadLoader:
-        """Return the one training loader, set to the present epoch's task."""
+        """Return the training loader, always the same one, set to the current epoch and its task."""
         if self.trainer is not None and self.trainer.training and self._clock is None and self.num_tasks > 1:
             raise ConfigurationError(
                 f"{self.num_tasks} tasks and nothing that goes from one to the next: give the trainer "
@@ -354,7 +355,7 @@ class ContinualDataModule(pl.LightningDataModule):
         return AheadLoader(self._train_loader) if ahead else self._train_loader
 
     def batch_without_rows(self) -> Batch:
-        """Return a training batch without rows, as the loader gives it: names, types and shapes of its columns."""
+        """Return a training batch of the loader's columns, types and shapes without rows."""
         none = torch.empty(0, dtype=torch.int64)
         inputs: Any = self.train_inputs
         if not isinstance(inputs, Tensor):
@@ -386,9 +387,9 @@ class ContinualDataModule(pl.LightningDataModule):
         return inputs.pin_memory() if self._on_gpu() else inputs
 
     def val_dataloader(self) -> list[TaskLoader]:
-        """Return a loader for each task so far: its hold-outs, or its test set where nothing is held out.
+        """Return a loader for each task so far: its hold-outs, or its test set if nothing is held out.
 
-        Outside of a fit these are the tasks that the module was trained on, all of them if that is not known.
+        Outside a fit these are the tasks that the module was trained on, or all tasks if their number is unknown.
         """
         last = self._last_seen_task()
         if self.val_ratio == 0:
@@ -411,19 +412,23 @@ class ContinualDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def test_loaders(self, last_task: int) -> list[TaskLoader]:
-        """Return the test sets of tasks 0..last_task, each sample on exactly one worker."""
+        """Return loaders of the test sets of tasks 0..last_task, each sample on exactly one worker."""
         s = self.stream
         indices = [s.test_indices(t) for t in range(last_task + 1)]
         return [self._eval_loader(self.test_inputs, s.test_targets, s.test_parts, i) for i in indices]
 
     def train_eval_loader(self, indices: Tensor) -> TaskLoader:
-        """Return training samples as evaluation sees them, each on exactly one worker."""
+        """Return a loader of training samples as evaluation sees them, each on exactly one worker.
+
+        Args:
+            indices: ``(k,)`` int64 sample ids.
+        """
         loader = self._eval_loader(self.train_inputs, self.train_targets, self.stream.train_parts, indices)
         loader.owners = self.owners(loader.size)
         return loader
 
     def owners(self, size: int) -> Tensor | None:
-        """Return each training sample's worker among ``size``, where they keep to one; else None."""
+        """Return the worker ``(n,)`` int64, among ``size``, of each training sample; None if samples change workers."""
         return self.stream.owners(size, self.seed) if self.sharding == "fixed" and size > 1 else None
 
     def _eval_loader(self, inputs: Inputs, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
@@ -433,19 +438,11 @@ class ContinualDataModule(pl.LightningDataModule):
         return loader
 
     def teardown(self, stage: str) -> None:
-        """Let go of what belonged to a fit, and end the processes that read images.
-
-        Args:
-            stage: what has ended.
-        """
+        """Drop what belonged to a fit, and end the processes that read images."""
         self._leave_fit()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Let go of what belonged to a fit that failed.
-
-        Args:
-            exception: why it ended.
-        """
+        """Drop what belonged to a fit that failed."""
         self._leave_fit()
 
     def _place(self) -> tuple[int, int]:
@@ -457,7 +454,7 @@ class ContinualDataModule(pl.LightningDataModule):
     # -- checkpoint --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, what must be the same when a run is resumed, and how far it got."""
+        """Return the seed, the number of tasks seen, and what must not change when the run is resumed."""
         return {
             "seed": self.seed,
             "stream": self._facts(),
@@ -465,12 +462,12 @@ class ContinualDataModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the run's seed back, and refuse another stream than the one that the run was started with.
+        """Restore the run's seed, and refuse another stream than the run's.
 
-        Evaluation may be of another data set, which must have the same classes in the same order.
+        Evaluation may use another data set with the same classes in the same order.
 
         Raises:
-            ConfigurationError: data set, scenario, class order, tasks or hold-outs differ; both values are named.
+            ConfigurationError: data set, scenario, class order, tasks or hold-outs differ; the message names both.
         """
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         saved = state_dict["stream"]
@@ -491,16 +488,22 @@ class ContinualDataModule(pl.LightningDataModule):
     # -- on the device -----------------------------------------------------------------------------
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch, which on a CPU is there already."""
+        """Move a batch to the device, unless that is the CPU."""
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Turn a batch into float and normalise it; augment it in training."""
+        """Convert a batch to float and normalise it; augment it in training."""
         assert self.trainer is not None
         return self.prepare_batch(batch, train=bool(self.trainer.training), epoch=self.trainer.current_epoch)
 
     def prepare_batch(self, batch: Batch, train: bool, epoch: int) -> Batch:
-        """Return the batch as the network takes it, on the device that it is on."""
+        """Return the batch with inputs as the network takes them, on the batch's device.
+
+        Args:
+            batch: as a loader yields it.
+            train: whether to augment.
+            epoch: epoch of the whole stream, which keys the draws.
+        """
         inputs = batch.inputs
         if train and self.augment:
             pad = self._source.pad if self._source is not None else 4

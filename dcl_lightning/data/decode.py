@@ -86,14 +86,9 @@ def _grey_bits(image: Image.Image, path: str) -> tuple[int, bool]:
 
 
 def center_crop(image: Tensor, size: int, resize: int) -> Tensor:
-    """Return the center ``(3, size, size)`` of an image whose shorter side is first resized to ``resize``.
+    """Return the center ``(3, size, size)`` of an image whose shorter side is first resized to ``resize`` pixels.
 
     An image of the final size is returned as it is.
-
-    Args:
-        image: ``(3, H, W)`` uint8.
-        size: side of the result in pixels.
-        resize: at least ``size``.
     """
     height, width = image.shape[1:]
     if height == width == size:
@@ -111,13 +106,8 @@ def random_box(height: int, width: int, generator: np.random.Generator) -> tuple
     """Return ``(top, left, height, width)`` of a random crop, distributed as torchvision's ``RandomResizedCrop``.
 
     The box has 8 to 100 % of the area and an aspect from 3:4 to 4:3; after ten draws that do not fit into the image,
-    it is the center. torchvision's own ``get_params`` draws from the global generator: its draws cannot be keyed by
-    sample and epoch.
-
-    Args:
-        height: of the image.
-        width: of the image.
-        generator: the source of the draws.
+    it is the center. torchvision's own ``get_params`` draws from the global generator, so that its draws cannot be
+    keyed by sample and epoch.
     """
     for _ in range(_TRIES):
         area = height * width * generator.uniform(*_AREA)
@@ -141,9 +131,6 @@ def read_images(
         resize: length of the shorter side before the center crop.
         key: seed and epoch of random crops; None for the center.
         draw_ids: the n numbers that key each image's crop together with ``key``.
-
-    Raises:
-        DataError: a file that cannot be read; the message names it.
     """
     result = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
     for row, path in enumerate(paths):

@@ -24,13 +24,7 @@ IMAGE_ENDINGS = (
 def per_class(folder: str, split: str, training: bool, ignored: tuple[str, ...] = ()) -> tuple[list[str], np.ndarray]:
     """List ``split/<class>/.../<image>``, sorted by class name, then by image name.
 
-    A warning counts the files that are left out because their ending is not an image's.
-
-    Args:
-        folder: folder of the data set.
-        split: its subfolder.
-        training: whether to refuse a class without images.
-        ignored: endings of other files of the data set, left out of the warning.
+    A warning counts the files without an image's ending, except those with an ``ignored`` one.
 
     Returns:
         The n files relative to ``folder``, and the class names ``(n,)`` str.
@@ -93,7 +87,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _images(folder: str, prefix: str, left_out: Counter[str], parents: frozenset[str] = frozenset()) -> list[str]:
-    """Return the images below a folder, sorted, each after ``prefix``; count the endings of all other files.
+    """Return the images below a folder, sorted and prefixed; count the endings of all other files.
 
     Links are followed unless they lead back to a parent folder.
     """
@@ -113,11 +107,7 @@ def _images(folder: str, prefix: str, left_out: Counter[str], parents: frozenset
 
 
 def listed(folder: str, list_file: str) -> tuple[list[str], np.ndarray]:
-    """Read a list file with a line ``relative/path label`` for each image; empty lines are skipped.
-
-    Args:
-        folder: folder that the paths are relative to.
-        list_file: path of the list.
+    """Read a list file with a line ``relative/path label`` for each image; skip empty lines.
 
     Returns:
         The n files relative to ``folder``, and the labels ``(n,)`` int64.

@@ -35,11 +35,8 @@ _PREFETCHED_BATCHES = 2
 class ReaderPool:
     """Processes that start with the first call and are shared by all loaders, over tasks, training and evaluation.
 
-    They start as those of PyTorch's ``DataLoader`` (Python's default), but with ``forkserver`` under MPI, which forbids
-    forks.
-
-    Args:
-        num_workers: number of processes; with 0 the calling process does the work.
+    They start as those of PyTorch's ``DataLoader``, but with ``forkserver`` under MPI, which forbids forks. With
+    ``num_workers`` 0 the calling process does the work.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -64,11 +61,10 @@ class ReaderPool:
             return self._pools[0].submit(function, *args, **kwargs)
 
     def result(self, future: Future[T]) -> T:
-        """Wait for a future and return its result.
+        """Wait for a future; return its result or raise its exception.
 
         Raises:
             RuntimeError: a process has died.
-            Exception: whatever the function raised.
         """
         try:
             return future.result()
@@ -194,9 +190,6 @@ class ImageFiles:
             rows: ``(n,)`` int64.
             epochs: ``(n,)`` int64, the epoch of each random crop; ``AS_EVALUATED`` for evaluation's crop.
             seed: seed of the crops.
-
-        Raises:
-            DataError: an image that cannot be read; the message names its file.
         """
         images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
         requests = []

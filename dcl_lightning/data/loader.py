@@ -24,30 +24,27 @@ _NONE = torch.empty(0)
 class TaskLoader:
     """Yields the batches of one worker over some rows of a data set.
 
-    For training, the order is one permutation from (seed, epoch); worker k takes every N-th from k, and
-    the shorter shards are padded with rows of weight 0. So step i of N workers of batch b holds the same
-    samples as step i of one worker of batch N b; not where ``owners`` say which worker a row belongs to. For
-    evaluation nothing is shuffled or padded.
+    In training the order is one permutation keyed by seed and epoch. Worker k takes every N-th row from the k-th on,
+    and shorter shards are padded with rows of weight 0. So step i of N workers with batch b holds the same samples as
+    step i of one worker with batch N b, unless ``owners`` assigns rows to workers. In evaluation nothing is shuffled or
+    padded.
 
     Args:
-        inputs: tensor ``(n, ...)``, of which a batch is one index; images in files, read a few batches ahead; or
-            samples that a scenario's transformations make.
+        inputs: tensor ``(n, ...)``, images in files, or samples that a scenario transforms.
         targets: ``(n,)`` int64.
         task_ids: ``(n,)`` int64.
-        batch_size: rows a step and worker.
+        batch_size: rows of a step and worker.
         indices: rows to visit, ``(m,)`` int64.
-        rank: this worker.
-        size: number of workers.
+        rank: this worker, of ``size`` workers.
         train: whether to shuffle and pad.
-        seed: seed of the order.
-        epoch: epoch of the whole stream.
+        epoch: epoch of the whole stream; with ``seed`` it keys the order.
 
     Attributes:
-        owners: worker of each row of the data set, ``(n,)`` int64; None if rows are dealt anew each epoch.
+        owners: worker of each row of the data set, ``(n,)`` int64; None if each epoch deals the rows anew.
         augment: whether training takes random crops of images in files; tensors are augmented on the device.
-        pin_memory: whether inputs lie in page-locked memory, from which a GPU fetches them while the host goes on.
-        for_all: yield one batch without rows where this worker has none and another has. Lightning refuses
-            loaders of length 0, and a worker that left an evaluation out would let the others wait.
+        pin_memory: whether inputs lie in page-locked memory, from which a GPU copies asynchronously.
+        for_all: whether to yield one batch without rows if this worker has none and another has. Lightning refuses
+            loaders of length 0, and a worker that skipped an evaluation would make the others wait.
     """
 
     def __init__(
@@ -88,7 +85,6 @@ class TaskLoader:
         self.num_rehearsed = min(num_rehearsed, len(self.rehearsed))
 
     def _counts(self) -> list[int]:
-        """Return how many of the rows each worker has."""
         if self.owners is None:
             return [len(range(rank, len(self.indices), self.size)) for rank in range(self.size)]
         return torch.bincount(self.owners[self.indices], minlength=self.size).tolist()
@@ -169,11 +165,11 @@ class TaskLoader:
         return self.rehearsed[torch.randperm(len(self.rehearsed), generator=generator)[: self.num_rehearsed]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place within the epoch."""
+        """Return the position within the epoch."""
         return {"position": self._position, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a place of the present epoch; a place of an earlier one means its beginning."""
+        """Continue from a position of the current epoch; a position of another epoch means the beginning."""
         self._start = self._position = state_dict["position"] if state_dict["epoch"] == self.epoch else 0
 
 
@@ -183,7 +179,7 @@ def _take(inputs: Tensor, rows: Tensor, pin_memory: bool) -> Tensor:
 
 
 def for_all(loaders: list[TaskLoader]) -> list[TaskLoader]:
-    """Return the loaders, each with a batch on every worker: Lightning's loops have to be run by all."""
+    """Return the loaders with a batch on every worker, since all workers have to run Lightning's loops."""
     for loader in loaders:
         loader.for_all = True
     return loaders

@@ -24,10 +24,10 @@ _SPLIT, _BLUR, _DEAL = 1, 2, 3  # keep draws of one seed for different purposes 
 
 
 def seed_of_run(given: object, key: str = "data.seed") -> int:
-    """Return the given seed, or if it is None that of ``seed_everything``, or 0.
+    """Return the given seed, 0 to 2**32 - 1, or if it is None that of ``seed_everything``, or 0.
 
     Args:
-        given: 0 to 2**32 - 1, Python's or NumPy's integer, or None.
+        given: Python's or NumPy's integer, or None.
         key: the configuration key, for the message.
 
     Raises:
@@ -68,9 +68,6 @@ def shuffled_classes(labels: Sequence[T], seed: int) -> list[T]:
     Args:
         labels: in ascending order.
         seed: 0 to 2**32 - 1.
-
-    Raises:
-        ConfigurationError: a seed out of range.
     """
     places = np.arange(len(labels))
     np.random.RandomState(whole_number("data.class_order", seed, 0, MAX_SEED + 1)).shuffle(places)
@@ -78,7 +75,7 @@ def shuffled_classes(labels: Sequence[T], seed: int) -> list[T]:
 
 
 def order_classes(labels: np.ndarray, order: Sequence[Label] | None) -> list[Label]:
-    """Return the distinct labels in the given order; ascending if it is None.
+    """Return the distinct labels in the given order, ascending if it is None.
 
     Raises:
         ConfigurationError: ``order`` lacks labels, names unknown ones or repeats some.
@@ -124,8 +121,7 @@ def class_tasks(
 
     Args:
         num_classes: classes of the stream.
-        increment: classes of a task, the last task taking the rest; or a list with one number for each task, which
-            adds up to ``num_classes``.
+        increment: classes of a task, the last task taking the rest; or a list with one number for each task.
         initial_increment: classes of the first task if not ``increment``.
 
     Raises:
@@ -160,11 +156,7 @@ def _positive(name: str, value: object, num_classes: int, given: object) -> int:
 
 
 def count_tasks(train_tasks: np.ndarray, test_tasks: np.ndarray) -> int:
-    """Return the number of tasks of data with tasks of their own.
-
-    Args:
-        train_tasks: ``(n,)`` int64, task of each training sample.
-        test_tasks: ``(m,)`` int64, task of each test sample.
+    """Return the number of tasks, given the task of each training sample ``(n,)`` and test sample ``(m,)``.
 
     Raises:
         ConfigurationError: training tasks are not numbered from 0 without gaps, or only test samples have a task.
@@ -237,7 +229,7 @@ def deal(parts: np.ndarray, held: np.ndarray, world_size: int, seed: int) -> np.
 
     Args:
         parts: ``(n,)`` task of each sample.
-        held: ``(n,)`` bool, samples held out of training, which are dealt separately.
+        held: ``(n,)`` bool, hold-outs, which are dealt separately.
         world_size: number of workers.
         seed: seed of the choice.
     """
@@ -248,7 +240,7 @@ def deal(parts: np.ndarray, held: np.ndarray, world_size: int, seed: int) -> np.
 
 
 def hold_out(targets: np.ndarray, parts: np.ndarray, ratio: float, seed: int) -> np.ndarray:
-    """Return ``(n,)`` bool, the held-out samples: a share of each class of each task, at least one of two samples.
+    """Return ``(n,)`` bool, the hold-outs: a share of each class of each task, at least one of two samples.
 
     Args:
         targets: ``(n,)`` model ids.
@@ -273,18 +265,9 @@ _SCENARIOS = ("class", "domain", "instance", "blurry", "none", "given")
 
 @dataclass(frozen=True)
 class TaskSplit:
-    """The rule that splits a data set into tasks; its values are those of ``ContinualDataModule``.
+    """The rule that splits a data set into tasks. ``source`` is ``scenario`` as the user gave it.
 
-    Args:
-        scenario: ``class``, ``domain``, ``instance``, ``blurry`` or ``none``; ``given`` if the data or a scenario of
-            continuum's kind have the tasks.
-        increment: classes of a task.
-        initial_increment: classes of the first task.
-        num_tasks: number of tasks of a domain or instance scenario.
-        class_order: labels, a name or a seed.
-        blurriness: share of each class that leaks.
-        sample_order: ``in_order`` or ``shuffled``.
-        source: the scenario as the user gave it.
+    The other values are those of ``ContinualDataModule``; ``scenario`` is ``given`` for all that bring their own tasks.
 
     Raises:
         ConfigurationError: an unknown word, or values that do not go with the scenario.
@@ -357,9 +340,6 @@ class TaskSplit:
             labels: ``(n,)`` of training.
             tasks: ``(n,)`` task of each sample if the data have tasks: classes then come in the order of their first.
             seed: seed of the run.
-
-        Raises:
-            ConfigurationError: an order that does not fit the labels.
         """
         order = self.class_order
         if isinstance(order, str) and order != "random":
@@ -373,13 +353,13 @@ class TaskSplit:
         return order_classes(labels, order)
 
     def parts(self, targets: np.ndarray, homes: list[list[int]], seed: int, training: bool) -> np.ndarray:
-        """Return ``(n,)`` int64 task of each sample.
+        """Return ``(n,)`` int64 task of each sample; test samples do not leak and are split in order.
 
         Args:
             targets: ``(n,)`` model ids.
             homes: the result of ``home_classes``.
             seed: seed of the run.
-            training: whether these are training samples; test samples do not leak and are split in order.
+            training: whether these are training samples.
         """
         if self.scenario not in ("class", "blurry"):
             shuffled = training and self.sample_order == "shuffled"

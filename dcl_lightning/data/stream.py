@@ -19,13 +19,7 @@ __all__ = ["Stream", "refuse_another_stream"]
 
 
 class Stream:
-    """The labels of both splits as model ids, cut into tasks.
-
-    Args:
-        task_split: the rule.
-        splits: whose labels, and tasks if they bring them, are taken.
-        val_ratio: share of each class of each task that is held out of training, in [0, 1).
-        seed: seed of every choice.
+    """Both splits' labels as model ids, and the task of each sample.
 
     Attributes:
         labels: original labels in the order of their model ids.
@@ -34,7 +28,7 @@ class Stream:
         train_parts: ``(n,)`` int64 task of each sample.
         test_parts: ``(m,)`` int64 task of each sample.
         held: ``(n,)`` bool, samples held out of training.
-        homes: model ids of the classes that each task is tested on.
+        homes: for each task the model ids of the classes that it is tested on.
 
     Raises:
         ConfigurationError: classes or tasks that do not fit the data.
@@ -71,11 +65,7 @@ class Stream:
             rank_zero_warn(f"tasks without hold-outs: {unheld}; data.val_ratio takes none of a class with one sample")
 
     def draw(self, seed: int) -> None:
-        """Choose anew what depends on the seed: what leaks, how classes are cut and what is held out.
-
-        Args:
-            seed: seed of the run.
-        """
+        """Draw what depends on the run's seed: leaking samples, the split of each class, and hold-outs."""
         train, test = self.train_targets.numpy(), self.test_targets.numpy()
         train_parts, test_parts = self._given or (
             self.task_split.parts(train, self.homes, seed, training=True),
@@ -90,24 +80,19 @@ class Stream:
         self._train_indices = [torch.nonzero((self.train_parts == t) & ~self.held).flatten() for t in tasks]
 
     def train_indices(self, task: int) -> Tensor:
-        """Return the sample ids of a task's training samples, hold-outs left out."""
+        """Return the sample ids ``(k,)`` int64 of a task's training samples without its hold-outs."""
         return self._train_indices[task]
 
     def held_indices(self, task: int) -> Tensor:
-        """Return the sample ids of a task's hold-outs."""
+        """Return the sample ids ``(k,)`` int64 of a task's hold-outs."""
         return torch.nonzero((self.train_parts == task) & self.held).flatten()
 
     def test_indices(self, task: int) -> Tensor:
-        """Return the sample ids of a task's test samples, in the test split."""
+        """Return the sample ids ``(k,)`` int64, in the test split, of a task's test samples."""
         return torch.nonzero(self.test_parts == task).flatten()
 
     def owners(self, world_size: int, seed: int) -> Tensor:
-        """Return the worker of each training sample ``(n,)`` int64 where it stays on one for the whole run.
-
-        Args:
-            world_size: number of workers.
-            seed: seed of the run.
-        """
+        """Return the worker ``(n,)`` int64 of each training sample if samples stay on one worker for the whole run."""
         key = world_size, seed
         if key not in self._owners:
             owners = scenarios.deal(self.train_parts.numpy(), self.held.numpy(), world_size, seed)
@@ -115,11 +100,7 @@ class Stream:
         return self._owners[key]
 
     def facts(self, dataset: str) -> dict[str, Any]:
-        """Return what must be the same when a run is resumed, by name, in plain types.
-
-        Args:
-            dataset: name of the data set.
-        """
+        """Return what must not change when a run is resumed, by name, in plain types."""
         return {
             "dataset": dataset,
             "scenario": self.task_split.text,
@@ -130,16 +111,12 @@ class Stream:
 
     @property
     def classes_come_again(self) -> bool:
-        """Whether a class comes in the training sets of several tasks."""
+        """Whether the training sets of several tasks share a class."""
         pairs = torch.stack([self.train_parts, self.train_targets])[:, ~self.held]
         return pairs.unique(dim=1).shape[1] > len(self.labels)
 
     def tasks(self, epochs: list[int]) -> list[Task]:
-        """Return what can be said of each task.
-
-        Args:
-            epochs: epochs of each task.
-        """
+        """Return the description of each task, given its number of epochs."""
         result = []
         for t, home in enumerate(self.homes):
             indices = self.train_indices(t)
@@ -159,14 +136,10 @@ class Stream:
 
 
 def refuse_another_stream(saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Refuse to resume a run on another stream.
-
-    Args:
-        saved: facts of the checkpoint's stream, by name.
-        present: facts of this run's.
+    """Refuse to resume a run whose saved ``Stream.facts`` differ from the present ones.
 
     Raises:
-        ConfigurationError: one differs; both values are named.
+        ConfigurationError: the message names both values.
     """
     for name, value in saved.items():
         if value != present[name]:

@@ -41,11 +41,13 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 def draws(sample_ids: Tensor, seed: int, epoch: int, stream: int, high: int) -> Tensor:
     """Return one number in [0, high) for each sample, a hash of seed, epoch, stream and sample id.
 
+    torchvision's transforms draw from the global generator instead, in the order of the samples.
+
     Args:
         sample_ids: ``(B,)`` int64.
         seed: seed of the run.
         epoch: epoch of the whole stream of tasks.
-        stream: tells the draws of one sample apart.
+        stream: distinguishes several draws for one sample.
         high: exclusive upper end, far below 2**31.
     """
     return _hashes(sample_ids, seed, epoch, (stream,))[0] % high
@@ -76,7 +78,7 @@ def _mix(words: Tensor) -> Tensor:
 
 
 def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int = 4) -> Tensor:
-    """Return a random crop of the zero-padded images, mirrored with probability 1/2; without padding, mirrored only.
+    """Return a random crop of the zero-padded images, mirrored with probability 1/2; without padding, only mirrored.
 
     Args:
         inputs: ``(B, C, H, W)``, any dtype.
@@ -105,17 +107,17 @@ def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int 
 
 
 class TransformedInputs:
-    """The samples of a split, in the place of a tensor ``(n, C, H, W)`` float32.
+    """The samples of a split after a scenario's transformations, in place of a tensor ``(n, C, H, W)`` float32.
 
-    uint8 images become Pillow's before they are transformed, as continuum does it; float samples are transformed as
-    they are. Draws of random transformations come from torch's generator, seeded for each sample by its id and in
-    training by seed and epoch, so that they repeat; the generator is then put back.
+    As in continuum, uint8 images become Pillow's before they are transformed, and float samples do not. Random
+    transformations draw from torch's generator. It is seeded for each sample by its id, in training also by seed and
+    epoch, so that the draws repeat, and restored afterwards.
 
     Args:
-        base: ``(m, C, H, W)`` uint8 or float32, what is transformed.
-        rows: ``(n,)`` int64, place in ``base`` of each sample.
+        base: ``(m, C, H, W)`` uint8 or float32, the inputs of the transformations.
+        rows: ``(n,)`` int64, row in ``base`` of each sample.
         tasks: ``(n,)`` int64, task of each sample.
-        transforms: for each task what is applied in turn.
+        transforms: each task's transformations in their order.
     """
 
     def __init__(
@@ -131,11 +133,11 @@ class TransformedInputs:
         return len(self.rows)
 
     def fill(self, batches: Iterable[Batch], key: tuple[int, int] | None = None) -> Iterator[Batch]:
-        """Yield batches with their inputs ``(B, C, H, W)`` float32.
+        """Yield the batches in their order with inputs ``(B, C, H, W)`` float32.
 
         Args:
-            batches: batches of which ``sample_ids`` and ``draw_ids`` are read.
-            key: seed and epoch of training's draws; None in evaluation, whose draws are the same each time.
+            batches: batches with ``sample_ids`` and ``draw_ids``.
+            key: seed and epoch of training's draws; None in evaluation, where each sample has the same draws each time.
         """
         for batch in batches:
             seeds = draws(batch.draw_ids, *(key or (0, 0)), 3, 1 << 31).tolist()

@@ -47,10 +47,7 @@ def from_arrays(splits: object, where: str = "") -> Splits:
     An optional third array of each split, as in ``(x_train, y_train, t_train, ...)``, is the task of each sample.
     Images are ``(n, H, W)``, ``(n, H, W, C)`` or ``(n, C, H, W)`` with 1 or 3 channels, vectors ``(n, D)``. uint8 stays
     uint8 and is divided by 255 on the device; all other types become float32 with their values unchanged.
-
-    Args:
-        splits: arrays, tensors or two data sets.
-        where: the beginning of messages.
+    Messages begin with ``where``.
 
     Raises:
         DataError: arrays that do not fit together, or labels, values or shapes that cannot be used.
@@ -98,10 +95,6 @@ def _split(inputs: object, labels: object, tasks: object, name: str) -> tuple[Te
 
 def read_dataset(split: Any, name: str) -> tuple[Any, Any, Any]:
     """Return inputs, labels, and task ids or None, of one split of a continuum data set; read images given by path.
-
-    Args:
-        split: an object with ``get_data``.
-        name: its name in messages.
 
     Raises:
         DataError: the data cannot be read.
@@ -205,11 +198,7 @@ def _to_channels_first(tensor: Tensor, field: str) -> Tensor:
 
 
 def check_labels(labels: object, field: str = "labels") -> np.ndarray:
-    """Return labels as ``(n,)`` int64 or str.
-
-    Args:
-        labels: list, array or tensor with one label for each sample; bytes are decoded as UTF-8.
-        field: name of the labels in messages.
+    """Return labels, one for each sample, as ``(n,)`` int64 or str; bytes are decoded as UTF-8.
 
     Raises:
         DataError: labels that are missing, negative, fractional, one-hot or of another type, numbers among names, or

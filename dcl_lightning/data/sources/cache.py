@@ -58,7 +58,6 @@ def cached(folder: str, name: str, mark: str, build: Callable[[str], None]) -> s
 
     Raises:
         NoRoomError: no place is writable.
-        Exception: whatever ``build`` raises.
     """
     given = os.environ.get(VARIABLE) and absolute(os.environ[VARIABLE])
     home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dcl_lightning")
@@ -90,9 +89,6 @@ def cached_arrays(folder: str, name: str, files: Sequence[str], read: Callable[[
         name: name of the data set.
         files: relative to ``folder``.
         read: reads these files.
-
-    Raises:
-        NoRoomError: the cache cannot be written.
     """
     names = ("train", "train_labels", "test", "test_labels")
 
@@ -149,11 +145,7 @@ def _fill(target: str, build: Callable[[str], None], is_whole: Callable[[str], b
 
 @contextlib.contextmanager
 def one_at_a_time(path: str) -> Iterator[bool]:
-    """Hold a lock among processes during the block; yield False on file systems without locks.
-
-    Args:
-        path: file of the lock, created if missing.
-    """
+    """Hold the lock of a file among processes during the block; yield False on file systems without locks."""
     with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -171,15 +163,10 @@ _Contents = dict[str, tuple[int, int]]  # size and second of the last change of 
 
 
 def copied(root: str, parts: Sequence[str], target: str) -> None:
-    """Make ``target`` a whole copy of a data set, unless an earlier run did.
+    """Make ``target`` a whole copy of ``parts``, files and folders relative to ``root``, unless an earlier run did.
 
     A copy is whole if its files have the names, sizes and times of the source's; a copy of a source that has changed is
     replaced. Links are followed; names that begin with a dot are left out.
-
-    Args:
-        root: folder of the data sets.
-        parts: files and folders to copy, relative to ``root``.
-        target: takes the parts under the same relative names.
 
     Raises:
         DataError: the source cannot be read.

