@@ -6,11 +6,12 @@ import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from dcl_lightning.cli.suggestions import cut
+from dcl_lightning.cli.messages import shortened
 from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError
 from dcl_lightning.paths import expanded
 from dcl_lightning.screen import tolerant
@@ -18,7 +19,7 @@ from dcl_lightning.screen import tolerant
 __all__ = ["main"]
 
 _USER_ERRORS = (CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, MisconfigurationException)
-# Commands besides those of Lightning, each in a module of its own.
+# Commands other than Lightning's, by the module that has their ``main``.
 COMMANDS = {
     "compare": "studies.compare",
     "repeat": "studies.repeat",
@@ -28,11 +29,18 @@ COMMANDS = {
 }
 _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of tasks, as in
 `fit --model nil --data.dataset digits --data.increment 2`. Studies of several runs: `compare RUN RUN ...`,
-`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `run --max-restarts 3 -- fit ...` starts a lost
-job again from its newest checkpoint. `cite --model NAME --data.dataset NAME` prints BibTeX."""
+`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `run --max-restarts 3 -- fit ...` restarts a
+lost job from its latest checkpoint. `cite --model NAME --data.dataset NAME` prints BibTeX."""
+# Lightning's messages about what is normal here.
+_EXPECTED_WARNINGS = (
+    r".*treespec, LeafSpec.*",  # between Lightning and torch
+    r".*in eval mode at the start of training.*",  # a teacher
+    r".*is smaller than the logging interval.*",  # small tasks
+    r".*It is recommended to use `self.log\('val/.*",  # the logged values are already those of all workers
+)
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
@@ -42,25 +50,28 @@ def main(args: list[str] | None = None) -> int:
         Exit code: 0 done, 2 wrong usage, configuration, data or checkpoint, 130 after Ctrl-C, 143 after SIGTERM.
         Anything else raises.
     """
-    given = sys.argv[1:] if args is None else args
-    _quieten()
+    given = list(sys.argv[1:] if args is None else args)
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    notices.addFilter(_is_no_tip)
     with tolerant("stderr"):
         try:
             if given and given[0] in COMMANDS:
                 return int(importlib.import_module(f"dcl_lightning.{COMMANDS[given[0]]}").main(expanded(given[1:])))
-            _run(args)
+            _run(None if args is None else given)
         except Exception as error:
-            told = _user_error(error)
-            if told is None:
+            reason = _user_error(error)
+            if reason is None:
                 raise
-            print(f"error: {cut(told)}", file=sys.stderr)
+            print(f"error: {shortened(reason)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130
         except SIGTERMException:
             return 143
         except SystemExit as end:
-            # Lightning ends with 1 after Ctrl-C; scripts that wait for us tell it by the shell's own code.
+            # Lightning ends with 1 after Ctrl-C; scripts expect the shell's code.
             if isinstance(end.__context__, KeyboardInterrupt):
                 return 130
             raise
@@ -68,7 +79,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _run(args: list[str] | None) -> None:
-    # What the other commands do not need, and what takes seconds to import.
+    # The other commands do not need these, which take seconds to import.
     from dcl_lightning.agents import ContinualAgent
     from dcl_lightning.cli.program import ContinualCLI
     from dcl_lightning.cli.run_dir import SaveConfig
@@ -88,21 +99,12 @@ def _run(args: list[str] | None) -> None:
     )
 
 
-def _quieten() -> None:
-    """Leave out what Lightning says at every start and what is as it should be here."""
-    for message in (
-        r".*treespec, LeafSpec.*",  # between Lightning and torch
-        r".*in eval mode at the start of training.*",  # a teacher is
-        r".*is smaller than the logging interval.*",  # small tasks
-        r".*It is recommended to use `self.log\('val/.*",  # what is logged is of all workers already
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    tips.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU available" not in record.getMessage())
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage() and "TPU available" not in record.getMessage()
 
 
 def _user_error(error: BaseException | None) -> str | None:
-    """Return the message of a user's error that this one is or came from; jsonargparse wraps constructors' errors."""
+    """Return the message of the user's error that this one is or came from; jsonargparse wraps constructors' errors."""
     while error is not None:
         if isinstance(error, _USER_ERRORS):
             return str(error)

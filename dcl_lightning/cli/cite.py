@@ -1,11 +1,11 @@
-"""``dcl-lightning cite --model NAME --data.dataset NAME``: BibTeX of what a run is built on."""
+"""``dcl-lightning cite --model NAME --data.dataset NAME``: BibTeX of an agent's and a data set's papers."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from dcl_lightning.cli.suggestions import CommandParser
+from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.errors import ConfigurationError, suggestion
 from dcl_lightning.report.citations import DATASETS, METHODS, PROJECT, method_of, references
 
@@ -13,10 +13,10 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str]) -> int:
-    """Print the entries of method, data set and this project; what has none is said on the error stream.
+    """Print the entries of method, data set and this project, and a notice on stderr for each without a paper.
 
     Args:
-        args: what follows ``cite``.
+        args: that follow ``cite``.
 
     Returns:
         Exit code.
@@ -48,7 +48,7 @@ def _of_method(name: str) -> tuple[str, ...]:
     from dcl_lightning import agents
 
     short = agents.short_names.__all__
-    kind = getattr(agents.short_names, name) if name in short else getattr(agents, name, None)
+    kind = vars(agents.short_names if name in short else agents).get(name)
     method = method_of(kind) if isinstance(kind, type) else None
     if method is None and name not in short:
         near = suggestion(name, [*short, *agents.__all__])

@@ -1,19 +1,24 @@
-"""Configuration files that are followed by another agent or another optimizer."""
+"""What configuration files and flags say together: values of another agent or optimizer are dropped, nulls refused."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_info
 
-__all__ = ["last_model", "with_one_optimizer", "without_other_agent"]
+from dcl_lightning.errors import ConfigurationError
 
-# What says how a network is built and optimised, whichever agent trains it.
+__all__ = ["last_model", "refuse_nulls", "with_one_optimizer", "without_other_agent"]
+
+# How a network is built and optimized, whichever agent trains it.
 _SHARED_KEYS = {
     "backbone",
     "decay_biases_and_norms",
@@ -30,11 +35,11 @@ _SHARED_KEYS = {
 }
 
 
-def without_other_agent(args: list[str]) -> list[str]:
-    """Return the arguments with what belonged to another agent taken out of configuration files.
+def without_other_agent(args: Sequence[str]) -> list[str]:
+    """Return the arguments without the values in configuration files that belong to another agent.
 
-    After ``--config icarl.yaml --model base`` the parser would keep every old value that the new class
-    accepts. Only the backbone and how it is optimised are kept; what is dropped is said.
+    After ``--config icarl.yaml --model base`` the parser would keep every value of iCaRL's that the new class accepts.
+    Only the backbone and how it is optimized are kept; the rest is dropped with a notice.
 
     Args:
         args: arguments of the command line.
@@ -43,24 +48,19 @@ def without_other_agent(args: list[str]) -> list[str]:
     name = last_model(args)
     if name is None:
         return result
-    at = _places_of_model(args)[-1]
-    for i, arg in enumerate(args[:at]):
+    for i, arg in enumerate(args[: _places_of_model(args)[-1]]):
         flag, _, value = arg.partition("=")
         if flag not in ("--config", "-c"):
             continue
         place = i if value else i + 1
-        text = _kept_config(value or args[place], name)
+        text = _shared_config(value or args[place], name)
         if text is not None:
             result[place] = f"{flag}={text}" if value else text
     return result
 
 
-def last_model(args: list[str]) -> str | None:
-    """Return what the last ``--model`` names; None without one.
-
-    Args:
-        args: arguments of the command line.
-    """
+def last_model(args: Sequence[str]) -> str | None:
+    """Return the value of the last ``--model``; None without one."""
     places = _places_of_model(args)
     if not places:
         return None
@@ -68,77 +68,74 @@ def last_model(args: list[str]) -> str | None:
     return args[at].partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
 
 
-def _places_of_model(args: list[str]) -> list[int]:
+def _places_of_model(args: Sequence[str]) -> list[int]:
     return [i for i, arg in enumerate(args) if arg == "--model" or arg.startswith("--model=")]
 
 
-def _kept_config(path: str, name: str) -> str | None:
-    """Return the file's content less what belonged to another agent than ``name``; None if nothing did."""
+def _shared_config(path: str, name: str) -> str | None:
+    """Return the file's content with the shared values alone; None if it configures no agent other than ``name``."""
     path = os.path.expanduser(path)
-    if not os.path.isfile(path):
+    config = _loaded(path) if os.path.isfile(path) else None
+    if not isinstance(config, dict):
         return None
-    config = _loaded(path)
-    model = config.get("model") if isinstance(config, dict) else None
+    model = config.get("model")
     if not isinstance(model, dict) or str(model.get("class_path")).split(".")[-1] == name.split(".")[-1]:
         return None
     values = model.get("init_args") or {}
     dropped = sorted(set(values) - _SHARED_KEYS)
     if dropped:
-        print(
-            f"{path}: model.{', model.'.join(dropped)} belonged to {model['class_path']} and are dropped",
-            file=sys.stderr,
-        )
-    config["model"] = {"class_path": name, "init_args": {k: v for k, v in values.items() if k in _SHARED_KEYS}}
-    return yaml.safe_dump(config, sort_keys=False)
+        rank_zero_info(f"{path}: model.{', model.'.join(dropped)} belonged to {model['class_path']} and are dropped")
+    model = {"class_path": name, "init_args": {k: v for k, v in values.items() if k in _SHARED_KEYS}}
+    return yaml.safe_dump({**config, "model": model}, sort_keys=False)
 
 
-def with_one_optimizer(args: list[str]) -> list[str]:
-    """Return the arguments with flags added that leave the optimizer one rate, momentum and weight decay.
+def with_one_optimizer(args: Sequence[str]) -> list[str]:
+    """Return the arguments with flags that leave the optimizer one rate, momentum and weight decay.
 
-    The parser completes ``model.optimizer`` by the defaults of its class, so that nobody could tell later which of
-    ``model.lr`` and ``model.optimizer.lr`` was meant. What stands later wins; what it replaces is said. The agent
-    refuses two rates in one place.
+    The parser completes ``model.optimizer`` by the defaults of its class; afterwards nobody can tell which of
+    ``model.lr`` and ``model.optimizer.lr`` was given. The later one wins, with a notice. The agent refuses two
+    different rates from one file, or both from the command line.
 
     Args:
         args: arguments of the command line.
     """
-    told: dict[str, tuple[int, str, Any]] = {}  # by key: the place, what it is called, the value
-    for place, (source, values) in enumerate(_sources(args)):
+    given: dict[str, tuple[int, str, object]] = {}  # by key: number of the source, its name, the value
+    for number, (source, values) in enumerate(_sources(args)):
         for key, value in values.items():
-            told[key] = place, source, value
+            given[key] = number, source, value
         if values.get("optimizer", "") is None:
-            told = {key: entry for key, entry in told.items() if not key.startswith("optimizer")}
-    at = max((entry[0] for key, entry in told.items() if key.startswith("optimizer")), default=None)
+            given = {key: entry for key, entry in given.items() if not key.startswith("optimizer")}
+    at = max((entry[0] for key, entry in given.items() if key.startswith("optimizer")), default=None)
     if at is None:
         return list(args)
     added: list[str] = []
     for key in ("momentum", "weight_decay"):
-        place, source, value = told.get(key, (at, "", None))
-        if place < at and value:
+        number, source, value = given.get(key, (at, "", None))
+        if number < at and value:
             added.append(f"--model.{key}=0")
-            print(f"{source}: model.{key}={value} belonged to another optimizer and is dropped", file=sys.stderr)
-    place, source, lr = told.get("lr", (-1, "", None))
-    own_place, own_source, own = told.get("optimizer.lr", (-1, "", None))
-    if lr is not None and (own is None or place > own_place):
+            rank_zero_info(f"{source}: model.{key}={value} belonged to another optimizer and is dropped")
+    number, source, lr = given.get("lr", (-1, "", None))
+    own_number, own_source, own = given.get("optimizer.lr", (-1, "", None))
+    if lr is not None and (own is None or number > own_number):
         added.append(f"--model.optimizer.lr={lr}")
         if own not in (None, lr):
-            print(f"{own_source}: model.optimizer.lr={own} is replaced by model.lr={lr}", file=sys.stderr)
-    elif lr is not None and place < own_place:
+            rank_zero_info(f"{own_source}: model.optimizer.lr={own} is replaced by model.lr={lr}")
+    elif lr is not None and number < own_number:
         added.append("--model.lr=null")
         if own != lr:
-            print(f"{source}: model.lr={lr} is replaced by model.optimizer.lr={own}", file=sys.stderr)
+            rank_zero_info(f"{source}: model.lr={lr} is replaced by model.optimizer.lr={own}")
     return [*args, *added]
 
 
-def _sources(args: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what files and flags say below ``model``, files in their order and all flags together at last."""
-    flags: dict[str, Any] = {}
+def _sources(args: Sequence[str]) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield the values below ``model`` by key: of each file in order, then of all flags together."""
+    flags: dict[str, object] = {}
     for i, arg in enumerate(args):
         flag, _, value = arg.partition("=")
         value = value or (args[i + 1] if "=" not in arg and i + 1 < len(args) else "")
         if flag in ("--config", "-c"):
-            model = _loaded(value)
-            model = model.get("model") if isinstance(model, dict) else None
+            config = _loaded(value)
+            model = config.get("model") if isinstance(config, dict) else None
             if isinstance(model, str) and os.path.isfile(os.path.join(os.path.dirname(value), model)):
                 model = _loaded(os.path.join(os.path.dirname(value), model))
             yield value if os.path.isfile(value) else flag, dict(_flat(model, ""))
@@ -150,8 +147,8 @@ def _sources(args: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "the command line", flags
 
 
-def _loaded(text: str) -> Any:
-    """Return what a file, or YAML itself, says; None where it cannot be read, which is left to the parser."""
+def _loaded(text: str) -> object:
+    """Return the content of a file, or of YAML itself; None where the parser will say why it cannot be read."""
     try:
         if os.path.isfile(text):
             text = Path(text).read_text(encoding="utf-8")
@@ -160,10 +157,11 @@ def _loaded(text: str) -> Any:
         return None
 
 
-def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(node: object, prefix: str) -> Iterator[tuple[str, object]]:
     if not isinstance(node, dict):
-        with suppress(TypeError, ValueError):
-            node = float(node)  # YAML takes 1e-3 for a string
+        if isinstance(node, (str, int)):
+            with suppress(OverflowError, ValueError):
+                node = float(node)  # YAML reads 1e-3 as a string
         yield prefix, node
         return
     for key, value in node.items():
@@ -173,3 +171,59 @@ def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, prefix)
         else:
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def refuse_nulls(config: object, key: str = "") -> None:
+    """Refuse null for a value that cannot be None: the parser accepts it for any argument of a class.
+
+    Args:
+        config: of the command, parsed and not instantiated.
+        key: of the configuration as a whole.
+
+    Raises:
+        ConfigurationError: with the type of the value.
+    """
+    if isinstance(config, list):
+        for item in config:
+            refuse_nulls(item, key)
+    if not isinstance(config, (dict, Namespace)):
+        return
+    entries = _entries(config)
+    path, values = entries.get("class_path"), entries.get("init_args")
+    if isinstance(path, str) and isinstance(values, (dict, Namespace)):
+        kind = _class_at(path)
+        for name, value in _entries(values).items():
+            if value is None and kind is not None:
+                _refuse_null(kind, name, f"{key}.{name}")
+    for name, value in entries.items():
+        inner = "" if name in ("class_path", "init_args") else name
+        refuse_nulls(value, ".".join(part for part in (key, inner) if part))
+
+
+def _entries(level: Mapping[str, object] | Namespace) -> Mapping[str, object]:
+    # A namespace's own items are those of all levels below it.
+    return vars(level) if isinstance(level, Namespace) else level
+
+
+def _class_at(path: str) -> type | None:
+    module, _, name = path.rpartition(".")
+    with suppress(ImportError):
+        kind = getattr(importlib.import_module(module), name, None)
+        return kind if inspect.isclass(kind) else None
+    return None
+
+
+def _refuse_null(kind: type, name: str, key: str) -> None:
+    for base in inspect.getmro(kind):
+        parameter = inspect.signature(base).parameters.get(name) if "__init__" in vars(base) else None
+        if parameter is None:
+            continue
+        try:
+            hint = get_type_hints(vars(base)["__init__"]).get(name, Any)
+        except NameError:  # a type from a package that is not installed
+            return
+        # The parser itself asks for arguments without a default, unless the data module brings them.
+        if parameter.default in (None, inspect.Parameter.empty) or hint is Any or type(None) in get_args(hint):
+            return
+        shown = str(hint).replace("typing.", "").replace("collections.abc.", "") if get_args(hint) else hint.__name__
+        raise ConfigurationError(f"{key}=null: give {shown}")

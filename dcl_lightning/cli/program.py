@@ -1,37 +1,49 @@
-"""``fit``, ``validate``, ``test`` and ``predict`` over any agent and data set."""
+"""``fit``, ``validate``, ``test`` and ``predict`` over any agent and data set: Lightning's CLI, and its parser."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
 import warnings
-from typing import Any
+from argparse import Action
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
+import lightning.pytorch as pl
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+import dcl_lightning.agents.short_names
+import dcl_lightning.backbones.short_names
 from dcl_lightning._lightning import callbacks_of
 from dcl_lightning._version import __version__
+from dcl_lightning.agents import ContinualAgent
+from dcl_lightning.backbones import Backbone
 from dcl_lightning.callbacks import PredictionWriter
-from dcl_lightning.cli.config_files import last_model, with_one_optimizer, without_other_agent
-from dcl_lightning.cli.parser import ContinualParser, memory_help
-from dcl_lightning.cli.resume_last import go_on_from_last
+from dcl_lightning.cli.checkpoint_path import refuse_foreign_classes, refuse_missing_checkpoint, resume_last
+from dcl_lightning.cli.config_files import last_model, refuse_nulls, with_one_optimizer, without_other_agent
+from dcl_lightning.cli.messages import in_one_line, library_errors_as_ours
 from dcl_lightning.cli.run_dir import OwnFolders, SaveConfig, check_place
-from dcl_lightning.cli.safe_load import refuse_foreign_classes
-from dcl_lightning.cli.values import of_lightning, refuse_no_checkpoint, refuse_nulls
+from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.scenarios import MAX_SEED
-from dcl_lightning.errors import ConfigurationError, whole_number
+from dcl_lightning.errors import ConfigurationError, suggestion, whole_number
+from dcl_lightning.memory.config import MemorySize, RehearsalConfig
 from dcl_lightning.paths import absolute, expanded
 from dcl_lightning.screen import tolerant
 
-__all__ = ["ContinualCLI"]
+__all__ = ["AGENTS", "BACKBONES", "ContinualCLI", "ContinualParser", "HelpFormatter", "memory_help"]
 
+AGENTS = tuple(dcl_lightning.agents.short_names.__all__)
+BACKBONES = tuple(dcl_lightning.backbones.short_names.__all__)
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.CSVLogger",
     "init_args": {"save_dir": "runs", "name": "dcl"},
 }
-
-
 _HELP = {
     "model": "Agent by its short name, or a file with one. `--model.help NAME` lists its keys, `--model.KEY VALUE` "
     "sets one, `--model.backbone NAME` the network and `--model.rehearsal.KEY VALUE` the memory.",
@@ -45,6 +57,7 @@ class ContinualCLI(LightningCLI):
     """LightningCLI with a default data module, linked sizes and short names."""
 
     _folders = OwnFolders()
+    _given: list[str]
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser with short errors."""
@@ -73,22 +86,9 @@ class ContinualCLI(LightningCLI):
         for name in ("num_classes", "input_spec"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
-    def _parse_ckpt_path(self) -> None:
-        """Find the last checkpoint; take the agent from it only if none is given: Lightning's own lets it win."""
-        subcommand = self.config["subcommand"]  # the attribute is set later
-        refuse_nulls(self.config[subcommand])
-        go_on_from_last(self.config[subcommand], subcommand == "fit")
-        if self.config[subcommand].get("weights_only") is not False:  # else it may hold what only its user trusts
-            refuse_no_checkpoint(self.config[subcommand].get("ckpt_path"))
-        args = self._args if self._args is not None else sys.argv[1:]
-        if not any(arg.startswith(("--model", "--config", "-c")) for arg in args):
-            refuse_foreign_classes(self.config[subcommand].get("ckpt_path"))
-            super()._parse_ckpt_path()
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; drop what a configuration says of another agent or optimizer than those that follow it."""
-        self._args: list[str] | None = args
-        given = list(sys.argv[1:] if args is None else args)
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; drop the values of a configuration file that belong to another agent or optimizer."""
+        given = self._given = list(sys.argv[1:] if args is None else map(str, args))
         absolute(".")  # the parser's own message would name another reason
         for arg in given:
             try:
@@ -114,12 +114,24 @@ class ContinualCLI(LightningCLI):
         if not isinstance(seed, (bool, type(None))):  # True is a random one
             whole_number("seed_everything", seed, 0, MAX_SEED + 1)
 
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint; take the agent from it only if none is given: Lightning's own prefers its values."""
+        command = self.config["subcommand"]  # ``self.subcommand`` is set later
+        config: Namespace = self.config[command]
+        refuse_nulls(config)
+        resume_last(config, command == "fit")
+        if config.get("weights_only") is not False:  # else it may hold classes that only its user trusts
+            refuse_missing_checkpoint(config.get("ckpt_path"))
+        if not any(arg.startswith(("--model", "--config", "-c")) for arg in self._given):
+            refuse_foreign_classes(config.get("ckpt_path"))
+            super()._parse_ckpt_path()
+
     def instantiate_classes(self) -> None:
-        """Build what is configured; what Lightning, torch or a missing package says of a value is a user's error."""
-        with of_lightning():
+        """Build what is configured; a value that Lightning or torch refuses is a user's error."""
+        with library_errors_as_ours():
             super().instantiate_classes()
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = trainer_config.get("callbacks") or []
@@ -129,28 +141,107 @@ class ContinualCLI(LightningCLI):
             self.trainer_defaults.setdefault("callbacks", [ModelCheckpoint(save_last=True)])
         if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
             self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), PredictionWriter()]
-        with of_lightning():
+        with library_errors_as_ours():
             trainer = super().instantiate_trainer(**kwargs)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._folders = OwnFolders(trainer.loggers)
         for logger in trainer.loggers:
             check_place(logger.save_dir, "trainer.logger.save_dir")
-            check_place(getattr(logger, "root_dir", None), "trainer.logger.name")
+            check_place(logger.root_dir, "trainer.logger.name")
         for saver in trainer.checkpoint_callbacks:
-            check_place(getattr(saver, "dirpath", None), "trainer.callbacks.dirpath")
+            if isinstance(saver, ModelCheckpoint):
+                check_place(saver.dirpath, "trainer.callbacks.dirpath")
         if not trainer.loggers and self.subcommand == "fit":
             check_place(trainer.default_root_dir, "trainer.default_root_dir")
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; leave no folder behind if it was refused: Lightning's loggers and profilers write before set-up."""
+        """Run; remove the folders of a run that was refused: Lightning's loggers and profilers write before set-up."""
         try:
             with tolerant("stdout"):
                 super()._run_subcommand(subcommand)
         except BaseException as error:
-            callbacks = callbacks_of(self.trainer)
-            if any(isinstance(c, SaveConfig) and c.accepted for c in callbacks):
+            if any(isinstance(c, SaveConfig) and c.accepted for c in callbacks_of(self.trainer)):
                 raise
             self._folders.remove()
-            with of_lightning():
+            with library_errors_as_ours():
                 raise error
+
+
+class ContinualParser(LightningArgumentParser):
+    """A parser whose errors take two lines: what is wrong, and where help is."""
+
+    # Of the whole command line: jsonargparse makes further parsers of this class for nested values, and their errors
+    # name the whole flag, too.
+    given: ClassVar[Sequence[str]] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong with the nearest valid word, and exit with code 2."""
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        kinds = [*_subclasses(ContinualAgent), *_subclasses(Backbone)]
+        keys = {name for kind in (*kinds, *_WITH_KEYS) for name in inspect.signature(kind).parameters}
+        named = {kind.__name__ for kind in (*kinds, *_subclasses(pl.Callback), *_subclasses(Logger))}
+        names = [*AGENTS, *BACKBONES, *sorted(named)]
+        text = in_one_line(str(message), self.given, sorted(keys - {"args", "kwargs"}), options, names)
+        program = os.path.basename(sys.argv[0])
+        print(f"error: {text}\nsee `{program} fit --help`, `{program} fit --model.help NAME`", file=sys.stderr)
+        sys.exit(2)
+
+
+_WITH_KEYS: tuple[type, ...] = (ContinualDataModule, RehearsalConfig, MemorySize)
+
+
+def _subclasses(kind: type[object]) -> Iterator[type[object]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _subclasses(below)
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's, but where a class can be chosen it lists our short names, or bare class names.
+
+    jsonargparse lists the class paths of all imported subclasses: four hundred for a backbone.
+    """
+
+    def _get_help_string(self, action: Action) -> str:
+        text = super()._get_help_string(action)
+        extra = getattr(action, "extra_help", str)()
+        if not extra:
+            return text
+        paths = extra.partition(": ")[2].split(", ")
+        short = [path.rpartition(".")[2] for path in paths if ".backbones.short_names." in path]
+        short = short or [path.rpartition(".")[2] for path in paths if ".short_names." in path]
+        if short:
+            return text.replace(extra, f"; short names: {', '.join(sorted(short))}; or any class path")
+        return text.replace(extra, f"; classes: {', '.join(path.rpartition('.')[2] for path in paths)}")
+
+
+def memory_help(agent: str) -> str:
+    """Return the help of the keys below ``--model.rehearsal``, with the agent's own values as defaults.
+
+    jsonargparse does not show keys that are nested that deep.
+
+    Args:
+        agent: short name.
+
+    Raises:
+        ConfigurationError: no such agent, or one without a memory.
+    """
+    if agent not in AGENTS:
+        raise ConfigurationError(f"--model={agent}: give one of {', '.join(AGENTS)}{suggestion(agent, AGENTS)}")
+    kind: type = getattr(dcl_lightning.agents.short_names, agent)
+    for base in kind.__mro__:
+        hint = get_type_hints(vars(base)["__init__"]).get("rehearsal") if "__init__" in vars(base) else None
+        config = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+        if config is not None:
+            usage = f"fit --model {agent} [--model.rehearsal.KEY VALUE ...]"
+            parser = ContinualParser(usage=usage, description=f"Memory of agent {agent}.", add_help=False)
+            parser.add_class_arguments(config, "model.rehearsal")
+            own = getattr(kind, "memory", MemorySize()).explicit
+            parser.set_defaults({f"model.rehearsal.{key}": value for key, value in own.items()})
+            return parser.format_help()
+    raise ConfigurationError(f"agent {agent} has no memory, and so no keys below --model.rehearsal")

@@ -1,4 +1,4 @@
-"""The folder of a run: checked before the work begins, and shared with no other run."""
+"""The folder of a run: checked before training, unique to the run, and removed if the run is refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dcl_lightning._lightning import choose_version, has_version
 from dcl_lightning.errors import ConfigurationError
@@ -20,58 +19,53 @@ from dcl_lightning.report.paths import run_folder
 
 __all__ = ["OwnFolders", "SaveConfig", "check_place"]
 
-
 _FILES_BELOW = 256  # bytes of the longest path of a run's files below their folder
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` beside the report, once the first batch has shown that the run is not refused.
+    """Writes ``config.yaml`` into the run's folder with the first batch, when the run can no longer be refused.
 
-    Lightning's own writes it before set-up, and to a folder that all runs of some loggers share.
+    Lightning's own callback writes it before set-up, and into a folder that all runs of some loggers share.
 
     Attributes:
-        accepted: whether there was a batch, or nothing left to do.
+        accepted: whether a batch has started, or a fit has ended without one.
     """
 
     accepted = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write nothing yet."""
+        """Replace Lightning's, which writes here."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write it, in one process."""
+        """Write it; called on worker 0 only."""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
             self.config, str(folder / self.config_filename), skip_none=False, overwrite=True, multifile=self.multifile
         )
 
-    def _accept(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+    def _accept(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object) -> None:
         if self.accepted or trainer.sanity_checking:
             return
         self.accepted = True
-        self.on_train_batch_start = None  # spares each step a call
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, str(trainer.state.fn))
 
-    on_train_batch_start: Any = _accept
-    on_validation_batch_start: Any = _accept
-    on_test_batch_start: Any = _accept
-    on_predict_batch_start: Any = _accept
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _accept
     on_fit_end = _accept
 
 
 class OwnFolders:
-    """Lets loggers make their folder ``version_N`` when they choose its number, so that no two runs have one.
+    """Lets loggers make their folder ``version_N`` when they choose its number, so that no two runs share one.
 
-    Lightning looks for the next number and makes the folder later: runs started together share it. Make this in the
-    process that writes; a version that was given is kept.
+    Lightning makes the folder later, so that runs started together would choose the same number. A version that was
+    given is kept. Use it on worker 0 only.
 
     Args:
-        loggers: of the run; those that write into one folder get one number.
+        loggers: of the run; those with the same root folder get the same number.
     """
 
-    def __init__(self, loggers: Sequence[Any] = ()) -> None:
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self._versions: dict[str, int] = {}
         self._made: list[Path] = []  # from the top down
         for logger in loggers:
@@ -81,14 +75,14 @@ class OwnFolders:
                     self._note_missing(Path(os.path.abspath(logger.log_dir)))
 
     def remove(self) -> None:
-        """Remove the folders of a run that was refused, and those above them that were made for them alone.
+        """Remove the folders of a run that was refused, and their parents that did not exist before.
 
-        One whose version was given may be another run's, too: it is removed if it is empty.
+        A folder whose version was given may hold another run: it is removed only if it is empty.
         """
         for root, version in self._versions.items():
             shutil.rmtree(Path(root) / f"version_{version}", ignore_errors=True)
         for folder in reversed(self._made):
-            with suppress(OSError):  # another run's is in it
+            with suppress(OSError):  # another run uses it
                 folder.rmdir()
         self._versions, self._made = {}, []
 
@@ -110,11 +104,11 @@ class OwnFolders:
 
 
 def check_place(folder: str | os.PathLike[str] | None, key: str) -> None:
-    """Refuse a folder for results that cannot be written, before the work and not after it.
+    """Refuse a folder for results that cannot be written.
 
     Args:
-        folder: need not be there yet; None, or an address elsewhere, is left to who uses it.
-        key: what sets it.
+        folder: need not exist yet; None and remote addresses are not checked.
+        key: of the configuration.
 
     Raises:
         ConfigurationError: it is a file or below one, its name is too long, or it may not be written.

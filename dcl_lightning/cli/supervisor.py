@@ -13,34 +13,34 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import yaml
 
-from dcl_lightning.cli.suggestions import CommandParser
+from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.distributed.horovod.worker_process import end_with_parent
 from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.types import StateDict
 
 __all__ = ["Supervisor", "main", "with_workers"]
 
-# Done; wrong usage, which would be as wrong again; the user's own stop.
+# Exit codes without a restart: done, wrong usage, stopped by the user.
 _ENDS = (0, 2, 130, 143)
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-# What launchers are told the number of workers by.
+# Options of launchers that set the number of workers.
 _NUMBER = ("-np", "--num-proc", "-n")
 
 
 def main(args: Sequence[str]) -> int:
-    """Run a job and start it again after each loss.
+    """Run a job, and restart it after each loss.
 
     Args:
-        args: what follows ``run``.
+        args: that follow ``run``.
 
     Returns:
         Exit code of the job's last start.
 
     Raises:
-        ConfigurationError: there is no ``fit`` among the job's words, or a number is out of range.
+        ConfigurationError: the job has no ``fit``, or a number is out of range.
     """
     parser = CommandParser("run", description=__doc__, usage="run [options] -- [LAUNCHER ...] fit ...")
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="Starts after the first, at most.")
@@ -63,12 +63,12 @@ def main(args: Sequence[str]) -> int:
 
 
 class Supervisor:
-    """Runs a job in a process of its own, again after each loss, until it ends by itself or makes no progress.
+    """Runs a job in a process of its own, and restarts it after each loss as long as it makes progress.
 
     Args:
-        job: words of the command; those before ``fit`` start our command line, none stand for this installation's.
+        job: words of the command; those before ``fit``, if any, launch our command line.
         max_restarts: starts after the first, at least 0.
-        min_workers: number of workers down to which each restart has one less; None for always as many.
+        min_workers: each restart has one worker less, down to this number; None to keep their number.
     """
 
     def __init__(self, job: Sequence[str], max_restarts: int, min_workers: int | None = None) -> None:
@@ -83,15 +83,15 @@ class Supervisor:
         before = {signum: signal.signal(signum, self._pass_on) for signum in _PASSED_ON}
         try:
             code = self._run()
-            return code if code >= 0 else 128 - code  # as a shell has it
+            return code if code >= 0 else 128 - code  # the shell's code of a signal
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
     def _run(self) -> int:
         began = time.time_ns()
-        words, newest = self.job, None
-        # A job that cannot go on with fewer is told so now, not after its first loss.
+        words, latest = self.job, None
+        # Refuses a job that cannot run on fewer workers now, not after its first loss.
         workers = None if self.min_workers is None else _workers(self.job, self._trainer)
         for restart in range(self.max_restarts + 1):
             code = self._start(words)
@@ -101,11 +101,11 @@ class Supervisor:
             if restart == self.max_restarts:
                 _say(f"the job ended with {how}; that was the last of {restart + 1} starts")
                 break
-            saved = _newest(self._trainer, began)
-            if restart and saved == newest:
-                _say(f"the job ended with {how} twice without a new checkpoint in between: see what it said before")
+            saved = _latest(self._trainer, began)
+            if restart and saved == latest:
+                _say(f"the job ended with {how} twice without a new checkpoint in between: see its messages above")
                 break
-            newest = saved
+            latest = saved
             words = self.job if saved is None else [*self.job, "--ckpt_path", "last"]
             if workers is not None and self.min_workers is not None:
                 workers = max(workers - 1, self.min_workers)
@@ -118,7 +118,7 @@ class Supervisor:
         return code
 
     def _start(self, words: Sequence[str]) -> int:
-        # A session of its own: what a terminal signals comes once, through this process.
+        # A session of its own: a terminal's signal reaches the job once, through this process.
         self._process = subprocess.Popen(_command(words), start_new_session=True, preexec_fn=end_with_parent())
         code = self._process.wait()
         self._process = None
@@ -130,22 +130,17 @@ class Supervisor:
             self._process.send_signal(signum)
 
     @cached_property
-    def _trainer(self) -> dict[str, Any]:
-        """The job's configuration of the trainer; to find it is the start of a process."""
+    def _trainer(self) -> StateDict:
+        """The job's configuration of the trainer, which takes the start of a process."""
         ours = self.job[self.job.index("fit") :]
         printed = subprocess.run(_command([*ours, "--print_config"]), stdout=subprocess.PIPE, text=True)
         if printed.returncode:
-            raise SystemExit(printed.returncode)  # it has said why
+            raise SystemExit(printed.returncode)  # it printed the reason
         return dict(yaml.safe_load(printed.stdout)["trainer"])
 
 
 def with_workers(words: Sequence[str], workers: int) -> list[str]:
-    """Return the words of a job for another number of workers.
-
-    Args:
-        words: of the job.
-        workers: their number: what ``horovodrun`` and ``mpirun`` are told, else ``trainer.devices``.
-    """
+    """Return the words of a job for another number of workers: the launcher's number, else ``trainer.devices``."""
     place = _place_of_number(words)
     if place is None:
         return [*words, "--trainer.devices", str(workers)]
@@ -153,29 +148,29 @@ def with_workers(words: Sequence[str], workers: int) -> list[str]:
 
 
 def _place_of_number(words: Sequence[str]) -> int | None:
-    """Return where among the words the launcher's number of workers stands; None if it is told none."""
+    """Return the index of the launcher's number of workers; None without one."""
     launcher = words[: words.index("fit")]
     return next((place + 1 for place, word in enumerate(launcher[:-1]) if word in _NUMBER), None)
 
 
-def _workers(words: Sequence[str], trainer: dict[str, Any]) -> int:
+def _workers(words: Sequence[str], trainer: StateDict) -> int:
     place = _place_of_number(words)
-    key, told = ("trainer.devices", trainer["devices"]) if place is None else (words[place - 1], words[place])
-    if str(told).isdigit():
-        return int(told)
-    raise ConfigurationError(f"run: --min-workers needs a number of workers, {key} is {told}: give a number")
+    key, given = ("trainer.devices", trainer["devices"]) if place is None else (words[place - 1], words[place])
+    if str(given).isdigit():
+        return int(given)
+    raise ConfigurationError(f"run: --min-workers needs a number of workers, {key} is {given}: give a number")
 
 
-def _newest(trainer: dict[str, Any], began: int) -> tuple[Path, int] | None:
-    """Return the newest whole checkpoint since the job began, with its time in ns: names are used again."""
+def _latest(trainer: StateDict, began: int) -> tuple[Path, int] | None:
+    """Return the latest whole checkpoint since the job began, with its time in ns, as names are reused."""
     from dcl_lightning.checkpoint.directory import latest_checkpoint
-    from dcl_lightning.cli.resume_last import checkpoint_files
+    from dcl_lightning.cli.checkpoint_path import checkpoint_files
 
     path, _ = latest_checkpoint(checkpoint_files(trainer))
     if path is None:
         return None
     with tempfile.TemporaryFile(dir=path.parent) as file:
-        ahead = os.fstat(file.fileno()).st_mtime_ns - time.time_ns()  # a file server has a clock of its own
+        ahead = os.fstat(file.fileno()).st_mtime_ns - time.time_ns()  # a file server has its own clock
     saved = path.stat().st_mtime_ns
     return (path, saved) if saved >= began + ahead else None
 

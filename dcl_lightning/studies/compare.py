@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dcl_lightning.cli.suggestions import CommandParser
+from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.paths import replacing
 from dcl_lightning.studies import tables

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcl_lightning.cli.suggestions import CommandParser
+from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.studies import fits
 from dcl_lightning.studies.compare import text_of, write_comparison

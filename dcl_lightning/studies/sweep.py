@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dcl_lightning.cli.suggestions import CommandParser
+from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.errors import ConfigurationError, suggestion
 from dcl_lightning.paths import expanded
 from dcl_lightning.studies import fits

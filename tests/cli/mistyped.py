@@ -21,8 +21,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 from dcl_lightning import RehearsalConfig, cli
-from dcl_lightning.cli.parser import AGENTS
-from dcl_lightning.cli.program import ContinualCLI
+from dcl_lightning.cli.program import AGENTS, ContinualCLI
 
 __all__ = ["AGENTS", "VALUES", "Outcome", "attempt", "leaf_keys", "quick", "refused"]
 

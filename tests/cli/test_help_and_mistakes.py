@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from dcl_lightning import cli
-from dcl_lightning.cli.parser import AGENTS, BACKBONES
-from dcl_lightning.cli.suggestions import in_one_line
+from dcl_lightning.cli.messages import in_one_line
+from dcl_lightning.cli.program import AGENTS, BACKBONES
 from dcl_lightning.errors import suggestion
 
 

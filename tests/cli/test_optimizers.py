@@ -61,15 +61,20 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_the_rate_that_was_given_is_trained_with(
-    args: str, optimizer: str, rate: float, dropped: str, capsys: pytest.CaptureFixture[str]
+    args: str,
+    optimizer: str,
+    rate: float,
+    dropped: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "lightning.pytorch")
     callback = [f"--trainer.callbacks={__name__}.Rates"]
     assert cli.main([*SMALL, *callback, *args.split()]) == 0
     decay = 0.1 if args == "--config shipped.yaml" else 0.0
     assert Rates.seen == [(optimizer, rate, decay)] * 2
-    err = capsys.readouterr().err
-    assert dropped in err
-    assert ("dropped" in err or "replaced" in err) == bool(dropped)
+    assert dropped in caplog.text
+    assert ("dropped" in caplog.text or "replaced" in caplog.text) == bool(dropped)
     # What is written down gives the same run.
     Rates.seen.clear()
     (config,) = Path("runs").rglob("config.yaml")

@@ -105,7 +105,7 @@ def test_without_progress_it_ends(
     assert started(place, monkeypatch, 5, "import os; os.kill(os.getpid(), 9)") == 137
     assert capfd.readouterr().err.splitlines() == [
         "run: the job ended with signal 9; restart 1 of 5, from the beginning",
-        "run: the job ended with signal 9 twice without a new checkpoint in between: see what it said before",
+        "run: the job ended with signal 9 twice without a new checkpoint in between: see its messages above",
     ]
 
 
