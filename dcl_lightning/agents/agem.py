@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_dtype, trained_parameters, write_gradient
 from dcl_lightning.functional.losses import weighted_cross_entropy
-from dcl_lightning.functional.projections import agem_projection
+from dcl_lightning.functional.regularization import agem_projection
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch, Task
 

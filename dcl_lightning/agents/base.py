@@ -176,7 +176,7 @@ class ContinualAgent(pl.LightningModule):
         self.register_buffer("current", torch.zeros(num_classes, dtype=torch.bool))
         self.tasks_seen = 0
         self._initial: dict[str, Tensor] | None = None
-        self.evaluation_counts = EvaluationCounts(task_aware)
+        self.evaluation_counts = EvaluationCounts(1, num_classes)
 
     @classmethod
     def method(cls) -> str:
@@ -448,14 +448,17 @@ class ContinualAgent(pl.LightningModule):
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting anew."""
-        self.evaluation_counts.start(datamodule_of(self.trainer))
+        """Start counting anew; without a data module all loaders are of one task."""
+        stream = getattr(datamodule_of(self.trainer), "stream", None)
+        tested = [()] if stream is None else stream.homes
+        aware = tested if stream is not None and self.clock.task_aware else None
+        self.evaluation_counts = EvaluationCounts(len(tested), self.num_classes, aware)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count hits and losses of one batch of one task."""
         if len(batch.targets):
             losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
-            self.evaluation_counts.add(dataloader_idx, self.evaluate(batch), losses, batch.targets)
+            self.evaluation_counts.add(dataloader_idx, self.evaluate(batch), batch.targets, losses)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and loss over all tasks seen and for each, over all workers."""
@@ -476,7 +479,8 @@ class ContinualAgent(pl.LightningModule):
         return self.inference.prediction(self.evaluate(samples) if len(samples.targets) else empty, samples)
 
     def _log_counts(self, prefix: str) -> None:
-        for name, value in self.evaluation_counts.values(self.comm).items():
+        self.evaluation_counts.add_up(self.comm.allreduce)
+        for name, value in self.evaluation_counts.values().items():
             self.log(f"{prefix}/{name}", torch.tensor(value, dtype=torch.float32), prog_bar=name == "acc")
 
     # -- checkpoint --------------------------------------------------------------------------------

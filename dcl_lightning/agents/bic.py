@@ -17,8 +17,8 @@ from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.callbacks.evaluation import limited_ids
 from dcl_lightning.errors import check_number
-from dcl_lightning.functional.bias_correction import SMALLEST_SCALE, distillation_share, fitted_bias
-from dcl_lightning.functional.losses import tempered_distillation, weighted_cross_entropy
+from dcl_lightning.functional.losses import distillation_share, tempered_distillation, weighted_cross_entropy
+from dcl_lightning.functional.scores import SMALLEST_SCALE, fitted_bias
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch, Task
 

@@ -19,7 +19,7 @@ from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.weights import fit_vectors, flat_weights, sum_dtype, trained_parameters, trained_part
 from dcl_lightning.callbacks.evaluation import evaluation_batches, limited_ids
 from dcl_lightning.errors import check_number
-from dcl_lightning.functional.penalties import merged_fisher, quadratic_penalty
+from dcl_lightning.functional.regularization import merged_fisher, quadratic_penalty
 from dcl_lightning.types import Batch, Task
 
 __all__ = ["EWC"]

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.weights import flat_gradient, flat_gradients_of, sum_dtype, trained_parameters, write_gradient
 from dcl_lightning.errors import check_number
-from dcl_lightning.functional.projections import gem_projection
+from dcl_lightning.functional.regularization import gem_projection
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch, Task
 

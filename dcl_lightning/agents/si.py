@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.weights import fit_vectors, flat_gradient, flat_weights, trained_parameters, trained_part
 from dcl_lightning.errors import check_number
-from dcl_lightning.functional.penalties import (
+from dcl_lightning.functional.regularization import (
     quadratic_penalty,
     quadratic_penalty_gradient,
     si_importance,

@@ -1,4 +1,4 @@
-"""What all backbones share: layers that are built once the shape of an input is known; and the head on top."""
+"""The base class of all backbones, whose layers are built once the shape of an input is known, and the head."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Backbone", "LinearHead"]
 class Backbone(nn.Module):
     """A network from inputs ``(B, C, H, W)`` to features ``(B, feature_dim)``.
 
-    A subclass keeps its arguments, calls ``self._build_if_known()`` last in its constructor, makes its
-    layers in ``build`` and returns the length of its features from there.
+    A subclass keeps its arguments, calls ``self._build_if_known()`` at the end of its constructor, makes its layers in
+    ``build`` and returns the length of its features from there.
 
     Args:
         in_channels: channels of an input; taken from the data if None.
@@ -27,12 +27,12 @@ class Backbone(nn.Module):
         ConfigurationError: if a given number is below 1.
 
     Attributes:
-        feature_dim: length of a feature vector; there once the layers are.
+        feature_dim: length of a feature vector; set when the layers are built.
         input_spec: shape of an input; None until the layers are built.
     """
 
     feature_dim: int
-    # Whether layers built for one height and width take others, too.
+    # Whether layers built for one height and width accept others.
     takes_any_size: ClassVar[bool] = False
 
     def __init__(self, in_channels: int | None = None, input_size: int | tuple[int, int] | None = None) -> None:
@@ -54,18 +54,18 @@ class Backbone(nn.Module):
             spec: shape of the data's inputs.
 
         Raises:
-            ConfigurationError: the constructor was given another number of channels or another size, or memory is not
-                enough.
+            ConfigurationError: the constructor was given another number of channels or another size, or the layers do
+                not fit into memory.
         """
+        name = f"backbone {type(self).__name__.lower()}"
         if self.in_channels not in (None, spec.channels):
             raise ConfigurationError(
-                f"backbone {type(self).__name__.lower()}: in_channels={self.in_channels}, but the data have "
-                f"{spec.channels} channels: leave in_channels out"
+                f"{name}: in_channels={self.in_channels}, but the data have {spec.channels} channels: leave it out"
             )
         if not self.takes_any_size and self.input_size not in (None, (spec.height, spec.width)):
             raise ConfigurationError(
-                f"backbone {type(self).__name__.lower()}: input_size={self.input_size}, but the data have "
-                f"{spec.height} x {spec.width} pixels: leave input_size out"
+                f"{name}: input_size={self.input_size}, but the data have {spec.height} x {spec.width} pixels: leave "
+                "input_size out"
             )
         if self.input_spec is not None:
             return
@@ -73,12 +73,10 @@ class Backbone(nn.Module):
         self.input_spec = InputSpec(self.in_channels or spec.channels, height, width)
         try:
             self.feature_dim = self.build(self.input_spec)
-        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:  # torch's on a size
+        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:  # torch's, of a size
             self.input_spec = None
             reason = str(error).splitlines()[0]
-            raise ConfigurationError(
-                f"backbone {type(self).__name__.lower()} cannot be built ({reason}): give smaller sizes"
-            ) from error
+            raise ConfigurationError(f"{name} cannot be built ({reason}): give smaller sizes") from error
 
     @abstractmethod
     def build(self, spec: InputSpec) -> int:
@@ -90,9 +88,7 @@ class Backbone(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """One linear layer from features ``(B, feature_dim)`` to logits ``(B, num_classes)``.
-
-    It has the outputs of the whole stream from the start, with torch's default initialisation.
+    """One linear layer from features ``(B, feature_dim)`` to logits ``(B, num_classes)`` of all classes of the stream.
 
     Args:
         feature_dim: length of a feature vector, at least 1.

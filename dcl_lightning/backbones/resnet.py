@@ -28,22 +28,21 @@ _CIFAR_STEM_UP_TO = 32  # pixels: the ImageNet stem would leave a map of 8 x 8 f
 class ResNet(Backbone):
     """ResNet of the CIFAR family (depth 6n + 2) or of the ImageNet family, by depth.
 
-    20, 32, 44, 56 and 110 are the networks of the paper's section 4.2: three stages of widths 16, 32 and
-    64 with shortcuts without parameters (option A); ResNet-32 with a head of ten has 464,154
-    parameters. 18, 34, 50, 101 and 152 are torchvision's, with the same names of parameters. The
-    features are the last map, averaged over its pixels.
+    20, 32, 44, 56 and 110 are the networks of the paper's section 4.2: three stages of widths 16, 32 and 64 whose
+    shortcuts have no parameters (option A); ResNet-32 with a head of ten has 464,154 parameters. 18, 34, 50, 101 and
+    152 are torchvision's, with the same names of parameters. The features are the last map, averaged over its pixels.
 
     Args:
         depth: number of layers.
-        stem: first layers of the ImageNet family: ``imagenet`` is a 7x7 convolution of stride 2 and max
-            pooling, ``cifar`` a 3x3 convolution of stride 1; ``auto`` is ``cifar`` for inputs of at
-            most 32 pixels. The CIFAR family has only ``cifar``.
+        stem: first layers of the ImageNet family: ``imagenet`` is a 7x7 convolution of stride 2 and max pooling,
+            ``cifar`` a 3x3 convolution of stride 1; ``auto`` is ``cifar`` for inputs of at most 32 pixels. The CIFAR
+            family has only ``cifar``.
         width: channels of the first stage; 16 (CIFAR family) or 64 if None.
         in_channels: channels of an input; taken from the data if None.
         input_size: height and width in pixels, one number for squares; taken from the data if None.
 
     Raises:
-        ConfigurationError: if depth or stem is unknown, they do not go together, or width is below 1.
+        ConfigurationError: if depth or stem is unknown, they exclude each other, or width is below 1.
     """
 
     takes_any_size = True

@@ -1,11 +1,9 @@
-"""Short names of the backbones, as they stand on the command line and in configuration files."""
+"""Short names of the backbones on the command line and in configuration files."""
 
 from __future__ import annotations
 
-from dcl_lightning.backbones.candlenet import CandleNet
-from dcl_lightning.backbones.mlp import MLP
-from dcl_lightning.backbones.mnistnet import MNISTNet
 from dcl_lightning.backbones.resnet import ResNet
+from dcl_lightning.backbones.small import MLP, CandleNet, MNISTNet
 from dcl_lightning.backbones.timm_models import TimmModel
 
 __all__ = ["candlenet", "mlp", "mnistnet", "resnet", "timm"]

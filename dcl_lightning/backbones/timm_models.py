@@ -1,4 +1,4 @@
-"""Any network of the library timm (PyTorch Image Models) by its name."""
+"""Any network of the library timm (PyTorch Image Models), by its name."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ __all__ = ["TimmModel"]
 
 
 class TimmModel(Backbone):
-    """A network of timm without its classifier; the features are what timm gives to that.
+    """A network of timm without its classifier; the features are the classifier's inputs.
 
-    timm is an optional extra: ``pip install 'dcl-lightning[timm]'``. Networks of a fixed input size, as
-    vision transformers, are built for the size of the data. timm's networks start from random weights
-    unless ``pretrained``.
+    timm is an optional extra: ``pip install 'dcl-lightning[timm]'``. Networks of a fixed input size, such as vision
+    transformers, are built for the size of the data.
 
     Args:
-        name: name in timm, as ``ghostnet_050`` or ``vit_tiny_patch16_224``; ``timm.list_models()`` has all.
-        pretrained: whether to start from timm's weights, which it fetches unless it has them at hand.
+        name: name in timm, such as ``ghostnet_050`` or ``vit_tiny_patch16_224``; ``timm.list_models()`` lists all.
+        pretrained: whether to start from timm's weights, which it downloads once; random weights if not.
         drop_rate: dropout in front of the head, in [0, 1).
         options: further arguments of ``timm.create_model``.
         in_channels: channels of an input; taken from the data if None.
@@ -74,7 +73,7 @@ class TimmModel(Backbone):
                 f"backbone timm: {self.name} cannot be built for inputs of {spec.channels} x {spec.height} x "
                 f"{spec.width}: {type(error).__name__}: {error}"
             ) from error
-        # Of networks with layers between pooling and classifier, ``num_features`` is the length before those.
+        # Some networks have layers between pooling and classifier: ``num_features`` is the length before them.
         return int(getattr(self.model, "head_hidden_size", self.model.num_features))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -83,7 +82,6 @@ class TimmModel(Backbone):
 
 
 def _timm() -> Any:
-    """Import timm, which takes seconds, where it is used."""
     try:
         import timm
     except ImportError as error:

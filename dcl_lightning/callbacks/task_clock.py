@@ -50,7 +50,7 @@ from dcl_lightning.comm import Comm, SingleProcessComm, broadcast_buffers, comm_
 from dcl_lightning.distributed.horovod.shutdown import through_signals
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
-from dcl_lightning.metrics.evaluation import StreamResults, Tally
+from dcl_lightning.metrics.evaluation import EvaluationCounts, StreamResults
 from dcl_lightning.report.counts import SampleCounts
 from dcl_lightning.types import Batch, Task
 
@@ -486,7 +486,7 @@ class TaskClock(pl.Callback):
         """Write row ``task.index`` of the matrix: the test sets of all tasks so far, each sample once."""
         last = len(self.tasks) - 1 if self.future_tasks else task.index
         if self._scores is not None:
-            self.results.add(task.index, self._tally(trainer, agent, last), self._comm.allreduce)
+            self.results.add(task.index, self._row_counts(trainer, agent, last), self._comm.allreduce)
         self.evaluated_rows = task.index + 1
         if self._scores is not None:
             call_callbacks("on_task_evaluated", trainer, agent, task)
@@ -496,21 +496,21 @@ class TaskClock(pl.Callback):
         self.wall_time["train"] += self._lap()
         untrained = StreamResults(self.results.tested, self.results.num_classes)
         last = len(self.tasks) - 1
-        tally = through_signals(trainer, agent, lambda: self._tally(trainer, agent, last), save=False)
-        untrained.add(0, tally, self._comm.allreduce)
+        counts = through_signals(trainer, agent, lambda: self._row_counts(trainer, agent, last), save=False)
+        untrained.add(0, counts, self._comm.allreduce)
         self.baseline = untrained.matrix.values[0]
         self.wall_time["eval"] += self._lap()
 
-    def _tally(self, trainer: pl.Trainer, agent: Any, last_task: int) -> Tally:
+    def _row_counts(self, trainer: pl.Trainer, agent: Any, last_task: int) -> EvaluationCounts:
         """Count this worker's hits on the test sets of tasks 0..last_task; the host does not wait for a batch."""
         data = datamodule_of(trainer)
         scores = self._scores
         assert scores is not None
-        tally = self.results.tally()
+        counts = self.results.new_counts()
         for column, loader in enumerate(data.test_loaders(last_task)):
             for batch in evaluation_batches(agent, loader, trainer.limit_test_batches):
-                tally.add(column, scores(batch), batch.targets)
-        return tally
+                counts.add(column, scores(batch), batch.targets)
+        return counts
 
     def _lap(self) -> float:
         now = time.monotonic()

@@ -1,6 +1,5 @@
-"""Pure functions: metrics over an accuracy matrix, herding, losses, projections, penalties, schedules, groups."""
+"""The mathematics as pure functions: metrics, losses, scores, herding, regularization and schedules."""
 
-from dcl_lightning.functional.bias_correction import distillation_share, fitted_bias
 from dcl_lightning.functional.continual_metrics import (
     average_accuracy,
     average_incremental_accuracy,
@@ -14,6 +13,7 @@ from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_
 from dcl_lightning.functional.losses import (
     asymmetric_cross_entropy,
     distillation,
+    distillation_share,
     icarl_loss,
     icarl_targets,
     logit_matching,
@@ -21,16 +21,17 @@ from dcl_lightning.functional.losses import (
     tempered_distillation,
     weighted_cross_entropy,
 )
-from dcl_lightning.functional.penalties import (
+from dcl_lightning.functional.regularization import (
+    agem_projection,
+    gem_projection,
     merged_fisher,
     quadratic_penalty,
     quadratic_penalty_gradient,
     si_importance,
     si_path,
 )
-from dcl_lightning.functional.projections import agem_projection, gem_projection
 from dcl_lightning.functional.schedules import lr_factor, lr_scale, parameter_groups, warmup_divisor
-from dcl_lightning.functional.scores import restricted, top_k_hits
+from dcl_lightning.functional.scores import fitted_bias, restricted, top_k_hits
 
 __all__ = [
     "agem_projection",

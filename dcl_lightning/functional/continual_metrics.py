@@ -1,9 +1,8 @@
 """Metrics of continual learning, as pure functions of an accuracy matrix.
 
-``matrix`` is ``(T, T)`` float64: entry ``R[i, j]`` is the accuracy on the test samples of task j after
-task i, a fraction in [0, 1], NaN where it was not evaluated. All functions return a 0-dim float64. A
-term that needs an entry which was not evaluated is left out of the mean; a figure without any term,
-and every figure but the average accuracy for T = 1, is NaN.
+``matrix`` is ``(T, T)`` float64: entry ``R[i, j]`` is the accuracy on the test samples of task j after task i, a
+fraction in [0, 1], NaN where it was not evaluated. All functions return a 0-dim float64. Terms with an entry that was
+not evaluated are left out of the mean. A metric without any term is NaN, and for T = 1 all except the average accuracy.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ __all__ = [
     "over_tasks",
 ]
 
-# What each figure is, in words for reports: libraries give one name to several formulas.
+# The formula of each metric, for reports: the literature uses one name for several formulas.
 FORMULAS = {
     "average_accuracy": "mean over j of R[T-1, j]",
     "average_incremental_accuracy": "mean over i of a[i], the accuracy after task i over all samples of tasks 0..i",
-    "pooled_accuracy": "a[T-1]: right samples of all tasks / samples of all tasks, after the last task",
+    "pooled_accuracy": "a[T-1]: correct samples of all tasks / samples of all tasks, after the last task",
     "learning_accuracy": "mean over j of R[j, j]",
     "forgetting": "max-last: mean over j < T-1 of (max over j <= l < T-1 of R[l, j]) - R[T-1, j]",
     "backward_transfer": "mean over j < T-1 of R[T-1, j] - R[j, j]",
@@ -63,7 +62,7 @@ def average_incremental_accuracy(pooled: Tensor, skip_first: bool = False) -> Te
 
     Args:
         pooled: ``(T,)`` a_i, accuracy after task i over the test samples of all classes seen by then.
-        skip_first: whether to leave out a_0, which knows no earlier task.
+        skip_first: whether to leave out a_0, before which no task was learnt.
 
     Example:
         >>> import torch
@@ -77,7 +76,7 @@ def average_incremental_accuracy(pooled: Tensor, skip_first: bool = False) -> Te
 
 
 def forgetting(matrix: Tensor, mode: Literal["max_last", "max_with_last", "first_last"] = "max_last") -> Tensor:
-    r"""Return how much of the best accuracy was lost, on average (Chaudhry et al. 2018); can be negative.
+    r"""Return the mean decrease from the best accuracy on each task (Chaudhry et al. 2018); can be negative.
 
     .. math:: F = \frac{1}{T-1} \sum_{j<T-1} \Bigl(\max_{j \le l < T-1} R_{l, j} - R_{T-1, j}\Bigr)
 
@@ -103,7 +102,7 @@ def forgetting(matrix: Tensor, mode: Literal["max_last", "max_with_last", "first
     rows = matrix if mode == "max_with_last" else matrix[:last]
     if not last:
         return matrix.new_tensor(float("nan"))
-    # Entries above the diagonal are of tasks not learnt yet: what they show cannot be forgotten.
+    # Entries above the diagonal are from before the task was learnt.
     hidden = rows.isnan() | torch.ones_like(rows, dtype=torch.bool).triu(1)
     learnt = rows.masked_fill(hidden, -float("inf"))
     best = learnt.amax(0)[:last]
@@ -112,7 +111,7 @@ def forgetting(matrix: Tensor, mode: Literal["max_last", "max_with_last", "first
 
 
 def backward_transfer(matrix: Tensor) -> Tensor:
-    r"""Return how much later tasks changed the accuracy on earlier ones (Lopez-Paz and Ranzato 2017).
+    r"""Return the mean change of the accuracy on earlier tasks (Lopez-Paz and Ranzato 2017).
 
     .. math:: \mathrm{BWT} = \frac{1}{T-1} \sum_{j<T-1} (R_{T-1, j} - R_{j, j})
 
@@ -132,9 +131,9 @@ def backward_transfer(matrix: Tensor) -> Tensor:
 
 
 def forward_transfer(matrix: Tensor, baseline: Tensor) -> Tensor:
-    r"""Return how much earlier tasks help on a task before it is learnt (Lopez-Paz and Ranzato 2017).
+    r"""Return the mean gain on a task before it is learnt (Lopez-Paz and Ranzato 2017).
 
-    It means nothing in a class scenario, where a class cannot be predicted before it was seen.
+    It is meaningless in a class scenario, where a class cannot be predicted before it was seen.
 
     .. math:: \mathrm{FWT} = \frac{1}{T-1} \sum_{j>0} (R_{j-1, j} - b_j)
 
@@ -174,15 +173,15 @@ def learning_accuracy(matrix: Tensor) -> Tensor:
     return matrix.diagonal().nanmean() if len(matrix) > 1 else matrix.new_tensor(float("nan"))
 
 
-def over_tasks(figure: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
-    """Return what a figure was after each task.
+def over_tasks(metric: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """Return a metric after each task.
 
     Args:
-        figure: a function of this module that takes a matrix alone.
+        metric: a function of this module that takes a matrix alone.
         matrix: ``(T, T)`` accuracies.
 
     Returns:
-        ``(T,)`` float64; entry t - 1 is the figure of the first t tasks.
+        ``(T,)`` float64; entry t - 1 is the metric of the first t tasks.
 
     Raises:
         ValueError: if ``matrix`` is not square.
@@ -193,7 +192,7 @@ def over_tasks(figure: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
         tensor([   nan, 0.7500], dtype=torch.float64)
     """
     matrix = _checked(matrix)
-    return torch.stack([figure(matrix[:t, :t]) for t in range(1, len(matrix) + 1)])
+    return torch.stack([metric(matrix[:t, :t]) for t in range(1, len(matrix) + 1)])
 
 
 def _checked(matrix: Tensor) -> Tensor:

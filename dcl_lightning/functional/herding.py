@@ -1,4 +1,4 @@
-"""Choice of exemplars and nearest-mean classification (Rebuffi et al. 2017, algorithms 1 and 4)."""
+"""Selection of exemplars, and nearest-mean classification (Rebuffi et al. 2017, algorithms 1 and 4)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def herd(features: Tensor, m: int) -> Tensor:
 
     .. math:: p_k = \arg\min_x \Bigl\| \mu - \frac{1}{k} \Bigl(\phi(x) + \sum_{i<k} \phi(p_i)\Bigr) \Bigr\|
 
-    over the samples not chosen yet, ties going to the lowest index (Rebuffi et al. 2017, algorithm 4).
+    over the samples not chosen yet, the lowest index of several minima (Rebuffi et al. 2017, algorithm 4).
 
     Args:
-        features: ``(n, d)`` features of one class, of any norm; computed with in float64.
+        features: ``(n, d)`` features of one class, of any norm; converted to float64.
         m: number of exemplars; n if larger.
 
     Returns:
@@ -41,7 +41,7 @@ def herd(features: Tensor, m: int) -> Tensor:
     chosen: list[int] = []
     for k in range(1, min(m, len(unit)) + 1):
         distance = (wanted - (unit + total) / k).norm(dim=1).masked_fill(~free, float("inf"))
-        best = _first_minimum(distance)
+        best = int(torch.nonzero(distance == distance.min())[0])  # argmin may return any of several minima
         chosen.append(best)
         free[best] = False
         total = total + unit[best]
@@ -54,7 +54,7 @@ def nearest_to_mean(features: Tensor, m: int) -> Tensor:
     The variant of the program distributed-continual-learning: Euclidean, features as they are.
 
     Args:
-        features: ``(n, d)`` features of one class; computed with in float64.
+        features: ``(n, d)`` features of one class; converted to float64.
         m: number of exemplars; n if larger.
 
     Returns:
@@ -76,12 +76,7 @@ def nearest_mean_scores(features: Tensor, means: Tensor, known: Tensor) -> Tenso
         ``(B, K)`` scores in the means' dtype, at least float32, highest for the nearest class; -inf for unknown
         classes.
     """
-    # The expansion of the square that cdist may take loses digits where two means are close.
+    # cdist's expansion of the square loses digits where two means are close.
     means = means.to(torch.promote_types(means.dtype, torch.float32))
     distances = torch.cdist(features.to(means), means, compute_mode="donot_use_mm_for_euclid_dist")
     return (-distances).masked_fill(~known, -float("inf"))
-
-
-def _first_minimum(values: Tensor) -> int:
-    # argmin leaves open which of several minima it returns.
-    return int(torch.nonzero(values == values.min())[0])

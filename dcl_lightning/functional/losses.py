@@ -1,8 +1,8 @@
 """Losses over a worker's share of a batch.
 
-``weights`` is 0 for rows that only pad a shard; ``normalizer`` is the step's weights summed over all
-workers, divided by their number. So the mean of the workers' losses, and of their gradients, is the
-loss of one process on the concatenated batch.
+``weights`` is 0 for rows that only pad a shard; ``normalizer`` is the sum of the step's weights over all workers,
+divided by their number. So the mean of the workers' losses, and of their gradients, is that of one process on the
+concatenated batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 __all__ = [
     "asymmetric_cross_entropy",
     "distillation",
+    "distillation_share",
     "icarl_loss",
     "icarl_targets",
     "logit_matching",
@@ -36,6 +37,16 @@ def distillation(logits: Tensor, teacher_logits: Tensor) -> Tensor:
         teacher_logits: ``(B, K)``.
     """
     return F.kl_div(logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def distillation_share(num_old: int, num_new: int) -> float:
+    """Return n / (n + m), BiC's weight of distillation relative to classification (Wu et al. 2019, section 3).
+
+    Args:
+        num_old: n, classes of earlier tasks.
+        num_new: m, classes of the current task, at least 1.
+    """
+    return num_old / (num_old + num_new)
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, normalizer: Tensor | float) -> Tensor:
@@ -82,14 +93,14 @@ def asymmetric_cross_entropy(
 
     Args:
         logits: ``(B, K)`` z, floating.
-        targets: ``(B,)`` y int64; each in C, but for rows of weight 0.
+        targets: ``(B,)`` y int64, in C except for rows of weight 0.
         classes: ``(K,)`` bool, C.
         weights: ``(B,)`` w, float32.
         normalizer: n, 0-dim float32.
     """
-    # With its own class the loss of a row of weight 0 is finite, too: 0 times infinity would be NaN.
-    told_apart = classes | F.one_hot(targets, logits.shape[1]).bool()
-    return weighted_cross_entropy(logits.masked_fill(~told_apart, -float("inf")), targets, weights, normalizer)
+    # A row of weight 0 needs its own class for a finite loss: 0 times infinity is NaN.
+    scored = classes | F.one_hot(targets, logits.shape[1]).bool()
+    return weighted_cross_entropy(logits.masked_fill(~scored, -float("inf")), targets, weights, normalizer)
 
 
 def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normalizer: Tensor | float) -> Tensor:
@@ -97,7 +108,7 @@ def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normalizer: 
 
     .. math:: \frac{1}{n K} \sum_i w_i \sum_k (z_{ik} - s_{ik})^2
 
-    The mean over classes is that of the paper's program, for which its factors alpha are meant.
+    The mean over classes is that of the paper's program, with which its factors alpha were chosen.
 
     Args:
         logits: ``(B, K)`` z, floating.
@@ -111,11 +122,11 @@ def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normalizer: 
 def icarl_targets(
     targets: Tensor, num_classes: int, current: Tensor, remembered: Tensor, teacher_logits: Tensor | None
 ) -> Tensor:
-    """Return what each sigmoid output is trained towards (Rebuffi et al. 2017, algorithm 3).
+    """Return the training targets of the sigmoid outputs (Rebuffi et al. 2017, algorithm 3).
 
-    A class of the current taskset takes the label, 0 or 1, also where it was seen before: else nothing
-    could be learnt where every class is old. A class that is only remembered takes the teacher's
-    sigmoid, any other class 0; without a teacher remembered classes take 0 as well.
+    The target of a class of the current taskset is its label, 0 or 1, even if an earlier task had it: otherwise a
+    stream that repeats its classes could not be learnt. The target of a class that is only remembered is the teacher's
+    sigmoid, or 0 without a teacher; that of all others is 0.
 
     Args:
         targets: ``(B,)`` int64 labels.
@@ -151,7 +162,7 @@ def icarl_loss(
         soft_targets: ``(B, K)`` q, in [0, 1].
         weights: ``(B,)`` w, float32.
         normalizer: n, 0-dim float32.
-        divisor: D; K for the mean over classes, whatever is masked, or 1 for their sum.
+        divisor: D; K for the mean over all classes, 1 for the sum.
         columns: ``(K,)`` bool, the classes C that are trained; all if None.
     """
     losses = F.binary_cross_entropy_with_logits(logits, soft_targets.to(logits.dtype), reduction="none")
@@ -167,7 +178,7 @@ def nil_weights(
     batch_size: int,
     num_candidates: int,
 ) -> Tensor:
-    """Return ``max(ln(n_y b / (c |S|)), 1)`` for each representative, as the original program has it.
+    """Return ``max(ln(n_y b / (c |S|)), 1)`` for each representative, as in the original program.
 
     Muñoz et al., "Incremental learning model inspired in Rehearsal for deep convolutional networks", Knowledge-Based
     Systems 208, 2020.
@@ -183,5 +194,5 @@ def nil_weights(
         ``(r,)`` float32.
     """
     ratio = offered.numpy()[labels.cpu().numpy()] * (batch_size / (num_candidates * max(stored, 1)))
-    # ln(x) is above 1 for x above e; a class that was never offered has 0.
+    # ln(x) is above 1 for x above e; n_y is 0 for a class that was never offered.
     return torch.from_numpy(np.log(np.maximum(ratio, math.e)).astype(np.float32))

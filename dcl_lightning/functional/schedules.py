@@ -1,15 +1,16 @@
-"""Learning-rate factors and parameter groups, as optimizers take them."""
+"""Factors of the learning rate, and parameter groups of optimizers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
-__all__ = ["ScaleLR", "lr_factor", "lr_scale", "parameter_groups", "warmup_divisor"]
+from dcl_lightning.types import StateDict
 
+__all__ = ["ScaleLR", "lr_factor", "lr_scale", "parameter_groups", "warmup_divisor"]
 
 ScaleLR = Literal["none", "linear", "sqrt", "capped"]
 
@@ -21,13 +22,13 @@ def lr_factor(
     warmup_epochs: float,
     warmup_divisor: float,
 ) -> float:
-    """Return what the base learning rate is multiplied with.
+    """Return the factor of the base learning rate.
 
     Args:
         progress: epochs since the start of the task, with the fraction within the epoch; at least 0.
-        milestones: epochs of the task after which the rate is multiplied with ``gamma``.
+        milestones: epochs of the task after which the rate is multiplied by ``gamma``.
         gamma: factor of each milestone: one for all, or one each, in the same order.
-        warmup_epochs: W; during the first W epochs the rate rises evenly from 1/D to 1 (Goyal et al. 2017,
+        warmup_epochs: W; during the first W epochs the factor rises linearly from 1/D to 1 (Goyal et al. 2017,
             arXiv 1706.02677, 2.2).
         warmup_divisor: D, at least 1; see ``warmup_divisor``.
     """
@@ -39,10 +40,9 @@ def lr_factor(
 
 
 def warmup_divisor(rule: ScaleLR, num_workers: int) -> float:
-    """Return what the rate is divided by at the start of warm-up: it begins with one worker's rate.
+    """Return the divisor of the rate at the start of warm-up, which gives one worker's rate.
 
-    That is the rate before scaling; with rule ``none`` the given rate is already that of N workers, and
-    one worker's is an N-th of it.
+    That is the rate before scaling; with rule ``none`` the given rate is already that of N workers.
 
     Args:
         rule: how the rate grows with the number of workers.
@@ -61,19 +61,19 @@ def lr_scale(rule: ScaleLR, num_workers: int) -> float:
     }[rule]
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], decay_biases_and_norms: bool) -> list[dict[str, Any]]:
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], decay_biases_and_norms: bool) -> list[StateDict]:
     """Return an optimizer's groups of the parameters that are trained.
 
-    Biases, and whatever has one number for each channel (scales and shifts of normalisation layers,
-    layer scales), are told by name and shape, as timm does, so that any kind of normalisation counts.
+    Biases and parameters with one value for each channel (scales and shifts of normalization layers, layer scales) are
+    recognized by name and shape, as in timm, so that any kind of normalization counts.
 
     Args:
-        named: parameters by name, as ``module.named_parameters()`` gives them.
-        decay_biases_and_norms: whether weight decay acts on them too; if not, they are a second group
-            with ``weight_decay`` 0, and the first group's is left to the optimizer.
+        named: parameters by name, as from ``module.named_parameters()``.
+        decay_biases_and_norms: whether weight decay acts on them too; if not, they form a second group with
+            ``weight_decay`` 0.
 
     Returns:
-        One group, or two of which the second is spared; a group without parameters is left out.
+        One or two groups; a group without parameters is left out.
     """
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
@@ -81,5 +81,5 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], decay_biases_and
         if parameter.requires_grad:
             one_a_channel = parameter.ndim <= 1 or name.endswith(".bias")
             (spared if one_a_channel and not decay_biases_and_norms else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    groups: list[StateDict] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

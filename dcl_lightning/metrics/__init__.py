@@ -1,10 +1,6 @@
-"""Metrics of continual learning as torchmetrics classes.
+"""Metrics of continual learning as torchmetrics classes."""
 
-What torchmetrics has is used as it is: the confusion matrix over a stream is its ``MulticlassConfusionMatrix``.
-"""
-
-from dcl_lightning.metrics.accuracy_matrix import AccuracyMatrix
-from dcl_lightning.metrics.class_accuracy import ClassAccuracy
+from dcl_lightning.metrics.accuracy import AccuracyMatrix, ClassAccuracy
 from dcl_lightning.metrics.stream_metrics import (
     AverageAccuracy,
     AverageIncrementalAccuracy,

@@ -1,7 +1,7 @@
-"""Each metric of continual learning as a torchmetrics class: an accuracy matrix whose ``compute`` returns it.
+"""Metrics of a stream as torchmetrics classes: accuracy matrices whose ``compute`` returns one metric.
 
-They hold the same counts as ``AccuracyMatrix`` and take the same updates, so that a ``MetricCollection`` of them keeps
-one set of counts. The formulas are those of ``functional/continual_metrics.py``.
+They have the counts and updates of ``AccuracyMatrix``, so that a ``MetricCollection`` of them keeps one set of counts.
+The formulas are those of ``functional/continual_metrics.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 import dcl_lightning.metrics.drawing as drawing
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.functional import continual_metrics as figures
-from dcl_lightning.metrics.accuracy_matrix import AccuracyMatrix
+from dcl_lightning.functional import continual_metrics
+from dcl_lightning.metrics.accuracy import AccuracyMatrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,24 +32,24 @@ __all__ = [
 ]
 
 
-class _FigureOfMatrix(AccuracyMatrix):
-    """An accuracy matrix of which one figure is asked for."""
+class _MatrixMetric(AccuracyMatrix):
+    """An accuracy matrix whose ``compute`` returns one metric."""
 
     @abstractmethod
-    def _figure(self, size: int) -> Tensor:
-        """Return the figure of the first ``size`` tasks, 0-dim float64, from the counts held here."""
+    def _metric(self, size: int) -> Tensor:
+        """Return the metric of the first ``size`` tasks, 0-dim float64, from the counts held here."""
 
     def compute(self) -> Tensor:
-        """Return the figure of the rows so far, 0-dim float64; NaN where it is not defined."""
-        return self._figure(len(self.evaluated))
+        """Return the metric of the rows so far, 0-dim float64; NaN where it is not defined."""
+        return self._metric(len(self.evaluated))
 
     @property
     def over_tasks(self) -> Tensor:
-        """The figure after each task so far, ``(t,)`` float64, from the counts held here; no exchange."""
-        return torch.stack([self._figure(size) for size in range(1, len(self.evaluated) + 1)])
+        """The metric after each task so far, ``(t,)`` float64, from the counts held here; no exchange."""
+        return torch.stack([self._metric(size) for size in range(1, len(self.evaluated) + 1)])
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the figure over the tasks.
+        """Draw the metric over the tasks.
 
         Args:
             val: results of ``compute()`` after each task; those of the counts of all workers if None.
@@ -71,7 +71,7 @@ class _FigureOfMatrix(AccuracyMatrix):
         return drawing.figure_of(ax), ax
 
 
-class AverageAccuracy(_FigureOfMatrix):
+class AverageAccuracy(_MatrixMetric):
     r"""Mean accuracy over the tasks after the last one; Lopez-Paz and Ranzato 2017 (ACC).
 
     .. math:: A = \frac{1}{T} \sum_{j=0}^{T-1} R_{T-1, j}
@@ -88,11 +88,11 @@ class AverageAccuracy(_FigureOfMatrix):
         tensor(0.7500, dtype=torch.float64)
     """
 
-    def _figure(self, size: int) -> Tensor:
-        return figures.average_accuracy(self.values[:size, :size])
+    def _metric(self, size: int) -> Tensor:
+        return continual_metrics.average_accuracy(self.values[:size, :size])
 
 
-class AverageIncrementalAccuracy(_FigureOfMatrix):
+class AverageIncrementalAccuracy(_MatrixMetric):
     r"""Mean over tasks of the accuracy on the samples of all tasks seen so far; Rebuffi et al. 2017.
 
     .. math:: \frac{1}{T} \sum_{i=0}^{T-1} a_i, \quad
@@ -103,7 +103,7 @@ class AverageIncrementalAccuracy(_FigureOfMatrix):
     Args:
         num_tasks: T, at least 1.
         top_k: a sample counts as correct if its class is among the k highest scores.
-        skip_first: whether to leave out a_0, which knows no earlier task.
+        skip_first: whether to leave out a_0, before which no task was learnt.
         **kwargs: arguments of ``torchmetrics.Metric``.
 
     Example:
@@ -120,12 +120,12 @@ class AverageIncrementalAccuracy(_FigureOfMatrix):
         super().__init__(num_tasks, top_k, **kwargs)
         self.skip_first = skip_first
 
-    def _figure(self, size: int) -> Tensor:
-        return figures.average_incremental_accuracy(self.pooled[:size], self.skip_first)
+    def _metric(self, size: int) -> Tensor:
+        return continual_metrics.average_incremental_accuracy(self.pooled[:size], self.skip_first)
 
 
-class Forgetting(_FigureOfMatrix):
-    r"""How much of the best accuracy was lost, on average; Chaudhry et al. 2018. It can be negative.
+class Forgetting(_MatrixMetric):
+    r"""Mean decrease from the best accuracy on each task; Chaudhry et al. 2018. It can be negative.
 
     .. math:: F = \frac{1}{T-1} \sum_{j<T-1} \Bigl(\max_{j \le l < T-1} R_{l, j} - R_{T-1, j}\Bigr)
 
@@ -166,12 +166,12 @@ class Forgetting(_FigureOfMatrix):
             raise ConfigurationError(f"mode={mode!r}: give 'max_last', 'max_with_last' or 'first_last'")
         self.mode: Literal["max_last", "max_with_last", "first_last"] = mode
 
-    def _figure(self, size: int) -> Tensor:
-        return figures.forgetting(self.values[:size, :size], self.mode)
+    def _metric(self, size: int) -> Tensor:
+        return continual_metrics.forgetting(self.values[:size, :size], self.mode)
 
 
-class BackwardTransfer(_FigureOfMatrix):
-    r"""How much later tasks changed the accuracy on earlier ones, on average; Lopez-Paz and Ranzato 2017.
+class BackwardTransfer(_MatrixMetric):
+    r"""Mean change of the accuracy on earlier tasks; Lopez-Paz and Ranzato 2017.
 
     .. math:: \mathrm{BWT} = \frac{1}{T-1} \sum_{j<T-1} (R_{T-1, j} - R_{j, j})
 
@@ -189,14 +189,14 @@ class BackwardTransfer(_FigureOfMatrix):
 
     plot_lower_bound = -1.0
 
-    def _figure(self, size: int) -> Tensor:
-        return figures.backward_transfer(self.values[:size, :size])
+    def _metric(self, size: int) -> Tensor:
+        return continual_metrics.backward_transfer(self.values[:size, :size])
 
 
-class ForwardTransfer(_FigureOfMatrix):
-    r"""How much earlier tasks help on a task before it is learnt, on average; Lopez-Paz and Ranzato 2017.
+class ForwardTransfer(_MatrixMetric):
+    r"""Mean gain on a task before it is learnt; Lopez-Paz and Ranzato 2017.
 
-    It needs entries above the diagonal, and means nothing where a task brings classes of its own.
+    It needs entries above the diagonal, and is meaningless where a task has classes that no earlier task had.
 
     .. math:: \mathrm{FWT} = \frac{1}{T-1} \sum_{j>0} (R_{j-1, j} - b_j)
 
@@ -230,11 +230,11 @@ class ForwardTransfer(_FigureOfMatrix):
             raise ConfigurationError(f"baseline has {len(baseline)} numbers for num_tasks={num_tasks}: give one each")
         self.register_buffer("baseline", torch.as_tensor(baseline, dtype=torch.float64), persistent=False)
 
-    def _figure(self, size: int) -> Tensor:
-        return figures.forward_transfer(self.values[:size, :size], self.baseline[:size].cpu())
+    def _metric(self, size: int) -> Tensor:
+        return continual_metrics.forward_transfer(self.values[:size, :size], self.baseline[:size].cpu())
 
 
-class LearningAccuracy(_FigureOfMatrix):
+class LearningAccuracy(_MatrixMetric):
     r"""Mean accuracy on each task just after it was learnt; Riemer et al. 2019.
 
     .. math:: \frac{1}{T} \sum_{j=0}^{T-1} R_{j, j}
@@ -251,5 +251,5 @@ class LearningAccuracy(_FigureOfMatrix):
         tensor(0.7500, dtype=torch.float64)
     """
 
-    def _figure(self, size: int) -> Tensor:
-        return figures.learning_accuracy(self.values[:size, :size])
+    def _metric(self, size: int) -> Tensor:
+        return continual_metrics.learning_accuracy(self.values[:size, :size])

@@ -221,7 +221,7 @@ def test_evaluation_fetches_nothing_between_batches() -> None:
     from dcl_lightning.metrics.evaluation import StreamResults
 
     results = StreamResults([[0, 1], [2, 3], [4, 5]], 6, task_aware=True)
-    tally = results.tally()
+    counts = results.new_counts()
     # A tensor without data cannot be fetched: this raises where the host would have to wait for it.
     scores, targets = torch.zeros(4, 6, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
-    tally.add(0, scores, targets)
+    counts.add(0, scores, targets)

@@ -52,13 +52,13 @@ def test_scores_without_a_finite_one_are_never_right() -> None:
 
 def test_one_row_of_the_matrix_counts_finite_scores_alone() -> None:
     results = StreamResults([[0, 1], [2, 3], [4, 5, 6]], 7, task_aware=True)
-    tally = results.tally()
+    counts = results.new_counts()
     learnt = torch.tensor([True, True, True, True, False, False, False])
     for column, classes in enumerate(results.tested):
         targets = torch.tensor(classes)
         scores = torch.zeros(len(targets), 7).scatter(1, targets[:, None], 1.0)  # right, but for what is not learnt
-        tally.add(column, restricted(scores, learnt), targets)
-    results.add(1, tally, lambda counts: counts)
+        counts.add(column, restricted(scores, learnt), targets)
+    results.add(1, counts, lambda tensor: tensor)
     for metric in (results.matrix, results.top5, results.task_aware):
         assert metric.values[1].tolist() == [1, 1, 0]
     assert results.classes.values[1].tolist() == [1, 1, 1, 1, 0, 0, 0]
