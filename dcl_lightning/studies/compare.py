@@ -1,24 +1,30 @@
-"""``dcl-lightning compare RUN RUN ...``: configurations side by side, each over its seeds and class orders."""
+"""``dcl-lightning compare RUN RUN ...``: configurations side by side, each over its seeds and class orders.
+
+The command's own part comes first, then statistics over runs, then tables: pure functions.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.paths import replacing
-from dcl_lightning.studies import tables
+from dcl_lightning.report.text import csv_text
 from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
-from dcl_lightning.studies.statistics import Estimate, between, estimate, paired
 
-__all__ = ["main", "write_comparison"]
+__all__ = ["Estimate", "between", "estimate", "latex", "main", "markdown", "paired", "plain", "write_comparison"]
 
-# The rest is in the CSV file.
+K = TypeVar("K")
+Rows = Sequence[Sequence[str]]
+
+# Metrics of the tables; the CSV file has all.
 _SHOWN = {
     "average_accuracy": "average accuracy",
     "average_incremental_accuracy": "incremental",
@@ -29,7 +35,7 @@ _SHOWN = {
 
 
 def main(args: Sequence[str]) -> int:
-    """Compare the runs that the arguments name."""
+    """Compare the runs of the arguments after ``compare``; return the exit code."""
     parser = CommandParser("compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run, or of a study with several.")
     parser.add_argument("--out", help="Folder to write comparison.csv, .md, .tex and .png to; none by default.")
@@ -49,11 +55,11 @@ def text_of(groups: dict[str, list[Run]]) -> str:
     Args:
         groups: runs by configuration.
     """
-    parts = ["In %: mean ± standard deviation over runs", tables.plain(*_table(groups))]
+    parts = ["In %: mean ± standard deviation over runs", plain(*_table(groups))]
     differences = _differences(groups)
     if differences[1]:
         parts += ["", f"Average accuracy less that of {next(iter(groups))}, in points, over the same seeds and orders"]
-        parts.append(tables.plain(*differences))
+        parts.append(plain(*differences))
     return "\n".join(parts)
 
 
@@ -62,21 +68,21 @@ def write_comparison(groups: dict[str, list[Run]], folder: Path) -> None:
 
     Args:
         groups: runs by configuration.
-        folder: is made if it is not there.
+        folder: is created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     head, rows = _table(groups)
     differences = _differences(groups)
-    text = "# Comparison\n\nIn %: mean ± standard deviation over runs.\n\n" + tables.markdown(head, rows)
+    text = "# Comparison\n\nIn %: mean ± standard deviation over runs.\n\n" + markdown(head, rows)
     text += "\n" + "\n".join(f"{name}: {FORMULAS[key]}." for key, name in _SHOWN.items() if key in FORMULAS) + "\n"
     if differences[1]:
         text += f"\nAverage accuracy less that of {next(iter(groups))}, in points, over the same seeds and orders:\n\n"
-        text += tables.markdown(*differences)
-    contents = {"csv": _numbers(groups), "md": text, "tex": tables.latex(head, rows)}
+        text += markdown(*differences)
+    contents = {"csv": _numbers(groups), "md": text, "tex": latex(head, rows)}
     if find_spec("matplotlib") is not None:
         contents["md"] += "\n![accuracy over tasks](comparison.png)\n"
         with replacing(folder / "comparison.png") as draft:
-            draft.write_bytes(_picture(groups))
+            draft.write_bytes(_figure(groups))
     for ending, content in contents.items():
         with replacing(folder / f"comparison.{ending}") as draft:
             draft.write_text(content, encoding="utf-8")
@@ -108,18 +114,18 @@ def _differences(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str
 
 
 def _numbers(groups: dict[str, list[Run]]) -> str:
-    """Return one line a run, fractions, with what tells it from the others."""
+    """Return one line for each run: configuration, folder, seed, order, and its metrics as fractions."""
     names = [key for key in FORMULAS if any(run.facts.get(key) is not None for runs in groups.values() for run in runs)]
-    rows: list[list[object]] = []
-    for name, runs in groups.items():
-        for run in runs:
-            figures = ["" if run.facts.get(key) is None else run.facts[key] for key in names]
-            rows.append([name, run.folder, "" if run.seed is None else run.seed, run.order or "", *figures])
-    return tables.csv_text(["configuration", "folder", "seed", "order", *names], rows)
+    rows = [
+        [name, run.folder, run.seed, run.order, *(run.facts.get(key) for key in names)]
+        for name, runs in groups.items()
+        for run in runs
+    ]
+    return csv_text(["configuration", "folder", "seed", "order", *names], rows)
 
 
-def _picture(groups: dict[str, list[Run]]) -> bytes:
-    """Draw the accuracy over all samples seen, after each task: means, and bars of one deviation."""
+def _figure(groups: dict[str, list[Run]]) -> bytes:
+    """Return the accuracy over all samples seen after each task as a PNG: means, and bars of one deviation."""
     from matplotlib.figure import Figure
 
     from dcl_lightning.metrics import drawing
@@ -162,3 +168,110 @@ def _interval(found: Estimate | None) -> str:
 
 def _number(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
+
+
+# -- statistics over runs ----------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A mean over n values.
+
+    Args:
+        mean: of the values.
+        deviation: their standard deviation, with n - 1; NaN for one value.
+        low: lower end of the 95 % interval of the mean by Student's t distribution; NaN for one value.
+        high: upper end.
+        n: number of values.
+    """
+
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean, deviation and 95 % interval.
+
+    >>> [round(x, 3) for x in estimate([1.0, 2.0, 3.0])]
+    [2.0, 1.0, -0.484, 4.484, 3]
+
+    Args:
+        values: at least one.
+    """
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, n)
+    from scipy.stats import t
+
+    deviation = float(np.std(values, ddof=1))
+    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return Estimate(mean, deviation, mean - half, mean + half, n)
+
+
+def paired(ours: Mapping[K, float], theirs: Mapping[K, float]) -> Estimate | None:
+    """Return the estimate of ``ours - theirs`` over the keys that both have; None with fewer than two.
+
+    Args:
+        ours: a value for each pair of seed and order.
+        theirs: likewise.
+    """
+    both = [key for key in ours if key in theirs]
+    return estimate([ours[key] - theirs[key] for key in both]) if len(both) > 1 else None
+
+
+def between(values: Mapping[tuple[object, object], float]) -> tuple[float, float]:
+    """Return the deviation over seeds and that over orders, each NaN for a single one.
+
+    The first is the root of the mean variance within an order, the second the deviation of the orders' means.
+
+    Args:
+        values: by order and seed.
+    """
+    orders: dict[object, list[float]] = {}
+    for (order, _), value in values.items():
+        orders.setdefault(order, []).append(value)
+    within = [float(np.var(group, ddof=1)) for group in orders.values() if len(group) > 1]
+    means = [float(np.mean(group)) for group in orders.values()]
+    over_orders = float(np.std(means, ddof=1)) if len(means) > 1 else math.nan
+    return (math.sqrt(float(np.mean(within))) if within else math.nan), over_orders
+
+
+# -- tables ------------------------------------------------------------------------------------------
+
+
+def plain(head: Sequence[str], rows: Rows) -> str:
+    """Return a table in columns, the first to the left and the others to the right.
+
+    Args:
+        head: of the columns.
+        rows: as many cells each.
+    """
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    texts = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+def markdown(head: Sequence[str], rows: Rows) -> str:
+    """Return a table in Markdown; arguments as of ``plain``."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def latex(head: Sequence[str], rows: Rows) -> str:
+    """Return a ``tabular`` for the package booktabs; arguments as of ``plain``."""
+    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (head, *rows)]
+    body = [lines[0], r"\midrule", *lines[1:]]
+    start = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}"
+    return "\n".join([start, r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    for sign in "&%_#$":
+        cell = cell.replace(sign, "\\" + sign)
+    return cell.replace("±", r"$\pm$")

@@ -1,8 +1,7 @@
 """``dcl-lightning repeat CONFIG --seeds 0..4 --orders 5``: one configuration over seeds of training and class orders.
 
-Finished runs are found by their report and not run again, and what was cut off goes on from its last checkpoint: give
-the same command again. As a SLURM array, one run a job: ``--slurm-array`` prints the command, and within the array it
-runs the one that is its job's.
+The same command again skips finished runs, found by their report, and resumes interrupted ones from their last
+checkpoint. As a SLURM array, one run per job: ``--slurm-array`` prints the command, and runs the job's run within it.
 """
 
 from __future__ import annotations
@@ -16,20 +15,29 @@ from pathlib import Path
 
 from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.studies import fits
 from dcl_lightning.studies.compare import text_of, write_comparison
-from dcl_lightning.studies.runs import find_runs, grouped, is_finished, one_each
+from dcl_lightning.studies.runs import (
+    Fit,
+    arguments,
+    claim_folder,
+    find_runs,
+    grouped,
+    is_finished,
+    one_each,
+    read_config,
+    run_fit,
+)
 
 __all__ = ["main", "numbers"]
 
 _MOST = 10_000  # of seeds, of orders
 
 
-def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
-    """Run what is left of the study, then write its comparison.
+def main(args: Sequence[str], fit: Fit = run_fit) -> int:
+    """Run the unfinished runs of the study, then write its comparison.
 
     Args:
-        args: those of the command line behind ``repeat``.
+        args: those after ``repeat``.
         fit: runs one fit.
 
     Returns:
@@ -42,9 +50,9 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
     parser.add_argument("--seeds", default="0..4", help="Seeds of training: 0..4, or 0,3,7. (default: 0..4)")
     parser.add_argument("--orders", type=int, help="How many class orders; the file's own alone if left out.")
     parser.add_argument("--out", help="Folder of the study. (default: runs/NAME of the file)")
-    parser.add_argument("--slurm-array", action="store_true", help="Run the one that SLURM_ARRAY_TASK_ID tells.")
+    parser.add_argument("--slurm-array", action="store_true", help="Run number SLURM_ARRAY_TASK_ID of the study.")
     given, more = parser.parse_known_args(args)
-    text = fits.read_config(given.config)
+    text = read_config(given.config)
     seeds = numbers(given.seeds)
     if given.orders is not None and not 1 <= given.orders <= _MOST:
         raise ConfigurationError(f"--orders={given.orders}: give a number from 1 to {_MOST}, or leave it out")
@@ -62,15 +70,15 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
                 f"SLURM_ARRAY_TASK_ID={task}, but there are {len(runs)} runs: --array=0-{len(runs) - 1}"
             )
         runs = dict([list(runs.items())[int(task)]])
-    fits.keep_to(folder, {"config": text, "options": more})
+    claim_folder(folder, {"config": text, "options": more})
     failed = []
     for number, (place, flags) in enumerate(runs.items(), 1):
         if is_finished(place):
             print(f"run {number} of {len(runs)}: {place} is there", flush=True)
             continue
         print(f"run {number} of {len(runs)}: {place}", flush=True)
-        code = fit(fits.arguments(given.config, place, [*more, *flags]))
-        if code in (2, 130, 143):  # would be the same again, or was stopped by hand
+        code = fit(arguments(given.config, place, [*more, *flags]))
+        if code in (2, 130, 143):  # fails again in the same way, or was stopped by hand
             return code
         if code or not is_finished(place):
             failed.append(place)
@@ -86,7 +94,7 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
 
 
 def numbers(text: str) -> list[int]:
-    """Return the seeds that a text tells: ``0..4``, or ``0,3,7``.
+    """Return the seeds in a text: ``0..4``, or ``0,3,7``.
 
     >>> numbers("2..4,9")
     [2, 3, 4, 9]

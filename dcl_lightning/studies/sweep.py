@@ -1,8 +1,8 @@
-"""``dcl-lightning sweep SWEEP``: a search with Optuna for values that learn a validation split best.
+"""``dcl-lightning sweep SWEEP``: an Optuna search for the values with the best validation accuracy.
 
 The file names a configuration and the values to try, as ``configs/sweep_icarl_digits.yaml`` does. Each trial holds out
-samples of every class and is judged by the average accuracy on those, after the last task. Test data have no say.
-Trials that are done are kept in the study's folder: give the same command again to go on.
+samples of every class; its score is the average accuracy on them after the last task. Test data are not used. Finished
+trials stay in the study's folder: the same command again continues the search.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ import yaml
 from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.errors import ConfigurationError, suggestion
 from dcl_lightning.paths import expanded
-from dcl_lightning.studies import fits
+from dcl_lightning.studies.runs import Fit, arguments, claim_folder, read_config, run_fit
+from dcl_lightning.types import StateDict
 
 __all__ = ["main", "nested", "validation_accuracy"]
 
 _KEYS = ("config", "trials", "val_ratio", "seed", "parameters")
 
 
-def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
-    """Run the trials that are left, and write the best values to ``best.yaml``.
+def main(args: Sequence[str], fit: Fit = run_fit) -> int:
+    """Run the remaining trials, and write the best values to ``best.yaml``.
 
     Args:
-        args: those of the command line behind ``sweep``.
+        args: those after ``sweep``.
         fit: runs one fit.
 
     Returns:
@@ -39,11 +40,9 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
     parser = CommandParser(
         "sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("file", metavar="SWEEP", help="File that says what to search.")
+    parser.add_argument("file", metavar="SWEEP", help="File that defines the search.")
     parser.add_argument("--out", help="Folder of the study. (default: runs/NAME of the file)")
-    parser.add_argument(
-        "--trials", type=int, help="How many trials there shall be in all; the file's number if left out."
-    )
+    parser.add_argument("--trials", type=int, help="Number of trials in all; the file's if left out.")
     given, more = parser.parse_known_args(args)
     plan = _read(Path(given.file))
     for option in more:
@@ -57,15 +56,15 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
         raise ConfigurationError("sweep needs Optuna: pip install 'dcl-lightning[sweep]'") from error
     folder = Path(given.out or Path("runs") / Path(given.file).stem)
     config = str(Path(given.file).parent / expanded(plan["config"]))
-    text = fits.read_config(config)
+    text = read_config(config)
     what = {key: plan[key] for key in _KEYS if key != "trials"} | {"options": more}
-    fits.keep_to(folder, what | {"config": text})
+    claim_folder(folder, what | {"config": text})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}", direction="maximize", load_if_exists=True
     )
     done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-    # Else trials of a search that goes on would be the first ones again.
+    # Another seed for a continued search, which would otherwise repeat its first trials.
     study.sampler = optuna.samplers.TPESampler(seed=plan["seed"] + len(study.trials))
     wanted = given.trials or plan["trials"]
     for number in range(len(done), wanted):
@@ -78,11 +77,11 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
             for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
         ]
         flags += ["--seed_everything", str(plan["seed"]), "--data.val_ratio", str(plan["val_ratio"])]
-        code = fit(fits.arguments(config, place, [*more, *flags]))
+        code = fit(arguments(config, place, [*more, *flags]))
         score = validation_accuracy(place / "metrics.csv") if code == 0 else None
         if score is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            if code in (2, 130, 143):  # would be the same again, or was stopped by hand
+            if code in (2, 130, 143):  # fails again in the same way, or was stopped by hand
                 return code
             continue
         study.tell(trial, score)
@@ -98,7 +97,7 @@ def main(args: Sequence[str], fit: fits.Fit = fits.run_fit) -> int:
 
 
 def validation_accuracy(metrics: Path) -> float | None:
-    """Return the average accuracy over the tasks' hold-outs after the last epoch; None if there is none.
+    """Return the average accuracy over the tasks' hold-outs after the last epoch; None if it was not logged.
 
     Args:
         metrics: the ``metrics.csv`` of a run.
@@ -112,8 +111,8 @@ def validation_accuracy(metrics: Path) -> float | None:
     return sum(tasks) / len(tasks) if tasks else None
 
 
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by flags as a configuration file holds them.
+def nested(values: Mapping[str, object]) -> StateDict:
+    """Return values by flag in the structure of a configuration file.
 
     >>> nested({"model.lr": 0.1, "model.rehearsal.num_samples": 8})
     {'model': {'init_args': {'lr': 0.1, 'rehearsal': {'num_samples': 8}}}}
@@ -121,7 +120,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         values: by flag, without the dashes.
     """
-    result: dict[str, Any] = {}
+    result: StateDict = {}
     for key, value in values.items():
         parts = key.replace(".init_args", "").split(".")
         place = result
@@ -133,7 +132,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _suggest(trial: Any, key: str, space: Mapping[str, Any]) -> Any:
+def _suggest(trial: Any, key: str, space: StateDict) -> bool | int | float | str | None:
     if "choices" in space:
         return trial.suggest_categorical(key, space["choices"])
     low, high, log = space["low"], space["high"], bool(space.get("log", False))
@@ -142,14 +141,14 @@ def _suggest(trial: Any, key: str, space: Mapping[str, Any]) -> Any:
     return trial.suggest_float(key, low, high, log=log)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> StateDict:
     """Return the plan of a sweep.
 
     Raises:
-        ConfigurationError: a key or value that there is not, or that would let test data have a say.
+        ConfigurationError: an unknown key or wrong value, or one that would select on test data.
     """
     try:
-        plan: Any = yaml.safe_load(fits.read_config(path))
+        plan: StateDict = yaml.safe_load(read_config(path))
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{path} is no YAML: {error}") from error
     if not isinstance(plan, dict):

@@ -17,9 +17,9 @@ from scipy import stats
 
 from dcl_lightning import cli
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.studies import fits, repeat, sweep, tables
-from dcl_lightning.studies.runs import find_runs, grouped, one_each
-from dcl_lightning.studies.statistics import between, estimate, paired
+from dcl_lightning.studies import compare, repeat, sweep
+from dcl_lightning.studies.compare import between, estimate, paired
+from dcl_lightning.studies.runs import arguments, find_runs, grouped, one_each
 
 CONFIG = {
     "model": {"class_path": "base", "init_args": {"backbone": "mlp", "epochs_per_task": 1}},
@@ -121,7 +121,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     # Cut off after the first task: its report has an empty last row.
     assert repeat.main(["naive.yaml", "--seeds", "0", "--trainer.max_steps", "3"], fit) == 1
     place = tmp_path / "runs" / "naive" / "seed_0"
-    assert fits.arguments("naive.yaml", place, [])[-2:] == ["--ckpt_path", str(place / "checkpoints" / "last.ckpt")]
+    assert arguments("naive.yaml", place, [])[-2:] == ["--ckpt_path", str(place / "checkpoints" / "last.ckpt")]
     (tmp_path / "runs" / "naive" / "study.json").unlink()
     assert repeat.main(["naive.yaml", "--seeds", "0"], fit) == 0
     facts = json.loads((place / "report" / "accuracy_matrix.json").read_text())
@@ -265,7 +265,7 @@ def test_estimates_are_those_of_scipy() -> None:
 
 def test_tables_escape_what_their_format_would_take_for_its_own() -> None:
     head, rows = ["a_b", "x"], [["50 %", "1 ± 2"]]
-    assert r"a\_b & x \\" in tables.latex(head, rows)
-    assert r"50 \% & 1 $\pm$ 2 \\" in tables.latex(head, rows)
-    assert tables.markdown(["a|b"], [["c"]]).splitlines()[0] == r"| a\|b |"
-    assert tables.plain(["name", "n"], [["x", "10"]]).splitlines() == ["name   n", "--------", "x     10"]
+    assert r"a\_b & x \\" in compare.latex(head, rows)
+    assert r"50 \% & 1 $\pm$ 2 \\" in compare.latex(head, rows)
+    assert compare.markdown(["a|b"], [["c"]]).splitlines()[0] == r"| a\|b |"
+    assert compare.plain(["name", "n"], [["x", "10"]]).splitlines() == ["name   n", "--------", "x     10"]
