@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcl_lightning._version import __version__ as __version__
 
-# Makes ``Trainer(strategy="horovod")`` known; imports no Horovod.
+# Registers ``Trainer(strategy="horovod")``; imports no Horovod.
 from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 
 if TYPE_CHECKING:
@@ -63,35 +63,25 @@ __all__ = [
     "TaskReport",
 ]
 
-# Imported when first used: data sets and networks bring packages that ``import dcl_lightning`` must not wait for.
+# Imported when first used: data sets and networks need packages that take seconds to import.
+_MODULES = ("agents", "backbones", "callbacks", "data", "functional", "metrics")
 _HOMES = {
-    "AGEM": "agents",
     "AccuracyMatrix": "metrics",
-    "BiC": "agents",
-    "ContinualAgent": "agents",
     "ContinualDataModule": "data",
-    "DER": "agents",
-    "DERpp": "agents",
-    "DarkReplay": "agents",
-    "ER": "agents",
-    "ERACE": "agents",
-    "EWC": "agents",
-    "FineTuning": "agents",
-    "GDumb": "agents",
-    "GEM": "agents",
-    "ICaRL": "agents",
-    "LwF": "agents",
-    "NIL": "agents",
     "Rehearsal": "callbacks",
     "RehearsalConfig": "memory.config",
-    "RehearsingAgent": "agents",
-    "SI": "agents",
     "TaskClock": "callbacks",
     "TaskReport": "callbacks",
-}
+}  # all others are agents
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dcl_lightning' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"dcl_lightning.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dcl_lightning.{name}")
+    if name in __all__:
+        return vars(importlib.import_module(f"dcl_lightning.{_HOMES.get(name, 'agents')}"))[name]
+    raise AttributeError(f"module 'dcl_lightning' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 __all__ = [
     "CheckpointError",
@@ -22,8 +22,7 @@ __all__ = [
     "whole_number",
 ]
 
-
-# Keys and words of earlier versions: an error names what took their place.
+# Earlier names of keys and words, by which an error suggests the present ones.
 _RENAMED = {
     "store": "row_format", "rows": "inputs", "reference": "index", "transformed": "augmented",
     "stage": "prefetch", "sample": "draw", "assemble": "device", "load": "batch",
@@ -38,12 +37,7 @@ class CheckpointError(RuntimeError):
 
     @classmethod
     def not_written(cls, path: str | os.PathLike[str], error: OSError) -> CheckpointError:
-        """Return the error of a save that failed.
-
-        Args:
-            path: what was written.
-            error: why it was not.
-        """
+        """Return the error of a save to ``path`` that failed."""
         return cls(
             f"{os.fspath(path)} cannot be written ({error.strerror or error}): what was saved before is whole; make "
             "room or give another folder, then resume with --ckpt_path last"
@@ -59,22 +53,22 @@ class DataError(ValueError):
 
 
 class DatasetNotFoundError(DataError):
-    """A data set is not where it was looked for.
+    """The folder of a data set lacks its files.
 
     Args:
-        name: name of the data set.
-        folder: where it was looked for.
-        layout: the files expected there, in words.
-        downloadable: whether ``data.download=true`` would fetch it.
+        name: of the data set.
+        folder: that was searched.
+        layout: the expected files, in words.
+        downloadable: whether ``data.download=true`` would download it.
     """
 
     def __init__(self, name: str, folder: str, layout: str, downloadable: bool) -> None:
-        remedy = "put it there or set data.download=true" if downloadable else "put it there, it cannot be fetched"
+        remedy = "put it there or set data.download=true" if downloadable else "put it there, it cannot be downloaded"
         super().__init__(f"data set '{name}' not found in {folder}: expected {layout}; {remedy}")
 
 
 class HorovodNotFoundError(ImportError):
-    """Horovod is asked for and not installed."""
+    """Horovod is needed and not installed."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -103,13 +97,13 @@ def check_number(
     Args:
         key: of the number, for the message.
         value: the number.
-        above: it has to be greater.
-        at_least: it has to be as great.
-        below: it has to be less.
-        at_most: it must not be greater.
+        above: lower bound, excluded.
+        at_least: lower bound, included.
+        below: upper bound, excluded.
+        at_most: upper bound, included.
 
     Raises:
-        ConfigurationError: with what is allowed.
+        ConfigurationError: with the allowed range.
     """
     largest = _LARGEST_INT if isinstance(value, int) else _LARGEST_FLOAT32
     number = isinstance(value, (int, float)) or hasattr(value, "__float__")
@@ -129,14 +123,14 @@ def check_number(
 
 
 def suggestion(given: str, names: Iterable[str]) -> str:
-    """Return the end of a message that asks for the nearest right name; nothing if none is near, or it is among them.
+    """Return the end of a message that suggests the nearest valid name; nothing for a valid or distant one.
 
     >>> suggestion("icrl", ["base", "icarl"])
     "; did you mean 'icarl'?"
 
     Args:
-        given: what was given.
-        names: what would have been right.
+        given: the name that was given.
+        names: the valid names.
     """
     right = sorted(set(names))
     renamed = _RENAMED.get(given)
@@ -144,16 +138,16 @@ def suggestion(given: str, names: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near and given not in right else ""
 
 
-def check_words(section: str, hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuse words that a ``Literal`` does not have: in Python nothing else does, and a misspelt word would be another.
+def check_words(section: str, hints: Mapping[str, object], values: Mapping[str, object]) -> None:
+    """Refuse values that are not among the words of their ``Literal``, which Python itself does not check.
 
     Args:
         section: of the configuration, with which the keys begin: ``model`` or ``rehearsal``.
-        hints: types by name, as ``typing.get_type_hints`` gives them.
-        values: by name; those without a hint are left alone.
+        hints: types by name, from ``typing.get_type_hints``.
+        values: by name; those without a hint are not checked.
 
     Raises:
-        ConfigurationError: with the words that are allowed.
+        ConfigurationError: with the allowed words.
     """
     for name in hints.keys() & values.keys():
         kinds = (hints[name], *get_args(hints[name]))
@@ -164,20 +158,21 @@ def check_words(section: str, hints: Mapping[str, Any], values: Mapping[str, Any
             raise ConfigurationError(f"{section}.{name}={given!r}: give {', '.join(words)}{near}")
 
 
-def whole_number(key: str, value: Any, least: int, below: int | None = None) -> int:
+def whole_number(key: str, value: object, least: int, below: int | None = None) -> int:
     """Return a whole number, Python's or NumPy's, as Python's.
 
     Args:
-        key: what sets it.
-        value: what was given.
-        least: the smallest that is allowed.
-        below: the first one too large, if any.
+        key: of the number, for the message.
+        value: the number.
+        least: lower bound, included.
+        below: upper bound, excluded.
 
     Raises:
         ConfigurationError: a bool, a float, text, or a number out of range.
     """
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not (least <= value and (below is None or value < below)):
-        upper = "" if below is None else f", below {below}"
-        raise ConfigurationError(f"{key}={value!r}: give a whole number of at least {least}{upper}")
-    return int(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+        if number >= least and (below is None or number < below):
+            return number
+    upper = "" if below is None else f", below {below}"
+    raise ConfigurationError(f"{key}={value!r}: give a whole number of at least {least}{upper}")

@@ -1,4 +1,4 @@
-"""Output to a screen that may be closed, broken, or without Unicode."""
+"""Output to a terminal or file that may be closed, broken, or without Unicode."""
 
 from __future__ import annotations
 
@@ -6,58 +6,62 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 __all__ = ["Screen", "is_watched", "show", "tolerant"]
 
 
 class Screen:
-    """A text stream whose failures are its own: what cannot be shown is left out.
+    """A text stream whose writes never raise.
 
-    Letters that the stream's encoding lacks become question marks. Once a write has failed, because the reader has
-    gone or the disk is full, nothing more is written.
+    Letters that the stream's encoding lacks become question marks. After a failed write, because the reader has exited
+    or the disk is full, nothing more is written.
 
     Args:
-        stream: any object with ``write``, or None where the process has none.
+        stream: any object with ``write``, or None in a process without one.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
         self._broken = not hasattr(stream, "write")
 
     def write(self, text: str) -> int:
         """Write what can be written; return the length of the text."""
-        if not self._broken:
+        if self.stream is not None and not self._broken:
             try:
                 self.stream.write(text)
             except UnicodeError:
                 encoding = getattr(self.stream, "encoding", None) or "ascii"
-                self._try(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+                with self._closed_on_error():
+                    self.stream.write(text.encode(encoding, "replace").decode(encoding))
             except (OSError, ValueError):
-                self._leave()
+                self._close()
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream if it can be."""
-        if not self._broken and hasattr(self.stream, "flush"):
-            self._try(self.stream.flush)
+        """Flush the stream if it can be flushed."""
+        if self.stream is not None and not self._broken:
+            with self._closed_on_error(), suppress(AttributeError):
+                self.stream.flush()
 
     def isatty(self) -> bool:
-        """Return whether the stream says that it is a terminal."""
+        """Return whether the stream is a terminal."""
         with suppress(AttributeError, OSError, ValueError):
-            return bool(self.stream.isatty())
+            return self.stream is not None and self.stream.isatty()
         return False
 
-    def _try(self, do: Any, *args: Any) -> None:
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
         try:
-            do(*args)
+            yield
         except (OSError, ValueError):
-            self._leave()
+            self._close()
 
-    def _leave(self) -> None:
+    def _close(self) -> None:
         self._broken = True
-        # What is still buffered would fail again at the end of the process, and change its exit code.
+        # Buffered text would fail again at the end of the process, and change its exit code.
         with suppress(AttributeError, OSError, ValueError):
+            assert self.stream is not None
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
@@ -68,28 +72,20 @@ class Screen:
 
 @contextmanager
 def tolerant(name: Literal["stdout", "stderr"]) -> Iterator[None]:
-    """Let a stream of the process fail without an exception.
-
-    Args:
-        name: of the stream.
-    """
-    before = getattr(sys, name)
+    """Replace a stream of the process by a ``Screen``, whose writes never raise."""
+    before = vars(sys)[name]
     screen = Screen(before)
     setattr(sys, name, screen)
     try:
         yield
     finally:
         screen.flush()
-        if getattr(sys, name) is screen:
+        if vars(sys)[name] is screen:
             setattr(sys, name, before)
 
 
 def show(text: str) -> None:
-    """Print a line at once; never fail.
-
-    Args:
-        text: the line.
-    """
+    """Print a line at once; never raise."""
     screen = Screen(sys.stdout)
     screen.write(f"{text}\n")
     screen.flush()

@@ -204,7 +204,7 @@ def test_another_agent_after_a_config_keeps_only_what_is_shared(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     model = yaml.safe_load(done.stdout)["model"]
     assert model["class_path"].endswith("short_names.base")
-    assert (model["init_args"]["momentum"], model["init_args"]["logits"]) == (0.9, "all")
+    assert (model["init_args"]["momentum"], model["init_args"]["train_classes"]) == (0.9, "all")
     assert "model.train_classes" in done.stderr
 
 

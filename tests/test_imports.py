@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import dcl_lightning
+
 PACKAGE = Path(__file__).parent.parent / "dcl_lightning"
 # Each may import those that stand before it.
 ORDER = [
@@ -78,11 +80,23 @@ def test_no_method_is_imported_by_another_or_by_what_they_share(module: str) -> 
     assert [".".join(words) for words in of_agents if words[2] not in SHARED | {module}] == []
 
 
-def test_importing_the_package_brings_nothing_heavy() -> None:
-    code = "import sys, dcl_lightning; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+def test_importing_the_package_brings_nothing_heavy_and_shows_its_names() -> None:
+    code = (
+        "import sys, dcl_lightning\n"
+        "print(*sys.modules)\n"
+        "print(*dir(dcl_lightning))\n"
+        "assert dcl_lightning.agents.ER is dcl_lightning.ER\n"
+        "from dcl_lightning.backbones import MLP\n"
+        "assert dcl_lightning.backbones.MLP is MLP\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded, shown = (set(line.split()) for line in done.stdout.splitlines())
     # matplotlib is not in the list: torchmetrics, and so Lightning, imports it where it is installed.
-    assert not {"horovod", "continuum", "sklearn"} & set(loaded)
+    assert not {"horovod", "continuum", "sklearn", "dcl_lightning.agents", "dcl_lightning.backbones"} & loaded
+    assert set(dcl_lightning.__all__) | {"agents", "backbones", "data", "functional", "metrics"} <= shown
+    assert not {name for name in shown if name.startswith("_") and not name.endswith("__")}
+    assert not {"importlib", "Any"} & shown
 
 
 # Private names that are used and are not Lightning's: of named tuples, Python, torch, Horovod and continuum.

@@ -20,19 +20,9 @@ __all__ = ["last_model", "refuse_nulls", "with_one_optimizer", "without_other_ag
 
 # How a network is built and optimized, whichever agent trains it.
 _SHARED_KEYS = {
-    "backbone",
-    "decay_biases_and_norms",
-    "epochs_per_task",
-    "gamma",
-    "lr",
-    "milestones",
-    "momentum",
-    "optimizer",
-    "optimizer_reset",
-    "scale_lr",
-    "warmup_epochs",
-    "weight_decay",
-}
+    "backbone", "decay_biases_and_norms", "epochs_per_task", "gamma", "lr", "milestones", "momentum", "optimizer",
+    "optimizer_reset", "scale_lr", "warmup_epochs", "weight_decay",
+}  # fmt: skip
 
 
 def without_other_agent(args: Sequence[str]) -> list[str]:
@@ -208,7 +198,7 @@ def _entries(level: Mapping[str, object] | Namespace) -> Mapping[str, object]:
 def _class_at(path: str) -> type | None:
     module, _, name = path.rpartition(".")
     with suppress(ImportError):
-        kind = getattr(importlib.import_module(module), name, None)
+        kind = vars(importlib.import_module(module)).get(name)
         return kind if inspect.isclass(kind) else None
     return None
 

@@ -233,7 +233,7 @@ def memory_help(agent: str) -> str:
     """
     if agent not in AGENTS:
         raise ConfigurationError(f"--model={agent}: give one of {', '.join(AGENTS)}{suggestion(agent, AGENTS)}")
-    kind: type = getattr(dcl_lightning.agents.short_names, agent)
+    kind: type = vars(dcl_lightning.agents.short_names)[agent]
     for base in kind.__mro__:
         hint = get_type_hints(vars(base)["__init__"]).get("rehearsal") if "__init__" in vars(base) else None
         config = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)

@@ -1,13 +1,13 @@
 """Plots of metrics on matplotlib axes: readable without colour, with units, at the size of a paper's column.
 
-Every function draws fractions as per cent. matplotlib is imported when a picture is made. Sizes are in inches.
+All functions draw fractions as per cent. matplotlib is imported with the first plot. Sizes are in inches.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,28 +17,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "CURVE_SIZE",
-    "class_size",
-    "confusion_size",
-    "draw_classes",
-    "draw_confusion",
-    "draw_curves",
-    "draw_fill",
-    "draw_matrix",
-    "draw_rows",
-    "draw_task_curves",
-    "figure_of",
-    "in_words",
-    "matrix_size",
-    "new_axes",
-    "shortened",
-]
+    "CURVE_SIZE", "class_size", "confusion_size", "draw_classes", "draw_confusion", "draw_curves", "draw_fill",
+    "draw_matrix", "draw_rows", "draw_task_curves", "figure_of", "in_words", "matrix_size", "new_axes", "shortened",
+]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
 
 CURVE_SIZE = (5.2, 3.4)
 _FONT = 8
-_NAMED = 8  # tasks whose curves can be told apart by dashes and markers
+_NAMED = 8  # curves that differ in dashes and markers
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vX*P"
 _LONGEST = 20  # characters of a class's name
@@ -46,12 +33,7 @@ _CELL = {10: 0.46, 20: 0.34}  # side of a cell with its value in it, by number o
 
 
 def new_axes(width: float, height: float) -> Axes:
-    """Return the axes of a new figure of pyplot.
-
-    Args:
-        width: of the figure.
-        height: of the figure.
-    """
+    """Return the axes of a new figure of pyplot."""
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
@@ -59,8 +41,7 @@ def new_axes(width: float, height: float) -> Axes:
 
 def figure_of(ax: Axes) -> Figure:
     """Return the figure that axes belong to."""
-    figure: Any = ax.figure
-    return figure
+    return cast("Figure", ax.figure)  # not a subfigure
 
 
 def in_words(name: str) -> str:
@@ -68,12 +49,12 @@ def in_words(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
-def shortened(label: Any) -> str:
-    """Return a class's name in at most twenty characters; of a longer one both ends stay, so that names differ."""
+def shortened(label: object) -> str:
+    """Return a class's name in at most twenty characters, from both ends of a longer one."""
     text = " ".join(str(label).split())
     half = _LONGEST // 2
     text = text if len(text) <= _LONGEST else text[:half] + "…" + text[1 - half :]
-    return text.replace("$", r"\$")  # matplotlib sets what stands between two of these as a formula
+    return text.replace("$", r"\$")  # matplotlib typesets text between two of these as a formula
 
 
 # -- heat maps ---------------------------------------------------------------------------------------
@@ -87,10 +68,10 @@ def matrix_size(num_tasks: int) -> tuple[float, float]:
 
 
 def draw_matrix(ax: Axes, values: Floats) -> None:
-    """Draw an accuracy matrix, with its values in the cells up to twenty tasks; what was not evaluated stays white.
+    """Draw an accuracy matrix, with its values in the cells up to twenty tasks; cells not evaluated stay white.
 
     Args:
-        ax: where.
+        ax: axes.
         values: ``(T, T)`` fractions, NaN where not evaluated.
     """
     size = len(values)
@@ -112,7 +93,7 @@ def draw_classes(ax: Axes, values: Floats, labels: Sequence[str]) -> None:
     """Draw the accuracy of every class (row) after every task (column).
 
     Args:
-        ax: where.
+        ax: axes.
         values: ``(T, K)`` fractions, NaN where not evaluated.
         labels: names of the K classes.
     """
@@ -122,10 +103,10 @@ def draw_classes(ax: Axes, values: Floats, labels: Sequence[str]) -> None:
 
 
 def draw_rows(ax: Axes, counts: Floats, labels: Sequence[str]) -> None:
-    """Draw how many rows of every class (row) the memory holds after every task (column).
+    """Draw the memory's rows of every class (row) after every task (column).
 
     Args:
-        ax: where.
+        ax: axes.
         counts: ``(T, K)``.
         labels: names of the K classes.
     """
@@ -146,8 +127,8 @@ def draw_confusion(ax: Axes, counts: Floats, labels: Sequence[str]) -> None:
     """Draw a confusion matrix, each row as shares of the class's samples.
 
     Args:
-        ax: where.
-        counts: ``(K, K)``, samples of class y (row) taken for class k (column).
+        ax: axes.
+        counts: ``(K, K)``, samples of class y (row) predicted as k (column).
         labels: names of the K classes.
     """
     totals = counts.sum(1, keepdims=True)
@@ -164,7 +145,7 @@ def _heat(ax: Axes, values: Floats, most: float, label: str, decimals: int | Non
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
-    # Zero is a light grey, so that it differs from what is not there.
+    # Zero is a light grey, so that it differs from missing values.
     greys = LinearSegmentedColormap.from_list("greys", colormaps["Greys"](np.linspace(0.1, 0.9, 256)))
     image = ax.imshow(
         values, cmap=greys, vmin=0.0, vmax=most, aspect="equal" if equal else "auto", interpolation="nearest"
@@ -187,17 +168,17 @@ def _axes_of_classes(ax: Axes, num_tasks: int, labels: Sequence[str]) -> None:
     ax.set_ylabel("class", fontsize=_FONT + 1)
 
 
-def _task_ticks(ax: Axes, size: int, axis: str) -> None:
+def _task_ticks(ax: Axes, size: int, axis: Literal["x", "y"]) -> None:
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, size) if size <= 20 * s)
     ax.set(**{f"{axis}ticks": range(0, size, step)})
 
 
-def _class_ticks(ax: Axes, labels: Sequence[str], axis: str) -> None:
+def _class_ticks(ax: Axes, labels: Sequence[str], axis: Literal["x", "y"]) -> None:
     step = -(-len(labels) // 30)
     places = range(0, len(labels), step)
     ax.set(**{f"{axis}ticks": places, f"{axis}ticklabels": [shortened(labels[y]) for y in places]})
     upright = axis == "x" and max(len(str(label)) for label in labels) > 2
-    ax.tick_params(axis=axis, rotation=90 if upright else 0)  # type: ignore[arg-type]
+    ax.tick_params(axis=axis, rotation=90 if upright else 0)
 
 
 def _text_width(labels: Sequence[str]) -> float:
@@ -208,12 +189,12 @@ def _text_width(labels: Sequence[str]) -> float:
 
 
 def draw_curves(ax: Axes, curves: Mapping[str, Floats], label: str) -> None:
-    """Draw figures over the tasks, told apart by dashes and markers.
+    """Draw metrics over the tasks, with different dashes and markers.
 
     Args:
-        ax: where.
-        curves: ``(t,)`` fractions by name, NaN where there is none.
-        label: what stands at the vertical axis.
+        ax: axes.
+        curves: ``(t,)`` fractions by name, NaN where undefined.
+        label: of the vertical axis.
     """
     for number, (name, values) in enumerate(curves.items()):
         ax.plot(100 * values, label=name, **_line(number))
@@ -228,8 +209,8 @@ def draw_task_curves(ax: Axes, matrix: Floats) -> None:
     """Draw the accuracy on each task over the stream, and the mean over the tasks learnt.
 
     Args:
-        ax: where.
-        matrix: ``(T, T)`` fractions, NaN where not evaluated; entries of tasks not learnt yet are left out.
+        ax: axes.
+        matrix: ``(T, T)`` fractions, NaN where not evaluated; entries above the diagonal are left out.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -259,15 +240,15 @@ def draw_task_curves(ax: Axes, matrix: Floats) -> None:
 
 
 def draw_fill(ax: Axes, stored: Floats, nominal: float) -> None:
-    """Draw how many rows the memory holds after each task, beside those it has room for.
+    """Draw the memory's rows after each task, and its capacity.
 
     Args:
-        ax: where.
+        ax: axes.
         stored: ``(t,)`` rows.
-        nominal: rows that there is room for.
+        nominal: capacity in rows.
     """
     ax.bar(np.arange(len(stored)), stored, color="0.6", edgecolor="black", lw=0.6, label="stored")
-    ax.axhline(nominal, color="black", ls="--", lw=1.2, label="room")
+    ax.axhline(nominal, color="black", ls="--", lw=1.2, label="capacity")
     _curve_axes(ax, len(stored), "rows stored")
     ax.set_ylim(0, 1.08 * max(nominal, float(stored.max()), 1.0))
     _legend(ax)
@@ -275,7 +256,7 @@ def draw_fill(ax: Axes, stored: Floats, nominal: float) -> None:
 
 def _line(number: int) -> dict[str, Any]:
     grey = ("black", "0.35", "0.6")[number % 3]
-    # Open markers stay apart where points fall together.
+    # Open markers stay visible where points coincide.
     return {
         "color": grey, "ls": _DASHES[number % 4], "marker": _MARKERS[number % 8], "ms": 5, "mfc": "white", "lw": 1.3,
     }  # fmt: skip

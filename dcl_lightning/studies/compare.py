@@ -1,7 +1,4 @@
-"""``dcl-lightning compare RUN RUN ...``: configurations side by side, each over its seeds and class orders.
-
-The command's own part comes first, then statistics over runs, then tables: pure functions.
-"""
+"""``dcl-lightning compare RUN RUN ...``: configurations side by side, each over its seeds and class orders."""
 
 from __future__ import annotations
 

@@ -158,7 +158,8 @@ def _read(path: Path) -> StateDict:
             raise ConfigurationError(
                 f"{path}: no such key {key}{suggestion(str(key), _KEYS)}; there are {', '.join(_KEYS)}"
             )
-    plan = {"trials": 20, "val_ratio": 0.2, "seed": 0} | plan
+    defaults: StateDict = {"trials": 20, "val_ratio": 0.2, "seed": 0}
+    plan = defaults | plan
     if not plan.get("config") or not isinstance(plan.get("parameters"), dict) or not plan["parameters"]:
         raise ConfigurationError(f"{path}: give config, the file of a fit, and parameters, the values to try")
     if not isinstance(plan["val_ratio"], (int, float)) or not 0 < plan["val_ratio"] < 1:
