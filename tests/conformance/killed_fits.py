@@ -1,8 +1,8 @@
-"""Real kills: ``killed_fits.py FOLDER KILLS SEED AGENT ...`` fits each agent, is killed at random moments, and goes on.
+"""Real kills: ``killed_fits.py FOLDER KILLS SEED AGENT ...`` fits each agent, kills it at random moments, and resumes.
 
 Each fit is a process of its own, forked from one that has imported everything, and saves two checkpoints at every step,
-so that most kills come while one is saved. After each kill all checkpoints there must be whole, and the newest must
-resume; at the end weights, matrix and memory must be those of a run without kills. Prints one line of JSON.
+so that most kills come during a save. After each kill all checkpoints must be whole, and the latest must resume; at the
+end weights, matrix and memory must be those of a run without kills. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def forked(name: str, folder: Path, ckpt: Path | None, kill_after: float | None)
 def main(root: Path, kills: int, seed: int, names: list[str]) -> dict[str, Any]:
     """Run it all; return the counts."""
     draw = random.Random(seed)
-    told: dict[str, Any] = {"kills": 0, "runs": 0, "resumed": 0, "later": 0}
+    counts: dict[str, Any] = {"kills": 0, "runs": 0, "resumed": 0, "later": 0}
     for name in names:
         folder = root / f"{name}_{seed}"
         (folder / "whole").mkdir(parents=True)
@@ -98,20 +98,20 @@ def main(root: Path, kills: int, seed: int, names: list[str]) -> dict[str, Any]:
                 break
             run = folder / f"killed_{number}"
             run.mkdir()
-            told["runs"] += 1
+            counts["runs"] += 1
             ended = False
             while not ended:
                 path, problems = latest_checkpoint((run / "checkpoints").glob("*.ckpt"))
                 # At every moment all that is there under its name is whole.
                 assert not problems, problems
                 if path is not None:
-                    told["resumed"] += 1
-                    told["later"] += int(torch.load(path)["global_step"] > 0)
+                    counts["resumed"] += 1
+                    counts["later"] += int(torch.load(path)["global_step"] > 0)
                 wait = draw.uniform(0, whole["seconds"]) if left > 0 else None
                 ended = forked(name, run, path, wait)
                 if not ended:
                     left -= 1
-                    told["kills"] += 1
+                    counts["kills"] += 1
                 for file in (run / "checkpoints").glob("*.ckpt"):
                     assert not problem_of(file), problem_of(file)
             end = torch.load(run / "end.pt")
@@ -119,7 +119,7 @@ def main(root: Path, kills: int, seed: int, names: list[str]) -> dict[str, Any]:
             assert torch.equal(end["matrix"], whole["matrix"]), f"{name}: another matrix"
             assert end["memory"] is None or same(end["memory"], whole["memory"]), f"{name}: another memory"
         shutil.rmtree(folder)
-    return told
+    return counts
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_horovodrun_ends_at_once(signum: signal.Signals, tmp_path: Path) -> None
         job.wait_for("PID", 2)
         time.sleep(1)
         job.process.send_signal(signum)
-        # Now and then with 0: two threads of Horovod wait for a worker, and the second one is told that it ended well.
+        # Now and then with 0: two threads of Horovod wait for a worker, and the second one sees that it ended well.
         assert job.end() in (0, 1)
         assert "DONE" not in job.text
         assert job.check_saved() >= 2

@@ -57,7 +57,7 @@ def ends(folder: Path) -> list[dict[str, Any]]:
 def kill_and_compare(tmp_path: Path, names: list[str], kills: int, seed: int) -> dict[str, int]:
     """Kill a worker of each agent's job so many times; each job ends as the one that was left alone."""
     draw = random.Random(seed)
-    told = {"kills": 0, "later": 0}
+    counts = {"kills": 0, "later": 0}
     for name in names:
         started = time.monotonic()
         assert job(tmp_path / f"{name}_whole", name)
@@ -68,27 +68,27 @@ def kill_and_compare(tmp_path: Path, names: list[str], kills: int, seed: int) ->
             if job(folder, name, (draw.randrange(2), draw.uniform(0.2, 1) * trained)):
                 break  # at its end before the kill
             left -= 1
-            told["kills"] += 1
+            counts["kills"] += 1
             assert not [p for file in (folder / "checkpoints").glob("*.ckpt") if (p := problem_of(file))]
         assert job(folder, name)
         for ours, theirs in zip(ends(folder), whole, strict=True):
-            told["later"] += int(ours["first"] > 0)
+            counts["later"] += int(ours["first"] > 0)
             assert torch.equal(ours["weights"], theirs["weights"]), f"{name}: other weights"
             assert torch.equal(ours["matrix"], theirs["matrix"]), f"{name}: another matrix"
             assert ours["memory"] is None or same(ours["memory"], theirs["memory"]), f"{name}: another memory"
-        print(f"{name}: {time.monotonic() - started:.0f} s, so far {told}")
-    return told
+        print(f"{name}: {time.monotonic() - started:.0f} s, so far {counts}")
+    return counts
 
 
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
-    told = kill_and_compare(tmp_path, ["nil_global"], 1, 0)
-    assert told["kills"] == 1
+    counts = kill_and_compare(tmp_path, ["nil_global"], 1, 0)
+    assert counts["kills"] == 1
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_killed_workers_of_every_memory_change_nothing(tmp_path: Path) -> None:
-    told = kill_and_compare(tmp_path, ["nil", "nil_v1", "nil_v4", "nil_global", "icarl", "derpp", "er"], 3, 1)
+    counts = kill_and_compare(tmp_path, ["nil", "nil_v1", "nil_v4", "nil_global", "icarl", "derpp", "er"], 3, 1)
     # A job may end before its kill, or be killed before it has saved anything; most are not.
-    assert told["kills"] >= 10
-    assert told["later"] >= 6
+    assert counts["kills"] >= 10
+    assert counts["later"] >= 6

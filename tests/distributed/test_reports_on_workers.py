@@ -29,8 +29,8 @@ def test_report_of_two_workers(tmp_path: Path) -> None:
     with (tmp_path / "two/report/buffer.csv").open() as file:
         lines = [line for line in csv.DictReader(file) if line["task"] == "1"]
     held = {k: sum(int(line["rows"]) for line in lines if line["worker"] == k) for k in ("0", "1")}
-    told = {k: int(w.output.split("HELD ")[1].split()[0]) for k, w in zip("01", workers, strict=True)}
-    assert held == told
+    printed = {k: int(w.output.split("HELD ")[1].split()[0]) for k, w in zip("01", workers, strict=True)}
+    assert held == printed
     assert both["buffer_rows"]["nominal"] == 12
     assert both["buffer_rows"]["stored"] == sum(held.values())
     distinct = {int(i) for w in workers for i in w.output.split("IDS ")[1].split("\n")[0].split()}

@@ -16,15 +16,15 @@ def test_parameters_that_no_worker_uses_in_a_step_cost_nothing() -> None:
 def test_a_worker_that_waits_for_a_gradient_learns_which_and_from_whom_it_does_not_come() -> None:
     workers = run_workers(unused_parameters.one_worker_without, 2)
     assert [worker.code for worker in workers] == [1, 1], workers
-    told = re.findall(r"^\S*ConfigurationError: (.*)$", workers[0].output, re.MULTILINE)
-    assert told == [
+    messages = re.findall(r"^\S*ConfigurationError: (.*)$", workers[0].output, re.MULTILINE)
+    assert messages == [
         "worker 1's backward pass gave no gradient to spare.weight, spare.bias, and worker 0 waits for it: "
         "set find_unused_parameters=true of strategy=horovod"
     ], workers[0].output
     assert "ConfigurationError" not in workers[1].output, "the echo"
 
 
-def test_gradients_of_two_steps_are_not_combined_in_silence() -> None:
+def test_gradients_of_two_steps_are_never_combined_silently() -> None:
     """Worker 0 uses it in even steps, worker 1 in odd ones: each would wait for the other's next step, and get that."""
     workers = run_workers(unused_parameters.in_turn, 2)
     assert [worker.code for worker in workers] == [1, 1], workers
