@@ -203,7 +203,7 @@ class RowComm(ABC):
         return _Started(finish, lambda: self._taken.discard(name))
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
-        """Return worker ``src``'s tensor, same shape and dtype on all."""
+        """Return worker ``src``'s tensor; see ``Comm.broadcast``."""
         value = tensor.detach()
         if not value.numel():
             return value.clone()

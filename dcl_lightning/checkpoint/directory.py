@@ -116,11 +116,9 @@ class ClaimedFolders:
 
 
 def problem_of(path: Path, resumes: bool = True) -> str:
-    """Return why a checkpoint cannot be read or resumed; an empty string if it can.
+    """Return why a checkpoint cannot be read, or with ``resumes`` cannot be resumed; an empty string if it can.
 
-    Args:
-        path: the checkpoint.
-        resumes: whether training resumes from it, which needs its memory and its optimizer, too.
+    Resuming needs the memory and the optimizer, too.
     """
     try:
         check_seal(path)
@@ -141,12 +139,7 @@ def problem_of(path: Path, resumes: bool = True) -> str:
 
 
 def latest_checkpoint(files: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:
-    """Return the latest intact checkpoint among files, and what is wrong with those that are newer.
-
-    Args:
-        files: the checkpoints.
-        resumes: whether training resumes from it, which needs its memory and its optimizer, too.
-    """
+    """Return the latest checkpoint among files without a ``problem_of``, and the problems of those that are newer."""
     found = {file.resolve() for file in files if file.is_file()}
     problems: list[str] = []
     for path in sorted(found, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):

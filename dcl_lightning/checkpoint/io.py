@@ -198,8 +198,7 @@ def _sha256(file: IO[bytes], num_bytes: int, end: bytes = b"") -> str:
 def keep_side_files(strategy: Strategy) -> SideFilesIO:
     """Let a strategy save, load and remove checkpoints together with their side files; safe to repeat.
 
-    Args:
-        strategy: the trainer's; its present plugin, also a user's own, still writes the checkpoint itself.
+    Its present plugin, also a user's own, still writes the checkpoint itself.
     """
     holder, io = None, strategy.checkpoint_io
     while not isinstance(io, SideFilesIO) and (inner := wrapped_io(io)) is not None:
@@ -240,11 +239,6 @@ class SideFilesIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: StateDict, path: str | Path, storage_options: object = None) -> None:
         """Make a checkpoint and its side files valid together, in place of what had this name.
-
-        Args:
-            checkpoint: its content.
-            path: its file.
-            storage_options: for the user's plugin.
 
         Raises:
             CheckpointError: it cannot be written; what had this name before is intact.
@@ -294,12 +288,7 @@ class SideFilesIO(CheckpointIO):
         return target.parent / STAGING
 
     def load_checkpoint(self, path: str | Path, *args: object, **kwargs: object) -> StateDict:
-        """Return a checkpoint, with the folder of its side files added to its record.
-
-        Args:
-            path: its file.
-            *args: for the plugin that reads.
-            **kwargs: for the plugin that reads.
+        """Return a checkpoint, with the folder of its side files added to its record; other arguments go to ``base``.
 
         Raises:
             CheckpointError: it does not exist, is damaged, or was written by a later version of this package.
@@ -364,9 +353,6 @@ def _write(checkpoint: StateDict, target: Path, staging: Path) -> None:
 
 def check_seal(path: str | os.PathLike[str]) -> None:
     """Refuse a checkpoint that differs from what was written; those of other programs have no seal and are accepted.
-
-    Args:
-        path: the checkpoint.
 
     Raises:
         CheckpointError: it does not exist, or was truncated or changed.
