@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 
 # What `make test-latest` runs: the parts that take minutes and need no Horovod.
 FAST := $(addprefix tests/,functional metrics memory backbones report callbacks checkpoint agents data cli \
-	conformance/test_lightning_surface.py distributed/test_lightning_relied_on.py)
+	conformance/test_lightning_support.py distributed/test_lightning_relied_on.py)
 LATEST := .venv-latest/bin
 
 .PHONY: setup demo test test-exhaustive test-latest lint bench docs wheel clean
