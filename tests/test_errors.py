@@ -31,7 +31,7 @@ def test_words_of_a_memory(words: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [
-        (FineTuning, {"logits": "new"}, r"model\.train_classes='new': give all, seen"),
+        (FineTuning, {"train_classes": "new"}, r"model\.train_classes='new': give all, seen"),
         (FineTuning, {"scale_lr": "squared"}, r"model\.scale_lr='squared': give none, "),
         (ICaRL, {"execution": "nonblocking"}, r"model\.execution='nonblocking': give inline, blocking"),
         (ICaRL, {"exemplars": "per-step"}, r"model\.exemplars='per-step': give union, per_step"),
