@@ -19,9 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
     "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
-    "datamodule_of", "has_version", "is_fast_dev_run", "log_interval", "loggers_write", "optimizers_to_device",
-    "reload_training_data", "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io",
-    "step_is_open", "trainer_of", "wrap_srun_check", "wrapped_io",
+    "datamodule_of", "dev_run_batches", "has_version", "is_fast_dev_run", "log_interval", "loggers_write",
+    "optimizers_to_device", "overfit_batches", "reload_training_data", "reload_validation_data", "replace_save",
+    "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open", "trainer_of", "validates_by_time",
+    "wrap_srun_check", "wrapped_io",
 ]  # fmt: skip
 
 
@@ -82,6 +83,24 @@ def is_fast_dev_run(trainer: pl.Trainer) -> bool:
     """Return whether the trainer was given ``fast_dev_run``."""
     untyped: Any = trainer
     return bool(untyped.fast_dev_run)
+
+
+def dev_run_batches(trainer: pl.Trainer) -> int:
+    """Return the batches of each epoch under ``fast_dev_run``; 0 without."""
+    untyped: Any = trainer
+    return int(untyped.fast_dev_run)
+
+
+def validates_by_time(trainer: pl.Trainer) -> bool:
+    """Return whether ``val_check_interval`` is a time."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def overfit_batches(trainer: pl.Trainer) -> int | float:
+    """Return the trainer's ``overfit_batches``; 0 without."""
+    untyped: Any = trainer
+    batches: int | float = untyped.overfit_batches
+    return batches
 
 
 def replace_save(trainer: pl.Trainer, save: Callable[..., None]) -> None:

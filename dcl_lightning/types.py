@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 __all__ = [
-    "Batch", "Clock", "InputSpec", "MemoryRows", "PyTree", "ReplaySource", "StateDict", "StoresExtraColumns", "Task",
+    "Batch", "Clock", "InputSpec", "MemoryRows", "Prediction", "PyTree", "ReplaySource", "StateDict",
+    "StoresExtraColumns", "Task",
 ]  # fmt: skip
 
 PyTree: TypeAlias = Any  # tensors, in lists, tuples and dicts of any depth
@@ -83,6 +84,23 @@ class Batch(NamedTuple):
     draw_ids: Tensor
     num_new: int
     rehearsed: dict[str, Tensor] = {}  # never written to
+
+
+class Prediction(NamedTuple):
+    """Prediction of a batch of B samples.
+
+    Args:
+        labels: B predicted labels as they stand in the data; model ids if the agent has never seen these.
+        class_ids: ``(B,)`` int64, their model ids.
+        probabilities: ``(B, K)`` float32, softmax of the agent's scores, a column for each model id; 0 for classes not
+            seen. For agents that score by distances they rank the classes, but are not calibrated.
+        sample_ids: ``(B,)`` int64, indices in the data set; -1 where they are not known.
+    """
+
+    labels: list[int | str]
+    class_ids: Tensor
+    probabilities: Tensor
+    sample_ids: Tensor
 
 
 class MemoryRows(NamedTuple):

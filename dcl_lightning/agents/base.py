@@ -1,7 +1,8 @@
-"""What every agent shares: backbone and head, optimizer and schedule per task, logging, evaluation."""
+"""ContinualAgent: what all methods share, from the network and its optimizer to evaluation and prediction."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,33 +16,41 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import Self
 
-from dcl_lightning._lightning import callbacks_of, datamodule_of, set_callbacks, trainer_of
-from dcl_lightning.agents.optimization import KeepUnseenRows, build
-from dcl_lightning.agents.prediction import Inference, Prediction
-from dcl_lightning.agents.step_log import StepLog
+from dcl_lightning._lightning import (
+    callbacks_of,
+    datamodule_of,
+    is_fast_dev_run,
+    loggers_write,
+    set_callbacks,
+    trainer_of,
+)
+from dcl_lightning.agents.optimization import KeepUnseenRows, build_optimizer
+from dcl_lightning.agents.prediction import Inference
 from dcl_lightning.backbones import Backbone, LinearHead
+from dcl_lightning.backbones.short_names import Network, network_of
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
-from dcl_lightning.callbacks.checkpoint import ResumableCheckpoints
+from dcl_lightning.callbacks.checkpoint import ResumableCheckpoints, scale_rates
 from dcl_lightning.callbacks.evaluation import evaluation_batches
 from dcl_lightning.callbacks.hooks import wrap_hook
 from dcl_lightning.callbacks.loss_guard import LossGuard
-from dcl_lightning.callbacks.task_reset import scale_rates
 from dcl_lightning.callbacks.trainer_checks import refuse_changing_accumulation, refuse_tuning
 from dcl_lightning.checkpoint.resume import refuse_another_run
 from dcl_lightning.comm import Comm, comm_of
-from dcl_lightning.errors import ConfigurationError, check_number, check_words
+from dcl_lightning.data import ContinualDataModule
+from dcl_lightning.errors import ConfigurationError, check_number, check_words, suggestion
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, parameter_groups, warmup_divisor
 from dcl_lightning.functional.scores import top_k_hits
-from dcl_lightning.metrics.evaluation import EvaluationCounts
-from dcl_lightning.types import Batch, InputSpec, Task
+from dcl_lightning.metrics.evaluation import EvaluationCounts, StreamResults
+from dcl_lightning.types import Batch, InputSpec, Prediction, StateDict, Task
 
-__all__ = ["ContinualAgent"]
+__all__ = ["ContinualAgent", "Network"]
 
 _ALL = slice(None)
 _SGD_LR = 0.05
@@ -49,15 +58,48 @@ _SGD_LR = 0.05
 _BROUGHT: WeakKeyDictionary[pl.Trainer, list[Callable[[], None]]] = WeakKeyDictionary()
 
 
-class ContinualAgent(pl.LightningModule):
-    """A learner of a stream of tasks; subclasses say what one step's loss is.
+class _NamedArguments:
+    """Shows and checks all arguments of a class, also those that its constructor forwards by ``*args, **kwargs``."""
+
+    __signature__: ClassVar[inspect.Signature]
+    # Arguments that the class gives to its base's constructor itself.
+    fixed_arguments: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        found: dict[str, inspect.Parameter] = {}
+        by_place = by_name = True
+        for kind in (kind for kind in cls.__mro__ if by_name and "__init__" in vars(kind)):
+            _, *parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
+            for p in parameters:
+                if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in cls.fixed_arguments:
+                    found.setdefault(p.name, p if by_place else p.replace(kind=p.KEYWORD_ONLY))
+            kinds = {p.kind for p in parameters}
+            by_place &= inspect.Parameter.VAR_POSITIONAL in kinds
+            by_name = inspect.Parameter.VAR_KEYWORD in kinds
+        cls.__signature__ = inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        names = [*cls.__signature__.parameters]
+        for name in kwargs.keys() - names:
+            near = suggestion(name, names)
+            raise TypeError(f"{cls.__name__} has no argument {name!r}: give one of {', '.join(names)}{near}")
+        return super().__new__(cls)
+
+
+class ContinualAgent(_NamedArguments, pl.LightningModule):
+    """A learner of a stream of tasks; a subclass defines one step's loss, see ``training_loss``.
+
+    ``num_classes`` and ``input_spec`` may be left out: the first call of a trainer takes them from its data module and
+    makes the network then. With a strategy that sends weights back from its processes, as ``ddp_spawn``, give both.
 
     Args:
-        backbone: module from inputs ``(B, C, H, W)`` to features ``(B, feature_dim)``.
+        backbone: module from inputs ``(B, C, H, W)`` to features ``(B, feature_dim)``; or its name, as ``mlp``,
+            ``resnet18`` or one of timm's.
         num_classes: classes of the whole stream, K; the head has K outputs from the start.
-        input_spec: shape of one input; needed only if the backbone leaves its own open.
+        input_spec: shape of one input, for a backbone that leaves it open.
         epochs_per_task: epochs of every task, or one number per task.
-        lr: learning rate at the start of each task, above 0; if None the rate that ``optimizer`` has, 0.05 without one.
+        lr: learning rate at the start of each task, above 0; if None the rate of ``optimizer``, 0.05 without one.
         momentum: momentum of SGD, in [0, 1).
         weight_decay: L2 penalty in torch's convention, at least 0.
         decay_biases_and_norms: whether weight decay acts on biases and on the scales and shifts of
@@ -68,39 +110,47 @@ class ContinualAgent(pl.LightningModule):
             worker's: the unscaled ``lr``, or with ``scale_lr`` none an N-th of it.
         scale_lr: how ``lr`` grows with the number of workers N: not at all, with N, with its root, or
             with min(N, 64).
-        optimizer: builds another optimizer than SGD from parameters or parameter groups; momentum and weight decay are
-            its own, and its rate if that is given, as in ``partial(Adam, lr=0.001)``, and ``lr`` is not.
+        optimizer: builds another optimizer than SGD from parameters or parameter groups, with its own momentum and
+            weight decay, and with its own rate if it has one, as in ``partial(Adam, lr=0.001)``, and ``lr`` is None.
         optimizer_reset: whether each task starts with a fresh optimizer state and schedule.
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
         train_classes: train the outputs of ``all`` classes, or only of those ``seen`` so far.
-        task_aware: whether to report also the accuracy of an agent that is told the task: scores restricted to the
+        task_aware: whether to report also the accuracy with the task known: scores restricted to the
             classes of the sample's task (task-IL), under names that end in ``task_aware``.
         future_tasks: whether tasks not learnt yet are evaluated too, for forward transfer.
 
     Attributes:
         tasks_seen: tasks that training has begun with, 0 before any.
+        seen_classes: ``(K,)`` bool, classes of the tasks so far.
+        current_classes: ``(K,)`` bool, classes of the present task.
 
     Raises:
         ConfigurationError: a value out of range, values that contradict each other, or a backbone without
             ``feature_dim``.
+        TypeError: an argument that the class does not have.
     """
 
-    # What a method can learn from; anything else is refused at set-up.
+    # Scenarios and boundaries of ``data`` that a method can learn from; set-up refuses others.
     scenarios: ClassVar[tuple[str, ...]] = ("class", "domain", "instance", "blurry", "none", "given")
-    # Whether it has to hear where tasks start and end; a method that does not adds "hidden".
     boundaries: ClassVar[tuple[str, ...]] = ("known",)
     # Whether a method keeps past samples of its own.
     rehearses: ClassVar[bool] = False
-    # Whether the loss weighs rows by batch.weights, over batch.normalizer; any module may say so of its own.
+    # Whether the loss weighs rows by batch.weights, over batch.normalizer; any module may have this attribute.
     weighs_rows: ClassVar[bool] = True
+    # Of an agent of this package: its name on the command line, and the papers to cite by their keys in
+    # report/references.bib.
+    short_name: ClassVar[str]
+    papers: ClassVar[tuple[str, ...]]
 
-    seen: Tensor
-    current: Tensor
+    num_classes: int
+    head: LinearHead
+    seen_classes: Tensor
+    current_classes: Tensor
 
     def __init__(
         self,
-        backbone: nn.Module,
-        num_classes: int,
+        backbone: Network,
+        num_classes: int | None = None,
         input_spec: InputSpec | None = None,
         epochs_per_task: int | list[int] = 1,
         lr: float | None = None,
@@ -147,17 +197,7 @@ class ContinualAgent(pl.LightningModule):
                 f"model.optimizer brings its own: set momentum={momentum} and weight_decay={weight_decay} to 0 and "
                 "give such values to the optimizer"
             )
-        if isinstance(backbone, Backbone) and input_spec is not None:
-            backbone.adapt(InputSpec(*input_spec))
-        feature_dim = getattr(backbone, "feature_dim", None)
-        if not isinstance(feature_dim, int):
-            raise ConfigurationError(
-                f"backbone {type(backbone).__name__} has no feature_dim: set it to the length of its features, "
-                "and pass input_spec if the backbone leaves its input open"
-            )
-        self.backbone = backbone
-        self.head = LinearHead(feature_dim, num_classes)
-        self.num_classes = num_classes
+        self.backbone = network_of(backbone)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.decay_biases_and_norms = decay_biases_and_norms
         self.milestones, self.gamma, self.warmup_epochs = list(milestones), gamma, warmup_epochs
@@ -169,25 +209,40 @@ class ContinualAgent(pl.LightningModule):
         self.report = TaskReport()
         self.progress = StreamProgress()
         self.inference = Inference()
-        self.step_log = StepLog()
         self.loss_guard = LossGuard()
         self.resumable_checkpoints = ResumableCheckpoints()
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
-        self.register_buffer("current", torch.zeros(num_classes, dtype=torch.bool))
         self.tasks_seen = 0
+        self._step_log = _StepLog()
         self._initial: dict[str, Tensor] | None = None
-        self.evaluation_counts = EvaluationCounts(1, num_classes)
+        self._evaluation_counts: EvaluationCounts | None = None
+        self._take_sizes(num_classes, input_spec)
 
     @classmethod
     def method(cls) -> str:
-        """Return the name of the class that says what is learnt: a short name is that of its base with other values."""
+        """Return the name of the class that defines what is learnt: a short name is its base with other values."""
         return next(kind.__name__ for kind in cls.__mro__ if kind.__module__ != "dcl_lightning.agents.short_names")
+
+    @property
+    def results(self) -> StreamResults:
+        """The accuracy matrix and all else that evaluation has found in the last fit; owned by the task clock."""
+        return self.clock.results
 
     # -- what a method defines ---------------------------------------------------------------------
 
     @abstractmethod
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the worker's loss of one batch, and the logits ``(B, K)`` that it came from, of its last B rows."""
+
+    def build(self) -> None:
+        """Make the head, and in a subclass what else depends on ``self.backbone``, ``self.head`` or ``num_classes``.
+
+        Called once, within this class's constructor if it knows the sizes, else when the trainer knows them. An
+        override calls it first.
+        """
+        assert self._feature_dim is not None
+        self.head = LinearHead(self._feature_dim, self.num_classes)
+        self.register_buffer("seen_classes", torch.zeros(self.num_classes, dtype=torch.bool))
+        self.register_buffer("current_classes", torch.zeros(self.num_classes, dtype=torch.bool))
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Return scores ``(B, K)``, highest for the predicted class; here the head's."""
@@ -199,23 +254,23 @@ class ContinualAgent(pl.LightningModule):
         Task 0 begins a new stream: what was learnt stays in the weights alone.
         """
         if task.index == 0:
-            self.seen.zero_()
-        self.current.zero_()
-        self.current[list(task.classes)] = True
-        self.seen |= self.current
+            self.seen_classes.zero_()
+        self.current_classes.zero_()
+        self.current_classes[list(task.classes)] = True
+        self.seen_classes |= self.current_classes
         if self.reset_state_dict and task.index and self._initial is not None:
             with torch.no_grad():
                 for name, tensor in self._network_state().items():
                     tensor.copy_(self._initial[name])
 
     def on_task_end(self, task: Task) -> None:
-        """Do what is owed at the end of a task; here nothing."""
+        """Hook called at the end of each task; does nothing by default."""
 
     # -- parts for methods -------------------------------------------------------------------------
 
     @property
     def comm(self) -> Comm:
-        """The cluster as the trainer's strategy knows it."""
+        """The collectives of the trainer's strategy."""
         return comm_of(self.trainer.strategy)
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -227,11 +282,11 @@ class ContinualAgent(pl.LightningModule):
         return self.head(self.backbone(inputs))
 
     def trained_columns(self) -> Tensor | None:
-        """Return the mask of the outputs that are trained, or None for all."""
-        # What is tried out before training, as by LearningRateFinder, is before any class was seen.
-        return self.seen if self.train_classes == "seen" and self.clock.has_started else None
+        """Return the mask of the outputs that are trained ``(K,)`` bool, or None for all."""
+        # LearningRateFinder trains before any class was seen.
+        return self.seen_classes if self.train_classes == "seen" and self.clock.has_started else None
 
-    def trained(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def restrict_to_trained(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the columns of the logits that are trained, and the targets as places among them."""
         columns = self.trained_columns()
         if columns is None:
@@ -240,13 +295,13 @@ class ContinualAgent(pl.LightningModule):
 
     def cross_entropy(self, logits: Tensor, batch: Batch, part: slice = _ALL) -> Tensor:
         """Return the weighted cross entropy of a part of a batch's rows, 0-dim, over the samples of all workers."""
-        trained, targets = self.trained(logits[part], batch.targets[part])
+        trained, targets = self.restrict_to_trained(logits[part], batch.targets[part])
         return weighted_cross_entropy(trained, targets, batch.weights[part], batch.normalizer)
 
     def mask_unseen(self, scores: Tensor) -> Tensor:
         """Return scores with -inf for classes not seen yet; unchanged before the first task."""
-        # Not by asking whether any was: the host would wait for the device.
-        return scores.masked_fill(~self.seen & self.seen.any(), -float("inf"))
+        # Without a branch on a tensor's value, for which the host would wait for the device.
+        return scores.masked_fill(~self.seen_classes & self.seen_classes.any(), -float("inf"))
 
     def training_outputs(self, ids: Tensor, outputs: Callable[[Tensor], Tensor], width: int) -> tuple[Tensor, Tensor]:
         """Evaluate training samples over all workers; every worker calls it and gets the same.
@@ -267,7 +322,33 @@ class ContinualAgent(pl.LightningModule):
         order = gathered.argsort()
         return gathered[order], values[order]
 
-    # -- Lightning ---------------------------------------------------------------------------------
+    # -- set-up ------------------------------------------------------------------------------------
+
+    def _take_sizes(self, num_classes: int | None, input_spec: InputSpec | Sequence[int] | None) -> None:
+        """Make the network as soon as its sizes are known."""
+        name, backbone = type(self.backbone).__name__, self.backbone
+        if isinstance(backbone, Backbone) and input_spec is not None:
+            backbone.adapt(InputSpec(*input_spec))
+        known = self._feature_dim is not None
+        if not known and not isinstance(backbone, Backbone):
+            raise ConfigurationError(f"backbone {name} has no feature_dim: set it to the length of its features")
+        if known and num_classes is not None:
+            self.num_classes = num_classes
+            sizes = {"num_classes": num_classes, "input_spec": None if input_spec is None else list(input_spec)}
+            # A subclass may have left them out.
+            kept = {key: size for key, size in sizes.items() if key in self.hparams}
+            self.save_hyperparameters(kept, logger=self._log_hyperparams)
+            self.build()
+
+    @property
+    def _feature_dim(self) -> int | None:
+        found = getattr(self.backbone, "feature_dim", None)
+        return found if isinstance(found, int) else None
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the sizes are known and the network is made."""
+        return hasattr(self, "head")
 
     def setup(self, stage: str) -> None:
         """Refuse a stream that the method cannot learn from, and warn of one that makes its memory pointless.
@@ -276,36 +357,45 @@ class ContinualAgent(pl.LightningModule):
             ConfigurationError: the data module's scenario is not among ``scenarios``, or its boundaries are not among
                 ``boundaries`` or contradict a value of this agent.
         """
+        data, name = datamodule_of(self.trainer), type(self).__name__
+        if stage == "fit":  # else a checkpoint may bring the sizes
+            self._refuse_unknown_sizes()
         # Lightning does so only after it has loaded a checkpoint, whose double precision would be lost.
         self.trainer.precision_plugin.convert_module(self)
-        data, name = datamodule_of(self.trainer), type(self).__name__
         if stage == "fit":
-            self.step_log.start(self.trainer)
+            self._step_log.start(self.trainer)
             refuse_tuning(self.trainer, self.scale_lr)
             if self.milestones or self.warmup_epochs:
                 refuse_changing_accumulation(self.trainer)
-            self._refuse_other_labels(data)
-            # Lightning does not look at it.
+            if isinstance(data, ContinualDataModule):
+                self._refuse_other_labels(data.original_labels)
+            # Lightning does not check it.
             check_number("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, at_least=1)
         elif not self.inference.labels:
             self.inference.note(data)
-        scenario = getattr(data, "scenario", None)
-        if stage != "fit" or scenario is None:
+        if stage != "fit" or not isinstance(data, ContinualDataModule):
             return
-        if scenario not in self.scenarios:
+        if data.scenario not in self.scenarios:
             raise ConfigurationError(
-                f"data.scenario={scenario}: agent {name} learns in scenario {', '.join(self.scenarios)} only"
+                f"data.scenario={data.scenario}: agent {name} learns in scenario {', '.join(self.scenarios)} only"
             )
-        if getattr(data, "boundaries", "known") == "hidden":
+        if data.boundaries == "hidden":
             self._refuse_hidden_boundaries(name)
-        if self.rehearses and getattr(data, "concatenate_tasksets", False):
+        if self.rehearses and data.concatenate_tasksets:
             rank_zero_warn(
                 f"data.concatenate_tasksets=true trains on the data of all tasks so far, to which the memory of {name} "
                 "adds nothing: use --model base for the transfer and scratch baselines"
             )
 
-    def _refuse_other_labels(self, data: Any) -> None:
-        labels, learnt = list(getattr(data, "original_labels", None) or []), self.inference.labels
+    def _refuse_unknown_sizes(self) -> None:
+        if not self.is_built:
+            raise ConfigurationError(
+                f"{type(self).__name__} does not know its classes and inputs: give the trainer a ContinualDataModule, "
+                "or the agent num_classes and input_spec"
+            )
+
+    def _refuse_other_labels(self, labels: list[int | str]) -> None:
+        learnt = self.inference.labels
         if len(labels) > self.num_classes:
             raise ConfigurationError(
                 f"the data have {len(labels)} classes, agent {type(self).__name__} has num_classes={self.num_classes}: "
@@ -336,12 +426,16 @@ class ContinualAgent(pl.LightningModule):
                 )
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return this agent's own callbacks, or adopt those that the trainer has already."""
-        kinds = {
-            "clock": TaskClock, "report": TaskReport, "progress": StreamProgress, "loss_guard": LossGuard,
-            "resumable_checkpoints": ResumableCheckpoints,
-        }  # fmt: skip
-        trainer = self.trainer
+        """Return this agent's own callbacks, or adopt those that the trainer has already; make the network first.
+
+        The first hook that knows the data module: the set-up of callbacks, as ``WeightAveraging``, copies the network.
+        """
+        trainer, data = self.trainer, datamodule_of(self.trainer)
+        if not self.is_built:
+            num_classes, input_spec = self.hparams.get("num_classes"), self.hparams.get("input_spec")
+            if isinstance(data, ContinualDataModule):
+                num_classes, input_spec = num_classes or data.num_classes, input_spec or data.input_spec
+            self._take_sizes(num_classes, input_spec)
         _withdraw(trainer)
 
         def wrapper(on_exception: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
@@ -352,10 +446,14 @@ class ContinualAgent(pl.LightningModule):
             return hook
 
         _BROUGHT[trainer] = [wrap_hook(trainer.strategy, "on_exception", wrapper)]
+        kinds = {
+            "clock": TaskClock, "report": TaskReport, "progress": StreamProgress, "loss_guard": LossGuard,
+            "resumable_checkpoints": ResumableCheckpoints,
+        }  # fmt: skip
         return [callback for name, kind in kinds.items() for callback in self.adopt(kind, name)]
 
     def adopt(self, kind: type[pl.Callback], name: str) -> list[pl.Callback]:
-        """Return this agent's own callback of a kind; nothing, but the trainer's as ``self.name``, if it has one.
+        """Return this agent's own callback of a kind; if the trainer has one, nothing, and keep that as ``self.name``.
 
         Args:
             kind: class of the callback, of which the trainer may have a subclass.
@@ -371,27 +469,25 @@ class ContinualAgent(pl.LightningModule):
         if present:
             setattr(self, name, present[0])
             return []
-        trainer, own = self.trainer, getattr(self, name)
-
-        def undo() -> None:
-            set_callbacks(trainer, [c for c in callbacks_of(trainer) if c is not own])
-
-        _BROUGHT[trainer].append(undo)
+        trainer, own = self.trainer, vars(self)[name]
+        _BROUGHT[trainer].append(lambda: set_callbacks(trainer, [c for c in callbacks_of(trainer) if c is not own]))
         return [own]
 
     def teardown(self, stage: str) -> None:
         """Take this agent's callbacks from the trainer, which another module may use next."""
         _withdraw(self.trainer)
 
+    # -- training ----------------------------------------------------------------------------------
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer and a schedule that is counted from the start of each task."""
+        """Return the optimizer, and a schedule that is counted from the start of each task if the rate changes."""
         workers = self.trainer.world_size
         parameters = parameter_groups(self.named_parameters(), self.decay_biases_and_norms)
         if self.optimizer_factory is None:
             assert self.lr is not None
             optimizer: Optimizer = torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay)
         else:
-            optimizer = build(self.optimizer_factory, parameters, self.lr)
+            optimizer = build_optimizer(self.optimizer_factory, parameters, self.lr)
         scale = lr_scale(self.scale_lr, workers)
         for group in optimizer.param_groups:
             group["lr"] *= scale
@@ -401,9 +497,10 @@ class ContinualAgent(pl.LightningModule):
             rank_zero_info(f"learning rate {rate:g}: {rate / scale:g} x {factor}")
         if self.train_classes == "seen":
             KeepUnseenRows(self).attach(optimizer)
+        if not self.milestones and not self.warmup_epochs:
+            return {"optimizer": optimizer}
         schedule = LambdaLR(optimizer, self._factor)
-        every = 1 if self.milestones or self.warmup_epochs else 2**62  # a constant rate is never set again
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": every}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _factor(self, step: int) -> float:
         batches = self.trainer.num_training_batches
@@ -414,32 +511,35 @@ class ContinualAgent(pl.LightningModule):
         start = warmup_divisor(self.scale_lr, self.trainer.world_size)
         return lr_factor(progress, self.milestones, self.gamma, self.warmup_epochs, start)
 
-    def on_train_start(self) -> None:
-        """Note the labels of the data that are learnt now, and how images become inputs."""
-        self.inference.note(datamodule_of(self.trainer))
-
     def on_fit_start(self) -> None:
         """Keep the initial weights if tasks start from them."""
         if self.reset_state_dict and self._initial is None:
             self._initial = {k: self.comm.broadcast(v.detach().clone()) for k, v in self._network_state().items()}
 
+    def on_train_start(self) -> None:
+        """Note the labels of the data that are learnt now, and how images become inputs."""
+        self.inference.note(datamodule_of(self.trainer))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss; log it with the accuracy on the batch and the rate, at steps at which someone looks."""
+        """Return the loss; log it with the accuracy on the batch and the rate, at the steps that ``_StepLog`` names."""
         loss, logits = self.training_loss(batch)
-        if self.step_log.due(self.trainer, batch_idx):
+        if self._step_log.is_due(self.trainer, batch_idx):
             rows = slice(len(batch.targets) - len(logits), None)
             real = batch.weights[rows] > 0
             hits = top_k_hits(logits.detach(), batch.targets[rows], 1) & real
             values = {"train/loss": loss.detach(), "train/acc": hits.sum() / real.sum().clamp(min=1)}
-            self.log_dict(values, prog_bar=self.step_log.shown, batch_size=len(batch.targets))
+            self.log_dict(values, prog_bar=self._step_log.is_shown, batch_size=len(batch.targets))
             # A tensor of the host: a number would be copied to the device, and the host would wait for it.
             rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
             self.log("train/lr", torch.tensor(rate, dtype=torch.float32, device="cpu"), batch_size=1)
         return loss
 
+    # -- evaluation and prediction -----------------------------------------------------------------
+
     def on_validation_start(self) -> None:
-        """Warn of figures that are those of chance."""
-        if self.trainer.state.fn != TrainerFn.FITTING and not self.tasks_seen and not bool(self.seen.any()):
+        """Warn of random weights."""
+        self._refuse_unknown_sizes()
+        if self.trainer.state.fn != TrainerFn.FITTING and not self.tasks_seen and not bool(self.seen_classes.any()):
             rank_zero_warn(
                 f"{type(self).__name__} was trained on no task and loaded from no checkpoint, its weights are random: "
                 "give --ckpt_path"
@@ -448,17 +548,18 @@ class ContinualAgent(pl.LightningModule):
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting anew; without a data module all loaders are of one task."""
-        stream = getattr(datamodule_of(self.trainer), "stream", None)
-        tested = [()] if stream is None else stream.homes
-        aware = tested if stream is not None and self.clock.task_aware else None
-        self.evaluation_counts = EvaluationCounts(len(tested), self.num_classes, aware)
+        """Start new counts; without a data module all loaders are of one task."""
+        data = datamodule_of(self.trainer)
+        tested = data.stream.homes if isinstance(data, ContinualDataModule) else [()]
+        aware = tested if isinstance(data, ContinualDataModule) and self.clock.task_aware else None
+        self._evaluation_counts = EvaluationCounts(len(tested), self.num_classes, aware)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count hits and losses of one batch of one task."""
         if len(batch.targets):
             losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
-            self.evaluation_counts.add(dataloader_idx, self.evaluate(batch), batch.targets, losses)
+            assert self._evaluation_counts is not None
+            self._evaluation_counts.add(dataloader_idx, self.evaluate(batch), batch.targets, losses)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and loss over all tasks seen and for each, over all workers."""
@@ -471,17 +572,20 @@ class ContinualAgent(pl.LightningModule):
         """Log accuracy and loss over all tasks and for each, over all workers."""
         self._log_counts("test")
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+    def _log_counts(self, prefix: str) -> None:
+        assert self._evaluation_counts is not None
+        self._evaluation_counts.add_up(self.comm.allreduce)
+        for name, value in self._evaluation_counts.values().items():
+            self.log(f"{prefix}/{name}", torch.tensor(value, dtype=torch.float32), prog_bar=name == "acc")
+
+    def predict_step(
+        self, batch: Batch | Tensor | Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> Prediction:
         """Return original labels and probabilities of a batch of the data module's, or of any loader's inputs."""
         samples = self.inference.batch(batch)
         # A worker without rows gets a batch without rows, which not every backbone can take.
         empty = torch.zeros(0, self.num_classes, device=samples.inputs.device)
         return self.inference.prediction(self.evaluate(samples) if len(samples.targets) else empty, samples)
-
-    def _log_counts(self, prefix: str) -> None:
-        self.evaluation_counts.add_up(self.comm.allreduce)
-        for name, value in self.evaluation_counts.values().items():
-            self.log(f"{prefix}/{name}", torch.tensor(value, dtype=torch.float32), prog_bar=name == "acc")
 
     # -- checkpoint --------------------------------------------------------------------------------
 
@@ -493,7 +597,7 @@ class ContinualAgent(pl.LightningModule):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the module, which is left out
             self.save_hyperparameters(logger=False)
-        kept = {name: value for name, value in self.hparams.items() if not callable(value)}
+        kept = {n: v for n, v in self.hparams.items() if not callable(v) and n not in self.fixed_arguments}
         self.hparams.clear()
         self.save_hyperparameters({name: _plain(value) for name, value in kept.items()})
 
@@ -501,7 +605,7 @@ class ContinualAgent(pl.LightningModule):
         state = {f"backbone.{k}": v for k, v in self.backbone.state_dict().items()}
         return state | {f"head.{k}": v for k, v in self.head.state_dict().items()}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: StateDict) -> None:
         """Add what prediction needs, and the initial weights if tasks start from them."""
         checkpoint["inference"] = self.inference.state_dict()
         checkpoint["lr_scale"] = lr_scale(self.scale_lr, self.trainer.world_size)
@@ -509,8 +613,11 @@ class ContinualAgent(pl.LightningModule):
         if self._initial is not None:
             checkpoint["initial_weights"] = self._initial
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what is of another run; take the initial weights back."""
+    def on_load_checkpoint(self, checkpoint: StateDict) -> None:
+        """Refuse the checkpoint of another run; take over the initial weights and what prediction needs."""
+        if not self.is_built:
+            saved = checkpoint.get("hyper_parameters", {})
+            self._take_sizes(saved.get("num_classes"), saved.get("input_spec"))
         refuse_another_run(self, checkpoint)
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "lr_scale" in checkpoint:
@@ -523,16 +630,57 @@ class ContinualAgent(pl.LightningModule):
             self.inference.load_state_dict(checkpoint["inference"])
 
 
+class _StepLog:
+    """Decides whether a step's loss and accuracy are computed and logged.
+
+    Logging two values takes a good part of a small network's step. They are logged at each step where a progress bar
+    shows them, a callback monitors a value of training, or a foreign callback acts after each batch and may read them;
+    else at the steps that loggers write, the first and the last of an epoch, and the last of the fit.
+    """
+
+    def __init__(self) -> None:
+        # As set-up found it: ``LearningRateFinder`` puts the bar away for a while, and Lightning asks for one value.
+        self.is_shown = False
+        self._each_step = True
+        self._epoch: tuple[int, int] | None = None  # a trainer's, for which ``_each_step`` holds
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Look for a progress bar: only for one are values logged as for a bar, which makes the host wait each time."""
+        bar = trainer.progress_bar_callback
+        self.is_shown = bar is not None and bool(getattr(bar, "is_enabled", True))
+
+    def is_due(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        """Return whether the present step's values are logged."""
+        epoch = id(trainer), trainer.current_epoch
+        if batch_idx == 0 or self._epoch != epoch:  # also resumed within an epoch
+            self._epoch = epoch
+            self._each_step = self.is_shown or is_fast_dev_run(trainer) or any(map(_reads, callbacks_of(trainer)))
+            return True
+        return (
+            self._each_step
+            or trainer.is_last_batch
+            # Counts batches that stepped, as loggers do; ``global_step`` counts each optimizer's steps.
+            or loggers_write(trainer)
+            or 0 < trainer.max_steps == trainer.global_step + 1
+        )
+
+
+def _reads(callback: pl.Callback) -> bool:
+    monitored = str(getattr(callback, "monitor", None) or "").startswith("train/")
+    known = type(callback).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "dcl_lightning")
+    return monitored or (not known and type(callback).on_train_batch_end is not pl.Callback.on_train_batch_end)
+
+
 def _withdraw(trainer: pl.Trainer) -> None:
     for undo in reversed(_BROUGHT.pop(trainer, [])):
         undo()
 
 
-def _shortened(labels: list[Any]) -> str:
+def _shortened(labels: Sequence[int | str]) -> str:
     return str(labels if len(labels) <= 10 else [*labels[:10], "..."])
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, Mapping):

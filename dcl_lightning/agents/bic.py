@@ -5,8 +5,7 @@ Wu, Chen, Wang, Ye, Liu, Guo and Fu, "Large Scale Incremental Learning", CVPR 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -51,35 +50,37 @@ class BiC(RehearsingAgent):
     few held-out samples are stored to fit anything.
 
     Args:
-        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
-        num_classes: classes of the whole stream, K.
-        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
+        *args: arguments of ``RehearsingAgent``, by place.
         temperature: T of both softmaxes of the distillation, above 0.
         held_out: share of the samples that the correction is fitted to, in (0, 1).
-        **kwargs: arguments of ``ContinualAgent``.
+        **kwargs: arguments of ``RehearsingAgent``, by name.
 
     Raises:
         ConfigurationError: one of the two is out of range.
     """
 
     scenarios = ("class",)
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="class_balanced", quota="adaptive")
-    required: ClassVar[dict[str, Any]] = {"update": "step", "weighting": "none"}
+    short_name = "bic"
+    papers = ("wu2019",)
+    memory = RehearsalConfig(policy="class_balanced", quota="adaptive")
+    required = {"update": "step", "weighting": "none"}
 
     def __init__(
         self,
-        backbone: nn.Module,
-        num_classes: int,
-        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
+        *args: Any,
         temperature: float = 2.0,
         held_out: float = 0.1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
+        super().__init__(*args, **kwargs)
         check_number("model.temperature", temperature, above=0)
         check_number("model.held_out", held_out, above=0, below=1)
         self.temperature, self.held_out = temperature, held_out
-        self.bias = _Bias(num_classes)
+
+    def build(self) -> None:
+        """Make the correction, and the teacher."""
+        super().build()
+        self.bias = _Bias(self.num_classes)
         self.teacher = Teacher(self.backbone, self.head, self.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -89,11 +90,11 @@ class BiC(RehearsingAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the mean loss over the samples of all workers that are not held out, and the logits."""
         logits, weights = self(batch.inputs), self._shares(batch)
-        trained, targets = self.trained(logits, batch.targets)
+        trained, targets = self.restrict_to_trained(logits, batch.targets)
         loss = weighted_cross_entropy(trained, targets, weights, 1.0)
         num_old, num_new = self._counts()
         if num_old:
-            old = self.seen & ~self.current
+            old = self.seen_classes & ~self.current_classes
             taught = self.teacher(batch.inputs)[:, old]
             kept = tempered_distillation(logits[:, old], taught, weights, 1.0, self.temperature)
             share = distillation_share(num_old, num_new)
@@ -136,12 +137,12 @@ class BiC(RehearsingAgent):
         """Correct the task's classes, and make the present network the teacher of the next."""
         if task.index:
             logits, targets = self._held_out_logits()
-            columns = torch.nonzero(self.seen).flatten().cpu()
-            places = (self.seen.cumsum(0) - 1).cpu()[targets]
-            new = self.current.cpu()[columns]
+            columns = torch.nonzero(self.seen_classes).flatten().cpu()
+            places = (self.seen_classes.cumsum(0) - 1).cpu()[targets]
+            new = self.current_classes.cpu()[columns]
             alpha, beta = fitted_bias(logits[:, columns], places, new)
             self._warn_of_poor_fit(task, alpha, new[places])
-            self.bias.alpha[self.current], self.bias.beta[self.current] = alpha, beta
+            self.bias.alpha[self.current_classes], self.bias.beta[self.current_classes] = alpha, beta
         self.teacher.renew(self.backbone, self.head, self.bias)
 
     def _held_out_logits(self) -> tuple[Tensor, Tensor]:

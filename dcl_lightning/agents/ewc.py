@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.base import ContinualAgent
-from dcl_lightning.agents.weights import fit_vectors, flat_weights, sum_dtype, trained_parameters, trained_part
+from dcl_lightning.agents.optimization import fit_vectors, flat_weights, sum_dtype, trained_parameters, trained_part
 from dcl_lightning.callbacks.evaluation import evaluation_batches, limited_ids
 from dcl_lightning.errors import check_number
 from dcl_lightning.functional.regularization import merged_fisher, quadratic_penalty
@@ -30,52 +30,57 @@ _CHUNK = 16  # samples whose gradients are held at once
 class EWC(ContinualAgent):
     """Cross entropy, and a penalty on moving weights by how much the outputs on earlier tasks depended on them.
 
-    How much is the diagonal of the Fisher information, from the gradients of single samples with their labels in
-    evaluation mode, over the taskset of all workers. It keeps no samples, but two numbers for each weight. A weight
+    The measure is the diagonal of the Fisher information, from the gradients of single samples with their labels in
+    evaluation mode, over the taskset of all workers. EWC keeps no samples, but two numbers for each weight. A weight
     that is frozen at the end of a task counts as one on which its outputs do not depend; if it thaws later, a warning
     names it.
 
     Args:
-        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
-        num_classes: classes of the whole stream, K.
+        *args: arguments of ``ContinualAgent``, by place.
         strength: factor of half the penalty, the papers' lambda, at least 0. A step is stable where ``lr`` times this
             times the largest Fisher information stays below 2; what is well trained has little, and bears more.
         decay: what is kept of the Fisher information of earlier tasks while a further one is learnt, gamma, in [0, 1].
         fisher_samples: samples of a taskset that it is estimated from; all if None.
-        **kwargs: arguments of ``ContinualAgent``.
+        **kwargs: arguments of ``ContinualAgent``, by name.
 
     Raises:
         ConfigurationError: one of the three is out of range.
     """
 
+    short_name = "ewc"
+    papers = ("kirkpatrick2017", "schwarz2018")
     fisher: Tensor
     anchor: Tensor
 
     def __init__(
         self,
-        backbone: nn.Module,
-        num_classes: int,
+        *args: Any,
         strength: float = 1.0,
         decay: float = 1.0,
         fisher_samples: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, **kwargs)
+        super().__init__(*args, **kwargs)
         check_number("model.strength", strength, at_least=0)
         check_number("model.decay", decay, at_least=0, at_most=1)
         if fisher_samples is not None:
             check_number("model.fisher_samples", fisher_samples, at_least=1)
         self.strength, self.decay, self.fisher_samples = strength, decay, fisher_samples
+        self._one_by_one = False
+        self._warned_of: set[str] = set()
+
+    def build(self) -> None:
+        """Make the vectors, with a number for each weight."""
+        super().build()
         self.register_buffer("fisher", torch.zeros(0))
         self.register_buffer("anchor", torch.zeros(0))
         fit_vectors(self, "fisher", "anchor")
-        self._one_by_one = False
-        self._warned_of: set[str] = set()
 
     def setup(self, stage: str) -> None:
         """Count the weights anew: the network may have been changed since it was given."""
         super().setup(stage)
-        fit_vectors(self, "fisher", "anchor")
+        if self.is_built:
+            fit_vectors(self, "fisher", "anchor")
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
@@ -113,7 +118,7 @@ class EWC(ContinualAgent):
             )
 
     def on_task_end(self, task: Task) -> None:
-        """Measure what the task's outputs depend on, and hold on to the present weights."""
+        """Measure which weights the task's outputs depend on, and make the present weights the anchor."""
         data = datamodule_of(self.trainer)
         ids = limited_ids(self.trainer, data.train_indices(task.index))
         if self.fisher_samples is not None:
@@ -193,7 +198,7 @@ class _Loss(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy, 0-dim."""
-        trained, places = self.agent.trained(self.agent(inputs), targets)
+        trained, places = self.agent.restrict_to_trained(self.agent(inputs), targets)
         loss = F.cross_entropy(trained, places)
         if self.backward:
             loss.backward()

@@ -1,7 +1,7 @@
 """Fine-tuning: train on each task as it comes.
 
-The naive lower bound. With ``data.concatenate_tasksets`` it is the transfer baseline, with
-``reset_state_dict`` beside it the scratch baseline.
+The naive lower bound. With ``data.concatenate_tasksets`` it is the transfer baseline, and with
+``reset_state_dict`` as well the scratch baseline.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ __all__ = ["FineTuning"]
 class FineTuning(ContinualAgent):
     """Cross entropy on the new samples alone; arguments as in ``ContinualAgent``."""
 
+    short_name = "base"
+    papers = ()
     boundaries = ("known", "hidden")
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

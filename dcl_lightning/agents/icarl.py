@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dcl_lightning._lightning import datamodule_of
-from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.agents.base import ContinualAgent, Network
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.callbacks.evaluation import limited_ids
 from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
@@ -35,8 +35,9 @@ class ICaRL(ContinualAgent):
     sample ids of the training set, which every worker can read.
 
     Args:
-        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
-        num_classes: classes of the whole stream, K.
+        backbone: module that makes features, or its name; for it and for all that is not named here see
+            ``ContinualAgent``.
+        num_classes: classes of the whole stream, K; the data module's if None.
         rehearsal: size of the memory; 20 exemplars a class of the stream if none is given (2000 for
             CIFAR-100, the paper's).
         bce_reduction: ``mean`` divides the loss of a sample by K, whatever is masked; ``sum`` adds it
@@ -53,6 +54,8 @@ class ICaRL(ContinualAgent):
     """
 
     rehearses = True
+    short_name = "icarl"
+    papers = ("rebuffi2017",)
 
     means: Tensor
     has_mean: Tensor
@@ -60,9 +63,10 @@ class ICaRL(ContinualAgent):
 
     def __init__(
         self,
-        backbone: nn.Module,
-        num_classes: int,
+        backbone: Network,
+        num_classes: int | None = None,
         rehearsal: MemorySize | Mapping[str, Any] | None = None,
+        *,
         bce_reduction: Literal["mean", "sum"] = "mean",
         selection: Literal["herding", "nearest"] = "herding",
         nme_flip: bool = False,
@@ -84,16 +88,19 @@ class ICaRL(ContinualAgent):
         self.replayed_per_batch = num_samples if exemplars == "per_step" else None
         self.loss, self.execution = loss, execution
         self.loads_ahead = execution == "blocking"
-        self.teacher = Teacher(self.backbone, self.head)
-        width = self.head.in_features
-        self.register_buffer("means", torch.zeros(num_classes, width))
-        self.register_buffer("has_mean", torch.zeros(num_classes, dtype=torch.bool))
-        self.register_buffer("has_teacher", torch.zeros((), dtype=torch.bool))
         self.exemplars: dict[int, Tensor] = {}
         self._rehearsed: dict[int, Tensor] = {}
         self._chosen_at: dict[int, int] = {}  # the step after which a class's exemplars were chosen
         self.capacity = 0
         self._teaching = False  # ``has_teacher`` on the host, so that a step does not wait for the device
+
+    def build(self) -> None:
+        """Make the teacher and the class means."""
+        super().build()
+        self.teacher = Teacher(self.backbone, self.head)
+        self.register_buffer("means", torch.zeros(self.num_classes, self.head.in_features))
+        self.register_buffer("has_mean", torch.zeros(self.num_classes, dtype=torch.bool))
+        self.register_buffer("has_teacher", torch.zeros((), dtype=torch.bool))
 
     # -- learning ----------------------------------------------------------------------------------
 
@@ -105,15 +112,15 @@ class ICaRL(ContinualAgent):
             taught = self.teacher(batch.inputs)
         if self.loss == "kl":
             return self._original_loss(logits, taught, batch), logits
-        remembered = self.seen & ~self.current
-        targets = icarl_targets(batch.targets, self.num_classes, self.current, remembered, taught)
+        remembered = self.seen_classes & ~self.current_classes
+        targets = icarl_targets(batch.targets, self.num_classes, self.current_classes, remembered, taught)
         divisor = float(self.num_classes) if self.bce_reduction == "mean" else 1.0
         loss = icarl_loss(logits, targets, batch.weights, batch.normalizer, divisor, self.trained_columns())
         return loss, logits
 
     def _original_loss(self, logits: Tensor, taught: Tensor | None, batch: Batch) -> Tensor:
         new, rehearsed = batch.num_new, len(batch.targets) - batch.num_new
-        trained, targets = self.trained(logits[:new], batch.targets[:new])
+        trained, targets = self.restrict_to_trained(logits[:new], batch.targets[:new])
         loss = weighted_cross_entropy(trained, targets, batch.weights[:new], batch.normalizer - rehearsed)
         if taught is not None and rehearsed:
             loss = loss + distillation(logits[new:], taught[new:])
@@ -150,7 +157,7 @@ class ICaRL(ContinualAgent):
             ConfigurationError: the features are not finite any more.
         """
         data = self._data
-        quota = self.capacity // int(self.seen.sum())
+        quota = self.capacity // int(self.seen_classes.sum())
         exemplars = {y: ids[:quota] for y, ids in self.exemplars.items()}
         own = limited_ids(self.trainer, data.train_indices(task.index))
         ids, features = self._gather_features(torch.cat([own, *exemplars.values()]).unique())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
@@ -27,32 +27,36 @@ class LwF(ContinualAgent):
     one recorded before the task, since augmentation is drawn anew each time. It keeps no samples.
 
     Args:
-        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
-        num_classes: classes of the whole stream, K.
+        *args: arguments of ``ContinualAgent``, by place.
         strength: factor of the distillation, the paper's lambda, at least 0.
         temperature: T of both softmaxes of the distillation, above 0.
-        **kwargs: arguments of ``ContinualAgent``.
+        **kwargs: arguments of ``ContinualAgent``, by name.
 
     Raises:
         ConfigurationError: one of the two is out of range.
     """
 
+    short_name = "lwf"
+    papers = ("li2018",)
     taught: Tensor
 
     def __init__(
         self,
-        backbone: nn.Module,
-        num_classes: int,
+        *args: Any,
         strength: float = 1.0,
         temperature: float = 2.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, **kwargs)
+        super().__init__(*args, **kwargs)
         check_number("model.strength", strength, at_least=0)
         check_number("model.temperature", temperature, above=0)
         self.strength, self.temperature = strength, temperature
+
+    def build(self) -> None:
+        """Make the teacher, and the mask of the classes that it knows."""
+        super().build()
         self.teacher = Teacher(self.backbone, self.head)
-        self.register_buffer("taught", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("taught", torch.zeros(self.num_classes, dtype=torch.bool))
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
@@ -69,4 +73,4 @@ class LwF(ContinualAgent):
     def on_task_end(self, task: Task) -> None:
         """Make the present network the teacher of the next task."""
         self.teacher.renew(self.backbone, self.head)
-        self.taught.copy_(self.seen)
+        self.taught.copy_(self.seen_classes)

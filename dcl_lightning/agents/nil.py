@@ -8,8 +8,6 @@ Distributed Rehearsal Buffers", CCGrid 2024, arXiv 2406.03285.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from torch import Tensor
 
 from dcl_lightning.agents.replay import RehearsingAgent
@@ -20,19 +18,16 @@ __all__ = ["NIL"]
 
 
 class NIL(RehearsingAgent):
-    """Cross entropy on new samples and representatives, those weighted by how seldom their class is stored.
+    """Cross entropy on new samples and representatives, with larger weights for representatives of rarer classes.
 
-    Args:
-        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
-        num_classes: classes of the whole stream, K.
-        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
-        **kwargs: arguments of ``ContinualAgent``.
+    Arguments as in ``RehearsingAgent``.
     """
 
     boundaries = ("known", "hidden")
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(policy="nil", weighting="nil")
-    # The weights can be left out, as the publication on distributed buffers does.
-    required: ClassVar[dict[str, Any]] = {}
+    short_name = "nil"
+    papers = ("munoz2020", "bouvier2024")
+    memory = RehearsalConfig(policy="nil", weighting="nil")
+    required = {}  # the weights can be left out, as the publication on distributed buffers does
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the weighted cross entropy over the step's samples of all workers, and the logits."""

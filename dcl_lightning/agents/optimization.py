@@ -1,9 +1,9 @@
-"""Builds optimizers, and keeps the head's rows of unseen classes as they are."""
+"""Optimizers with a rate, the head's rows of unseen classes, and weights and gradients as vectors."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +12,15 @@ from torch.optim import Optimizer
 
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["KeepUnseenRows", "build"]
+__all__ = [
+    "KeepUnseenRows", "build_optimizer", "fit_vectors", "flat_gradient", "flat_gradients_of", "flat_weights",
+    "sum_dtype", "trained_parameters", "trained_part", "write_gradient",
+]  # fmt: skip
 
 
-def build(factory: Callable[..., Optimizer], parameters: Iterable[Any], lr: float | None) -> Optimizer:
+def build_optimizer(
+    factory: Callable[..., Optimizer], parameters: Iterable[dict[str, Any]], lr: float | None
+) -> Optimizer:
     """Build an optimizer with a rate.
 
     Args:
@@ -43,23 +48,21 @@ def build(factory: Callable[..., Optimizer], parameters: Iterable[Any], lr: floa
 
 
 class _HasHead(Protocol):
-    """An agent, as far as it matters here."""
-
     @property
     def head(self) -> nn.Linear:
-        """The one layer of outputs."""
+        """The layer of outputs."""
         ...
 
     def trained_columns(self) -> Tensor | None:
-        """Return the mask of the outputs that are trained ``(K,)`` bool, None for all."""
+        """Return the mask ``(K,)`` bool of the outputs that are trained, None for all."""
         ...
 
 
 class KeepUnseenRows:
-    """Undoes what momentum and weight decay do to rows of the head that no loss has touched.
+    """Undoes what momentum and weight decay do to rows of the head that are not trained.
 
     Args:
-        agent: has the head, and says which of its rows are trained.
+        agent: the owner of the head.
     """
 
     def __init__(self, agent: _HasHead) -> None:
@@ -67,20 +70,85 @@ class KeepUnseenRows:
         self.untouched: Tensor | None = None
         self.kept: list[Tensor] = []
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the two hooks around each step of an optimizer."""
+    def attach(self, optimizer: Optimizer) -> None:
+        """Keep the rows over each step of an optimizer."""
         optimizer.register_step_pre_hook(self.keep)
         optimizer.register_step_post_hook(self.restore)
 
-    def keep(self, *_: Any) -> None:
+    def keep(self, *_: object) -> None:
         """Keep the rows before a step."""
         trained = self.agent.trained_columns()
         self.untouched = None if trained is None else ~trained
         self.kept = [p.detach()[self.untouched] for p in self.agent.head.parameters()] if trained is not None else []
 
-    def restore(self, *_: Any) -> None:
-        """Put them back after it."""
+    def restore(self, *_: object) -> None:
+        """Put the rows back after a step."""
         if self.untouched is None:
             return
         for parameter, rows in zip(self.agent.head.parameters(), self.kept, strict=True):
             parameter.data[self.untouched] = rows
+
+
+# -- weights and gradients as vectors ----------------------------------------------------------------------------------
+
+
+def fit_vectors(module: nn.Module, *names: str) -> None:
+    """Give buffers of a module one number for each of its weights, including frozen ones, which may thaw; 0 at first.
+
+    Args:
+        module: the network and the buffers. Its weights are in the order of ``module.parameters()``.
+        names: of the buffers; those that have the right length stay as they are.
+    """
+    parameters = list(module.parameters())
+    size = sum(p.numel() for p in parameters)
+    for name in names:
+        if getattr(module, name).numel() != size:
+            setattr(module, name, torch.zeros(size, device=parameters[0].device if parameters else None))
+
+
+def trained_part(vector: Tensor, module: nn.Module) -> Tensor:
+    """Return the part of a vector ``(P,)`` over all weights of a module that belongs to trained ones, in its order."""
+    parameters = list(module.parameters())
+    if all(p.requires_grad for p in parameters):
+        return vector
+    parts = vector.split([p.numel() for p in parameters])
+    return torch.cat([part for part, p in zip(parts, parameters, strict=True) if p.requires_grad])
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained, in the module's order."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def sum_dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
+    """Return the dtype in which gradients are summed over samples and workers: the parameters', at least float32."""
+    return torch.promote_types(parameters[0].dtype, torch.float32)
+
+
+def flat_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return all weights ``(P,)``, with a gradient to each."""
+    return torch.cat([p.reshape(-1) for p in parameters])
+
+
+def flat_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return a copy of all gradients ``(P,)``, 0 for weights without one."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad.detach()).reshape(-1) for p in parameters])
+
+
+def flat_gradients_of(loss: Tensor, parameters: list[nn.Parameter], keep_graph: bool = False) -> Tensor:
+    """Return the gradients ``(P,)`` of a loss, 0 for weights that it does not depend on; ``p.grad`` stays as it is.
+
+    Args:
+        loss: 0-dim.
+        parameters: those that count.
+        keep_graph: whether other gradients of the same graph are still to come.
+    """
+    parts = torch.autograd.grad(loss, parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.detach().reshape(-1) for part in parts])
+
+
+def write_gradient(parameters: list[nn.Parameter], gradient: Tensor) -> None:
+    """Write a vector ``(P,)`` into the gradients of those parameters that have one."""
+    for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        if parameter.grad is not None:
+            parameter.grad.copy_(part.view_as(parameter))

@@ -2,58 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dcl_lightning.data import transforms
-from dcl_lightning.types import Batch
+from dcl_lightning.data import ContinualDataModule, transforms
+from dcl_lightning.types import Batch, Prediction, StateDict
 
-__all__ = ["Inference", "Prediction"]
-
-
-class Prediction(NamedTuple):
-    """Of a batch of B samples.
-
-    Args:
-        labels: B predicted labels as they stand in the data; model ids if the agent has never seen these.
-        class_ids: ``(B,)`` int64, their model ids.
-        probabilities: ``(B, K)`` float32, softmax of the agent's scores, a column for each model id; 0 for classes not
-            seen. Of agents that go by distances they rank classes, and say nothing of how often one is right.
-        sample_ids: ``(B,)`` int64, indices in the data set; -1 where the loader does not tell.
-    """
-
-    labels: list[int | str]
-    class_ids: Tensor
-    probabilities: Tensor
-    sample_ids: Tensor
+__all__ = ["Inference"]
 
 
 class Inference:
-    """What an agent has to know of its data to predict without them: labels, and how images become inputs."""
+    """What an agent has to know of its data to predict without them: labels and normalisation."""
 
     def __init__(self) -> None:
         self.labels: list[int | str] = []
         self.normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
-    def note(self, data: Any) -> None:
-        """Take it from the data module; what is no ``ContinualDataModule`` leaves all as it is."""
-        if getattr(data, "original_labels", None):
+    def note(self, data: object) -> None:
+        """Take both from a ``ContinualDataModule`` after its set-up; any other data module changes nothing."""
+        if isinstance(data, ContinualDataModule) and data.original_labels:
             labels = [label if isinstance(label, str) else int(label) for label in data.original_labels]
             self.labels = max(self.labels, labels, key=len)  # those learnt before keep their places
             self.normalisation = data.normalisation
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return it as lists, numbers and strings."""
+    def state_dict(self) -> StateDict:
+        """Return both as lists, numbers and strings."""
         return {"labels": list(self.labels), "normalisation": self.normalisation}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore both."""
         self.labels, normalisation = list(state_dict["labels"]), state_dict["normalisation"]
         self.normalisation = None if normalisation is None else (tuple(normalisation[0]), tuple(normalisation[1]))
 
-    def batch(self, batch: Any) -> Batch:
+    def batch(self, batch: Batch | Tensor | Sequence[Tensor]) -> Batch:
         """Return any loader's batch as one of ours.
 
         Args:
@@ -71,7 +54,7 @@ class Inference:
         return Batch(inputs, none, none, none, ones, ones.sum(), none, len(inputs))
 
     def prediction(self, scores: Tensor, batch: Batch) -> Prediction:
-        """Return what the scores say.
+        """Return the prediction that scores stand for.
 
         Args:
             scores: ``(B, K)``, highest for the predicted class; -inf for classes not seen.

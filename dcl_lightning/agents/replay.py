@@ -7,25 +7,23 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor, nn
 
 from dcl_lightning._lightning import callbacks_of
-from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.agents.base import ContinualAgent, Network
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import SIZES, RehearsalConfig, resolve
-from dcl_lightning.types import Batch
 
-__all__ = ["DarkReplay", "RehearsingAgent"]
+__all__ = ["RehearsingAgent"]
 
 
 class RehearsingAgent(ContinualAgent):
     """A learner whose batches are joined by representatives of earlier ones.
 
     Args:
-        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
-        num_classes: classes of the whole stream, K.
+        backbone: module that makes features, or its name; for it and for all that is not named here see
+            ``ContinualAgent``.
+        num_classes: classes of the whole stream, K; the data module's if None.
         rehearsal: values of the memory that differ from ``memory``, as a configuration or a dict.
         **kwargs: arguments of ``ContinualAgent``.
 
@@ -48,8 +46,8 @@ class RehearsingAgent(ContinualAgent):
 
     def __init__(
         self,
-        backbone: nn.Module,
-        num_classes: int,
+        backbone: Network,
+        num_classes: int | None = None,
         rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -86,41 +84,3 @@ class RehearsingAgent(ContinualAgent):
                         f"model.rehearsal.{name}={value} and {key}={other} of the Rehearsal among the callbacks "
                         "contradict each other: leave one of them out"
                     )
-
-
-class DarkReplay(RehearsingAgent):
-    """What DER and DER++ share: all K raw logits of the augmented view that was trained on are stored with each sample.
-
-    Args:
-        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
-        num_classes: classes of the whole stream, K.
-        rehearsal: values of the memory that differ from the agent's own, as a configuration or a dict.
-        **kwargs: arguments of ``ContinualAgent``.
-    """
-
-    boundaries = ("known", "hidden")
-    memory: ClassVar[RehearsalConfig] = RehearsalConfig(loss="sum")
-    required: ClassVar[dict[str, Any]] = {"weighting": "none", "loss": "sum"}
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(backbone, num_classes, rehearsal, **kwargs)
-        self.row_shapes = {"logits": (num_classes,)}
-        self._logits = torch.zeros(0, num_classes)
-
-    def keep(self, logits: Tensor, batch: Batch) -> None:
-        """Keep the logits ``(B, K)`` of a step's new samples for the memory."""
-        self._logits = logits[: batch.num_new].detach()
-
-    def columns_of_step(self) -> dict[str, Tensor]:
-        """Return the logits of the step's new samples."""
-        return {"logits": self._logits}
-
-    def columns_of(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the logits of samples as evaluation sees them."""
-        return {"logits": self(batch.inputs)}

@@ -1,57 +1,21 @@
-"""Short names of the agents, as they stand on the command line and in configuration files."""
+"""Short names of the agents, as they stand on the command line and in configuration files.
+
+An agent's ``short_name`` is here a class of that name, with the agent's own values; the others below have other values.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import nn
-
+from dcl_lightning import agents
 from dcl_lightning._lightning import datamodule_of
-from dcl_lightning.agents.agem import AGEM
-from dcl_lightning.agents.bic import BiC
-from dcl_lightning.agents.der import DER, DERpp
-from dcl_lightning.agents.er import ER
-from dcl_lightning.agents.er_ace import ERACE
-from dcl_lightning.agents.ewc import EWC
+from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.agents.der import DERpp
 from dcl_lightning.agents.finetuning import FineTuning
-from dcl_lightning.agents.gdumb import GDumb
-from dcl_lightning.agents.gem import GEM
 from dcl_lightning.agents.icarl import ICaRL
-from dcl_lightning.agents.lwf import LwF
 from dcl_lightning.agents.nil import NIL
-from dcl_lightning.agents.si import SI
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig
-
-__all__ = [
-    "agem",
-    "base",
-    "bic",
-    "cumulative",
-    "der",
-    "derpp",
-    "derpp_task_end",
-    "er",
-    "er_ace",
-    "ewc",
-    "gdumb",
-    "gem",
-    "icarl",
-    "icarl_v1",
-    "joint",
-    "lwf",
-    "nil",
-    "nil_global",
-    "nil_v1",
-    "nil_v2",
-    "nil_v3",
-    "nil_v4",
-    "si",
-]
-
-
-class base(FineTuning):
-    """Short name of ``FineTuning``."""
 
 
 class joint(FineTuning):
@@ -77,58 +41,10 @@ class cumulative(FineTuning):
             )
 
 
-class er(ER):
-    """Short name of ``ER``."""
-
-
-class er_ace(ERACE):
-    """Short name of ``ERACE``."""
-
-
-class der(DER):
-    """Short name of ``DER``."""
-
-
-class derpp(DERpp):
-    """Short name of ``DERpp``: the paper's memory, a reservoir filled at each step with samples and their logits."""
-
-
 class derpp_task_end(DERpp):
     """DER++ whose memory is filled at the ends of tasks, class by class, with the logits of then."""
 
     memory = RehearsalConfig(policy="class_balanced", quota="adaptive", update="task_end", draw_from="past")
-
-
-class agem(AGEM):
-    """Short name of ``AGEM``."""
-
-
-class gem(GEM):
-    """Short name of ``GEM``."""
-
-
-class lwf(LwF):
-    """Short name of ``LwF``."""
-
-
-class ewc(EWC):
-    """Short name of ``EWC``."""
-
-
-class si(SI):
-    """Short name of ``SI``."""
-
-
-class gdumb(GDumb):
-    """Short name of ``GDumb``."""
-
-
-class bic(BiC):
-    """Short name of ``BiC``."""
-
-
-class icarl(ICaRL):
-    """Short name of ``ICaRL``."""
 
 
 class icarl_v1(ICaRL):
@@ -136,16 +52,11 @@ class icarl_v1(ICaRL):
 
     def __init__(
         self,
-        backbone: nn.Module,
-        num_classes: int,
+        *args: Any,
         execution: Literal["inline", "blocking"] = "blocking",
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, execution=execution, **kwargs)
-
-
-class nil(NIL):
-    """Short name of ``NIL``: the memory is managed on the training thread, after each step."""
+        super().__init__(*args, execution=execution, **kwargs)
 
 
 class nil_v1(NIL):
@@ -181,3 +92,20 @@ class nil_global(NIL):
 
     memory = RehearsalConfig(execution="blocking", scope="global")
     required = {"scope": "global"}
+
+
+def _short_names() -> dict[str, type[ContinualAgent]]:
+    kinds = [vars(agents)[name] for name in agents.__all__]
+    return {
+        kind.short_name: type(
+            kind.short_name, (kind,), {"__doc__": f"Short name of ``{kind.__name__}``.", "__module__": __name__}
+        )
+        for kind in kinds
+        if "short_name" in vars(kind)
+    }
+
+
+globals().update(_short_names())
+__all__ = sorted(
+    name for name, kind in globals().items() if getattr(kind, "__module__", "") == __name__ and name[0] != "_"
+)

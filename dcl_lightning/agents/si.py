@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dcl_lightning.agents.base import ContinualAgent
-from dcl_lightning.agents.weights import fit_vectors, flat_gradient, flat_weights, trained_parameters, trained_part
+from dcl_lightning.agents.optimization import (
+    fit_vectors,
+    flat_gradient,
+    flat_weights,
+    trained_parameters,
+    trained_part,
+)
 from dcl_lightning.errors import check_number
 from dcl_lightning.functional.regularization import (
     quadratic_penalty,
@@ -30,43 +36,53 @@ _VECTORS = ("importance", "anchor", "path")
 
 
 class SI(ContinualAgent):
-    """Cross entropy, and a penalty on moving weights by how much they lowered the loss of earlier tasks on their way.
+    """Cross entropy, and a penalty on moving weights by how much their path has lowered the loss of earlier tasks.
 
-    The way is that of the weights after each step of the optimizer, the gradient that of all workers. It keeps no
-    samples, but three numbers for each weight. A frozen weight goes no way.
+    The path is that of the weights after each step of the optimizer, the gradient that of all workers. SI keeps no
+    samples, but three numbers for each weight. A frozen weight has no path.
 
     Args:
-        backbone: module that makes features; for it and for all that is not named here see ``ContinualAgent``.
-        num_classes: classes of the whole stream, K.
+        *args: arguments of ``ContinualAgent``, by place.
         strength: factor of the penalty, the paper's c, at least 0.
         damping: the paper's xi, above 0.
-        **kwargs: arguments of ``ContinualAgent``.
+        **kwargs: arguments of ``ContinualAgent``, by name.
 
     Raises:
         ConfigurationError: one of the two is out of range.
     """
 
+    short_name = "si"
+    papers = ("zenke2017",)
     importance: Tensor
     anchor: Tensor
     path: Tensor
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, strength: float = 0.1, damping: float = 0.1, **kwargs: Any
+        self,
+        *args: Any,
+        strength: float = 0.1,
+        damping: float = 0.1,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, **kwargs)
+        super().__init__(*args, **kwargs)
         check_number("model.strength", strength, at_least=0)
         check_number("model.damping", damping, above=0)
         self.strength, self.damping = strength, damping
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._accumulated = 0  # batches whose gradients are summed up for the next step
+
+    def build(self) -> None:
+        """Make the vectors, with a number for each weight."""
+        super().build()
         for name in _VECTORS:
             self.register_buffer(name, torch.zeros(0))
         fit_vectors(self, *_VECTORS)
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._accumulated = 0  # batches whose gradients are summed up for the next step
 
     def setup(self, stage: str) -> None:
         """Count the weights anew: the network may have been changed since it was given."""
         super().setup(stage)
-        fit_vectors(self, *_VECTORS)
+        if self.is_built:
+            fit_vectors(self, *_VECTORS)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
@@ -80,7 +96,7 @@ class SI(ContinualAgent):
         return loss, logits
 
     def on_task_start(self, task: Task) -> None:
-        """Note the task's classes and where its way begins."""
+        """Note the task's classes and where its path begins."""
         super().on_task_start(task)
         if task.index == 0:
             self.importance.zero_()
@@ -94,7 +110,7 @@ class SI(ContinualAgent):
         self.importance.copy_(si_importance(self.importance, self.path, weights, self.anchor, self.damping))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return optimizer and schedule, with a look at the weights after each step."""
+        """Return optimizer and schedule; note the path after each step."""
         configured: Any = super().configure_optimizers()
         configured["optimizer"].register_step_post_hook(self._after_step)
         return configured
@@ -109,7 +125,7 @@ class SI(ContinualAgent):
             gradient -= share * self.strength * pull
         self._before = weights, gradient
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, *_: object) -> None:
         if self._before is not None:
             (before, gradient), self._before = self._before, None
             after = flat_weights(self.parameters()).detach()

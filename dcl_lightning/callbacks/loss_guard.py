@@ -1,24 +1,27 @@
-"""Ends a run whose loss is not finite any more, before such weights replace good ones in a checkpoint."""
+"""Ends a run whose loss is not finite, before its weights replace good ones in a checkpoint."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from dcl_lightning._lightning import log_interval
+from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.errors import DataError
+from dcl_lightning.types import StateDict
 
 __all__ = ["LossGuard"]
 
 
 class LossGuard(pl.Callback):
-    """Looks at the loss of every step.
+    """Checks the loss of every step.
 
-    On a GPU the step is noted there and read when Lightning logs, at an epoch's end and before a save: no step waits.
+    On a GPU no step waits for the device: it keeps the first bad step, which is read when Lightning logs, at an epoch's
+    end and before a save.
     """
 
     def __init__(self) -> None:
@@ -26,11 +29,11 @@ class LossGuard(pl.Callback):
         self._bad_step: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew."""
+        """Forget an earlier fit."""
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Note the first step whose loss is not finite."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
@@ -48,9 +51,7 @@ class LossGuard(pl.Callback):
         if trainer.is_last_batch or (every and step % every == 0):
             self._look(trainer, pl_module)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
         """Save nothing that has diverged."""
         self._look(trainer, pl_module)
         # Weights can diverge in a step whose loss was still finite.
@@ -58,16 +59,16 @@ class LossGuard(pl.Callback):
         if finite and not bool(torch.stack(finite).all()):
             raise _diverged("network after", trainer.global_step, trainer, pl_module)
 
-    def _look(self, trainer: pl.Trainer, agent: Any) -> None:
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = -1 if self._bad_step is None else int(self._bad_step)
         if step >= 0:
-            raise _diverged("loss of", step, trainer, agent)
+            raise _diverged("loss of", step, trainer, pl_module)
 
 
-def _diverged(what: str, step: int, trainer: pl.Trainer, agent: Any) -> DataError:
-    epoch, rate = trainer.current_epoch, trainer.optimizers[0].param_groups[0]["lr"]
+def _diverged(what: str, step: int, trainer: pl.Trainer, pl_module: pl.LightningModule) -> DataError:
+    clock, epoch = TaskClock.of(trainer), trainer.current_epoch
+    rate = getattr(pl_module, "lr", None) or trainer.optimizers[0].param_groups[0]["lr"]
     return DataError(
-        f"the {what} step {step} (task {agent.clock.task_at(epoch)}, epoch {epoch}) is not finite: nothing more is "
-        f"saved, what was saved before is whole; give a smaller model.lr than {agent.lr or rate}, or "
-        "model.warmup_epochs"
+        f"the {what} step {step} (task {clock.task_at(epoch) if clock else 0}, epoch {epoch}) is not finite: nothing "
+        f"more is saved, what was saved before is whole; give a smaller model.lr than {rate}, or model.warmup_epochs"
     )

@@ -11,10 +11,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from dcl_lightning._lightning import is_fast_dev_run
 from dcl_lightning.comm import comm_of
 from dcl_lightning.paths import absolute, replacing
 from dcl_lightning.report.paths import run_folder
 from dcl_lightning.screen import show
+from dcl_lightning.types import Prediction, PyTree
 
 __all__ = ["PredictionWriter"]
 
@@ -48,7 +50,7 @@ class PredictionWriter(BasePredictionWriter):
         comm = comm_of(trainer.strategy)
         columns = [torch.cat(c) for c in (ids, [p.class_ids for p in found], [p.probabilities for p in found])]
         rows, classes, probabilities = (torch.cat(comm.allgather(column)) for column in columns)
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         folder = Path(self.folder) if self.folder else run_folder(trainer)
         labels = getattr(getattr(pl_module, "inference", None), "labels", None) or list(range(probabilities.shape[1]))
@@ -66,16 +68,16 @@ class PredictionWriter(BasePredictionWriter):
         show(f"Predictions: {path}")
 
 
-def _flat(nest: Any) -> Iterator[Any]:
+def _flat(nest: PyTree) -> Iterator[Prediction]:
     """Yield the predictions of all batches, loader by loader."""
     for part in nest:
-        if hasattr(part, "sample_ids"):
+        if isinstance(part, Prediction):
             yield part
         else:
             yield from _flat(part)
 
 
-def _index_lists(nest: Any) -> Iterator[list[int]]:
+def _index_lists(nest: PyTree) -> Iterator[list[int]]:
     for part in nest:
         if part and isinstance(part[0], int):
             yield part

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of, log_interval
 from dcl_lightning.callbacks.task_clock import TaskClock
@@ -23,11 +23,11 @@ _SECONDS_BETWEEN_UPDATES = 1.0
 
 
 class StreamProgress(pl.Callback):
-    """Tells task, epoch and the time left for the whole stream in Lightning's bar, whichever the trainer has.
+    """Shows task, epoch and the time left for the whole stream in Lightning's progress bar, whichever the trainer has.
 
-    Where no one watches, because the output is no terminal, there is no bar, but a line at the start of each task.
-    A bar of another class is left as it is. Worker 0 speaks for all. The time left follows from the mean speed of this
-    fit so far, validation and evaluation included; ``max_steps`` and ``max_time`` bound it.
+    If the output is no terminal, it prints a line at the start of each task instead. A bar of another class is left as
+    it is. Worker 0 shows it for all. The time left follows from the mean speed of this fit so far, including validation
+    and evaluation; ``max_steps`` and ``max_time`` bound it.
 
     Logs ``throughput/samples_per_s``: samples trained on, new and rehearsed, over all workers, since it was logged last
     in this epoch.
@@ -35,36 +35,36 @@ class StreamProgress(pl.Callback):
 
     def __init__(self) -> None:
         self._clock: TaskClock | None = None
-        self._told_task, self._told_memory = -1, False
+        self._shown_task, self._memory_is_shown = -1, False
         self._started = self._shown = 0.0
         self._done_before = 0.0
         self._samples, self._mark = 0, 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Switch Lightning's bar off where no one would see it move."""
-        bar: Any = trainer.progress_bar_callback
+        """Switch Lightning's bar off if the output is no terminal."""
+        bar = trainer.progress_bar_callback
         if isinstance(bar, (TQDMProgressBar, RichProgressBar)) and not is_watched():
             bar.disable()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count time and work from here: what a resumed run has behind it took place in another process."""
-        clocks = [c for c in callbacks_of(trainer) if isinstance(c, TaskClock)]
-        self._clock = clocks[0] if clocks and clocks[0].tasks and trainer.is_global_zero else None
-        self._told_task, self._shown, self._told_memory = -1, 0.0, False
+        """Count time and work from here: the earlier part of a resumed run took place in another process."""
+        clock = TaskClock.of(trainer)
+        self._clock = clock if clock is not None and clock.tasks and trainer.is_global_zero else None
+        self._shown_task, self._shown, self._memory_is_shown = -1, 0.0, False
         self._started = time.monotonic()
         if self._clock is not None:
             self._done_before = self._done(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where the stream is."""
+        """Show the task."""
         self._shown = 0.0
         self._samples, self._mark = 0, time.monotonic()
-        self._tell(trainer, self._done(trainer))
+        self._show(trainer, self._done(trainer))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
-        """Say once a second how long it will take, and log how fast it goes."""
+        """Show the time left once a second, and log the throughput."""
         if isinstance(batch, Batch):
             self._samples += len(batch.targets)
         now, every = time.monotonic(), log_interval(trainer)
@@ -72,19 +72,19 @@ class StreamProgress(pl.Callback):
             rate = self._samples * trainer.world_size / (now - self._mark)
             pl_module.log("throughput/samples_per_s", rate, batch_size=1)
             self._samples, self._mark = 0, now
-        if not self._told_memory:
-            self._told_memory = True
-            _tell_memory(trainer, pl_module)
+        if not self._memory_is_shown:
+            self._memory_is_shown = True
+            _show_memory(trainer, pl_module)
         if now - self._shown >= _SECONDS_BETWEEN_UPDATES:
-            self._tell(trainer, self._done(trainer, (batch_idx + 1) / max(trainer.num_training_batches, 1)))
+            self._show(trainer, self._done(trainer, (batch_idx + 1) / max(trainer.num_training_batches, 1)))
 
-    def _tell(self, trainer: pl.Trainer, done: float) -> None:
+    def _show(self, trainer: pl.Trainer, done: float) -> None:
         clock, bar = self._clock, trainer.progress_bar_callback
         if clock is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._shown = time.monotonic()
         task, epoch = clock.task_at(trainer.current_epoch), trainer.current_epoch
-        first, end = clock.boundaries[task], clock.boundaries[task + 1]
+        first, end = clock.schedule.boundaries[task], clock.schedule.boundaries[task + 1]
         seconds = self._seconds_left(trainer, done)
         left = "" if seconds is None else f" · {timedelta(seconds=round(seconds))} left"
         text = f"task {task + 1}/{len(clock.tasks)} · epoch {epoch - first + 1}/{end - first}{left}"
@@ -93,13 +93,13 @@ class StreamProgress(pl.Callback):
         elif isinstance(bar, RichProgressBar) and bar.is_enabled:
             if bar.progress is not None and bar.train_progress_bar_id is not None:
                 bar.progress.update(bar.train_progress_bar_id, description=text)
-        elif task != self._told_task and not is_watched():
+        elif task != self._shown_task and not is_watched():
             samples = clock.tasks[task].num_samples
             show(f"task {task + 1}/{len(clock.tasks)} · {end - first} epochs of {samples} samples{left}")
-        self._told_task = task
+        self._shown_task = task
 
     def _done(self, trainer: pl.Trainer, share_of_epoch: float = 0.0) -> float:
-        """Return the batches of the stream that are behind, in those of one epoch of each task."""
+        """Return the number of batches of the stream that are done."""
         if self._clock is None:
             return 0.0
         whole = sum(_batches(trainer, self._clock, epoch) for epoch in range(trainer.current_epoch))
@@ -111,15 +111,15 @@ class StreamProgress(pl.Callback):
         if done <= self._done_before:
             return None
         rate = passed / (done - self._done_before)
-        left = sum(_batches(trainer, clock, epoch) for epoch in range(clock.boundaries[-1])) - done
+        left = sum(_batches(trainer, clock, epoch) for epoch in range(clock.schedule.boundaries[-1])) - done
         if trainer.max_steps > 0:
             left = min(left, float(trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
         times = [c.time_remaining() for c in callbacks_of(trainer) if isinstance(c, Timer)]
         return max(min([rate * left, *(t for t in times if t is not None)]), 0.0)
 
 
-def _tell_memory(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Complete Lightning's summary of the model, if there is one: the memory is made with the first batch."""
+def _show_memory(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Print the memory's size if Lightning printed a model summary: the memory is made with the first batch."""
     if not any(isinstance(c, ModelSummary) for c in callbacks_of(trainer)):
         return
     held = rows_of(trainer, module)
@@ -129,10 +129,10 @@ def _tell_memory(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def _batches(trainer: pl.Trainer, clock: TaskClock, epoch: int) -> float:
-    """Return the batches of an epoch as far as they are known beforehand; exemplars may add to them."""
+    """Return the number of batches of an epoch as known beforehand; exemplars may add to it."""
     data = datamodule_of(trainer)
     index = clock.task_at(epoch)
-    tasks = clock.tasks[: index + 1] if getattr(data, "concatenate_tasksets", False) else [clock.tasks[index]]
+    tasks = clock.tasks[: index + 1] if data.concatenate_tasksets else [clock.tasks[index]]
     batches = -(-sum(task.num_samples for task in tasks) // (trainer.world_size * data.batch_size))
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else batches * limit

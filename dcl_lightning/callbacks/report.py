@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dcl_lightning._lightning import callbacks_of, datamodule_of
+from dcl_lightning._lightning import datamodule_of, is_fast_dev_run
+from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.comm import comm_of
 from dcl_lightning.paths import replacing
 from dcl_lightning.report.content import content_of
@@ -21,7 +21,7 @@ from dcl_lightning.report.figures import can_draw, figures_of, log_figure, matri
 from dcl_lightning.report.paths import begin_run, run_folder
 from dcl_lightning.report.text import matrix_csv, metrics_csv, progress_text, summary_text, table_text
 from dcl_lightning.screen import show
-from dcl_lightning.types import Task
+from dcl_lightning.types import StateDict, Task
 
 __all__ = ["TaskReport"]
 
@@ -46,7 +46,7 @@ class TaskReport(pl.Callback):
         self._written = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Owe a report for each ``fit``."""
+        """Begin a new report with each fit."""
         if stage == "fit":
             self._written = False
             self.memory = MemoryLog()
@@ -54,15 +54,19 @@ class TaskReport(pl.Callback):
 
     def on_task_evaluated(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
         """Print and log the rows so far; the clock calls this on every worker after it has written the task's row."""
-        clock = _clock_of(trainer)
+        clock = TaskClock.of(trainer)
         if clock is None:
             return
         held = rows_of(trainer, agent)
         if held is not None:
             data = datamodule_of(trainer)
             self.memory.note(task.index, held, data.train_targets, data.stream.train_parts, comm_of(trainer.strategy))
-        names = ("average_accuracy", "forgetting", "backward_transfer")
-        figures = {f"cl/{name}": float(getattr(clock.matrix, name)) for name in names}
+        matrix = clock.results.matrix
+        figures = {
+            "cl/average_accuracy": float(matrix.average_accuracy),
+            "cl/forgetting": float(matrix.forgetting),
+            "cl/backward_transfer": float(matrix.backward_transfer),
+        }
         figures = {name: value for name, value in figures.items() if not math.isnan(value)}
         for logger in trainer.loggers:
             logger.log_metrics({**figures, "task": float(task.index)}, step=trainer.global_step)
@@ -71,10 +75,10 @@ class TaskReport(pl.Callback):
         if self.pictures and can_draw():
             for logger in filter(takes_figures, trainer.loggers):
                 with _decorating("the picture of the matrix"):
-                    log_figure(logger, "cl/accuracy_matrix", matrix_figure(clock.matrix), trainer.global_step)
+                    log_figure(logger, "cl/accuracy_matrix", matrix_figure(matrix), trainer.global_step)
         if self.show_table:
-            text = table_text(clock.matrix.evaluated, task.num_tasks)
-            show(f"\n{text}\n{progress_text(clock.matrix)}")
+            text = table_text(matrix.evaluated, task.num_tasks)
+            show(f"\n{text}\n{progress_text(matrix)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report."""
@@ -85,13 +89,13 @@ class TaskReport(pl.Callback):
         self._write_once(trainer, pl_module)
 
     def _write_once(self, trainer: pl.Trainer, agent: pl.LightningModule) -> None:
-        if self._written or getattr(trainer, "fast_dev_run", False):
+        if self._written or is_fast_dev_run(trainer):
             return
         self._written = True
         if not trainer.is_global_zero:
             return
-        folder, clock = run_folder(trainer), _clock_of(trainer)
-        if clock is None or not clock.evaluated_rows or not getattr(clock, "evaluates", True):
+        folder, clock = run_folder(trainer), TaskClock.of(trainer)
+        if clock is None or not clock.schedule.evaluated or not clock.evaluates:
             rank_zero_warn("TaskReport: no task was evaluated, so there is no report")
             return
         report = folder / "report"
@@ -102,7 +106,7 @@ class TaskReport(pl.Callback):
         else:
             show(f"Report: {report}")
 
-    def _write(self, report: Path, trainer: pl.Trainer, agent: pl.LightningModule, clock: Any) -> None:
+    def _write(self, report: Path, trainer: pl.Trainer, agent: pl.LightningModule, clock: TaskClock) -> None:
         content, results = content_of(report.parent, trainer, agent, clock, self.memory), clock.results
         labels = getattr(datamodule_of(trainer), "original_labels", None) or range(results.num_classes)
         tasks = [f"task_{j}" for j in range(len(results.tested))]
@@ -114,9 +118,9 @@ class TaskReport(pl.Callback):
             "figures_over_tasks.csv": metrics_csv(results.matrix),
             "accuracy_of_classes.csv": matrix_csv(results.classes.values, "after_task", labels),
         }
-        for name in ("top5", "task_aware"):
-            if getattr(results, name) is not None:
-                files[f"accuracy_matrix_{name}.csv"] = matrix_csv(getattr(results, name).values, "after_task", tasks)
+        for name, matrix in (("top5", results.top5), ("task_aware", results.task_aware)):
+            if matrix is not None:
+                files[f"accuracy_matrix_{name}.csv"] = matrix_csv(matrix.values, "after_task", tasks)
         if results.confusion is not None:
             files["confusion_matrix.csv"] = matrix_csv(results.confusion, "class", labels, labels)
         if self.memory.lines:
@@ -135,12 +139,12 @@ class TaskReport(pl.Callback):
 
     # -- checkpoint ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what the memories held after the tasks so far; the rest of the report is the clock's."""
         return {"memory": self.memory.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore it."""
         self.memory.load_state_dict(state_dict["memory"])
 
 
@@ -153,15 +157,7 @@ def _decorating(what: str) -> Iterator[None]:
         rank_zero_warn(f"TaskReport: {what} is left out ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
 
 
-def _clock_of(trainer: pl.Trainer) -> Any:
-    """Return the trainer's callback that holds the results, or None."""
-    for callback in callbacks_of(trainer):
-        if all(hasattr(callback, name) for name in ("results", "tasks", "evaluated_rows")):
-            return callback
-    return None
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value.item() if hasattr(value, "item") else str(value)
 
 

@@ -1,4 +1,4 @@
-"""The task clock: one ``fit`` for the whole stream of tasks."""
+"""The task clock: one ``fit`` for the whole stream of tasks, and what is reset at each boundary."""
 
 from __future__ import annotations
 
@@ -6,58 +6,100 @@ import copy
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from dcl_lightning._lightning import (
     callbacks_of,
     datamodule_of,
+    dev_run_batches,
     reload_training_data,
     reload_validation_data,
+    restore_save,
     set_callbacks,
+    validates_by_time,
 )
 from dcl_lightning.callbacks.evaluation import average_only_network, evaluation_batches, scores_of, update_averages
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
-from dcl_lightning.callbacks.task_reset import (
-    adopt_rates,
-    begin_anew,
-    end_resumption,
-    extend_schedules,
-    forget_best,
-    forget_best_checkpoints,
-    keep_limits,
-    keep_order,
-    reset_optimizers,
-)
-from dcl_lightning.callbacks.trainer_checks import (
-    refuse_early_stopping,
-    refuse_empty_shares,
-    refuse_limits,
-    refuse_rare_validation,
-    refuse_selection_on_test,
-    refuse_single_validation,
-    refuse_stochastic_averaging,
-    refuse_tuning_on_resume,
-)
+from dcl_lightning.callbacks.trainer_checks import refuse_contradictions, refuse_tuning_on_resume
 from dcl_lightning.checkpoint.resume import BEYOND_ANY_EPOCH
 from dcl_lightning.comm import Comm, SingleProcessComm, broadcast_buffers, comm_of
+from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.distributed.horovod.shutdown import through_signals
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.evaluation import EvaluationCounts, StreamResults
 from dcl_lightning.report.counts import SampleCounts
-from dcl_lightning.types import Batch, Task
+from dcl_lightning.types import Batch, StateDict, Task
 
-__all__ = ["TaskClock"]
+__all__ = ["TaskClock", "TaskSchedule", "write_rates"]
 
+Hook = Callable[[pl.Trainer, pl.LightningModule], None]
 # Values of ``max_epochs`` that mean "not chosen by the user": Lightning's own default and no limit.
 _UNSET_MAX_EPOCHS = (None, -1, 1000)
+
+
+@dataclass
+class TaskSchedule:
+    """Which epochs belong to which task, and how far a fit has come; plain values, saved with each checkpoint.
+
+    Args:
+        boundaries: first epoch of each task, and behind them the number of all epochs.
+        started: tasks that have started.
+        ended: tasks whose ``on_task_end`` hooks have returned.
+        ended_by: objects whose ``on_task_end`` has returned for the next task to end, by their names.
+        evaluated: tasks after which the test sets were evaluated.
+        stopping: whether an ``EarlyStopping`` has asked for the end of the present task.
+    """
+
+    boundaries: list[int] = field(default_factory=lambda: [0])
+    started: int = 0
+    ended: int = 0
+    ended_by: list[str] = field(default_factory=list)
+    evaluated: int = 0
+    stopping: bool = False
+
+    @classmethod
+    def of(cls, epochs: Sequence[int]) -> TaskSchedule:
+        """Return the schedule of a fit that has not begun, given the number of epochs of each task."""
+        return cls([0, *accumulate(epochs)])
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of all tasks."""
+        return self.boundaries[-1]
+
+    def task_at(self, epoch: int) -> int:
+        """Return the 0-based task of an epoch; the last task for later epochs."""
+        return min(bisect_right(self.boundaries, epoch) - 1, max(len(self.boundaries) - 2, 0))
+
+    def epochs_into_task(self, epoch: int) -> int:
+        """Return the number of epochs of an epoch's task that come before it."""
+        return epoch - self.boundaries[self.task_at(epoch)]
+
+    def is_last_of_task(self, epoch: int) -> bool:
+        """Return whether a task ends with an epoch."""
+        return epoch + 1 in self.boundaries
+
+    def tasks_over(self, epoch: int) -> int:
+        """Return how many tasks are over when an epoch begins."""
+        return sum(end <= epoch for end in self.boundaries[1:])
+
+    def end_task_with(self, epoch: int) -> None:
+        """Let an epoch's task end with it; later tasks keep their lengths."""
+        task = self.task_at(epoch)
+        saved = self.boundaries[task + 1] - (epoch + 1)
+        self.boundaries[task + 1 :] = [end - saved for end in self.boundaries[task + 1 :]]
 
 
 class TaskClock(pl.Callback):
@@ -72,7 +114,7 @@ class TaskClock(pl.Callback):
     ``trainer.should_stop`` ends the fit. ``trainer.min_epochs`` holds for each task. Every fit without ``ckpt_path``
     trains the whole stream, also with a trainer that has been used before.
 
-    During a fit it stands behind all other callbacks but those that save checkpoints: what is saved at a boundary holds
+    During a fit it comes after all other callbacks but those that save checkpoints: what is saved at a boundary holds
     the boundary's work.
 
     With ``data.boundaries: hidden`` no hook is called and nothing is reset at a boundary; the matrix is filled all the
@@ -86,9 +128,10 @@ class TaskClock(pl.Callback):
         future_tasks: whether evaluation takes in tasks not learnt yet, and all of them before training.
 
     Attributes:
-        results: what evaluation found, the same on all workers.
-        baseline: ``(T,)`` float64, the untrained network's accuracies with ``future_tasks``, else None.
+        results: the accuracy matrix and all else that evaluation has found, the same on all workers. An agent has it as
+            ``agent.results``.
         tasks: the stream, known after ``setup``.
+        schedule: which epochs belong to which task, and how far the fit has come.
         wall_time: seconds spent in ``train``, ``select`` (validation) and ``eval`` (test sets).
     """
 
@@ -108,27 +151,28 @@ class TaskClock(pl.Callback):
         self.epochs_per_task = epochs_per_task if isinstance(epochs_per_task, int) else given
         self.optimizer_reset = optimizer_reset
         self.task_aware, self.future_tasks = task_aware, future_tasks
-        self.boundaries: list[int] = []
+        self.schedule = TaskSchedule()
         self.tasks: list[Task] = []
         self.results = StreamResults([[]], num_classes=1)
-        self.baseline: Tensor | None = None
-        self.evaluated_rows = 0
         self._samples = SampleCounts()
         self._comm: Comm = SingleProcessComm()
         self._scores: Callable[[Batch], Tensor] | None = None
         self.wall_time = {"train": 0.0, "select": 0.0, "eval": 0.0}
         self._hidden = False
-        self._snapshot: dict[str, Any] | None = None
-        self._started_tasks = self._ended_tasks = 0
-        self._ended_by: list[str] = []  # whose hooks have ended the task that comes next
+        self._snapshot: StateDict | None = None
         self._mark = 0.0
         self._fitting = self._begun = self._adopted = False
         self._min_epochs = 0
         self._lifted: tuple[int, bool] | None = None  # limits that wait for what a checkpoint left unfinished
         self._before_training = False
-        # An EarlyStopping has asked for the task's end; the trainer was told to stop for it; so did someone else.
-        self._stopping = self._raised = self._others = False
+        # Whether ``trainer.should_stop`` is set for the end of the task, and whether for another reason.
+        self._stops_task = self._stops_fit = False
         self._undo: list[Callable[[], None]] = []
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> TaskClock | None:
+        """Return the first clock among a trainer's callbacks; None if there is none."""
+        return next((callback for callback in callbacks_of(trainer) if isinstance(callback, cls)), None)
 
     @property
     def matrix(self) -> AccuracyMatrix:
@@ -143,7 +187,7 @@ class TaskClock(pl.Callback):
     @property
     def has_started(self) -> bool:
         """Whether the first task has started."""
-        return self._started_tasks > 0
+        return self.schedule.started > 0
 
     @property
     def samples_seen(self) -> dict[str, int]:
@@ -153,29 +197,22 @@ class TaskClock(pl.Callback):
     # -- the stream ------------------------------------------------------------------------------
 
     def task_at(self, epoch: int) -> int:
-        """Return the 0-based task of an epoch; the last task for later epochs.
-
-        What is tried out before training, as by ``LearningRateFinder``, is tried on task 0.
-        """
-        if not self._begun:
-            return 0
-        return min(max(bisect_right(self.boundaries, epoch) - 1, 0), max(len(self.tasks) - 1, 0))
+        """Return the 0-based task of an epoch: the last one for later epochs; 0 before training, as for searches."""
+        return self.schedule.task_at(epoch) if self._begun else 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the stream from the data module and give the fit its length."""
         if stage != TrainerFn.FITTING.value:
             return
         data = datamodule_of(trainer)
-        if data is None or not hasattr(data, "tasks"):
+        if not isinstance(data, ContinualDataModule):
             raise ConfigurationError(
                 "TaskClock needs a ContinualDataModule: call trainer.fit(agent, datamodule=ContinualDataModule(...))"
             )
-        self._hidden = getattr(data, "boundaries", "known") == "hidden"
-        if self._hidden:
-            refuse_early_stopping(trainer)
+        self._hidden = data.boundaries == "hidden"
         num_tasks = data.num_tasks
         epochs = self._epochs(num_tasks)
-        dev_batches = int(getattr(trainer, "fast_dev_run", 0))
+        dev_batches = dev_run_batches(trainer)
         if dev_batches:
             num_tasks = min(num_tasks, 2)
             epochs = [1] * data.num_tasks
@@ -187,36 +224,28 @@ class TaskClock(pl.Callback):
             )
         stream = data.tasks(epochs)
         self.tasks = stream[:num_tasks]
-        self.boundaries = [sum(epochs[:t]) for t in range(num_tasks + 1)]
+        self.schedule = TaskSchedule.of(epochs[:num_tasks])
         self.results = StreamResults([task.tested for task in stream], data.num_classes, self.task_aware)
-        self.baseline = None
-        self.evaluated_rows = self._started_tasks = self._ended_tasks = 0
         self._samples = SampleCounts()
         self.wall_time = dict.fromkeys(self.wall_time, 0.0)
         self._snapshot = None
         self._begun = False
-        self._stopping = self._raised = self._others = False
+        self._stops_task = self._stops_fit = False
         self._lifted, self._before_training = None, True
-        refuse_limits(trainer)
-        self._ended_by = []
-        trainer.__dict__.pop("save_checkpoint", None)  # of an earlier fit that was stopped
-        refuse_selection_on_test(trainer, data)
-        refuse_stochastic_averaging(trainer)
-        refuse_rare_validation(trainer, self.tasks, data)
-        refuse_empty_shares(trainer, self.tasks, data)
-        refuse_single_validation(trainer, pl_module, data)
+        restore_save(trainer)  # an earlier fit may have been stopped
+        refuse_contradictions(trainer, pl_module, data, self.tasks)
         self._attach(trainer, data)
         trainer.fit_loop.max_epochs = total
         if dev_batches:
             trainer.fit_loop.epoch_loop.max_steps = dev_batches * num_tasks
 
-    def _attach(self, trainer: pl.Trainer, data: Any) -> None:
-        """Take trainer, callbacks and data module into use until the fit has ended."""
+    def _attach(self, trainer: pl.Trainer, data: ContinualDataModule) -> None:
+        """Change trainer, callbacks and data module for the time of the fit."""
         self._release()
-        begin_anew(trainer)
+        _begin_anew(trainer)
         self._fitting, self._min_epochs = True, trainer.fit_loop.min_epochs or 0
-        self._undo = [keep_limits(trainer), keep_order(trainer)]
-        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        self._undo = [_keep_limits(trainer), _keep_order(trainer)]
+        vars(trainer)["reload_dataloaders_every_n_epochs"] = 1
         others = [c for c in callbacks_of(trainer) if c is not self]
         place = next((i for i, c in enumerate(others) if isinstance(c, Checkpoint)), len(others))
         set_callbacks(trainer, [*others[:place], self, *others[place:]])
@@ -257,10 +286,10 @@ class TaskClock(pl.Callback):
     # -- training --------------------------------------------------------------------------------
 
     def _then_lift_limits(self, trainer: pl.Trainer, setup_data: Callable[[], None]) -> Callable[[], None]:
-        """Return what Lightning calls before it looks whether a fit has reached its limits of steps and time already.
+        """Wrap the call after which Lightning checks whether a resumed fit has reached its limits of steps and time.
 
-        It would then call no hook: a validation that follows the checkpoint's last step, and the end of a task, would
-        never come. The limits hold again after them.
+        It would then call no hook, and leave out a validation after the checkpoint's last step, or the end of a task.
+        The limits hold again after these.
         """
 
         def hook() -> None:
@@ -268,8 +297,9 @@ class TaskClock(pl.Callback):
             if not self._before_training or not trainer.fit_loop.restarting:
                 return
             epochs: Any = trainer.fit_loop.epoch_progress.current
-            ended = sum(end <= trainer.current_epoch for end in self.boundaries[1:])
-            if epochs.processed < epochs.ready or self.evaluated_rows < ended:
+            if epochs.processed < epochs.ready or self.schedule.evaluated < self.schedule.tasks_over(
+                trainer.current_epoch
+            ):
                 loop = trainer.fit_loop.epoch_loop
                 self._lifted = loop.max_steps, trainer.should_stop
                 loop.max_steps, trainer.should_stop = -1, False
@@ -283,7 +313,7 @@ class TaskClock(pl.Callback):
             self._lifted = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finish what a resumed run's checkpoint left unfinished."""
+        """Finish the work that a resumed run's checkpoint left unfinished."""
         self._mark = time.monotonic()
         self._adopted = self._before_training = False
         if trainer.fit_loop.restarted_on_epoch_end:
@@ -295,9 +325,13 @@ class TaskClock(pl.Callback):
             loop.batch_progress.current.completed = BEYOND_ANY_EPOCH
         elif loop.restarted_on_train_batch_end:
             self._validate_if_due(trainer)
-        if self._stopping and trainer.fit_loop.restarted_mid_epoch and self._may_end(trainer, epoch_is_over=False):
+        if (
+            self.schedule.stopping
+            and trainer.fit_loop.restarted_mid_epoch
+            and self._may_end(trainer, epoch_is_over=False)
+        ):
             self._close_epoch(trainer)
-        self._end_tasks_owed(trainer, pl_module)
+        self._end_unfinished_tasks(trainer, pl_module)
         self._restore_limits(trainer)
         self._hold_min_epochs(trainer)
 
@@ -307,38 +341,38 @@ class TaskClock(pl.Callback):
         With ``max_steps`` Lightning enters the finished epoch again and counts it twice, so that another one is lost.
         """
         trainer.fit_loop.epoch_progress.increment_completed()
-        end_resumption(trainer)
+        _end_resumption(trainer)
 
     def _close_epoch(self, trainer: pl.Trainer) -> None:
         """End the epoch amid which an ``EarlyStopping`` stopped before the checkpoint was saved."""
-        fit_loop, self._raised = trainer.fit_loop, True
+        fit_loop, self._stops_task = trainer.fit_loop, True
         fit_loop.epoch_loop.reset()
         fit_loop.on_advance_end()
-        end_resumption(trainer)
+        _end_resumption(trainer)
 
     def _hold_min_epochs(self, trainer: pl.Trainer) -> None:
         """Let Lightning count ``min_epochs`` from the task's start."""
         if self._min_epochs:
-            first = self.boundaries[self.task_at(trainer.current_epoch)]
-            trainer.fit_loop.min_epochs = first + self._min_epochs
+            task_start = trainer.current_epoch - self.schedule.epochs_into_task(trainer.current_epoch)
+            trainer.fit_loop.min_epochs = task_start + self._min_epochs
 
-    def _end_tasks_owed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _end_unfinished_tasks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End tasks that a limit of steps or time cut off: a resumed run begins with the epoch after."""
-        for index in range(self.evaluated_rows, self.task_at(trainer.current_epoch)):
-            self._end_owed_task(trainer, pl_module, self.tasks[index])
+        for index in range(self.schedule.evaluated, self.task_at(trainer.current_epoch)):
+            self._end_unfinished_task(trainer, pl_module, self.tasks[index])
 
-    def _end_owed_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+    def _end_unfinished_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         self._end(trainer, pl_module, task, resumed=True)
         # The loader of this epoch was made before; it has to be asked for again.
         reload_training_data(trainer)
 
     def _finish_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do what Lightning leaves out after resume from an epoch's last step: validate, let early stopping decide."""
+        """Validate and let early stopping decide, which Lightning leaves out after resume from an epoch's last step."""
         progress = trainer.fit_loop.epoch_progress.current
         progress.completed -= 1  # Lightning is in the next epoch already
         task = self.tasks[self.task_at(trainer.current_epoch)]
-        if trainer.current_epoch + 1 in self.boundaries and self.evaluated_rows <= task.index:
-            self._end_owed_task(trainer, pl_module, task)  # a signal has broken it off, before it was validated
+        if self.schedule.is_last_of_task(trainer.current_epoch) and self.schedule.evaluated <= task.index:
+            self._end_unfinished_task(trainer, pl_module, task)  # a signal has broken it off, before it was validated
         self._validate_if_due(trainer)
         for stopper in trainer.early_stopping_callbacks:
             stopper.on_train_epoch_end(trainer, pl_module)
@@ -360,10 +394,10 @@ class TaskClock(pl.Callback):
         self._hold_min_epochs(trainer)
         self._start_task(trainer, pl_module)
         if self._snapshot is not None:
-            extend_schedules(trainer, self._snapshot)
+            _extend_schedules(trainer, self._snapshot)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Start a task where Lightning has left ``on_train_epoch_start`` out: after resume from an epoch's end."""
         self._start_task(trainer, pl_module)
@@ -371,11 +405,11 @@ class TaskClock(pl.Callback):
     def _start_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._adopted:
             self._adopted = True
-            self._snapshot = adopt_rates(trainer, self._snapshot)
+            self._snapshot = _adopt_rates(trainer, self._snapshot)
         task = self.tasks[self.task_at(trainer.current_epoch)]
-        if self._started_tasks > task.index:
+        if self.schedule.started > task.index:
             return
-        self._started_tasks = task.index + 1
+        self.schedule.started = task.index + 1
         if hasattr(pl_module, "tasks_seen"):
             setattr(pl_module, "tasks_seen", task.index + 1)  # noqa: B010 (modules declare no such attribute)
         if self.future_tasks and not task.index and self._scores is not None:
@@ -383,19 +417,19 @@ class TaskClock(pl.Callback):
         if self._hidden:
             return
         if task.index:
-            forget_best(trainer.early_stopping_callbacks)
-            forget_best_checkpoints(trainer)
+            _forget_best(trainer.early_stopping_callbacks)
+            _forget_best_checkpoints(trainer)
         if task.index and self.optimizer_reset and self._snapshot is not None:
-            reset_optimizers(trainer, self._snapshot)
+            _reset_optimizers(trainer, self._snapshot)
         call_task_hook("on_task_start", trainer, pl_module, task)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """After the last batch of a task: end it, before validation and before any checkpoint."""
         if isinstance(batch, Batch):
             self._count(trainer, batch)
-        last_epoch = trainer.current_epoch + 1 in self.boundaries
+        last_epoch = self.schedule.is_last_of_task(trainer.current_epoch)
         if last_epoch and batch_idx + 1 >= trainer.num_training_batches:
             self._end_task(trainer, pl_module)
 
@@ -417,29 +451,29 @@ class TaskClock(pl.Callback):
             self.wall_time["train"] += self._lap()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add up what the workers have counted."""
+        """Add up the samples of all workers."""
         self._samples.settle(self._comm)
         self.wall_time["train"] += self._lap()
 
-    def _watched(self, check: Callable[..., None]) -> Callable[..., None]:
-        """Return a hook of an ``EarlyStopping`` that asks for the task's end where the callback asks for the fit's."""
+    def _watched(self, check: Hook) -> Hook:
+        """Wrap a hook of an ``EarlyStopping``: it ends the task where the callback would end the fit."""
 
         def hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self._others |= trainer.should_stop and not self._raised
+            self._stops_fit |= trainer.should_stop and not self._stops_task
             trainer.should_stop = False
             check(trainer, pl_module)
-            self._stopping |= trainer.should_stop
+            self.schedule.stopping |= trainer.should_stop
             over = not trainer.validating or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-            self._raised = self._stopping and self._may_end(trainer, over)
-            trainer.should_stop = self._others or self._raised
+            self._stops_task = self.schedule.stopping and self._may_end(trainer, over)
+            trainer.should_stop = self._stops_fit or self._stops_task
 
         return hook
 
     def _may_end(self, trainer: pl.Trainer, epoch_is_over: bool) -> bool:
         epoch = trainer.current_epoch
-        return epoch + epoch_is_over - self.boundaries[self.task_at(epoch)] >= self._min_epochs
+        return self.schedule.epochs_into_task(epoch) + epoch_is_over >= self._min_epochs
 
-    def _then_end_task(self, check: Callable[..., None]) -> Callable[..., None]:
+    def _then_end_task(self, check: Hook) -> Hook:
         def hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             check(trainer, pl_module)
             self._end_stopped_task(trainer, pl_module)
@@ -447,61 +481,58 @@ class TaskClock(pl.Callback):
         return hook
 
     def _end_stopped_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._raised:
+        if not self._stops_task:
             return
-        epoch = trainer.current_epoch
-        task = self.task_at(epoch)
-        shift = self.boundaries[task + 1] - (epoch + 1)
-        self.boundaries[task + 1 :] = [b - shift for b in self.boundaries[task + 1 :]]
-        trainer.fit_loop.max_epochs = self.boundaries[-1]
-        trainer.should_stop, self._stopping, self._raised = self._others, False, False
+        self.schedule.end_task_with(trainer.current_epoch)
+        trainer.fit_loop.max_epochs = self.schedule.num_epochs
+        trainer.should_stop, self.schedule.stopping, self._stops_task = self._stops_fit, False, False
         self._end_task(trainer, pl_module)
 
     def _end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = self.tasks[self.task_at(trainer.current_epoch)]
-        if self.evaluated_rows <= task.index:
+        if self.schedule.evaluated <= task.index:
             update_averages(trainer, pl_module)
             self._end(trainer, pl_module, task)
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task, resumed: bool = False) -> None:
         self.wall_time["train"] += self._lap()
-        # What a signal leaves undone is done when the run is resumed.
+        # A resumed run does the work that a signal leaves undone.
         through_signals(trainer, pl_module, lambda: self._work_at_end(trainer, pl_module, task), save=not resumed)
         self.wall_time["eval"] += self._lap()
 
     # An early stop may end a task within Lightning's validation, which is in inference mode.
     @torch.inference_mode(False)
     def _work_at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        if self._ended_tasks <= task.index:
+        if self.schedule.ended <= task.index:
             # From here on its running statistics are used, on every worker.
             broadcast_buffers(pl_module, comm_of(trainer.strategy))
             if not self._hidden:
-                call_task_hook("on_task_end", trainer, pl_module, task, self._ended_by)
-            self._ended_tasks, self._ended_by = task.index + 1, []
+                call_task_hook("on_task_end", trainer, pl_module, task, self.schedule.ended_by)
+            self.schedule.ended, self.schedule.ended_by = task.index + 1, []
         self.evaluate(trainer, pl_module, task)
 
     # -- evaluation ------------------------------------------------------------------------------
 
-    def evaluate(self, trainer: pl.Trainer, agent: Any, task: Task) -> None:
+    def evaluate(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
         """Write row ``task.index`` of the matrix: the test sets of all tasks so far, each sample once."""
         last = len(self.tasks) - 1 if self.future_tasks else task.index
         if self._scores is not None:
             self.results.add(task.index, self._row_counts(trainer, agent, last), self._comm.allreduce)
-        self.evaluated_rows = task.index + 1
+        self.schedule.evaluated = task.index + 1
         if self._scores is not None:
             call_callbacks("on_task_evaluated", trainer, agent, task)
 
-    def _measure_baseline(self, trainer: pl.Trainer, agent: Any) -> None:
+    def _measure_baseline(self, trainer: pl.Trainer, agent: pl.LightningModule) -> None:
         """Evaluate the network before it has learnt anything."""
         self.wall_time["train"] += self._lap()
         untrained = StreamResults(self.results.tested, self.results.num_classes)
         last = len(self.tasks) - 1
         counts = through_signals(trainer, agent, lambda: self._row_counts(trainer, agent, last), save=False)
         untrained.add(0, counts, self._comm.allreduce)
-        self.baseline = untrained.matrix.values[0]
+        self.results.baseline = untrained.matrix.values[0]
         self.wall_time["eval"] += self._lap()
 
-    def _row_counts(self, trainer: pl.Trainer, agent: Any, last_task: int) -> EvaluationCounts:
+    def _row_counts(self, trainer: pl.Trainer, agent: pl.LightningModule, last_task: int) -> EvaluationCounts:
         """Count this worker's hits on the test sets of tasks 0..last_task; the host does not wait for a batch."""
         data = datamodule_of(trainer)
         scores = self._scores
@@ -519,67 +550,53 @@ class TaskClock(pl.Callback):
 
     # -- checkpoint ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, in plain types and tensors."""
+    def state_dict(self) -> StateDict:
+        """Return the state of a resumed run, in plain types and tensors."""
         return {
-            "boundaries": list(self.boundaries),
-            "started_tasks": self._started_tasks,
-            "ended_tasks": self._ended_tasks,
-            "stopping": self._stopping,
-            "ended_by": list(self._ended_by),
-            "evaluated_rows": self.evaluated_rows,
+            "schedule": asdict(self.schedule),
             "results": self.results.state_dict(),
-            "baseline": self.baseline,
             "samples_seen": dict(self.samples_seen),
             "wall_time": dict(self.wall_time),
             "snapshot": copy.deepcopy(self._snapshot),
         }
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
         """Refuse searches before a resumed run goes on."""
         if self._fitting:
             refuse_tuning_on_resume(trainer)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state back in a fit, which sets up first; evaluation and prediction leave the results alone."""
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore the state in a fit, after its set-up; evaluation and prediction leave the results alone."""
         if self._fitting:
             self._restore(state_dict)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add up what the workers have counted: unlike ``state_dict``, every worker's trainer calls this."""
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
+        """Add the samples of all workers: every worker calls this hook, unlike ``state_dict``."""
         checkpoint["callbacks"][self.state_key]["samples_seen"] = dict(self._samples.settle(self._comm))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the fit the length that early stopping left it with."""
+        """Find how to evaluate the module, and restore the length that early stopping has left."""
         self._comm, self._begun = comm_of(trainer.strategy), True
         self._scores = scores_of(pl_module)
         average_only_network(trainer, pl_module)
-        trainer.fit_loop.max_epochs = self.boundaries[-1]
+        trainer.fit_loop.max_epochs = self.schedule.num_epochs
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        if len(state["boundaries"]) != len(self.boundaries):
+    def _restore(self, state: StateDict) -> None:
+        schedule = TaskSchedule(**state["schedule"])
+        if len(schedule.boundaries) != len(self.schedule.boundaries):
             raise ConfigurationError(
-                f"the checkpoint has {len(state['boundaries']) - 1} tasks and the data {len(self.boundaries) - 1}: "
-                "resume with the scenario that the run was started with"
+                f"the checkpoint has {len(schedule.boundaries) - 1} tasks and the data "
+                f"{len(self.schedule.boundaries) - 1}: resume with the scenario that the run was started with"
             )
-        self.boundaries = list(state["boundaries"])
-        self._started_tasks, self._ended_tasks = state["started_tasks"], state["ended_tasks"]
-        self._stopping = state.get("stopping", False)
-        self._ended_by = list(state.get("ended_by", ()))
-        self.evaluated_rows = state["evaluated_rows"]
+        self.schedule = schedule
         self.results.load_state_dict(state["results"])
-        self.baseline = state["baseline"]
         self._samples.seen, self.wall_time = dict(state["samples_seen"]), dict(state["wall_time"])
         self._snapshot = copy.deepcopy(state["snapshot"])
 
 
 def _validation_is_due(trainer: pl.Trainer) -> bool:
     """Whether Lightning validates after the batch at whose end the checkpoint was saved, as its epoch loop decides."""
-    if getattr(trainer, "_val_check_time_interval", None) is not None:
+    if validates_by_time(trainer):
         return False  # Lightning starts measuring the time again
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
     progress, due = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.val_check_batch or 1)
@@ -594,3 +611,154 @@ def _validation_is_due(trainer: pl.Trainer) -> bool:
         # At the end of an epoch Lightning has the next one's number of batches already.
         interval = max(int(batches * interval), 1) if progress.is_last_batch else due
     return batches % interval == 0
+
+
+# -- what a boundary resets, and what a fit leaves behind ------------------------------------------------------------
+
+
+def _begin_anew(trainer: pl.Trainer) -> None:
+    """Let a trainer that has been used before count epochs and steps from 0; a checkpoint is loaded later."""
+    loop = trainer.fit_loop
+    if not loop.epoch_progress.total.ready:
+        return
+    loop.load_state_dict(type(loop)(trainer).state_dict())
+    _end_resumption(trainer)
+
+
+def _end_resumption(trainer: pl.Trainer) -> None:
+    """Let a trainer's loops begin the next epoch, in place of going on within the epoch of a checkpoint."""
+    loop = trainer.fit_loop
+    for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        part.on_iteration_done()
+
+
+def _keep_limits(trainer: pl.Trainer) -> Callable[[], None]:
+    """Return a function that gives a trainer its present limits back."""
+    owners: list[tuple[object, str]] = [
+        (trainer.fit_loop, "max_epochs"),
+        (trainer.fit_loop, "min_epochs"),
+        (trainer.fit_loop.epoch_loop, "max_steps"),
+        (trainer, "reload_dataloaders_every_n_epochs"),
+    ]
+    values = [getattr(owner, name) for owner, name in owners]
+
+    def undo() -> None:
+        for (owner, name), value in zip(owners, values, strict=True):
+            setattr(owner, name, value)
+
+    return undo
+
+
+def _keep_order(trainer: pl.Trainer) -> Callable[[], None]:
+    """Return a function that puts a trainer's callbacks into their present order again."""
+    order = {id(callback): i for i, callback in enumerate(callbacks_of(trainer))}
+
+    def undo() -> None:
+        set_callbacks(trainer, sorted(callbacks_of(trainer), key=lambda c: order.get(id(c), len(order))))
+
+    return undo
+
+
+def _forget_best(stoppers: Sequence[EarlyStopping]) -> None:
+    """Let ``EarlyStopping`` measure the next task by itself."""
+    for stopper in stoppers:
+        stopper.wait_count = stopper.stopped_epoch = 0
+        worst = float("inf") if stopper.monitor_op == torch.lt else -float("inf")
+        stopper.best_score = torch.tensor(worst)
+
+
+def _forget_best_checkpoints(trainer: pl.Trainer) -> None:
+    """Let ``ModelCheckpoint`` compare the next task's values with each other only; the files stay."""
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, ModelCheckpoint) and saver.monitor is not None:
+            saver.best_k_models = {}
+            saver.best_model_score = None
+            saver.kth_best_model_path = ""
+
+
+def _hyperparameters(trainer: pl.Trainer) -> StateDict:
+    """Return the values of all parameter groups and the states of all schedules."""
+    groups = [
+        [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        for optimizer in trainer.optimizers
+    ]
+    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    return copy.deepcopy({"groups": groups, "schedules": schedules})
+
+
+def _reset_optimizers(trainer: pl.Trainer, snapshot: StateDict) -> None:
+    """Empty the optimizers' states and restore the values of a snapshot.
+
+    In place: a new optimizer object would have to be wrapped and hooked again. Parameter groups that were added since,
+    as by ``BackboneFinetuning``, keep their values.
+    """
+    for optimizer, groups in zip(trainer.optimizers, snapshot["groups"], strict=True):
+        optimizer.state.clear()
+        for group, values in zip(optimizer.param_groups, groups, strict=False):
+            group.update(copy.deepcopy(values))
+    for config, state in zip(trainer.lr_scheduler_configs, snapshot["schedules"], strict=True):
+        config.scheduler.load_state_dict(copy.deepcopy(state))
+    _extend_schedules(trainer, snapshot)
+    for scheduler in _schedules(trainer):
+        write_rates(scheduler)
+
+
+# -- rates: a schedule's base rates are what the rates of its optimizer are computed from ------------------------------
+
+
+def write_rates(scheduler: LambdaLR) -> None:
+    """Write a schedule's present rates into its optimizer, between two steps.
+
+    Args:
+        scheduler: schedule of one optimizer.
+    """
+    groups = scheduler.optimizer.param_groups
+    # A group that was added since has a rate, which is not the schedule's.
+    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in groups[: len(scheduler.base_lrs)]]
+
+
+def _adopt_rates(trainer: pl.Trainer, snapshot: StateDict | None) -> StateDict:
+    """Take rates that were written into an optimizer before training, as by ``LearningRateFinder``, as base rates.
+
+    Args:
+        trainer: at the first batch of a fit, fresh or resumed.
+        snapshot: a resumed run's, of its start; None for a fresh one.
+
+    Returns:
+        The snapshot, with these rates.
+    """
+    if snapshot is not None:
+        _extend_schedules(trainer, snapshot)
+    for i, config in enumerate(trainer.lr_scheduler_configs):
+        scheduler = config.scheduler
+        if not isinstance(scheduler, LambdaLR):
+            continue
+        rates, last = [group["lr"] for group in scheduler.optimizer.param_groups], scheduler.get_last_lr()
+        trios = zip(rates, last, scheduler.base_lrs, strict=False)
+        scheduler.base_lrs[: len(last)] = [rate if rate != before else base for rate, before, base in trios]
+        if rates != last or snapshot is None:  # when it was made, the batches of an epoch were not known
+            write_rates(scheduler)
+            if snapshot is not None:
+                known = len(snapshot["schedules"][i]["base_lrs"])
+                snapshot["schedules"][i]["base_lrs"] = scheduler.base_lrs[:known]
+    return _hyperparameters(trainer) if snapshot is None else snapshot
+
+
+def _extend_schedules(trainer: pl.Trainer, snapshot: StateDict) -> None:
+    """Let schedules leave the rates of parameter groups as they are that were added after a snapshot."""
+    known = {id(o): len(groups) for o, groups in zip(trainer.optimizers, snapshot["groups"], strict=True)}
+    for scheduler in _schedules(trainer):
+        first = known.get(id(scheduler.optimizer), len(scheduler.base_lrs))
+        added = scheduler.optimizer.param_groups[first:]
+        scheduler.base_lrs = [*scheduler.base_lrs[:first], *(group["lr"] for group in added)]
+        scheduler.lr_lambdas = [*scheduler.lr_lambdas[:first], *(_unchanged for _ in added)]
+
+
+def _schedules(trainer: pl.Trainer) -> list[LambdaLR]:
+    return [c.scheduler for c in trainer.lr_scheduler_configs if isinstance(c.scheduler, LambdaLR)]
+
+
+def _unchanged(step: int) -> float:
+    return 1.0

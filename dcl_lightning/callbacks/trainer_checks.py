@@ -1,11 +1,10 @@
-"""Refuses Trainer options that contradict a stream of tasks, before training."""
+"""Refuses Trainer options that contradict a stream of tasks: each function raises ConfigurationError with a remedy."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
@@ -15,29 +14,32 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
-from dcl_lightning._lightning import callbacks_of
+from dcl_lightning._lightning import callbacks_of, overfit_batches
 from dcl_lightning.callbacks.evaluation import limited
+from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.types import Task
 
-__all__ = [
-    "refuse_changing_accumulation", "refuse_early_stopping", "refuse_empty_shares", "refuse_limits",
-    "refuse_rare_validation", "refuse_selection_on_test", "refuse_single_validation", "refuse_stochastic_averaging",
-    "refuse_tuning", "refuse_tuning_on_resume",
-]  # fmt: skip
+__all__ = ["refuse_changing_accumulation", "refuse_contradictions", "refuse_tuning", "refuse_tuning_on_resume"]
 
 
-def refuse_selection_on_test(trainer: pl.Trainer, data: Any) -> None:
-    """Refuse callbacks that watch validation figures where these are of test data.
+def refuse_contradictions(
+    trainer: pl.Trainer, module: pl.LightningModule, data: ContinualDataModule, tasks: Sequence[Task]
+) -> None:
+    """Refuse options, callbacks and a validation step that cannot work over a stream of tasks."""
+    if data.boundaries == "hidden":
+        _refuse_early_stopping(trainer)
+    _refuse_limits(trainer)
+    _refuse_selection_on_test(trainer, data)
+    _refuse_stochastic_averaging(trainer)
+    _refuse_rare_validation(trainer, tasks, data)
+    _refuse_empty_shares(trainer, tasks, data)
+    _refuse_single_validation(trainer, module, data)
 
-    Args:
-        trainer: has the callbacks.
-        data: the data module.
 
-    Raises:
-        ConfigurationError: with the remedy.
-    """
-    if getattr(data, "val_ratio", 0.0) > 0 or getattr(data, "select_on_test", False):
+def _refuse_selection_on_test(trainer: pl.Trainer, data: ContinualDataModule) -> None:
+    """Refuse callbacks that watch validation figures where these are of test data."""
+    if data.val_ratio > 0 or data.select_on_test:
         return
     for callback in callbacks_of(trainer):
         monitor = getattr(callback, "monitor", None)
@@ -48,15 +50,8 @@ def refuse_selection_on_test(trainer: pl.Trainer, data: Any) -> None:
             )
 
 
-def refuse_early_stopping(trainer: pl.Trainer) -> None:
-    """Refuse callbacks that end tasks where their boundaries are hidden.
-
-    Args:
-        trainer: has the callbacks.
-
-    Raises:
-        ConfigurationError: with the remedy.
-    """
+def _refuse_early_stopping(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that end tasks where their boundaries are hidden."""
     for callback in trainer.early_stopping_callbacks:
         raise ConfigurationError(
             f"{type(callback).__name__} ends tasks, of which nothing may know with data.boundaries=hidden: leave it "
@@ -64,17 +59,8 @@ def refuse_early_stopping(trainer: pl.Trainer) -> None:
         )
 
 
-def refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> None:
-    """Refuse validation every n batches of an epoch where a task has fewer: Lightning would, but only in that task.
-
-    Args:
-        trainer: has the interval.
-        tasks: the stream.
-        data: the data module.
-
-    Raises:
-        ConfigurationError: with the remedy.
-    """
+def _refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: ContinualDataModule) -> None:
+    """Refuse validation every n batches of an epoch where a task has fewer: Lightning would, but only in that task."""
     interval = getattr(trainer, "val_check_interval", None)  # not there where the interval is a time
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.enable_validation:
         return
@@ -87,17 +73,8 @@ def refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: Any
             )
 
 
-def refuse_empty_shares(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> None:
-    """Refuse shares of training and test batches that leave none of a task's: Lightning would, but only in that task.
-
-    Args:
-        trainer: has ``limit_train_batches`` and ``limit_test_batches``.
-        tasks: the stream.
-        data: the data module.
-
-    Raises:
-        ConfigurationError: with the remedy.
-    """
+def _refuse_empty_shares(trainer: pl.Trainer, tasks: Sequence[Task], data: ContinualDataModule) -> None:
+    """Refuse shares of batches that leave none of a task's: Lightning would, but only in that task."""
     epochs = ((f"task {task.index}'s epoch", batches) for task, batches in _epochs(trainer, tasks, data))
     _refuse_empty_share("limit_train_batches", trainer.limit_train_batches, epochs, "data.batch_size")
     loaders = data.test_loaders(data.num_tasks - 1)
@@ -109,14 +86,7 @@ def refuse_empty_shares(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -
 
 
 def _refuse_empty_share(name: str, limit: int | float | None, counts: Iterable[tuple[str, int]], smaller: str) -> None:
-    """Refuse a share of batches that leaves none of a task's.
-
-    Args:
-        name: of the Trainer's argument.
-        limit: its value; a whole number of batches leaves some.
-        counts: what has batches, in words, and how many; what has none is passed over.
-        smaller: the value that makes more batches when it is smaller.
-    """
+    """Refuse a share of batches that leaves none of a task's."""
     if not isinstance(limit, float) or limit == 0:
         return
     for what, count in counts:
@@ -127,7 +97,7 @@ def _refuse_empty_share(name: str, limit: int | float | None, counts: Iterable[t
             )
 
 
-def _epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> Iterator[tuple[Task, int]]:
+def _epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: ContinualDataModule) -> Iterator[tuple[Task, int]]:
     """Yield each task with the number of batches of one of its epochs."""
     samples, rows = 0, trainer.world_size * data.batch_size
     for task in tasks:
@@ -135,17 +105,8 @@ def _epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: Any) -> Iterator[t
         yield task, max(-(-samples // rows), 1)
 
 
-def refuse_single_validation(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
-    """Refuse a validation step for one loader, where Lightning would once the second task has brought another.
-
-    Args:
-        trainer: of the fit.
-        module: that is trained.
-        data: the data module.
-
-    Raises:
-        ConfigurationError: with the remedy.
-    """
+def _refuse_single_validation(trainer: pl.Trainer, module: pl.LightningModule, data: ContinualDataModule) -> None:
+    """Refuse a validation step for one loader, where Lightning would once the second task has brought another."""
     if data.num_tasks < 2 or not trainer.enable_validation:
         return
     parameters = inspect.signature(module.validation_step).parameters
@@ -158,18 +119,11 @@ def refuse_single_validation(trainer: pl.Trainer, module: pl.LightningModule, da
         )
 
 
-def refuse_limits(trainer: pl.Trainer) -> None:
-    """Refuse limits of the trainer that mean nothing over tasks.
-
-    Args:
-        trainer: has them.
-
-    Raises:
-        ConfigurationError: with the remedy.
-    """
-    if trainer.overfit_batches:  # type: ignore[attr-defined]
+def _refuse_limits(trainer: pl.Trainer) -> None:
+    """Refuse limits of the trainer that mean nothing over tasks."""
+    if batches := overfit_batches(trainer):
         raise ConfigurationError(
-            f"trainer.overfit_batches={trainer.overfit_batches} needs the same batches in every epoch, and a "  # type: ignore[attr-defined]
+            f"trainer.overfit_batches={batches} needs the same batches in every epoch, and a "
             "ContinualDataModule shuffles: give trainer.limit_train_batches, or a small data set"
         )
     if trainer.min_steps and trainer.early_stopping_callbacks:
@@ -180,15 +134,7 @@ def refuse_limits(trainer: pl.Trainer) -> None:
 
 
 def refuse_tuning(trainer: pl.Trainer, scale_lr: str) -> None:
-    """Refuse a search for the rate of all workers where the rate is given for one.
-
-    Args:
-        trainer: has the callbacks.
-        scale_lr: how the rate grows with the number of workers.
-
-    Raises:
-        ConfigurationError: with the remedy.
-    """
+    """Refuse a search for the rate of all workers where the rate is given for one."""
     if scale_lr != "none" and any(isinstance(c, LearningRateFinder) for c in callbacks_of(trainer)):
         raise ConfigurationError(
             f"model.scale_lr={scale_lr} scales the rate of one worker, and LearningRateFinder finds that of all: give "
@@ -197,14 +143,7 @@ def refuse_tuning(trainer: pl.Trainer, scale_lr: str) -> None:
 
 
 def refuse_tuning_on_resume(trainer: pl.Trainer) -> None:
-    """Refuse a search before a resumed run goes on: Lightning forgets the checkpoint's place over it.
-
-    Args:
-        trainer: has loaded a checkpoint.
-
-    Raises:
-        ConfigurationError: with the remedy.
-    """
+    """Refuse a search before a resumed run goes on: Lightning forgets the checkpoint's place over it."""
     if Path(trainer.ckpt_path or "").name.startswith((".lr_find_", ".scale_batch_size_")):
         return  # the search's own
     for callback in callbacks_of(trainer):
@@ -216,14 +155,7 @@ def refuse_tuning_on_resume(trainer: pl.Trainer) -> None:
 
 
 def refuse_changing_accumulation(trainer: pl.Trainer) -> None:
-    """Refuse that the number of batches in a step changes where a schedule counts steps.
-
-    Args:
-        trainer: has the callbacks.
-
-    Raises:
-        ConfigurationError: with the remedy.
-    """
+    """Refuse that the number of batches in a step changes where a schedule counts steps."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
             raise ConfigurationError(
@@ -232,15 +164,8 @@ def refuse_changing_accumulation(trainer: pl.Trainer) -> None:
             )
 
 
-def refuse_stochastic_averaging(trainer: pl.Trainer) -> None:
-    """Refuse ``StochasticWeightAveraging``: it averages over tasks, and sets the average after the last evaluation.
-
-    Args:
-        trainer: has the callbacks.
-
-    Raises:
-        ConfigurationError: with what to use.
-    """
+def _refuse_stochastic_averaging(trainer: pl.Trainer) -> None:
+    """Refuse ``StochasticWeightAveraging``: it averages over tasks, and sets the average after the last evaluation."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging):
             raise ConfigurationError(

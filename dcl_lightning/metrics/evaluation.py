@@ -123,6 +123,7 @@ class StreamResults:
         top5: that of the five highest scores; None with five classes or fewer.
         task_aware: that of restricted scores (task-IL); None unless asked for.
         classes: accuracy of each class after each task.
+        baseline: ``(T,)`` float64, the untrained network's accuracies; None unless they were measured.
         confusion: ``(K, K)`` int64, after the last row: samples of class y (row) predicted as k (column); None above
             a thousand classes.
     """
@@ -134,6 +135,7 @@ class StreamResults:
         self.top5 = AccuracyMatrix(size, top_k=_TOP) if num_classes > _TOP else None
         self.task_aware = AccuracyMatrix(size) if task_aware else None
         self.classes = ClassAccuracy(size, num_classes)
+        self.baseline: Tensor | None = None
         kept = num_classes <= _MAX_CONFUSED
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64) if kept else None
 
@@ -171,7 +173,8 @@ class StreamResults:
         counts: StateDict = {}
         for name, metric in self._metrics().items():
             counts |= {f"{name}.correct": metric.correct.clone(), f"{name}.total": metric.total.clone()}
-        return counts if self.confusion is None else {**counts, "confusion": self.confusion.clone()}
+        further = {"confusion": self.confusion, "baseline": self.baseline}
+        return counts | {name: tensor.clone() for name, tensor in further.items() if tensor is not None}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the counts; those that the state lacks stay as they are."""
@@ -180,6 +183,8 @@ class StreamResults:
                 metric.correct, metric.total = state[f"{name}.correct"].clone(), state[f"{name}.total"].clone()
         if self.confusion is not None and "confusion" in state:
             self.confusion = state["confusion"].clone()
+        if "baseline" in state:
+            self.baseline = state["baseline"].clone()
 
     def _metrics(self) -> dict[str, AccuracyMatrix | ClassAccuracy]:
         metrics = {"matrix": self.matrix, "top5": self.top5, "task_aware": self.task_aware, "classes": self.classes}

@@ -8,27 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["DATASETS", "METHODS", "PROJECT", "Reference", "method_of", "references"]
+__all__ = ["DATASETS", "PROJECT", "Reference", "method_of", "references"]
 
 PROJECT = "dcl_lightning"
-# Keys of references.bib by the class of the method, which short names stem from; none where there is no paper.
-METHODS: dict[str, tuple[str, ...]] = {
-    "FineTuning": (),
-    "NIL": ("munoz2020", "bouvier2024"),
-    "ICaRL": ("rebuffi2017",),
-    "ER": ("chaudhry2019er",),
-    "ERACE": ("caccia2022",),
-    "DER": ("buzzega2020",),
-    "DERpp": ("buzzega2020",),
-    "AGEM": ("chaudhry2019agem",),
-    "GEM": ("lopezpaz2017",),
-    "GDumb": ("prabhu2020",),
-    "BiC": ("wu2019",),
-    "LwF": ("li2018",),
-    "EWC": ("kirkpatrick2017", "schwarz2018"),
-    "SI": ("zenke2017",),
-}
-# By the name of ``data.dataset``.
+# Keys of references.bib by the name of ``data.dataset``; an agent has its own as ``papers``.
 DATASETS: dict[str, tuple[str, ...]] = {
     "digits": ("alpaydin1998",),
     "digits_dev": ("alpaydin1998",),
@@ -103,15 +86,15 @@ def references(keys: Iterable[str]) -> list[Reference]:
     """Return entries of ``references.bib``, each once.
 
     Args:
-        keys: of ``METHODS``, ``DATASETS`` or ``PROJECT``.
+        keys: of agents, ``DATASETS`` or ``PROJECT``.
     """
     return [_bibliography()[key] for key in dict.fromkeys(keys)]
 
 
 def method_of(kind: type) -> str | None:
-    """Return the name in ``METHODS`` of an agent's method, or of the one that it builds on; None if there is none.
+    """Return the class that names the papers of an agent's method; None for one without ``papers``, even empty ones.
 
     Args:
         kind: class of the agent; the nearest of its bases counts.
     """
-    return next((base.__name__ for base in kind.__mro__ if base.__name__ in METHODS), None)
+    return next((base.__name__ for base in kind.__mro__ if "papers" in vars(base)), None)

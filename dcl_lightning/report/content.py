@@ -19,7 +19,7 @@ from dcl_lightning._version import __version__
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.evaluation import StreamResults
-from dcl_lightning.report.citations import DATASETS, METHODS, method_of, references
+from dcl_lightning.report.citations import DATASETS, method_of, references
 from dcl_lightning.report.counts import MemoryLog
 from dcl_lightning.types import StateDict, Task
 
@@ -32,14 +32,12 @@ class StreamRecord(Protocol):
     Attributes:
         results: counts of every evaluation.
         tasks: those of the fit.
-        baseline: ``(T,)`` accuracies of the untrained network; None unless measured.
         samples_seen: ``new`` and ``rehearsed`` training samples.
         wall_time: seconds spent in ``train``, ``select`` and ``eval``.
     """
 
     results: StreamResults
     tasks: list[Task]
-    baseline: Tensor | None
     wall_time: dict[str, float]
 
     @property
@@ -62,7 +60,7 @@ def content_of(
     aware = {} if results.task_aware is None else stream_metrics(results.task_aware)
     rows = {"nominal": memory.nominal, "stored": memory.stored, "distinct": memory.distinct}
     return {
-        **stream_metrics(results.matrix, record.baseline if _repeats_classes(record.tasks) else None),
+        **stream_metrics(results.matrix, record.results.baseline if _repeats_classes(record.tasks) else None),
         "top5": None if results.top5 is None else stream_metrics(results.top5),
         **{f"{name}_task_aware": value for name, value in aware.items()},
         "formulas": continual_metrics.FORMULAS,
@@ -119,7 +117,7 @@ def stream_metrics(matrix: AccuracyMatrix, baseline: Tensor | None = None) -> St
 def _citations(kind: type, dataset: str) -> StateDict:
     """Return the papers of method and data set, and the command that prints their BibTeX; None without papers."""
     method = method_of(kind)
-    keys = [*METHODS.get(method or "", ()), *DATASETS.get(dataset, ())]
+    keys = [*getattr(kind, "papers", ()), *DATASETS.get(dataset, ())]
     command = f"dcl-lightning cite{f' --model {method}' if method else ''}"
     command += f" --data.dataset {dataset}" if dataset in DATASETS else ""
     return {"references": [reference.short for reference in references(keys)], "cite": command if keys else None}

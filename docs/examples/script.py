@@ -15,7 +15,7 @@ def train(kind: type[Any], folder: str, **options: Any) -> tuple[Any, pl.Trainer
     """Train an agent of this kind on five tasks of two digits each; return it with its trainer and its data."""
     pl.seed_everything(0)
     data = ContinualDataModule("digits", scenario="class", increment=2, batch_size=16)
-    agent = kind(MLP(), data.num_classes, input_spec=data.input_spec, epochs_per_task=3, lr=0.05, **options)
+    agent = kind(MLP(), epochs_per_task=3, lr=0.05, **options)
     # Any option of Lightning works: strategy="horovod", devices=4, precision="bf16-mixed", loggers, callbacks.
     trainer = pl.Trainer(accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False)
     trainer.fit(agent, datamodule=data)
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     forgetful, *_ = train(FineTuning, "runs/without_memory")
     agent, trainer, data = train(ERACE, "runs/with_memory", rehearsal={"buffer_size": 200, "num_samples": 16})
     for name, trained in (("without a memory", forgetful), ("with 200 stored samples", agent)):
-        matrix = trained.clock.matrix  # R[i, j]: accuracy on task j after task i
+        matrix = trained.results.matrix  # R[i, j]: accuracy on task j after task i
         figures = f"average accuracy {matrix.average_accuracy:.2f}, forgetting {matrix.forgetting:.2f}"
         print(f"{name}: {figures}")
 

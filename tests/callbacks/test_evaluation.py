@@ -117,7 +117,7 @@ def test_the_matrix_is_of_the_precision_that_is_trained_in(tmp_path: Path, preci
     trainer = make_trainer(tmp_path, precision=precision)
     trainer.fit(agent, datamodule=data)
     assert torch.equal(matrix(agent), torch.full((3, 3), right, dtype=torch.float64))
-    assert torch.equal(agent.clock.baseline, torch.full((3,), right, dtype=torch.float64))
+    assert torch.equal(agent.results.baseline, torch.full((3,), right, dtype=torch.float64))
     # As in Lightning's own two loops.
     assert float(trainer.callback_metrics["val/acc"]) == right
     assert trainer.test(agent, datamodule=data, verbose=False)[0]["test/acc"] == right
@@ -179,8 +179,8 @@ def test_the_matrix_is_of_averaged_weights_where_these_are_kept(tmp_path: Path, 
     agent, weights, tested = run([averaging()[how]()])
     assert matrix(agent)[-1].tolist() == pytest.approx([tested[f"test/acc_task_{j}"] for j in range(3)])
     # What an agent notes is no weight: it is as without averaging.
-    assert bool(agent.seen.all())
-    assert agent.current.tolist() == [False] * 4 + [True] * 2
+    assert bool(agent.seen_classes.all())
+    assert agent.current_classes.tolist() == [False] * 4 + [True] * 2
     if how != "at the ends of epochs":
         trained = torch.cat([p.detach().flatten() for p in agent.parameters() if p.requires_grad])
         assert not torch.equal(trained, weights[-1])
@@ -298,5 +298,5 @@ def test_the_end_of_a_task_is_never_in_inference_mode(tmp_path: Path) -> None:
     stop = EarlyStopping("val/acc", mode="max", patience=1, check_on_train_epoch_end=False)
     agent = Looking(MLP([8]), data.num_classes, data.input_spec, epochs_per_task=9, lr=1e-9)
     make_trainer(tmp_path, [stop], enable_checkpointing=False).fit(agent, datamodule=data)
-    assert agent.clock.boundaries[-1] < 27, "it stopped early"
+    assert agent.clock.schedule.boundaries[-1] < 27, "it stopped early"
     assert modes == [(False, True)] * 3

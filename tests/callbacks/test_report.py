@@ -5,11 +5,11 @@ import json
 import sys
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
+from dcl_lightning.callbacks import TaskClock
 from dcl_lightning.callbacks.report import TaskReport
 from dcl_lightning.metrics.evaluation import StreamResults
 from dcl_lightning.report.text import table_text
@@ -46,16 +46,17 @@ KEYS = [
 pytestmark = pytest.mark.pictures
 
 
-class Clock(pl.Callback):
-    """As much of a task clock as the report looks at."""
+class Clock(TaskClock):
+    """A task clock at a place in a stream."""
 
     def __init__(self, num_tasks=3, rows=3):
+        super().__init__()
         self.results = StreamResults([(2 * t, 2 * t + 1) for t in range(num_tasks)], 2 * num_tasks)
-        self.matrix, self.baseline = self.results.matrix, None
-        self.evaluated_rows = rows
+        self.schedule.evaluated = rows
         self.tasks = [Task(t, num_tasks, (2 * t, 2 * t + 1), (f"a{t}", f"b|{t}"), 50, 2) for t in range(num_tasks)]
         self.wall_time = {"train": 1.5, "select": 0.0, "eval": 0.25}
-        self.samples_seen = {"new": 100, "rehearsed": 0}
+        self._samples.seen = {"new": 100, "rehearsed": 0}
+        self._scores = lambda batch: batch
         for i in range(rows):
             for j in range(i + 1):
                 self.matrix.add_counts(20 - 4 * (i - j), 20, i, j)

@@ -79,7 +79,7 @@ def test_an_early_stop_ends_its_task(tmp_path: Path, way: str, check: bool | Non
         steps = BATCHES * min(EPOCHS, max(patience + 1 if patience else 1, WAYS[way][2].get("min_epochs", 1)))
     agent, trainer, metric, _ = stopping_run(tmp_path, way, check)
     assert [task for task, _ in metric.steps] == [t for t in range(TASKS) for _ in range(steps)]
-    assert agent.clock.evaluated_rows == TASKS
+    assert agent.clock.schedule.evaluated == TASKS
     assert not trainer.should_stop
 
 
@@ -256,7 +256,7 @@ def test_validation_by_time(tmp_path: Path, interval: object) -> None:
     agent = make_agent("base", data)
     make_trainer(tmp_path, [metric], val_check_interval=interval).fit(agent, datamodule=data)
     assert len(metric.steps) == TASKS * 2 * BATCHES
-    assert agent.clock.evaluated_rows == TASKS
+    assert agent.clock.schedule.evaluated == TASKS
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 import dcl_lightning
-from dcl_lightning import cli
+from dcl_lightning import agents, cli
 from dcl_lightning.agents import short_names
 from dcl_lightning.data.sources.table import SOURCES
 from dcl_lightning.report import citations
-from dcl_lightning.report.citations import DATASETS, METHODS, PROJECT, method_of, references
+from dcl_lightning.report.citations import DATASETS, PROJECT, method_of, references
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = Path(citations.__file__).with_name("references.bib").read_text(encoding="utf-8")
@@ -26,6 +26,7 @@ REQUIRED = {
     "techreport": {"author", "title", "institution", "year"},
     "misc": {"author", "title", "year"},
 }
+METHODS = {name: getattr(agents, name).papers for name in agents.__all__ if hasattr(getattr(agents, name), "papers")}
 KEYS = sorted({key for keys in (*METHODS.values(), *DATASETS.values()) for key in keys})
 
 
@@ -84,7 +85,10 @@ def test_docstrings_of_methods_name_the_same_papers(method: str) -> None:
         assert plain(entry.fields["year"]) in said
         if "eprint" in entry.fields:
             assert plain(entry.fields["eprint"]) in said
-    assert len(re.findall(r'"\w[^"]{10,}"', docstring_of(method))) == len(entries)
+    # A file can hold a method and its variant.
+    module = getattr(dcl_lightning, method).__module__
+    others = [papers for name, papers in METHODS.items() if getattr(dcl_lightning, name).__module__ == module]
+    assert len(re.findall(r'"\w[^"]{10,}"', docstring_of(method))) == len({key for keys in others for key in keys})
 
 
 def test_the_project_is_cited_as_its_citation_file_says() -> None:

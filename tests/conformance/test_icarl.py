@@ -115,7 +115,7 @@ def test_classes_that_come_again_are_chosen_anew(tmp_path: Path) -> None:
     data = make_data(scenario="domain", num_tasks=3)
     agent = fit(tmp_path, data)
     assert sorted(agent.exemplars) == list(range(6))
-    assert agent.clock.evaluated_rows == 3
+    assert agent.clock.schedule.evaluated == 3
     origin = data.stream.train_parts[agent.exemplar_ids()]
     assert len(set(origin.tolist())) > 1, "exemplars come from the old ones and from the new samples"
 

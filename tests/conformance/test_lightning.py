@@ -55,7 +55,7 @@ def test_validate_and_test_leave_clock_and_memory_alone(tmp_path: Path) -> None:
     agent = make_agent("icarl", data)
     trainer = make_trainer(tmp_path)
     trainer.validate(agent, datamodule=data, verbose=False)
-    assert agent.clock.evaluated_rows == 0
+    assert agent.clock.schedule.evaluated == 0
     trainer.fit(agent, datamodule=data)
     before = matrix(agent), dict(agent.exemplars), weights(agent)
     result = trainer.test(agent, datamodule=data, verbose=False)
@@ -72,7 +72,7 @@ def test_a_second_fit_trains_again(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.fit(agent, datamodule=make_data())
     assert trainer.global_step == 30
-    assert agent.clock.evaluated_rows == 3
+    assert agent.clock.schedule.evaluated == 3
 
 
 def test_val_acc_can_be_monitored_and_each_task_saves_its_best(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_task_that_ends_amid_an_epoch_leaves_nothing_pending(update: str, tmp_
             agent, datamodule=data
         )
         # A task stopped amid its epoch, and the first batch of the next one rehearses all the tasks before.
-        assert agent.clock.boundaries != [0, 3, 6, 9]
+        assert agent.clock.schedule.boundaries != [0, 3, 6, 9]
         assert all(rehearsed == list(range(task)) for task, rehearsed in first.seen), first.seen
         found.append((torch.stack(losses), weights(agent)))
     assert torch.equal(found[0][0], found[1][0])
@@ -187,7 +187,7 @@ def test_a_task_that_a_limit_cut_off_ends_with_its_memory_at_resume(name: str, c
     agent, first = run(tmp_path / "last.ckpt")
     assert first.seen[-1][0] == 2
     assert set(first.seen[-1][1]) == {0, 1}
-    assert agent.clock.evaluated_rows == 3
+    assert agent.clock.schedule.evaluated == 3
     assert torch.isfinite(agent.clock.matrix.compute()[2]).all()
 
 

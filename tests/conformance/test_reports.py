@@ -160,7 +160,7 @@ def test_forward_transfer_where_tasks_share_their_classes_only(tmp_path: Path) -
     agent = make_agent("base", data, future_tasks=True)
     make_trainer(tmp_path).fit(agent, datamodule=data)
     facts = facts_of(tmp_path)
-    ahead, before = facts["matrix"][0][1], float(agent.clock.baseline[1])
+    ahead, before = facts["matrix"][0][1], float(agent.results.baseline[1])
     assert facts["forward_transfer"] == pytest.approx(ahead - before)
     data, folder = make_data(), tmp_path / "by_class"
     make_trainer(folder).fit(make_agent("base", data, future_tasks=True), datamodule=data)

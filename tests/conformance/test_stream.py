@@ -25,7 +25,7 @@ def test_every_step_resumes_to_the_same_end(tmp_path: Path, kind: str, options: 
     agent = make_agent(kind, data, milestones=[1], **options)
     trainer = make_trainer(tmp_path, [saver])
     trainer.fit(agent, datamodule=data)
-    assert agent.clock.evaluated_rows == 3
+    assert agent.clock.schedule.evaluated == 3
     assert torch.isfinite(matrix(agent).diagonal()).all()
     last = trainer.global_step
     for step in range(1, last):
@@ -56,7 +56,7 @@ def test_early_stopping_ends_tasks_not_the_stream(tmp_path: Path, first: bool) -
     callbacks = [stop, saver, Spy()] if first else [Spy(), saver, stop]
     make_trainer(tmp_path, callbacks).fit(agent, datamodule=data)
     assert epochs == [0, 0, 1, 1, 2, 2]
-    assert agent.clock.evaluated_rows == 3
+    assert agent.clock.schedule.evaluated == 3
 
 
 def test_every_step_of_a_stream_with_early_stopping_resumes(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_fast_dev_run_crosses_a_boundary(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, fast_dev_run=1)
     trainer.fit(agent, datamodule=data)
     assert trainer.global_step == 2
-    assert agent.clock.evaluated_rows == 2
+    assert agent.clock.schedule.evaluated == 2
 
 
 @pytest.mark.parametrize("kind", ["base", "icarl"])

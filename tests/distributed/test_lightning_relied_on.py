@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.fabric.plugins import ClusterEnvironment, TorchCheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, LayerSync
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
@@ -198,6 +198,17 @@ def test_attributes_of_a_trainer_are_read_and_set(trainer: pl.Trainer) -> None:
     assert not _lightning.is_fast_dev_run(trainer)
     assert _lightning.is_fast_dev_run(pl.Trainer(accelerator="cpu", devices=1, fast_dev_run=2))
     assert _lightning.trainer_of(pl.LightningModule()) is None
+    assert _lightning.dev_run_batches(pl.Trainer(accelerator="cpu", devices=1, fast_dev_run=2)) == 2
+    assert _lightning.dev_run_batches(trainer) == _lightning.overfit_batches(trainer) == 0
+    by_time = pl.Trainer(accelerator="cpu", devices=1, val_check_interval="00:00:10:00")
+    assert [_lightning.validates_by_time(t) for t in (trainer, by_time)] == [False, True]
+
+
+def test_callbacks_that_average_weights_are_found(trainer: pl.Trainer) -> None:
+    averaging = EMAWeightAveraging()
+    _lightning.set_callbacks(trainer, [pl.Callback(), averaging])
+    assert _lightning.averaging_callbacks(trainer) == [averaging]
+    assert _lightning.average_model_of(averaging) is None
 
 
 def test_data_is_reloaded_by_numbers_that_the_loops_have(trainer: pl.Trainer) -> None:

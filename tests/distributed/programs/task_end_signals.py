@@ -78,7 +78,7 @@ def stop(folder: Path, name: str, sharding: str) -> None:
         assert end.value.code == 143
         assert os.listdir(saved).count("last.ckpt") == 1
         _, found = job.fit(ckpt=saved / "last.ckpt")
-        ended = torch.load(saved / "last.ckpt")["callbacks"]["TaskClock"]["ended_tasks"]
+        ended = torch.load(saved / "last.ckpt")["callbacks"]["TaskClock"]["schedule"]["ended"]
         # A thread hears of the signal: where that was after all was done, nothing was left to make the memory for.
         nothing_left = ended == 2 and found[3] is None
         assert same(found[:3], expected[:3]), share

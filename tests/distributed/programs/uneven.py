@@ -59,7 +59,7 @@ def three_workers() -> None:
     t = trainer("horovod", max_epochs=-1, num_sanity_val_steps=0)
     t.fit(agent, datamodule=data)
     assert t.global_step == 3
-    assert agent.clock.evaluated_rows == 3
+    assert agent.clock.schedule.evaluated == 3
     gathered = t.strategy.all_gather(weights(agent))
     assert gathered.isfinite().all()
     assert (gathered == gathered[0]).all()
