@@ -105,6 +105,10 @@ def _short_names() -> dict[str, type[ContinualAgent]]:
     }
 
 
+def __getattr__(name: str) -> Any:  # which tells type checkers that a module has further names
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 globals().update(_short_names())
 __all__ = sorted(
     name for name, kind in globals().items() if getattr(kind, "__module__", "") == __name__ and name[0] != "_"
