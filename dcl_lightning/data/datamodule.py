@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcl_lightning.data import transforms
 from dcl_lightning.data.images import AS_EVALUATED, ImageFiles, ReaderPool
-from dcl_lightning.data.loader import AheadLoader, Inputs, TaskLoader, for_all
+from dcl_lightning.data.loader import Inputs, PrefetchLoader, TaskLoader, for_all
 from dcl_lightning.data.scenarios import Label, TaskSplit, count_tasks, seed_of_run
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.continuum import splits_of_scenario
@@ -22,9 +22,9 @@ from dcl_lightning.data.stream import Stream, refuse_another_stream
 from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.ranks import worker_threads
-from dcl_lightning.errors import ConfigurationError, whole_number
+from dcl_lightning.errors import ConfigurationError, check_words, whole_number
 from dcl_lightning.paths import absolute
-from dcl_lightning.types import Batch, Clock, InputSpec, ReplaySource, Task
+from dcl_lightning.types import Batch, Clock, InputSpec, ReplaySource, StateDict, Task
 
 __all__ = ["ContinualDataModule"]
 
@@ -103,76 +103,75 @@ class ContinualDataModule(pl.LightningDataModule):
         source_options: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("num_tasks", num_tasks),
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_tasks", num_tasks, 1),
+            ("num_workers", num_workers, 0),
         ):
             if value is not None:
-                whole_number(f"data.{name}", value, 1)
+                whole_number(f"data.{name}", value, least)
         if not 0 <= val_ratio < 1:
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
-        for name, word, words in (
-            ("boundaries", boundaries, ("known", "hidden")),
-            ("sharding", sharding, ("epoch", "fixed")),
-        ):
-            if word not in words:
-                raise ConfigurationError(f"data.{name}={word!r}: give {' or '.join(words)}")
+        words = {"boundaries": boundaries, "sharding": sharding, "sample_order": sample_order}
+        check_words("data", get_type_hints(ContinualDataModule.__init__), words)
         self.root, self.download, self.boundaries, self.sharding = absolute(root), download, boundaries, sharding
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
         self.val_ratio, self.batch_size = val_ratio, batch_size
-        self.seed = self._own_seed = seed_of_run(seed)
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
-        if num_workers is not None:
-            whole_number("data.num_workers", num_workers, 0)
-        self.num_workers = num_workers
-        self._reader_pool = ReaderPool(0)
-        self.source_options = source_options
-        given = not isinstance(scenario, str) or "." in scenario
-        self.scenario = scenario if isinstance(scenario, str) and not given else "given"
+        self.seed = self._own_seed = seed_of_run(seed)
+        self.num_workers, self._reader_pool = num_workers, ReaderPool(0)
+        self.source_options = source_options or {}
+        built = not isinstance(scenario, str) or "." in scenario  # by a scenario of continuum's kind
+        self.scenario = scenario if isinstance(scenario, str) and not built else "given"
         self._task_split = TaskSplit(
             self.scenario, increment, initial_increment, num_tasks, class_order, blurriness, sample_order, scenario
         )
         self.dataset_name = dataset if isinstance(dataset, str) and isinstance(scenario, (str, dict)) else "arrays"
-        sources.check_options(self.dataset_name, source_options or {})
+        sources.check_options(self.dataset_name, self.source_options)
         self._source = sources.SOURCES.get(self.dataset_name)
         self._splits = sources.from_arrays(dataset) if not isinstance(dataset, str) else None
         if stage_to is not None and self.dataset_name == "arrays":
             raise ConfigurationError(f"data.stage_to={stage_to} copies files: leave it out with data in memory")
         self.stage_to = None if stage_to is None else absolute(stage_to)
-        self._root_here = self.root if stage_to is None else None
-        if given:
-            kept = self._splits
-            # How many tasks and classes it makes shows when it has made them.
-            self._splits = splits_of_scenario(scenario, lambda: kept or self._read())
-        if self._splits is None and self._source is None:
-            # The class of a continuum data set says nothing of its size: it has to be looked at, as a folder has.
-            self._splits = self._read()
-        if self._splits is None and self._source is not None and self._source.num_classes is None:
-            self._splits = sources.load(self.dataset_name, self.root, download, source_options)
-        made = self._splits is not None and isinstance(self._splits.train_inputs, TransformedInputs)
-        self.augment = augment if augment is not None else bool(self._source and self._source.augment and not made)
+        self._read_root = self.root if stage_to is None else None  # the folder to read from, once it is known
+        self._splits = self._early_splits(scenario if built else None)
+        transformed = self._splits is not None and isinstance(self._splits.train_inputs, TransformedInputs)
+        default = self._source is not None and self._source.augment and not transformed
+        self.augment = default if augment is None else augment
         self.num_classes = self._count_classes()
-        if self._root_here is None and self._splits is not None:
-            self._splits = None  # these files are not the ones that are read
+        if self._read_root is None:
+            self._splits = None  # of the source: training reads the copy
         self.num_tasks = self._count_tasks()
         self.task_id = 0
-        self._tasks_seen = 0  # of a module that does not count them itself
+        self._tasks_seen = 0  # by a module that does not count them itself
         self.original_labels: list[Label] = []
         self._stream: Stream | None = None
         self._clock: Clock | None = None
         self._replay: ReplaySource | None = None
         self._train_loader: TaskLoader | None = None
 
-    # -- known before any file is read -------------------------------------------------------------
+    # -- known before the data are read ----------------------------------------------------------------------------
+
+    def _early_splits(self, scenario: object) -> sources.Splits | None:
+        """Read what only the data tell: the tasks of a built scenario, the classes of a folder or of a class path."""
+        given = self._splits
+        if scenario is not None:
+            return splits_of_scenario(scenario, lambda: given or self._read())
+        if given is not None:
+            return given
+        if self._source is None:
+            return self._read()
+        if self._source.num_classes is None:
+            return sources.load(self.dataset_name, self.root, self.download, self.source_options)
+        return None
 
     def _count_classes(self) -> int:
         if self._splits is not None:
             return len(np.unique(self._splits.train_labels))
-        options = self.source_options or {}
         assert self._source is not None
         assert self._source.num_classes is not None
-        return options.get("num_classes", self._source.num_classes)
+        return self.source_options.get("num_classes", self._source.num_classes)
 
     @property
     def input_spec(self) -> InputSpec:
@@ -180,8 +179,8 @@ class ContinualDataModule(pl.LightningDataModule):
         if self._source is None or self.scenario == "given":
             inputs = self._splits.train_inputs if self._splits is not None else self.train_inputs
             return InputSpec(*inputs.shape[1:])
-        size = (self.source_options or {}).get("size")
-        return self._source.input_spec if size is None else InputSpec(self._source.input_spec.channels, size, size)
+        spec, size = self._source.input_spec, self.source_options.get("size")
+        return spec if size is None else InputSpec(spec.channels, size, size)
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -197,7 +196,7 @@ class ContinualDataModule(pl.LightningDataModule):
             return count_tasks(self._splits.train_tasks, self._splits.test_tasks)
         return len(self._task_split.home_classes(self.num_classes))
 
-    # -- set-up ------------------------------------------------------------------------------------
+    # -- set-up ----------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Fetch, stage and cache the data set as far as asked to; refuse a missing one before anything is created.
@@ -209,8 +208,7 @@ class ContinualDataModule(pl.LightningDataModule):
         sources.check_files(self.dataset_name, self.root, self.download)
         self._staged_root(compare=True)
         if self.download or sources.SOURCES[self.dataset_name].cached:
-            # ``setup`` of this process need not read it again.
-            self._splits = self._read()
+            self._splits = self._read()  # ``setup`` of this process takes them over
 
     def _read(self) -> sources.Splits:
         """Fetch the data set and stage it if asked to, and read it."""
@@ -219,18 +217,18 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def _staged_root(self, compare: bool) -> str:
         """Return the root to read from: with ``stage_to`` the copy's, which is made if missing."""
-        if self._root_here is None:
+        if self._read_root is None:
             assert self.stage_to is not None
             if compare and self.download:
                 sources.load(self.dataset_name, self.root, True, self.source_options)
-            self._root_here = sources.stage(self.dataset_name, self.root, self.stage_to, compare)
-        return self._root_here
+            self._read_root = sources.stage(self.dataset_name, self.root, self.stage_to, compare)
+        return self._read_root
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data and split them into tasks, once."""
-        self._reader_pool.num_workers = self._processes()
+        self._reader_pool.num_workers = self._count_readers()
         if self._stream is not None:
-            if stage == "fit":  # an earlier fit may have been resumed from a run of another seed
+            if stage == "fit":  # an earlier fit may have been resumed from a run with another seed
                 self._take_seed(self._own_seed)
             return
         splits = self._splits or sources.load(
@@ -254,17 +252,17 @@ class ContinualDataModule(pl.LightningDataModule):
         assert self._stream is not None
         return self._stream
 
-    def _processes(self) -> int:
+    def _count_readers(self) -> int:
         if multiprocessing.current_process().daemon:
             if self.num_workers:
                 rank_zero_warn(f"data.num_workers={self.num_workers}: a daemonic process reads images itself")
             return 0
         if self.num_workers is not None:
             return self.num_workers
-        local = max(ranks.local_size(), getattr(self.trainer, "num_devices", 1))
-        return min(worker_threads(local), 8)
+        local_size = max(ranks.local_size(), getattr(self.trainer, "num_devices", 1))
+        return min(worker_threads(local_size), 8)
 
-    # -- who says what is trained on, for the time of a fit -----------------------------------------
+    # -- during a fit ----------------------------------------------------------------------------------------------
 
     @property
     def clock(self) -> Clock | None:
@@ -316,13 +314,13 @@ class ContinualDataModule(pl.LightningDataModule):
         """Return the sample ids ``(k,)`` int64 of a task's own training samples without its hold-outs."""
         return self.stream.train_indices(task)
 
-    # -- loaders -----------------------------------------------------------------------------------
+    # -- loaders ---------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> TaskLoader | AheadLoader:
+    def train_dataloader(self) -> TaskLoader | PrefetchLoader:
         """Return the training loader, always the same one, set to the current epoch and its task."""
         if self.trainer is not None and self.trainer.training and self._clock is None and self.num_tasks > 1:
             raise ConfigurationError(
-                f"{self.num_tasks} tasks and nothing that goes from one to the next: give the trainer "
+                f"{self.num_tasks} tasks and no callback that goes from one to the next: give the trainer "
                 "callbacks=[TaskClock(epochs_per_task=...)], or the data module scenario='none'"
             )
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
@@ -343,25 +341,22 @@ class ContinualDataModule(pl.LightningDataModule):
                 self.train_inputs, self.train_targets, parts, self.batch_size, indices, rank, size,
                 train=True, seed=self.seed,
             )  # fmt: skip
-        # Another trainer, or Lightning's search for a batch size, may have changed these since the last call.
+        # Another trainer, or Lightning's search for a batch size, may have changed these.
         self._train_loader.rank, self._train_loader.size = rank, size
         self._train_loader.owners = self.owners(size)
         self._train_loader.batch_size = self.batch_size
         self._train_loader.augment = self.augment
         self._train_loader.pin_memory = self._on_gpu()
         self._train_loader.visit(indices, epoch, extra, per_batch or 0)
-        # Transformations of a scenario draw from the generator that training uses, too.
+        # A scenario's transformations use the generator of the training step, so no thread may run them.
         ahead = replay is not None and replay.loads_ahead and not isinstance(self.train_inputs, TransformedInputs)
-        return AheadLoader(self._train_loader) if ahead else self._train_loader
+        return PrefetchLoader(self._train_loader) if ahead else self._train_loader
 
     def batch_without_rows(self) -> Batch:
         """Return a training batch of the loader's columns, types and shapes without rows."""
         none = torch.empty(0, dtype=torch.int64)
-        inputs: Any = self.train_inputs
-        if not isinstance(inputs, Tensor):
-            dtype = torch.uint8 if isinstance(inputs, ImageFiles) else torch.float32
-            inputs = torch.empty((0, *inputs.shape[1:]), dtype=dtype)
-        return Batch(inputs[:0], none, none, none, torch.empty(0), torch.zeros(()), none, 0)
+        inputs = torch.empty((0, *self.train_inputs.shape[1:]), dtype=self.train_inputs.dtype)
+        return Batch(inputs, none, none, none, torch.empty(0), torch.zeros(()), none, 0)
 
     def read_samples(self, ids: Tensor, epochs: Tensor) -> Tensor:
         """Return the inputs of training samples as the loader gave them in earlier epochs.
@@ -413,9 +408,11 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def test_loaders(self, last_task: int) -> list[TaskLoader]:
         """Return loaders of the test sets of tasks 0..last_task, each sample on exactly one worker."""
-        s = self.stream
-        indices = [s.test_indices(t) for t in range(last_task + 1)]
-        return [self._eval_loader(self.test_inputs, s.test_targets, s.test_parts, i) for i in indices]
+        stream = self.stream
+        return [
+            self._eval_loader(self.test_inputs, stream.test_targets, stream.test_parts, stream.test_indices(task))
+            for task in range(last_task + 1)
+        ]
 
     def train_eval_loader(self, indices: Tensor) -> TaskLoader:
         """Return a loader of training samples as evaluation sees them, each on exactly one worker.
@@ -451,17 +448,13 @@ class ContinualDataModule(pl.LightningDataModule):
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
-    # -- checkpoint --------------------------------------------------------------------------------
+    # -- checkpoint ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the seed, the number of tasks seen, and what must not change when the run is resumed."""
-        return {
-            "seed": self.seed,
-            "stream": self._facts(),
-            "tasks_seen": self._tasks_seen,
-        }
+        return {"seed": self.seed, "stream": self._facts(), "tasks_seen": self._tasks_seen}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the run's seed, and refuse another stream than the run's.
 
         Evaluation may use another data set with the same classes in the same order.
@@ -476,7 +469,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self._tasks_seen = state_dict.get("tasks_seen", 0)
         self._take_seed(state_dict["seed"])
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, object]:
         return {**self.stream.facts(self.dataset_name), "concatenate_tasksets": self.concatenate_tasksets}
 
     def _take_seed(self, seed: int) -> None:
@@ -485,7 +478,7 @@ class ContinualDataModule(pl.LightningDataModule):
             self.stream.draw(seed)
             self._train_loader = None
 
-    # -- on the device -----------------------------------------------------------------------------
+    # -- on the device ---------------------------------------------------------------------------------------------
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch to the device, unless that is the CPU."""
@@ -512,6 +505,6 @@ class ContinualDataModule(pl.LightningDataModule):
             inputs = transforms.to_float(inputs)
         else:
             inputs = transforms.normalise(inputs, self._source.mean, self._source.std)
-        if self.trainer is not None:  # its precision is asked before these are floats
+        if self.trainer is not None:  # Lightning converts batches before these are floats
             inputs = self.trainer.precision_plugin.convert_input(inputs)
         return batch._replace(inputs=inputs)

@@ -132,19 +132,19 @@ class ImageFiles:
         reader_pool: the processes that read; none unless a data module sets its own pool.
     """
 
+    dtype = torch.uint8
+
     def __init__(
         self, folder: str, names: Sequence[str], size: int, *, resize: int | None = None, random_crop: bool = True
     ) -> None:
         self.folder, self.size, self.random_crop = folder, size, random_crop
         self.resize = resize if resize is not None else round(size * 256 / 224)
-        # One object: access to a million strings would copy each into every forked process.
-        encoded = [os.fsencode(name) for name in names]
-        self._names = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)])
+        # One array: access to a million strings would copy each into every forked process.
+        self._names = np.array([os.fsencode(name) for name in names], dtype=bytes)
         self.reader_pool = ReaderPool(0)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._names)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -153,7 +153,7 @@ class ImageFiles:
 
     def path(self, row: int) -> str:
         """Return the file of the image at a 0-based row."""
-        return os.path.join(self.folder, os.fsdecode(self._names[self._ends[row] : self._ends[row + 1]]))
+        return os.path.join(self.folder, os.fsdecode(self._names[row]))
 
     def fill(
         self, batches: Iterable[Batch], key: tuple[int, int] | None = None, pin_memory: bool = False

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcl_lightning.data.images import ImageFiles
 from dcl_lightning.data.transforms import TransformedInputs
-from dcl_lightning.types import Batch
+from dcl_lightning.types import Batch, StateDict
 
-__all__ = ["AheadLoader", "Inputs", "TaskLoader", "for_all"]
+__all__ = ["Inputs", "PrefetchLoader", "TaskLoader", "for_all"]
 
 
 Inputs = Tensor | ImageFiles | TransformedInputs
@@ -111,7 +110,7 @@ class TaskLoader:
             filled = inputs.fill(batches, key)
         else:
             filled = (batch._replace(inputs=_take(inputs, batch.sample_ids, self.pin_memory)) for batch in batches)
-        # Batches may be read ahead: the place is that of the one handed out.
+        # ``filled`` may have prefetched: the position is that of the batch yielded.
         for step, batch in enumerate(filled, start):
             self._position = step + 1
             yield batch
@@ -125,12 +124,12 @@ class TaskLoader:
         real = len(mine)
         if real < count:
             mine = torch.cat([mine, order[: count - real]])
-        # Made for the whole epoch, and once for steps of the same size: a batch is a part of each, which costs little.
-        # Types are said everywhere: in a thread the default may be that of the training step's precision.
+        # Columns of the whole epoch, of which a batch takes slices, and one normalizer for steps of the same size: both
+        # save time. Types are explicit, because in a thread the default may be the training step's precision.
         weights = torch.ones(len(mine), dtype=torch.float32)
         weights[real:] = 0
         columns = mine, self.targets[mine], self.task_ids[mine], weights
-        normalizer, told = torch.zeros((), dtype=torch.float32), 0.0
+        normalizer, last_in_step = torch.zeros((), dtype=torch.float32), 0.0
         for step in range(start, len(self)):
             low = step * self.batch_size
             rows, *others = (column[low : low + self.batch_size] for column in columns)
@@ -138,8 +137,8 @@ class TaskLoader:
             in_step = float(num_new)
             if self.train:
                 in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
-            if in_step != told:
-                normalizer, told = torch.tensor(in_step, dtype=torch.float32), in_step
+            if in_step != last_in_step:
+                normalizer, last_in_step = torch.tensor(in_step, dtype=torch.float32), in_step
             if self.num_rehearsed:
                 again = self._draw(step)
                 # Another draw at each step: an exemplar comes again and again within one epoch.
@@ -164,11 +163,11 @@ class TaskLoader:
         generator = torch.Generator().manual_seed(key % (1 << 63))
         return self.rehearsed[torch.randperm(len(self.rehearsed), generator=generator)[: self.num_rehearsed]]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the position within the epoch."""
         return {"position": self._position, "epoch": self.epoch}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue from a position of the current epoch; a position of another epoch means the beginning."""
         self._start = self._position = state_dict["position"] if state_dict["epoch"] == self.epoch else 0
 
@@ -185,13 +184,10 @@ def for_all(loaders: list[TaskLoader]) -> list[TaskLoader]:
     return loaders
 
 
-class AheadLoader:
-    """The batches of a loader in their order, each prepared by a thread one batch ahead.
+class PrefetchLoader:
+    """The batches of a loader in their order, each prepared by a thread while the previous one is in use.
 
-    Its place is that of the batch handed out last, so that the one ahead is prepared again after a resume.
-
-    Args:
-        loader: whose batches are prepared.
+    Its position is that of the batch yielded last, so that a resume prepares the prefetched batch again.
     """
 
     def __init__(self, loader: TaskLoader) -> None:
@@ -204,7 +200,7 @@ class AheadLoader:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
 
-        def prepare() -> tuple[Batch | None, dict[str, Any]]:
+        def prepare() -> tuple[Batch | None, StateDict]:
             return next(batches, None), self.loader.state_dict()
 
         with ThreadPoolExecutor(1, thread_name_prefix="rehearsal-load") as thread:
@@ -216,11 +212,11 @@ class AheadLoader:
                 ahead = thread.submit(prepare)
                 yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the place of the batch handed out last."""
+    def state_dict(self) -> StateDict:
+        """Return the position of the batch yielded last."""
         return self._state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a place."""
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Continue from a position."""
         self._state = state_dict
         self.loader.load_state_dict(state_dict)

@@ -1,8 +1,6 @@
-"""The samples of a stream: the task of each sample, and which samples are held out."""
+"""A stream: the task of each sample of a data set, and which samples are held out."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,30 +35,30 @@ class Stream:
 
     def __init__(self, task_split: TaskSplit, splits: Splits, val_ratio: float, seed: int) -> None:
         self.task_split, self.val_ratio = task_split, val_ratio
-        self._given = None
+        train_tasks = test_tasks = self._given = None
         if task_split.scenario == "given":
-            assert splits.train_tasks is not None
-            assert splits.test_tasks is not None
-            self._given = splits.train_tasks, splits.test_tasks
-            num_tasks = scenarios.count_tasks(*self._given)
-        self.labels = task_split.labels_in_order(splits.train_labels, self._given and self._given[0], seed)
-        self.train_targets = torch.from_numpy(scenarios.encode(splits.train_labels, self.labels))
+            train_tasks, test_tasks = splits.train_tasks, splits.test_tasks
+            assert train_tasks is not None
+            assert test_tasks is not None
+            self._given = train_tasks, test_tasks
+        self.labels = task_split.labels_in_order(splits.train_labels, train_tasks, seed)
+        targets = scenarios.encode(splits.train_labels, self.labels)
+        self.train_targets = torch.from_numpy(targets)
         self.test_targets = torch.from_numpy(scenarios.encode(splits.test_labels, self.labels))
-        if self._given is None:
+        if train_tasks is None or test_tasks is None:
             self.homes = task_split.home_classes(len(self.labels))
         else:
-            targets, tasks = self.train_targets.numpy(), self._given[0]
-            self.homes = [np.unique(targets[tasks == t]).tolist() for t in range(num_tasks)]
+            num_tasks = scenarios.count_tasks(train_tasks, test_tasks)
+            self.homes = [np.unique(targets[train_tasks == t]).tolist() for t in range(num_tasks)]
         self.draw(seed)
-        for task in range(len(self.homes)):
+        tasks = range(len(self.homes))
+        for task in tasks:
             if not len(self.train_indices(task)):
-                raise ConfigurationError(
-                    f"task {task} has no training samples: give fewer tasks than {len(self.homes)}"
-                )
-        untested = [task for task in range(len(self.homes)) if not len(self.test_indices(task))]
+                raise ConfigurationError(f"task {task} has no training samples: give fewer tasks than {len(tasks)}")
+        untested = [task for task in tasks if not len(self.test_indices(task))]
         if untested:
             rank_zero_warn(f"tasks without test samples: {untested}; their accuracies are left empty")
-        unheld = [task for task in range(len(self.homes)) if val_ratio > 0 and not len(self.held_indices(task))]
+        unheld = [task for task in tasks if val_ratio > 0 and not len(self.held_indices(task))]
         if unheld:
             rank_zero_warn(f"tasks without hold-outs: {unheld}; data.val_ratio takes none of a class with one sample")
 
@@ -71,11 +69,10 @@ class Stream:
             self.task_split.parts(train, self.homes, seed, training=True),
             self.task_split.parts(test, self.homes, seed, training=False),
         )
-        held = scenarios.hold_out(train, train_parts, self.val_ratio, seed)
-        self._owners: dict[tuple[int, int], Tensor] = {}
         self.train_parts, self.test_parts = torch.from_numpy(train_parts), torch.from_numpy(test_parts)
-        self.held = torch.from_numpy(held)
-        # Known before a task begins, so that its first batch need not wait for them.
+        self.held = torch.from_numpy(scenarios.hold_out(train, train_parts, self.val_ratio, seed))
+        self._owners: dict[tuple[int, int], Tensor] = {}
+        # Computed here, so that no task's first batch waits for it.
         tasks = range(len(self.homes))
         self._train_indices = [torch.nonzero((self.train_parts == t) & ~self.held).flatten() for t in tasks]
 
@@ -99,7 +96,7 @@ class Stream:
             self._owners[key] = torch.from_numpy(owners)
         return self._owners[key]
 
-    def facts(self, dataset: str) -> dict[str, Any]:
+    def facts(self, dataset: str) -> dict[str, object]:
         """Return what must not change when a run is resumed, by name, in plain types."""
         return {
             "dataset": dataset,
@@ -135,7 +132,7 @@ class Stream:
         return result
 
 
-def refuse_another_stream(saved: dict[str, Any], present: dict[str, Any]) -> None:
+def refuse_another_stream(saved: dict[str, object], present: dict[str, object]) -> None:
     """Refuse to resume a run whose saved ``Stream.facts`` differ from the present ones.
 
     Raises:

@@ -1,10 +1,9 @@
-"""Batched transforms on the device; a sample's random draws do not depend on its batch or worker."""
+"""Transforms of batches on the device; a sample's random draws depend neither on its batch nor on its worker."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch import Tensor
 from dcl_lightning.types import Batch
 
 __all__ = ["TransformedInputs", "augment", "draws", "normalise", "to_float"]
-
 
 # splitmix64's increment and multipliers, the 64-bit words as int64.
 _INCREMENT, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -25,15 +23,15 @@ def to_float(inputs: Tensor) -> Tensor:
 
 def normalise(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Return ``(to_float(inputs) - mean) / std`` for each channel of ``(B, C, H, W)``."""
-    floats, centre = to_float(inputs), _per_channel(mean, inputs.device)
-    # Where floats are the caller's own they stay as they are.
-    centred = floats - centre if floats is inputs else floats.sub_(centre)
-    return centred.div_(_per_channel(std, inputs.device))
+    floats, center = to_float(inputs), _per_channel(mean, inputs.device)
+    # The caller's own floats stay unchanged.
+    centered = floats - center if floats is inputs else floats.sub_(center)
+    return centered.div_(_per_channel(std, inputs.device))
 
 
 @lru_cache(maxsize=32)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    # Kept: to make it on a GPU anew each step, the host would wait for all that is queued there.
+    # Cached, because a copy from the host at each step would wait for all that is queued on a GPU.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
@@ -55,7 +53,7 @@ def draws(sample_ids: Tensor, seed: int, epoch: int, stream: int, high: int) -> 
 
 def _hashes(sample_ids: Tensor, seed: int, epoch: int, streams: tuple[int, ...]) -> Tensor:
     """Return ``(streams, B)`` int64 numbers of 31 bits."""
-    # All streams at once: of so few numbers an operation takes as long, however many they are.
+    # One operation for all streams: its cost hardly depends on the few numbers.
     words = torch.stack([sample_ids + state for state in _states(seed, epoch, streams)])
     return (_mix(words) >> 33) & 0x7FFF_FFFF
 
@@ -98,7 +96,7 @@ def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int 
     lefts = torch.where(mirrored.bool(), 2 * pad - lefts, lefts)
     padded = torch.nn.functional.pad(both, (pad, pad, pad, pad))
     _, _, padded_height, padded_width = padded.shape
-    # Every row of the result is a run of pixels in memory: to copy runs is many times as fast as to pick pixels.
+    # A row of the result is contiguous in memory: copying rows is many times as fast as gathering pixels.
     planes = images[:, None] * channels + torch.arange(channels, device=inputs.device)
     rows = (planes * padded_height + tops[:, None])[:, :, None] + torch.arange(height, device=inputs.device)
     runs = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
@@ -120,14 +118,14 @@ class TransformedInputs:
         transforms: each task's transformations in their order.
     """
 
+    dtype = torch.float32
+
     def __init__(
-        self, base: Tensor, rows: Tensor, tasks: Tensor, transforms: Sequence[Sequence[Callable[[Any], Any]]]
+        self, base: Tensor, rows: Tensor, tasks: Tensor, transforms: Sequence[Sequence[Callable[[object], object]]]
     ) -> None:
-        self.base, self.rows, self.tasks = base, rows, tasks
-        self.transforms = transforms
-        kept = torch.get_rng_state()
-        self.shape = (len(rows), *(self._sample(0, 0).shape if len(rows) else base.shape[1:]))
-        torch.set_rng_state(kept)
+        self.base, self.rows, self.tasks, self.transforms = base, rows, tasks, transforms
+        with torch.random.fork_rng(devices=[]):
+            self.shape = (len(rows), *(self._sample(0, 0).shape if len(rows) else base.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -141,19 +139,16 @@ class TransformedInputs:
         """
         for batch in batches:
             seeds = draws(batch.draw_ids, *(key or (0, 0)), 3, 1 << 31).tolist()
-            kept = torch.get_rng_state()
-            samples = [self._sample(row, seed) for row, seed in zip(batch.sample_ids.tolist(), seeds, strict=True)]
-            torch.set_rng_state(kept)
+            with torch.random.fork_rng(devices=[]):
+                samples = [self._sample(row, seed) for row, seed in zip(batch.sample_ids.tolist(), seeds, strict=True)]
             yield batch._replace(inputs=torch.stack(samples) if samples else torch.empty((0, *self.shape[1:])))
 
     def _sample(self, row: int, seed: int) -> Tensor:
         from torchvision.transforms.functional import to_pil_image, to_tensor
 
-        # ``torch.manual_seed`` would seed the devices, too.
-        torch.default_generator.manual_seed(seed)
-        sample: Any = self.base[self.rows[row]].clone()  # a transformation may write into what it is given
-        if sample.dtype == torch.uint8:
-            sample = to_pil_image(sample)
+        torch.default_generator.manual_seed(seed)  # ``torch.manual_seed`` would also seed the devices
+        pixels = self.base[self.rows[row]].clone()  # a transformation may write into its input
+        sample: object = to_pil_image(pixels) if pixels.dtype == torch.uint8 else pixels
         for transform in self.transforms[int(self.tasks[row])]:
             sample = transform(sample)
         return (sample if isinstance(sample, Tensor) else to_tensor(sample)).to(torch.float32)

@@ -16,7 +16,7 @@ import pytest
 import torchvision.datasets
 
 from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.data.sources.torchvision import CIFAR_FILES as FILES
+from dcl_lightning.data.sources.torchvision import CIFAR_FILES
 from dcl_lightning.errors import DataError
 from tests.data import small_sets
 
@@ -97,7 +97,7 @@ def test_cifar(tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.Mon
     monkeypatch.setattr(cls, "test_list", [["test", md5(folder / "test")]])
     root = tmp_path / "root"
     assert len(ready("cifar100", root, download=True).train_inputs) == 100
-    train = root / "CIFAR100" / FILES[100][0][0]
+    train = root / "CIFAR100" / CIFAR_FILES[100][0][0]
     whole = train.read_bytes()
     train.write_bytes(whole[: len(whole) // 2])
     assert "cannot be read as a CIFAR file" in refused("cifar100", root, download=False)

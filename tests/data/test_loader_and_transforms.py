@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms import functional as tv
 
 from dcl_lightning.data import transforms
-from dcl_lightning.data.loader import AheadLoader, TaskLoader
+from dcl_lightning.data.loader import PrefetchLoader, TaskLoader
 
 
 def loader(indices, size=1, rank=0, batch_size=6, train=True):
@@ -119,14 +119,14 @@ def test_normalisation_is_torchvisions_and_leaves_its_input_alone() -> None:
 
 def test_a_loader_ahead_gives_the_same_batches_and_its_place_is_that_of_the_last_one_given() -> None:
     plain = [b.sample_ids.tolist() for b in loader(range(20))]
-    ahead = AheadLoader(loader(range(20)))
+    ahead = PrefetchLoader(loader(range(20)))
     states = []
     assert [(b.sample_ids.tolist(), states.append(ahead.state_dict()))[0] for b in ahead] == plain
-    again = AheadLoader(loader(range(20)))
+    again = PrefetchLoader(loader(range(20)))
     again.load_state_dict(states[1])
     assert [b.sample_ids.tolist() for b in again] == plain[2:]
     before = threading.active_count()
-    next(iter(AheadLoader(loader(range(20)))))
+    next(iter(PrefetchLoader(loader(range(20)))))
     assert threading.active_count() <= before + 1
 
 

@@ -20,7 +20,7 @@ from dcl_lightning import NIL, FineTuning, ICaRL
 from dcl_lightning.backbones import MLP
 from dcl_lightning.data import ContinualDataModule, transforms
 from dcl_lightning.data.images import ImageFiles, ReaderPool
-from dcl_lightning.data.loader import AheadLoader, TaskLoader
+from dcl_lightning.data.loader import PrefetchLoader, TaskLoader
 from dcl_lightning.memory.config import MemorySize, RehearsalConfig
 from tests.data import small_sets
 
@@ -63,7 +63,7 @@ def same(left, right) -> bool:
 def test_processes_read_what_one_process_reads_in_the_same_order(root: Path, readers: ReaderPool, train: bool) -> None:
     one = list(loader(root, ReaderPool(0), train=train))
     assert same(list(loader(root, readers, train=train)), one)
-    assert same(list(AheadLoader(loader(root, readers, train=train))), one)
+    assert same(list(PrefetchLoader(loader(root, readers, train=train))), one)
     tensor = torch.arange(28)
     plain = TaskLoader(tensor, tensor // 7, tensor * 0, 5, tensor, train=train, seed=3, epoch=2)
     assert [b.sample_ids.tolist() for b in plain] == [b.sample_ids.tolist() for b in one]

@@ -16,7 +16,7 @@ from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.scenarios import order_classes
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.arrays import check_labels
-from dcl_lightning.data.sources.torchvision import CIFAR_FILES as FILES
+from dcl_lightning.data.sources.torchvision import CIFAR_FILES
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError
 from dcl_lightning.types import InputSpec
 from tests.data import small_sets
@@ -89,7 +89,7 @@ def test_cifar_in_its_published_form(tmp_path: Path, num_classes: int) -> None:
     per_file = num_classes
     pixels_of = small_sets.cifar(tmp_path, num_classes, per_file)
     splits = sources.load(f"cifar{num_classes}", str(tmp_path), False)
-    train_files, test_files = FILES[num_classes]
+    train_files, test_files = CIFAR_FILES[num_classes]
     pixels = np.concatenate([pixels_of[file] for file in train_files])
     assert splits.train_inputs.dtype == torch.uint8
     assert np.array_equal(splits.train_inputs.numpy(), pixels.reshape(-1, 3, 32, 32))

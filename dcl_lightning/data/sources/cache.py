@@ -223,11 +223,6 @@ def _copy(root: str, target: str, wanted: _Contents) -> None:
             second = wanted[name][1]
             os.utime(os.path.join(target, name), (second, second))
 
+    chunks = [names[low : low + _CHUNK] for low in range(0, len(names), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        copies = [pool.submit(copy, names[low : low + _CHUNK]) for low in range(0, len(names), _CHUNK)]
-        try:
-            for one in copies:
-                one.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        list(pool.map(copy, chunks))  # raises the first error, and cancels the copies that have not begun

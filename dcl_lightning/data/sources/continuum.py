@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from dcl_lightning.data.scenarios import encode
 from dcl_lightning.data.sources.arrays import Splits, check_labels, from_arrays, read_dataset
 from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError, suggestion
@@ -20,9 +21,6 @@ from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundE
 __all__ = ["load_class", "splits_of_scenario"]
 
 Scenario: TypeAlias = Any  # of continuum, which has no types
-
-# continuum's own mishandles missing classes, gaps in the labels and sizes that do not divide.
-_OURS = {"ClassIncremental": "data.scenario=class with data.increment and data.class_order"}
 
 
 def _imported(path: str, key: str) -> Any:
@@ -128,11 +126,8 @@ def _built(spec: Mapping[str, Any], splits: Splits) -> tuple[Scenario, Scenario,
     cls, options = _class_and_options(spec)
     _check_kind(cls)
     labels = [label.item() for label in np.unique(splits.train_labels)]
-    unknown = sorted({label.item() for label in np.unique(splits.test_labels)} - set(labels))
-    if unknown:
-        raise DataError(f"the test split has labels that training lacks: {unknown}")
     train, test = (
-        _scenario(cls, options, part, x, np.searchsorted(labels, y), t)
+        _scenario(cls, options, part, x, encode(y, labels), t)
         for part, x, y, t in (
             ("training", splits.train_inputs, splits.train_labels, splits.train_tasks),
             ("test", splits.test_inputs, splits.test_labels, splits.test_tasks),
@@ -197,8 +192,10 @@ def _check_kind(cls: object) -> None:
         raise ConfigurationError(f"data.scenario: {name} is no scenario of continuum's kind")
     if issubclass(cls, SegmentationClassIncremental):
         raise ConfigurationError(f"data.scenario: {cls.__name__} is of segmentation, not of classification")
-    if cls.__name__ in _OURS:
-        raise ConfigurationError(f"data.scenario: give {_OURS[cls.__name__]} instead of {cls.__name__}")
+    if cls.__name__ == "ClassIncremental":  # which mishandles missing classes, gaps and sizes that do not divide
+        raise ConfigurationError(
+            "data.scenario: for ClassIncremental give data.scenario=class with data.increment and data.class_order"
+        )
 
 
 def _split(
