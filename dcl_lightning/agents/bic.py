@@ -149,8 +149,8 @@ class BiC(RehearsingAgent):
         """Return logits ``(n, K)`` and labels of what is stored and held out, by ids, the same on all workers."""
         manager, replay = self.rehearsal.manager, self.rehearsal.replay
         assert manager is not None
-        assert replay is not None
-        replay.wait()
+        if replay is not None:  # within a fit
+            replay.wait()
         stored = manager.memory_rows()
         assert stored is not None
         ids = stored.sample_ids.cpu()
