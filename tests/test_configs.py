@@ -185,7 +185,8 @@ def test_rates_and_decays_of_the_regimes(name: str, workers: int) -> None:
     rate = lr * {1: 1, 4: four, 128: many}[workers]
 
     def rate_at(epoch: int, step: int) -> float:
-        return optimizer.param_groups[0]["initial_lr"] * agent._factor(epoch * STEPS + step)
+        group = optimizer.param_groups[0]  # of a constant rate, without a schedule
+        return group.get("initial_lr", group["lr"]) * agent._factor(epoch * STEPS + step)
 
     for epoch, factor in PHASES[name].items():
         for step in (0, STEPS - 1):

@@ -151,7 +151,7 @@ def test_random_rotations_repeat_by_seed_epoch_and_sample_and_leave_the_generato
 @pytest.mark.parametrize(
     ("dataset", "scenario", "words"),
     [
-        ((RGB, Y, RGB, Y), path("ClassIncremental", increment=2), r"data\.scenario=class.*instead of ClassIncremental"),
+        ((RGB, Y, RGB, Y), path("ClassIncremental", increment=2), r"for ClassIncremental give data\.scenario=class"),
         ((RGB, Y, RGB, Y), path("SegmentationClassIncremental"), "segmentation"),
         ((RGB, Y, RGB, Y), path("ContinualScenario"), "task ids, which the training split lacks"),
         ((RGB, Y, T + 1, RGB, Y, T + 1), path("ContinualScenario"), r"\[1, 2, 3\].*from 0"),
