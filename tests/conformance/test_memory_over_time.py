@@ -259,7 +259,7 @@ def test_another_fit_with_another_memory_or_other_rows_is_refused(tmp_path: Path
     fit_of(memory, module, of_class(1), tmp_path)
     assert memory.manager.buffer.class_counts[:2].tolist() == [6, 6]
     longer = DataLoader(TensorDataset(torch.zeros(10, 17), torch.zeros(10).long()), batch_size=5)
-    with pytest.raises(DataError, match=r"column '0' has rows of \[17\] .* were of \[16\]"):
+    with pytest.raises(DataError, match=r"column '0' has rows of \[17\] .* earlier rows have \[16\]"):
         fit_of(memory, Classifier(), longer, tmp_path)
 
 
