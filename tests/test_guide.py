@@ -105,12 +105,14 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/memory/test_window.
 """
 
 
+@pytest.mark.exhaustive  # the guide to an agent walks the same way in every run
 def test_the_policy_of_the_guide_comes_to_be(tmp_path: Path) -> None:
     followed(tmp_path, POLICY)
     assert "1 passed" in run(tmp_path, ["python", "-c", POLICY_TESTS])
     linted(tmp_path, "dcl_lightning/memory", "tests/memory/test_window.py")
 
 
+@pytest.mark.exhaustive  # the guide to an agent walks the same way in every run
 def test_the_data_set_of_the_guide_comes_to_be(tmp_path: Path) -> None:
     followed(tmp_path, DATA)
     assert "2 passed" in run(tmp_path, ["python", "-m", "pytest", "-q", "tests/data/test_stripes.py"])
