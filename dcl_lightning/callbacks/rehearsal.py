@@ -241,8 +241,9 @@ class Rehearsal(pl.Callback):
             self.replay.end_epoch()
         every = log_interval(trainer)
         if trainer.loggers and every and trainer.global_step % every == 0:
+            figures = self.replay.figures(every)
             for logger in trainer.loggers:
-                logger.log_metrics(self.replay.figures(every), step=trainer.global_step - 1)  # Lightning's, from 0
+                logger.log_metrics(figures, step=trainer.global_step - 1)  # Lightning's, from 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave no work pending, also if the epoch ends before its last batch."""

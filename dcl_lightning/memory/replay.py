@@ -11,7 +11,7 @@ from torch import Tensor
 from dcl_lightning.memory.manager import MemoryManager
 from dcl_lightning.memory.prefetch import MemoryEngine, nvtx_range
 from dcl_lightning.memory.pytree import flatten, map_tensors
-from dcl_lightning.memory.rows import BatchBuffer, BatchCodec, Candidates, Representatives, RowCodec
+from dcl_lightning.memory.rows import BatchBuffer, BatchCodec, Candidates, NestCodec, Representatives, RowCodec
 from dcl_lightning.types import Batch, PyTree, StoresExtraColumns
 
 __all__ = ["Replay"]
@@ -68,7 +68,7 @@ class Replay:
             DataError: its rows are not like those of the memory.
         """
         self._batch, self._candidates = batch, self.codec.encode(batch, epoch)
-        if not self.codec.extra:
+        if isinstance(self.codec, NestCodec):  # the rows of a ``Batch`` match by construction
             self.manager.buffer.store.check(self._candidates.rows)
 
     def augment(self, batch: PyTree, step: int, last: bool, computed: bool = False) -> PyTree:
@@ -198,6 +198,8 @@ class Replay:
 
 
 def _moved(nest: PyTree, device: torch.device) -> PyTree:
+    if device.type == "cpu":  # rows are there already
+        return nest
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), nest)
 
 

@@ -50,7 +50,7 @@ def fit(folder: Path, data=None, look=None, callbacks=(), trainer=None, agent=No
     logger = options.pop("logger", None)
     fitter = make_trainer(folder, callbacks, **options)
     if logger is not None:
-        fitter.logger = logger
+        fitter.loggers = logger if isinstance(logger, list) else [logger]
     fitter.fit(module, datamodule=data, ckpt_path=ckpt)
     return module, torch.stack(losses)
 

@@ -107,6 +107,14 @@ def test_nonblocking_ends_and_says_how_stale_it_was(tmp_path: Path) -> None:
     assert all(float(value) >= 0 for value in stale.values())
 
 
+def test_all_loggers_show_the_same_figures_of_the_memory(tmp_path: Path) -> None:
+    loggers = [CSVLogger(tmp_path, name) for name in ("first", "second")]
+    fit(tmp_path, trainer={"logger": loggers, "log_every_n_steps": 2}, execution="blocking")
+    first, second = (Path(logger.log_dir, "metrics.csv").read_text() for logger in loggers)
+    assert "buffer/wait_ms" in first
+    assert first == second
+
+
 # -- resume ----------------------------------------------------------------------------------------
 
 _KINDS: dict[str, dict[str, Any]] = {
