@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
     "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
-    "datamodule_of", "dev_run_batches", "has_version", "is_fast_dev_run", "log_interval", "loggers_write",
+    "datamodule_of", "dev_run_batches", "has_version", "log_interval", "loggers_write",
     "optimizers_to_device", "overfit_batches", "reload_training_data", "reload_validation_data", "replace_save",
     "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open", "trainer_of", "validates_by_time",
     "wrap_srun_check", "wrapped_io",
@@ -77,12 +77,6 @@ def datamodule_of(trainer: pl.Trainer) -> Any:
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
     """Return a module's trainer; None if the module is not attached, where ``module.trainer`` raises."""
     return module._trainer
-
-
-def is_fast_dev_run(trainer: pl.Trainer) -> bool:
-    """Return whether the trainer was given ``fast_dev_run``."""
-    untyped: Any = trainer
-    return bool(untyped.fast_dev_run)
 
 
 def dev_run_batches(trainer: pl.Trainer) -> int:

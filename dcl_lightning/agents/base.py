@@ -25,7 +25,7 @@ from typing_extensions import Self
 from dcl_lightning._lightning import (
     callbacks_of,
     datamodule_of,
-    is_fast_dev_run,
+    dev_run_batches,
     loggers_write,
     set_callbacks,
     trainer_of,
@@ -654,7 +654,7 @@ class _StepLog:
         epoch = id(trainer), trainer.current_epoch
         if batch_idx == 0 or self._epoch != epoch:  # also resumed within an epoch
             self._epoch = epoch
-            self._each_step = self.is_shown or is_fast_dev_run(trainer) or any(map(_reads, callbacks_of(trainer)))
+            self._each_step = self.is_shown or dev_run_batches(trainer) > 0 or any(map(_reads, callbacks_of(trainer)))
             return True
         return (
             self._each_step

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dcl_lightning._lightning import datamodule_of, is_fast_dev_run
+from dcl_lightning._lightning import datamodule_of, dev_run_batches
 from dcl_lightning.callbacks.task_clock import TaskClock, TaskSchedule, write_rates
 from dcl_lightning.checkpoint.directory import ClaimedFolders
 from dcl_lightning.checkpoint.io import FORMAT, KEY, keep_side_files
@@ -39,7 +39,7 @@ class ResumableCheckpoints(pl.Callback):
         keep_side_files(trainer.strategy)
         requeue_between_steps(trainer)
         self._step_in_epoch = None
-        if is_fast_dev_run(trainer):
+        if dev_run_batches(trainer):
             # Lightning saves nothing then but ``last.ckpt`` at the end.
             savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
             self._saves_last = [(saver, saver.save_last) for saver in savers]
@@ -48,7 +48,7 @@ class ResumableCheckpoints(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a folder that cannot be written or in which another job saves; take the others."""
-        if is_fast_dev_run(trainer):
+        if dev_run_batches(trainer):
             return
         claimed = self._folders.claim(trainer, comm_of(trainer.strategy))
         keep_side_files(trainer.strategy).folders = claimed

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from dcl_lightning._lightning import is_fast_dev_run
+from dcl_lightning._lightning import dev_run_batches
 from dcl_lightning.comm import comm_of
 from dcl_lightning.paths import absolute, replacing
 from dcl_lightning.report.paths import run_folder
@@ -50,7 +50,7 @@ class PredictionWriter(BasePredictionWriter):
         comm = comm_of(trainer.strategy)
         columns = [torch.cat(c) for c in (ids, [p.class_ids for p in found], [p.probabilities for p in found])]
         rows, classes, probabilities = (torch.cat(comm.allgather(column)) for column in columns)
-        if not trainer.is_global_zero or is_fast_dev_run(trainer):
+        if not trainer.is_global_zero or dev_run_batches(trainer):
             return
         folder = Path(self.folder) if self.folder else run_folder(trainer)
         labels = getattr(getattr(pl_module, "inference", None), "labels", None) or list(range(probabilities.shape[1]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dcl_lightning._lightning import datamodule_of, is_fast_dev_run
+from dcl_lightning._lightning import datamodule_of, dev_run_batches
 from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.comm import comm_of
 from dcl_lightning.paths import replacing
@@ -89,7 +89,7 @@ class TaskReport(pl.Callback):
         self._write_once(trainer, pl_module)
 
     def _write_once(self, trainer: pl.Trainer, agent: pl.LightningModule) -> None:
-        if self._written or is_fast_dev_run(trainer):
+        if self._written or dev_run_batches(trainer):
             return
         self._written = True
         if not trainer.is_global_zero:

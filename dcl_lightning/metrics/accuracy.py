@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,32 @@ class _CountedAccuracy(Metric):
     def compute(self) -> Tensor:
         """Return the accuracies, float64, NaN where nothing was evaluated."""
         return self.values
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the accuracies in greys.
+
+        Args:
+            val: a result of ``compute()``, or several, of which the last is drawn; computed now if None.
+            ax: axes to draw on; a new figure if None.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed (``pip install 'dcl-lightning[plot]'``).
+        """
+        shown = self.compute() if val is None else val if isinstance(val, Tensor) else val[-1]
+        ax = ax if ax is not None else drawing.new_axes(*self._figure_size())
+        self._draw(ax, shown.cpu().numpy())
+        return drawing.figure_of(ax), ax
+
+    @abstractmethod
+    def _figure_size(self) -> tuple[float, float]:
+        """Return width and height of a figure."""
+
+    @abstractmethod
+    def _draw(self, ax: Axes, values: drawing.Floats) -> None:
+        """Draw what ``compute`` has returned."""
 
     def _check_task(self, row: int, column: int = 0) -> None:
         if not (0 <= row < self.num_tasks and 0 <= column < self.num_tasks):
@@ -169,23 +196,11 @@ class AccuracyMatrix(_CountedAccuracy):
         """Mean accuracy on each task just after it, 0-dim."""
         return continual_metrics.learning_accuracy(self.evaluated)
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the matrix in greys, with the values in per cent in its cells.
+    def _figure_size(self) -> tuple[float, float]:
+        return drawing.matrix_size(self.num_tasks)
 
-        Args:
-            val: a result of ``compute()``, or several, of which the last is drawn; computed now if None.
-            ax: axes to draw on; a new figure if None.
-
-        Returns:
-            The figure and the axes.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed (``pip install 'dcl-lightning[plot]'``).
-        """
-        shown = self.compute() if val is None else val if isinstance(val, Tensor) else val[-1]
-        ax = ax if ax is not None else drawing.new_axes(*drawing.matrix_size(self.num_tasks))
-        drawing.draw_matrix(ax, shown.cpu().numpy())
-        return drawing.figure_of(ax), ax
+    def _draw(self, ax: Axes, values: drawing.Floats) -> None:
+        drawing.draw_matrix(ax, values)
 
 
 class ClassAccuracy(_CountedAccuracy):
@@ -251,24 +266,14 @@ class ClassAccuracy(_CountedAccuracy):
         self._check_task(row)
         self.correct[row], self.total[row] = correct, total
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the accuracy of every class over the tasks in greys, a row for each class.
+    def _figure_size(self) -> tuple[float, float]:
+        return drawing.class_size(self.num_tasks, self._labels())
 
-        Args:
-            val: a result of ``compute()``, or several, of which the last is drawn; computed now if None.
-            ax: axes to draw on; a new figure if None.
+    def _draw(self, ax: Axes, values: drawing.Floats) -> None:
+        drawing.draw_classes(ax, values, self._labels())
 
-        Returns:
-            The figure and the axes.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed (``pip install 'dcl-lightning[plot]'``).
-        """
-        shown = self.compute() if val is None else val if isinstance(val, Tensor) else val[-1]
-        labels = [str(y) for y in range(self.num_classes)]
-        ax = ax if ax is not None else drawing.new_axes(*drawing.class_size(self.num_tasks, labels))
-        drawing.draw_classes(ax, shown.cpu().numpy(), labels)
-        return drawing.figure_of(ax), ax
+    def _labels(self) -> list[str]:
+        return [str(y) for y in range(self.num_classes)]
 
 
 def _hits(preds: Tensor, target: Tensor, k: int) -> Tensor:

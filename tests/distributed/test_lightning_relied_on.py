@@ -195,8 +195,6 @@ def test_attributes_of_a_trainer_are_read_and_set(trainer: pl.Trainer) -> None:
     assert _lightning.datamodule_of(trainer) is None
     assert _lightning.log_interval(trainer) == 7
     assert isinstance(_lightning.cluster_environment_of(trainer), ClusterEnvironment)
-    assert not _lightning.is_fast_dev_run(trainer)
-    assert _lightning.is_fast_dev_run(pl.Trainer(accelerator="cpu", devices=1, fast_dev_run=2))
     assert _lightning.trainer_of(pl.LightningModule()) is None
     assert _lightning.dev_run_batches(pl.Trainer(accelerator="cpu", devices=1, fast_dev_run=2)) == 2
     assert _lightning.dev_run_batches(trainer) == _lightning.overfit_batches(trainer) == 0

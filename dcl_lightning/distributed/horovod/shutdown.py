@@ -439,7 +439,7 @@ def _leave_to_thread(signum: int, frame: FrameType | None) -> None:
 
 def _save(trainer: pl.Trainer, pl_module: pl.LightningModule, stopped: StoppedBySignal) -> list[str]:
     """Save what checkpoint callbacks save after an exception, and every last checkpoint; return the paths."""
-    if _lightning.is_fast_dev_run(trainer):
+    if _lightning.dev_run_batches(trainer):
         return []
     before = trainer.save_checkpoint
     paths: list[str] = []

@@ -27,6 +27,12 @@ def mine(run: Run) -> Any:
     return next(iter(run.extra["callbacks"]), None)
 
 
+def hooks_called(run: Run) -> Any:
+    """What the callback that was given has recorded, None without it."""
+    callback = mine(run)
+    return None if callback is None else callback.sequence
+
+
 def files(run: Run, folder: str = ".", pattern: str = "*.ckpt") -> list[str]:
     return sorted(path.name for path in (run.folder / folder).glob(pattern))
 

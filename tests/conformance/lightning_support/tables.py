@@ -30,6 +30,7 @@ from tests.conformance.lightning_support.effects import (
     csv_logger,
     files,
     found_rate,
+    hooks_called,
     logged,
     logged_steps,
     mine,
@@ -93,7 +94,7 @@ CALLBACKS = [
     Row(
         "Callback",
         one(Spy),
-        lambda run: None if mine(run) is None else mine(run).sequence,
+        hooks_called,
         note="Every hook is called.",
     ),
     Row(
@@ -254,7 +255,7 @@ ARGUMENTS = [
     Row(
         "callbacks",
         one(Spy),
-        lambda run: None if mine(run) is None else mine(run).sequence,
+        hooks_called,
         note="See the callbacks above.",
     ),
     argument(
