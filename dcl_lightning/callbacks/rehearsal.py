@@ -286,8 +286,9 @@ class Rehearsal(pl.Callback):
 
     def _observe(self, trainer: pl.Trainer, module: pl.LightningModule, batch: PyTree) -> None:
         if self.replay is None:
-            codec, size = NestCodec(self.label), num_rows(batch)
-            self._build(trainer, module, codec, codec.example(batch), self.num_classes or 1, batch_size=size)
+            codec, classes = NestCodec(self.label), self.num_classes or 1
+            candidates, size = self.config.num_candidates, num_rows(batch)
+            self._build(trainer, module, codec, codec.example(batch), classes, candidates, size)
         assert self.replay is not None
         self.replay.observe(batch, trainer.current_epoch)
 
@@ -301,14 +302,17 @@ class Rehearsal(pl.Callback):
             read = data.read_samples
             read(batch.sample_ids, batch.sample_ids)  # refuses at once what it cannot read
         codec = BatchCodec(self.config.loss, module.row_shapes if isinstance(module, StoresExtraColumns) else {}, read)
+        candidates = self.config.num_candidates
+        if candidates is not None and self.config.update == "task_end":
+            candidates = data.eval_batch_size  # every sample is a candidate
         self._build(
-            trainer, module, codec, codec.example(batch), data.num_classes, data.batch_size, len(data.train_targets),
-            data.eval_batch_size if self.config.update == "task_end" else None,
+            trainer, module, codec, codec.example(batch), data.num_classes, candidates, data.batch_size,
+            len(data.train_targets),
         )  # fmt: skip
 
     def _build(
         self, trainer: pl.Trainer, module: pl.LightningModule, codec: RowCodec, example: PyTree, num_classes: int,
-        batch_size: int, num_samples: int | None = None, most_candidates: int | None = None,
+        num_candidates: int | None, batch_size: int, num_samples: int | None = None,
     ) -> None:  # fmt: skip
         config, comm = self.config, comm_of(trainer.strategy)
         default = _DEFAULT_ROWS * num_classes * comm.size
@@ -320,8 +324,7 @@ class Rehearsal(pl.Callback):
             module.device,
             num_classes=num_classes,
             num_samples=num_samples,
-            # At the end of a task every sample is a candidate.
-            num_candidates=(most_candidates or config.num_candidates) if config.num_candidates is not None else None,
+            num_candidates=num_candidates,
             batch_size=batch_size,
             # The saved capacity also if it was given per worker, and the number of workers has changed.
             total=total if self.saved is None else self.saved.capacity,
@@ -335,13 +338,7 @@ class Rehearsal(pl.Callback):
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, codec: RowCodec) -> None:
         assert self.manager is not None
-        self.replay = Replay(
-            self.manager,
-            codec,
-            exclude=lambda: self._present_classes(trainer),
-            agent=module,
-            equal_batches=isinstance(codec, BatchCodec),
-        )
+        self.replay = Replay(self.manager, codec, exclude=lambda: self._present_classes(trainer), agent=module)
         self.replay.resume(self._drawn)
         self._drawn = None
 

@@ -34,7 +34,6 @@ class Replay:
         codec: turns batches into rows and back.
         exclude: returns the classes ``(K,)`` bool that the next draw leaves out; None for a draw from all.
         agent: gives the extra columns of a step, if the codec has any.
-        equal_batches: whether all workers have equally many batches in an epoch.
     """
 
     def __init__(
@@ -43,10 +42,9 @@ class Replay:
         codec: RowCodec,
         exclude: Callable[[], Tensor | None] = lambda: None,
         agent: object = None,
-        equal_batches: bool = True,
     ) -> None:
         self.manager, self.codec, self.config = manager, codec, manager.config
-        self._exclude, self._agent, self._equal_batches = exclude, agent, equal_batches
+        self._exclude, self._agent = exclude, agent
         self._in_background = self.config.execution != "inline"
         self._engine: MemoryEngine[_Prepared | None] = MemoryEngine(self._in_background, manager.device)
         self._prepared: _Prepared | None = None
@@ -106,7 +104,7 @@ class Replay:
             return
         self._due = False
         # Loaders of other packages may differ in length, and no worker may leave out an exchange that another awaits.
-        draw = not self._last or (not self._equal_batches and self.manager.exchange is not None)
+        draw = not self._last or (isinstance(self.codec, NestCodec) and self.manager.exchange is not None)
         candidates = self._candidates if self.config.update == "step" else None
         if candidates is not None and self.codec.extra:
             # A step that the module left out has no columns.
