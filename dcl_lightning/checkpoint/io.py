@@ -298,6 +298,7 @@ class SideFilesIO(CheckpointIO):
         if type(self.base) is TorchCheckpointIO and not remote:
             check_seal(path)
         try:
+            # Plugins may take further arguments, which their base class does not declare.
             checkpoint: StateDict = self.base.load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
         except Exception as error:
             if remote:

@@ -143,6 +143,7 @@ class ContinualCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), PredictionWriter()]
         with library_errors_as_ours():
             trainer = super().instantiate_trainer(**kwargs)
+        # Lightning keeps the rank as an undeclared attribute of this function.
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._folders = OwnFolders(trainer.loggers)
         for logger in trainer.loggers:

@@ -41,7 +41,7 @@ class StreamRecord(Protocol):
     wall_time: dict[str, float]
 
     @property
-    def samples_seen(self) -> dict[str, int]: ...  # noqa: D102
+    def samples_seen(self) -> dict[str, int]: ...  # noqa: D102 (described above)
 
 
 def content_of(

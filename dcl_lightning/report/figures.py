@@ -101,7 +101,7 @@ def png(figure: Figure) -> bytes:
 def can_draw() -> bool:
     """Return whether matplotlib is installed."""
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401 (whether it can be imported)
     except ImportError:
         return False
     return True
