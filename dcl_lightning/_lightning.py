@@ -19,10 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
     "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
-    "datamodule_of", "dev_run_batches", "has_version", "log_interval", "loggers_write",
-    "optimizers_to_device", "overfit_batches", "reload_training_data", "reload_validation_data", "replace_save",
-    "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open", "trainer_of", "validates_by_time",
-    "wrap_srun_check", "wrapped_io",
+    "datamodule_of", "dev_run_batches", "has_version", "log_interval", "loggers_write", "monitored_by",
+    "optimizers_to_device", "overfit_batches", "reload_loaders_each_epoch", "reload_training_data",
+    "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open",
+    "trainer_of", "validates_by_time", "wrap_srun_check", "wrapped_io",
 ]  # fmt: skip
 
 
@@ -57,6 +57,15 @@ def average_model_of(callback: Any) -> AveragedModel | None:
     """
     average: AveragedModel | None = callback._average_model
     return average
+
+
+def monitored_by(watcher: object) -> str:
+    """Return the name of the value that a callback or a learning-rate configuration monitors; empty without one.
+
+    Args:
+        watcher: the callback or the configuration.
+    """
+    return str(getattr(watcher, "monitor", None) or "")
 
 
 def step_is_open(trainer: pl.Trainer) -> bool:
@@ -116,6 +125,17 @@ def log_interval(trainer: pl.Trainer) -> int:
 def loggers_write(trainer: pl.Trainer) -> bool:
     """Return, within a training step that steps the optimizer, whether loggers write its values."""
     return bool(trainer._logger_connector.should_update_logs)
+
+
+def reload_loaders_each_epoch(trainer: pl.Trainer) -> Callable[[], None]:
+    """Let a trainer ask for its loaders before every epoch; return what undoes this."""
+    untyped: Any = trainer
+    before, untyped.reload_dataloaders_every_n_epochs = untyped.reload_dataloaders_every_n_epochs, 1
+
+    def undo() -> None:
+        untyped.reload_dataloaders_every_n_epochs = before
+
+    return undo
 
 
 def reload_training_data(trainer: pl.Trainer) -> None:

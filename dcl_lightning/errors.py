@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each message says what was given, what is allowed and what to do."""
+"""Exceptions caused by users' input, and checks that raise them: what was given, what is allowed, what to do."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -27,10 +27,11 @@ from dcl_lightning._lightning import (
     datamodule_of,
     dev_run_batches,
     loggers_write,
+    monitored_by,
     set_callbacks,
     trainer_of,
 )
-from dcl_lightning.agents.optimization import KeepUnseenRows, build_optimizer
+from dcl_lightning.agents.optimization import KeepUnseenRows, build_optimizer, rate_of
 from dcl_lightning.agents.prediction import Inference
 from dcl_lightning.backbones import Backbone, LinearHead
 from dcl_lightning.backbones.short_names import Network, network_of
@@ -50,12 +51,12 @@ from dcl_lightning.functional.scores import top_k_hits
 from dcl_lightning.metrics.evaluation import EvaluationCounts, StreamResults
 from dcl_lightning.types import Batch, InputSpec, Prediction, StateDict, Task
 
-__all__ = ["ContinualAgent", "Network"]
+__all__ = ["ContinualAgent"]
 
 _ALL = slice(None)
 _SGD_LR = 0.05
-# What takes from a trainer what an agent has brought to it, called when its work has ended.
-_BROUGHT: WeakKeyDictionary[pl.Trainer, list[Callable[[], None]]] = WeakKeyDictionary()
+# For each trainer, what removes the callbacks that an agent added; called when the agent's run ends.
+_CLEANUPS: WeakKeyDictionary[pl.Trainer, list[Callable[[], None]]] = WeakKeyDictionary()
 
 
 class _NamedArguments:
@@ -91,10 +92,10 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     """A learner of a stream of tasks; a subclass defines one step's loss, see ``training_loss``.
 
     ``num_classes`` and ``input_spec`` may be left out: the first call of a trainer takes them from its data module and
-    makes the network then. With a strategy that sends weights back from its processes, as ``ddp_spawn``, give both.
+    makes the network then. A strategy that sends weights back from its processes, such as ``ddp_spawn``, needs both.
 
     Args:
-        backbone: module from inputs ``(B, C, H, W)`` to features ``(B, feature_dim)``; or its name, as ``mlp``,
+        backbone: module from inputs ``(B, C, H, W)`` to features ``(B, feature_dim)``; or its name, such as ``mlp``,
             ``resnet18`` or one of timm's.
         num_classes: classes of the whole stream, K; the head has K outputs from the start.
         input_spec: shape of one input, for a backbone that leaves it open.
@@ -104,10 +105,10 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         weight_decay: L2 penalty in torch's convention, at least 0.
         decay_biases_and_norms: whether weight decay acts on biases and on the scales and shifts of
             normalisation layers too.
-        milestones: epochs of a task after which the rate is multiplied with ``gamma``.
+        milestones: epochs of a task after which the rate is multiplied by ``gamma``.
         gamma: that factor, above 0; one for all milestones, or a list with one for each.
-        warmup_epochs: epochs at the start of a task in which the rate rises, step by step, from one
-            worker's: the unscaled ``lr``, or with ``scale_lr`` none an N-th of it.
+        warmup_epochs: epochs at the start of each task in which the rate rises linearly with each step. It starts from
+            one worker's rate: the unscaled ``lr``, or ``lr`` / N with ``scale_lr: none``.
         scale_lr: how ``lr`` grows with the number of workers N: not at all, with N, with its root, or
             with min(N, 64).
         optimizer: builds another optimizer than SGD from parameters or parameter groups, with its own momentum and
@@ -120,7 +121,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         future_tasks: whether tasks not learnt yet are evaluated too, for forward transfer.
 
     Attributes:
-        tasks_seen: tasks that training has begun with, 0 before any.
+        tasks_seen: number of tasks whose training has started.
         seen_classes: ``(K,)`` bool, classes of the tasks so far.
         current_classes: ``(K,)`` bool, classes of the present task.
 
@@ -174,12 +175,13 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             if issubclass(kind, ContinualAgent):
                 check_words("model", get_type_hints(kind.__init__), self.hparams)
         gammas = [gamma] if isinstance(gamma, (int, float)) else list(gamma)
-        own_lr = getattr(optimizer, "keywords", {}).get("lr")  # of functools.partial
+        own_lr = rate_of(optimizer)
         if lr is not None and own_lr not in (None, lr):
             raise ConfigurationError(
                 f"model.lr={lr} and model.optimizer.lr={own_lr} contradict each other: give one of them"
             )
-        lr = _SGD_LR if lr is None and optimizer is None else own_lr if lr is None else lr
+        if lr is None:
+            lr = _SGD_LR if optimizer is None else own_lr
         if isinstance(lr, (int, float)):
             check_number("model.lr", lr, above=0)
             self.hparams["lr"] = lr
@@ -190,7 +192,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             check_number("model.gamma", factor, above=0)
         if not isinstance(gamma, (int, float)) and len(gammas) != len(milestones):
             raise ConfigurationError(
-                f"gamma={gammas}: give one number, or one for each of {len(milestones)} milestones"
+                f"model.gamma={gammas}: give one number, or one for each of {len(milestones)} milestones"
             )
         if optimizer is not None and (momentum or weight_decay):
             raise ConfigurationError(
@@ -215,11 +217,11 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         self._step_log = _StepLog()
         self._initial: dict[str, Tensor] | None = None
         self._evaluation_counts: EvaluationCounts | None = None
-        self._take_sizes(num_classes, input_spec)
+        self._build_if_known(num_classes, input_spec)
 
     @classmethod
     def method(cls) -> str:
-        """Return the name of the class that defines what is learnt: a short name is its base with other values."""
+        """Return the name of the class that implements the method; those in ``short_names`` change defaults only."""
         return next(kind.__name__ for kind in cls.__mro__ if kind.__module__ != "dcl_lightning.agents.short_names")
 
     @property
@@ -229,9 +231,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     # -- what a method defines ---------------------------------------------------------------------
 
-    @abstractmethod
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the worker's loss of one batch, and the logits ``(B, K)`` that it came from, of its last B rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define training_loss(batch)")
 
     def build(self) -> None:
         """Make the head, and in a subclass what else depends on ``self.backbone``, ``self.head`` or ``num_classes``.
@@ -266,7 +268,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     def on_task_end(self, task: Task) -> None:
         """Hook called at the end of each task; does nothing by default."""
 
-    # -- parts for methods -------------------------------------------------------------------------
+    # -- helpers for subclasses ---------------------------------------------------------------------
 
     @property
     def comm(self) -> Comm:
@@ -324,7 +326,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     # -- set-up ------------------------------------------------------------------------------------
 
-    def _take_sizes(self, num_classes: int | None, input_spec: InputSpec | Sequence[int] | None) -> None:
+    def _build_if_known(self, num_classes: int | None, input_spec: InputSpec | Sequence[int] | None) -> None:
         """Make the network as soon as its sizes are known."""
         name, backbone = type(self.backbone).__name__, self.backbone
         if isinstance(backbone, Backbone) and input_spec is not None:
@@ -357,24 +359,27 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             ConfigurationError: the data module's scenario is not among ``scenarios``, or its boundaries are not among
                 ``boundaries`` or contradict a value of this agent.
         """
-        data, name = datamodule_of(self.trainer), type(self).__name__
+        data = datamodule_of(self.trainer)
         if stage == "fit":  # else a checkpoint may bring the sizes
             self._refuse_unknown_sizes()
         # Lightning does so only after it has loaded a checkpoint, whose double precision would be lost.
         self.trainer.precision_plugin.convert_module(self)
-        if stage == "fit":
-            self._step_log.start(self.trainer)
-            refuse_tuning(self.trainer, self.scale_lr)
-            if self.milestones or self.warmup_epochs:
-                refuse_changing_accumulation(self.trainer)
-            if isinstance(data, ContinualDataModule):
-                self._refuse_other_labels(data.original_labels)
-            # Lightning does not check it.
-            check_number("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, at_least=1)
-        elif not self.inference.labels:
-            self.inference.note(data)
-        if stage != "fit" or not isinstance(data, ContinualDataModule):
+        if stage != "fit":
+            if not self.inference.labels:
+                self.inference.note(data)
             return
+        self._step_log.start(self.trainer)
+        refuse_tuning(self.trainer, self.scale_lr)
+        if self.milestones or self.warmup_epochs:
+            refuse_changing_accumulation(self.trainer)
+        # Lightning does not check it.
+        check_number("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, at_least=1)
+        if isinstance(data, ContinualDataModule):
+            self._refuse_stream(data)
+
+    def _refuse_stream(self, data: ContinualDataModule) -> None:
+        name = type(self).__name__
+        self._refuse_other_labels(data.original_labels)
         if data.scenario not in self.scenarios:
             raise ConfigurationError(
                 f"data.scenario={data.scenario}: agent {name} learns in scenario {', '.join(self.scenarios)} only"
@@ -413,39 +418,40 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             raise ConfigurationError(
                 f"data.boundaries=hidden: agent {name} works at the ends of tasks: give data.boundaries=known"
             )
-        for key, value, remedy in (
-            ("milestones", self.milestones, "milestones=[]"),
-            ("warmup_epochs", self.warmup_epochs, "warmup_epochs=0"),
-            ("reset_state_dict", self.reset_state_dict, "reset_state_dict=false"),
-            ("train_classes", self.train_classes == "seen" and self.train_classes, "train_classes=all"),
+        for key, value, neutral in (
+            ("milestones", self.milestones, []),
+            ("warmup_epochs", self.warmup_epochs, 0),
+            ("reset_state_dict", self.reset_state_dict, False),
+            ("train_classes", self.train_classes, "all"),
         ):
-            if value:
+            if value != neutral:
                 raise ConfigurationError(
                     f"model.{key}={value} goes by tasks, of which nothing may know with data.boundaries=hidden: give "
-                    f"model.{remedy}, or data.boundaries=known"
+                    f"model.{key}={str(neutral).lower()}, or data.boundaries=known"
                 )
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return this agent's own callbacks, or adopt those that the trainer has already; make the network first.
+        """Build the network, and return the agent's callbacks that the trainer lacks.
 
-        The first hook that knows the data module: the set-up of callbacks, as ``WeightAveraging``, copies the network.
+        This is the first hook that sees the data module; callbacks such as ``WeightAveraging`` copy the network later,
+        in their set-up.
         """
         trainer, data = self.trainer, datamodule_of(self.trainer)
         if not self.is_built:
             num_classes, input_spec = self.hparams.get("num_classes"), self.hparams.get("input_spec")
             if isinstance(data, ContinualDataModule):
                 num_classes, input_spec = num_classes or data.num_classes, input_spec or data.input_spec
-            self._take_sizes(num_classes, input_spec)
-        _withdraw(trainer)
+            self._build_if_known(num_classes, input_spec)
+        _clean_up(trainer)
 
         def wrapper(on_exception: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
             def hook(exception: BaseException) -> None:
                 on_exception(exception)
-                _withdraw(trainer)  # after the callbacks' own hooks, which may save
+                _clean_up(trainer)  # after the callbacks' own hooks, which may save
 
             return hook
 
-        _BROUGHT[trainer] = [wrap_hook(trainer.strategy, "on_exception", wrapper)]
+        _CLEANUPS[trainer] = [wrap_hook(trainer.strategy, "on_exception", wrapper)]
         kinds = {
             "clock": TaskClock, "report": TaskReport, "progress": StreamProgress, "loss_guard": LossGuard,
             "resumable_checkpoints": ResumableCheckpoints,
@@ -470,12 +476,12 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             setattr(self, name, present[0])
             return []
         trainer, own = self.trainer, vars(self)[name]
-        _BROUGHT[trainer].append(lambda: set_callbacks(trainer, [c for c in callbacks_of(trainer) if c is not own]))
+        _CLEANUPS[trainer].append(lambda: set_callbacks(trainer, [c for c in callbacks_of(trainer) if c is not own]))
         return [own]
 
     def teardown(self, stage: str) -> None:
         """Take this agent's callbacks from the trainer, which another module may use next."""
-        _withdraw(self.trainer)
+        _clean_up(self.trainer)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -504,7 +510,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     def _factor(self, step: int) -> float:
         batches = self.trainer.num_training_batches
-        steps = max(1, -(-batches // self.trainer.accumulate_grad_batches)) if batches != float("inf") else 1
+        steps = 1 if math.isinf(batches) else max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
         # During warm-up a step's rate is that of the progress after it, so that it is never 0.
         epoch, within = divmod(step, steps)
         progress = epoch + (within + 1) / steps if step < self.warmup_epochs * steps else step / steps
@@ -537,7 +543,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     # -- evaluation and prediction -----------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Warn of random weights."""
+        """Refuse an agent whose network is not built; warn of random weights."""
         self._refuse_unknown_sizes()
         if self.trainer.state.fn != TrainerFn.FITTING and not self.tasks_seen and not bool(self.seen_classes.any()):
             rank_zero_warn(
@@ -617,7 +623,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         """Refuse the checkpoint of another run; take over the initial weights and what prediction needs."""
         if not self.is_built:
             saved = checkpoint.get("hyper_parameters", {})
-            self._take_sizes(saved.get("num_classes"), saved.get("input_spec"))
+            self._build_if_known(saved.get("num_classes"), saved.get("input_spec"))
         refuse_another_run(self, checkpoint)
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "lr_scale" in checkpoint:
@@ -666,13 +672,13 @@ class _StepLog:
 
 
 def _reads(callback: pl.Callback) -> bool:
-    monitored = str(getattr(callback, "monitor", None) or "").startswith("train/")
+    monitored = monitored_by(callback).startswith("train/")
     known = type(callback).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "dcl_lightning")
     return monitored or (not known and type(callback).on_train_batch_end is not pl.Callback.on_train_batch_end)
 
 
-def _withdraw(trainer: pl.Trainer) -> None:
-    for undo in reversed(_BROUGHT.pop(trainer, [])):
+def _clean_up(trainer: pl.Trainer) -> None:
+    for undo in reversed(_CLEANUPS.pop(trainer, [])):
         undo()
 
 

@@ -1,4 +1,4 @@
-"""GDumb, a greedy sampler and a dumb learner.
+"""GDumb: training from scratch on a greedily balanced memory alone, at the end of each task.
 
 Prabhu, Torr and Dokania, "GDumb: A Simple Approach that Questions Our Progress in Continual Learning", ECCV 2020,
 algorithms 1 and 2.

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcl_lightning._lightning import datamodule_of
-from dcl_lightning.agents.base import ContinualAgent, Network
+from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.teacher import Teacher
+from dcl_lightning.backbones.short_names import Network
 from dcl_lightning.callbacks.evaluation import limited_ids
 from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +14,19 @@ from torch.optim import Optimizer
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = [
-    "KeepUnseenRows", "build_optimizer", "fit_vectors", "flat_gradient", "flat_gradients_of", "flat_weights",
+    "KeepUnseenRows", "build_optimizer", "fit_vectors", "flat_gradient", "flat_gradients_of", "flat_weights", "rate_of",
     "sum_dtype", "trained_parameters", "trained_part", "write_gradient",
 ]  # fmt: skip
+
+
+def rate_of(factory: object) -> float | None:
+    """Return the learning rate that ``functools.partial`` of an optimizer's class chooses; None without one.
+
+    Args:
+        factory: the partial function, or anything else.
+    """
+    rate: float | None = factory.keywords.get("lr") if isinstance(factory, partial) else None
+    return rate
 
 
 def build_optimizer(
@@ -33,7 +44,7 @@ def build_optimizer(
     """
     if lr is None:
         return factory(parameters)
-    if isinstance(factory, type) or "lr" in getattr(factory, "keywords", {}):
+    if isinstance(factory, type) or rate_of(factory) is not None:
         return factory(parameters, lr=lr)
     optimizer = factory(parameters)
     by_default = inspect.signature(type(optimizer)).parameters["lr"].default

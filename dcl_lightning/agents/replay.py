@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 
 from dcl_lightning._lightning import callbacks_of
-from dcl_lightning.agents.base import ContinualAgent, Network
+from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.backbones.short_names import Network
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import SIZES, RehearsalConfig, resolve

@@ -110,6 +110,4 @@ def __getattr__(name: str) -> Any:  # which tells type checkers that a module ha
 
 
 globals().update(_short_names())
-__all__ = sorted(
-    name for name, kind in globals().items() if getattr(kind, "__module__", "") == __name__ and name[0] != "_"
-)
+__all__ = sorted(name for name, kind in globals().items() if isinstance(kind, type) and kind.__module__ == __name__)

@@ -1,4 +1,4 @@
-"""The base class of all backbones, whose layers are built once the shape of an input is known, and the head."""
+"""``Backbone``, which builds its layers once the shape of an input is known, and the head."""
 
 from __future__ import annotations
 

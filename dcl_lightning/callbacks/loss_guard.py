@@ -1,4 +1,4 @@
-"""Ends a run whose loss is not finite, before its weights replace good ones in a checkpoint."""
+"""Ends a run whose loss or weights are not finite, before they replace good weights in a checkpoint."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ class LossGuard(pl.Callback):
         if not loss.is_cuda:
             if not math.isfinite(loss.item()):
                 self._bad_step.fill_(trainer.global_step)
-                self._look(trainer, pl_module)
+                self._raise_if_diverged(trainer, pl_module)
             return
         step = trainer.global_step
         bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
         self._bad_step.masked_fill_(bad, step)
         every = log_interval(trainer)
         if trainer.is_last_batch or (every and step % every == 0):
-            self._look(trainer, pl_module)
+            self._raise_if_diverged(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
         """Save nothing that has diverged."""
-        self._look(trainer, pl_module)
+        self._raise_if_diverged(trainer, pl_module)
         # Weights can diverge in a step whose loss was still finite.
         finite = [p.detach().isfinite().all() for p in pl_module.parameters()]
         if finite and not bool(torch.stack(finite).all()):
             raise _diverged("network after", trainer.global_step, trainer, pl_module)
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _raise_if_diverged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = -1 if self._bad_step is None else int(self._bad_step)
         if step >= 0:
             raise _diverged("loss of", step, trainer, pl_module)

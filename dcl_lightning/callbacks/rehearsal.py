@@ -25,7 +25,7 @@ from dcl_lightning.data.images import AS_EVALUATED
 from dcl_lightning.data.scenarios import seed_of_run
 from dcl_lightning.data.stream import Stream
 from dcl_lightning.distributed import ranks
-from dcl_lightning.distributed.horovod.shutdown import requeue_between_steps
+from dcl_lightning.distributed.horovod.shutdown import requeue_alone
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, build_manager
@@ -134,7 +134,7 @@ class Rehearsal(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what does not fit together; with ``prefetch: batch`` let the data module prepare batches ahead."""
         keep_side_files(trainer.strategy)
-        requeue_between_steps(trainer)
+        requeue_alone(trainer)
         if stage != "fit":
             return
         if getattr(pl_module, "rehearsal", None) is not self:
@@ -204,7 +204,7 @@ class Rehearsal(pl.Callback):
             assert self.replay is not None
             self._joined = True
             manual = not pl_module.automatic_optimization  # may go without ``on_before_backward``
-            return self.replay.augment(batch, trainer.global_step, trainer.is_last_batch, computed=manual)
+            return self.replay.join(batch, trainer.global_step, trainer.is_last_batch, computed=manual)
 
         self._undo = [
             pass_through(trainer, pl_module, "on_before_batch_transfer", before),

@@ -23,6 +23,7 @@ from dcl_lightning._lightning import (
     callbacks_of,
     datamodule_of,
     dev_run_batches,
+    reload_loaders_each_epoch,
     reload_training_data,
     reload_validation_data,
     restore_save,
@@ -54,12 +55,12 @@ class TaskSchedule:
     """Which epochs belong to which task, and how far a fit has come; plain values, saved with each checkpoint.
 
     Args:
-        boundaries: first epoch of each task, and behind them the number of all epochs.
+        boundaries: first epoch of each task, then the number of all epochs.
         started: tasks that have started.
         ended: tasks whose ``on_task_end`` hooks have returned.
-        ended_by: objects whose ``on_task_end`` has returned for the next task to end, by their names.
+        ended_by: names of the objects whose ``on_task_end`` has already returned for the task that ends next.
         evaluated: tasks after which the test sets were evaluated.
-        stopping: whether an ``EarlyStopping`` has asked for the end of the present task.
+        stopping: whether an ``EarlyStopping`` has asked for the end of the current task.
     """
 
     boundaries: list[int] = field(default_factory=lambda: [0])
@@ -81,7 +82,7 @@ class TaskSchedule:
 
     def task_at(self, epoch: int) -> int:
         """Return the 0-based task of an epoch; the last task for later epochs."""
-        return min(bisect_right(self.boundaries, epoch) - 1, max(len(self.boundaries) - 2, 0))
+        return min(self.tasks_over(epoch), max(len(self.boundaries) - 2, 0))
 
     def epochs_into_task(self, epoch: int) -> int:
         """Return the number of epochs of an epoch's task that come before it."""
@@ -93,29 +94,29 @@ class TaskSchedule:
 
     def tasks_over(self, epoch: int) -> int:
         """Return how many tasks are over when an epoch begins."""
-        return sum(end <= epoch for end in self.boundaries[1:])
+        return bisect_right(self.boundaries, epoch) - 1
 
     def end_task_with(self, epoch: int) -> None:
         """Let an epoch's task end with it; later tasks keep their lengths."""
         task = self.task_at(epoch)
-        saved = self.boundaries[task + 1] - (epoch + 1)
-        self.boundaries[task + 1 :] = [end - saved for end in self.boundaries[task + 1 :]]
+        skipped = self.boundaries[task + 1] - (epoch + 1)
+        self.boundaries[task + 1 :] = [end - skipped for end in self.boundaries[task + 1 :]]
 
 
 class TaskClock(pl.Callback):
     """Turns epochs into tasks, calls the task hooks and fills the accuracy matrix.
 
-    An agent brings its own; among the trainer's callbacks it takes any LightningModule through the stream. Such a
-    module may have the hooks ``on_task_start(task)`` and ``on_task_end(task)``. Its scores come from
-    ``evaluate(batch)`` or, if it has none, from ``forward(inputs)``.
+    Every agent has one. For any other LightningModule, add one to the trainer's callbacks. Such a module may have the
+    hooks ``on_task_start(task)`` and ``on_task_end(task)``. Its scores come from ``evaluate(batch)`` if it has that
+    method, else from ``forward(inputs)``.
 
-    The task is found from the epoch counter by bisection and never advanced by a hook, so that a
-    checkpoint of any step resumes right. An ``EarlyStopping`` ends the task instead of the fit; whatever else sets
+    The task is computed from the epoch number and never counted up by a hook, so that a checkpoint of any step resumes
+    in the right task. An ``EarlyStopping`` ends the task instead of the fit; whatever else sets
     ``trainer.should_stop`` ends the fit. ``trainer.min_epochs`` holds for each task. Every fit without ``ckpt_path``
     trains the whole stream, also with a trainer that has been used before.
 
-    During a fit it comes after all other callbacks but those that save checkpoints: what is saved at a boundary holds
-    the boundary's work.
+    During a fit it runs after all callbacks except those that save checkpoints. So a checkpoint that is saved at a
+    boundary includes that boundary's work.
 
     With ``data.boundaries: hidden`` no hook is called and nothing is reset at a boundary; the matrix is filled all the
     same.
@@ -125,7 +126,7 @@ class TaskClock(pl.Callback):
         optimizer_reset: whether each task starts with an empty optimizer state and with the learning
             rate and schedule of the start of training.
         task_aware: whether evaluation also restricts the scores to each task's classes (task-IL).
-        future_tasks: whether evaluation takes in tasks not learnt yet, and all of them before training.
+        future_tasks: whether to evaluate tasks not learnt yet as well, and all tasks once before training.
 
     Attributes:
         results: the accuracy matrix and all else that evaluation has found, the same on all workers. An agent has it as
@@ -143,12 +144,13 @@ class TaskClock(pl.Callback):
         future_tasks: bool = False,
     ) -> None:
         super().__init__()
-        given = [epochs_per_task] if isinstance(epochs_per_task, int) else list(epochs_per_task)
-        if not given or any(not isinstance(n, int) or n < 1 for n in given):
+        several = isinstance(epochs_per_task, Sequence)
+        given = list(epochs_per_task) if isinstance(epochs_per_task, Sequence) else [epochs_per_task]
+        if not given or any(type(number) is not int or number < 1 for number in given):
             raise ConfigurationError(
                 f"epochs_per_task={epochs_per_task!r}: give a whole number of at least 1, or one per task"
             )
-        self.epochs_per_task = epochs_per_task if isinstance(epochs_per_task, int) else given
+        self.epochs_per_task = given if several else given[0]
         self.optimizer_reset = optimizer_reset
         self.task_aware, self.future_tasks = task_aware, future_tasks
         self.schedule = TaskSchedule()
@@ -159,11 +161,12 @@ class TaskClock(pl.Callback):
         self._scores: Callable[[Batch], Tensor] | None = None
         self.wall_time = {"train": 0.0, "select": 0.0, "eval": 0.0}
         self._hidden = False
-        self._snapshot: StateDict | None = None
-        self._mark = 0.0
-        self._fitting = self._begun = self._adopted = False
+        self._optimizer_snapshot: StateDict | None = None
+        self._lap_start = 0.0
+        self._fitting = self._fit_started = self._rates_adopted = False
         self._min_epochs = 0
-        self._lifted: tuple[int, bool] | None = None  # limits that wait for what a checkpoint left unfinished
+        # ``max_steps`` and ``should_stop`` while a resumed run does what its checkpoint left undone.
+        self._suspended_limits: tuple[int, bool] | None = None
         self._before_training = False
         # Whether ``trainer.should_stop`` is set for the end of the task, and whether for another reason.
         self._stops_task = self._stops_fit = False
@@ -197,8 +200,11 @@ class TaskClock(pl.Callback):
     # -- the stream ------------------------------------------------------------------------------
 
     def task_at(self, epoch: int) -> int:
-        """Return the 0-based task of an epoch: the last one for later epochs; 0 before training, as for searches."""
-        return self.schedule.task_at(epoch) if self._begun else 0
+        """Return the 0-based task of an epoch, the last one for later epochs.
+
+        It is 0 until the fit starts: ``LearningRateFinder`` and ``BatchSizeFinder`` search on the first task.
+        """
+        return self.schedule.task_at(epoch) if self._fit_started else 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the stream from the data module and give the fit its length."""
@@ -228,10 +234,10 @@ class TaskClock(pl.Callback):
         self.results = StreamResults([task.tested for task in stream], data.num_classes, self.task_aware)
         self._samples = SampleCounts()
         self.wall_time = dict.fromkeys(self.wall_time, 0.0)
-        self._snapshot = None
-        self._begun = False
+        self._optimizer_snapshot = None
+        self._fit_started = False
         self._stops_task = self._stops_fit = False
-        self._lifted, self._before_training = None, True
+        self._suspended_limits, self._before_training = None, True
         restore_save(trainer)  # an earlier fit may have been stopped
         refuse_contradictions(trainer, pl_module, data, self.tasks)
         self._attach(trainer, data)
@@ -239,24 +245,31 @@ class TaskClock(pl.Callback):
         if dev_batches:
             trainer.fit_loop.epoch_loop.max_steps = dev_batches * num_tasks
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find how to score the module, and set the length of the fit, which a resumed run may have shortened."""
+        self._comm, self._fit_started = comm_of(trainer.strategy), True
+        self._scores = scores_of(pl_module)
+        average_only_network(trainer, pl_module)
+        trainer.fit_loop.max_epochs = self.schedule.num_epochs
+
     def _attach(self, trainer: pl.Trainer, data: ContinualDataModule) -> None:
         """Change trainer, callbacks and data module for the time of the fit."""
         self._release()
         _begin_anew(trainer)
         self._fitting, self._min_epochs = True, trainer.fit_loop.min_epochs or 0
-        self._undo = [_keep_limits(trainer), _keep_order(trainer)]
-        vars(trainer)["reload_dataloaders_every_n_epochs"] = 1
+        self._undo = [_keep_limits(trainer), _keep_order(trainer), reload_loaders_each_epoch(trainer)]
         others = [c for c in callbacks_of(trainer) if c is not self]
         place = next((i for i, c in enumerate(others) if isinstance(c, Checkpoint)), len(others))
         set_callbacks(trainer, [*others[:place], self, *others[place:]])
         stoppers = trainer.early_stopping_callbacks
         for stopper in stoppers:
             self._undo += [
-                wrap_hook(stopper, name, self._watched) for name in ("on_validation_end", "on_train_epoch_end")
+                wrap_hook(stopper, name, self._wrap_to_stop_task_only)
+                for name in ("on_validation_end", "on_train_epoch_end")
             ]
         if stoppers:  # Lightning calls this hook of theirs after everyone's but those that save
-            self._undo.append(wrap_hook(stoppers[-1], "on_train_epoch_end", self._then_end_task))
-        self._undo.append(wrap_hook(trainer.fit_loop, "setup_data", partial(self._then_lift_limits, trainer)))
+            self._undo.append(wrap_hook(stoppers[-1], "on_train_epoch_end", self._wrap_to_end_task))
+        self._undo.append(wrap_hook(trainer.fit_loop, "setup_data", partial(self._wrap_to_suspend_limits, trainer)))
         data.attach_clock(self)
         self._undo.append(lambda: data.attach_clock(None))
 
@@ -285,11 +298,12 @@ class TaskClock(pl.Callback):
 
     # -- training --------------------------------------------------------------------------------
 
-    def _then_lift_limits(self, trainer: pl.Trainer, setup_data: Callable[[], None]) -> Callable[[], None]:
-        """Wrap the call after which Lightning checks whether a resumed fit has reached its limits of steps and time.
+    def _wrap_to_suspend_limits(self, trainer: pl.Trainer, setup_data: Callable[[], None]) -> Callable[[], None]:
+        """Wrap ``fit_loop.setup_data``.
 
-        It would then call no hook, and leave out a validation after the checkpoint's last step, or the end of a task.
-        The limits hold again after these.
+        After it, Lightning ends a resumed fit that has reached ``max_steps`` or ``max_time`` without calling a hook: a
+        validation or the end of a task that the checkpoint left undone would be lost. The limits are therefore
+        suspended until ``on_train_start`` has done that work.
         """
 
         def hook() -> None:
@@ -301,21 +315,21 @@ class TaskClock(pl.Callback):
                 trainer.current_epoch
             ):
                 loop = trainer.fit_loop.epoch_loop
-                self._lifted = loop.max_steps, trainer.should_stop
+                self._suspended_limits = loop.max_steps, trainer.should_stop
                 loop.max_steps, trainer.should_stop = -1, False
 
         return hook
 
     def _restore_limits(self, trainer: pl.Trainer) -> None:
-        if self._lifted is not None:
-            trainer.fit_loop.epoch_loop.max_steps, stopped = self._lifted
+        if self._suspended_limits is not None:
+            trainer.fit_loop.epoch_loop.max_steps, stopped = self._suspended_limits
             trainer.should_stop |= stopped
-            self._lifted = None
+            self._suspended_limits = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the work that a resumed run's checkpoint left unfinished."""
-        self._mark = time.monotonic()
-        self._adopted = self._before_training = False
+        self._lap_start = time.monotonic()
+        self._rates_adopted = self._before_training = False
         if trainer.fit_loop.restarted_on_epoch_end:
             self._leave_epoch(trainer)
         loop = trainer.fit_loop.epoch_loop
@@ -331,20 +345,20 @@ class TaskClock(pl.Callback):
             and self._may_end(trainer, epoch_is_over=False)
         ):
             self._close_epoch(trainer)
-        self._end_unfinished_tasks(trainer, pl_module)
+        self._end_cut_off_tasks(trainer, pl_module)
         self._restore_limits(trainer)
         self._hold_min_epochs(trainer)
 
     def _leave_epoch(self, trainer: pl.Trainer) -> None:
-        """Go on with the next epoch where the checkpoint is of an epoch's end.
+        """Start the next epoch if the checkpoint was saved at the end of one.
 
-        With ``max_steps`` Lightning enters the finished epoch again and counts it twice, so that another one is lost.
+        With ``max_steps``, Lightning would enter the finished epoch again, count it twice, and train one too few.
         """
         trainer.fit_loop.epoch_progress.increment_completed()
         _end_resumption(trainer)
 
     def _close_epoch(self, trainer: pl.Trainer) -> None:
-        """End the epoch amid which an ``EarlyStopping`` stopped before the checkpoint was saved."""
+        """End the epoch in which an ``EarlyStopping`` had already asked to stop when the checkpoint was saved."""
         fit_loop, self._stops_task = trainer.fit_loop, True
         fit_loop.epoch_loop.reset()
         fit_loop.on_advance_end()
@@ -356,13 +370,13 @@ class TaskClock(pl.Callback):
             task_start = trainer.current_epoch - self.schedule.epochs_into_task(trainer.current_epoch)
             trainer.fit_loop.min_epochs = task_start + self._min_epochs
 
-    def _end_unfinished_tasks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _end_cut_off_tasks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End tasks that a limit of steps or time cut off: a resumed run begins with the epoch after."""
         for index in range(self.schedule.evaluated, self.task_at(trainer.current_epoch)):
-            self._end_unfinished_task(trainer, pl_module, self.tasks[index])
+            self._end_task_on_resume(trainer, pl_module, self.tasks[index])
 
-    def _end_unfinished_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        self._end(trainer, pl_module, task, resumed=True)
+    def _end_task_on_resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+        self._run_task_end(trainer, pl_module, task, resumed=True)
         # The loader of this epoch was made before; it has to be asked for again.
         reload_training_data(trainer)
 
@@ -372,16 +386,17 @@ class TaskClock(pl.Callback):
         progress.completed -= 1  # Lightning is in the next epoch already
         task = self.tasks[self.task_at(trainer.current_epoch)]
         if self.schedule.is_last_of_task(trainer.current_epoch) and self.schedule.evaluated <= task.index:
-            self._end_unfinished_task(trainer, pl_module, task)  # a signal has broken it off, before it was validated
+            # A signal had interrupted the task's end before this epoch was validated.
+            self._end_task_on_resume(trainer, pl_module, task)
         self._validate_if_due(trainer)
         for stopper in trainer.early_stopping_callbacks:
             stopper.on_train_epoch_end(trainer, pl_module)
         progress.completed += 1
-        # Lightning has these loaders for the next epoch's. If the task has ended now, that epoch has one more.
+        # Lightning takes these loaders for the next epoch's; if the task has ended now, that epoch has one more.
         reload_validation_data(trainer)
 
     def _validate_if_due(self, trainer: pl.Trainer) -> None:
-        """Validate if it is due after the batch at whose end was saved, which Lightning leaves out."""
+        """Run the validation that is due after the batch at whose end the checkpoint was saved: Lightning skips it."""
         if trainer.enable_validation and _validation_is_due(trainer):
             loop = trainer.fit_loop.epoch_loop.val_loop
             trainer.validating = True
@@ -393,8 +408,8 @@ class TaskClock(pl.Callback):
         """Start a task in its first epoch."""
         self._hold_min_epochs(trainer)
         self._start_task(trainer, pl_module)
-        if self._snapshot is not None:
-            _extend_schedules(trainer, self._snapshot)
+        if self._optimizer_snapshot is not None:
+            _extend_schedules(trainer, self._optimizer_snapshot)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -403,9 +418,9 @@ class TaskClock(pl.Callback):
         self._start_task(trainer, pl_module)
 
     def _start_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._adopted:
-            self._adopted = True
-            self._snapshot = _adopt_rates(trainer, self._snapshot)
+        if not self._rates_adopted:
+            self._rates_adopted = True
+            self._optimizer_snapshot = _adopt_rates(trainer, self._optimizer_snapshot)
         task = self.tasks[self.task_at(trainer.current_epoch)]
         if self.schedule.started > task.index:
             return
@@ -419,8 +434,8 @@ class TaskClock(pl.Callback):
         if task.index:
             _forget_best(trainer.early_stopping_callbacks)
             _forget_best_checkpoints(trainer)
-        if task.index and self.optimizer_reset and self._snapshot is not None:
-            _reset_optimizers(trainer, self._snapshot)
+        if task.index and self.optimizer_reset and self._optimizer_snapshot is not None:
+            _reset_optimizers(trainer, self._optimizer_snapshot)
         call_task_hook("on_task_start", trainer, pl_module, task)
 
     def on_train_batch_end(
@@ -431,31 +446,31 @@ class TaskClock(pl.Callback):
             self._count(trainer, batch)
         last_epoch = self.schedule.is_last_of_task(trainer.current_epoch)
         if last_epoch and batch_idx + 1 >= trainer.num_training_batches:
-            self._end_task(trainer, pl_module)
+            self._end_current_task(trainer, pl_module)
 
     def _count(self, trainer: pl.Trainer, batch: Batch) -> None:
         data = datamodule_of(trainer)
         # Exemplars that are part of a task's training set come among the new samples.
         self._samples.add(batch, data.task_id if data.replays_in_task else None)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the time until here as training."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._lap("train")
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task if an ``EarlyStopping`` stopped at the end of this epoch."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self.wall_time["select"] += self._lap()
+            self._lap("select")
             if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
                 self._end_stopped_task(trainer, pl_module)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the time since the last mark as training."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self.wall_time["train"] += self._lap()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add up the samples of all workers."""
         self._samples.settle(self._comm)
-        self.wall_time["train"] += self._lap()
+        self._lap("train")
 
-    def _watched(self, check: Hook) -> Hook:
+    def _wrap_to_stop_task_only(self, check: Hook) -> Hook:
         """Wrap a hook of an ``EarlyStopping``: it ends the task where the callback would end the fit."""
 
         def hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -473,7 +488,7 @@ class TaskClock(pl.Callback):
         epoch = trainer.current_epoch
         return self.schedule.epochs_into_task(epoch) + epoch_is_over >= self._min_epochs
 
-    def _then_end_task(self, check: Hook) -> Hook:
+    def _wrap_to_end_task(self, check: Hook) -> Hook:
         def hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             check(trainer, pl_module)
             self._end_stopped_task(trainer, pl_module)
@@ -485,68 +500,72 @@ class TaskClock(pl.Callback):
             return
         self.schedule.end_task_with(trainer.current_epoch)
         trainer.fit_loop.max_epochs = self.schedule.num_epochs
-        trainer.should_stop, self.schedule.stopping, self._stops_task = self._stops_fit, False, False
-        self._end_task(trainer, pl_module)
+        self.schedule.stopping = self._stops_task = False
+        trainer.should_stop = self._stops_fit
+        self._end_current_task(trainer, pl_module)
 
-    def _end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _end_current_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = self.tasks[self.task_at(trainer.current_epoch)]
         if self.schedule.evaluated <= task.index:
             update_averages(trainer, pl_module)
-            self._end(trainer, pl_module, task)
+            self._run_task_end(trainer, pl_module, task)
 
-    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task, resumed: bool = False) -> None:
-        self.wall_time["train"] += self._lap()
+    def _run_task_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task, resumed: bool = False
+    ) -> None:
+        self._lap("train")
         # A resumed run does the work that a signal leaves undone.
-        through_signals(trainer, pl_module, lambda: self._work_at_end(trainer, pl_module, task), save=not resumed)
-        self.wall_time["eval"] += self._lap()
+        through_signals(trainer, pl_module, lambda: self._task_end_work(trainer, pl_module, task), save=not resumed)
+        self._lap("eval")
 
     # An early stop may end a task within Lightning's validation, which is in inference mode.
     @torch.inference_mode(False)
-    def _work_at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+    def _task_end_work(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         if self.schedule.ended <= task.index:
             # From here on its running statistics are used, on every worker.
             broadcast_buffers(pl_module, comm_of(trainer.strategy))
             if not self._hidden:
                 call_task_hook("on_task_end", trainer, pl_module, task, self.schedule.ended_by)
             self.schedule.ended, self.schedule.ended_by = task.index + 1, []
-        self.evaluate(trainer, pl_module, task)
+        self._evaluate(trainer, pl_module, task)
 
     # -- evaluation ------------------------------------------------------------------------------
 
-    def evaluate(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Write row ``task.index`` of the matrix: the test sets of all tasks so far, each sample once."""
         last = len(self.tasks) - 1 if self.future_tasks else task.index
         if self._scores is not None:
-            self.results.add(task.index, self._row_counts(trainer, agent, last), self._comm.allreduce)
+            self.results.add(task.index, self._row_counts(trainer, pl_module, last), self._comm.allreduce)
         self.schedule.evaluated = task.index + 1
         if self._scores is not None:
-            call_callbacks("on_task_evaluated", trainer, agent, task)
+            call_callbacks("on_task_evaluated", trainer, pl_module, task)
 
-    def _measure_baseline(self, trainer: pl.Trainer, agent: pl.LightningModule) -> None:
+    def _measure_baseline(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the network before it has learnt anything."""
-        self.wall_time["train"] += self._lap()
+        self._lap("train")
         untrained = StreamResults(self.results.tested, self.results.num_classes)
         last = len(self.tasks) - 1
-        counts = through_signals(trainer, agent, lambda: self._row_counts(trainer, agent, last), save=False)
+        counts = through_signals(trainer, pl_module, lambda: self._row_counts(trainer, pl_module, last), save=False)
         untrained.add(0, counts, self._comm.allreduce)
         self.results.baseline = untrained.matrix.values[0]
-        self.wall_time["eval"] += self._lap()
+        self._lap("eval")
 
-    def _row_counts(self, trainer: pl.Trainer, agent: pl.LightningModule, last_task: int) -> EvaluationCounts:
+    def _row_counts(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last_task: int) -> EvaluationCounts:
         """Count this worker's hits on the test sets of tasks 0..last_task; the host does not wait for a batch."""
         data = datamodule_of(trainer)
         scores = self._scores
         assert scores is not None
         counts = self.results.new_counts()
         for column, loader in enumerate(data.test_loaders(last_task)):
-            for batch in evaluation_batches(agent, loader, trainer.limit_test_batches):
+            for batch in evaluation_batches(pl_module, loader, trainer.limit_test_batches):
                 counts.add(column, scores(batch), batch.targets)
         return counts
 
-    def _lap(self) -> float:
+    def _lap(self, phase: str) -> None:
+        """Add the time since the last call to a phase."""
         now = time.monotonic()
-        self._mark, spent = now, now - self._mark
-        return spent
+        self.wall_time[phase] += now - self._lap_start
+        self._lap_start = now
 
     # -- checkpoint ------------------------------------------------------------------------------
 
@@ -557,7 +576,7 @@ class TaskClock(pl.Callback):
             "results": self.results.state_dict(),
             "samples_seen": dict(self.samples_seen),
             "wall_time": dict(self.wall_time),
-            "snapshot": copy.deepcopy(self._snapshot),
+            "snapshot": copy.deepcopy(self._optimizer_snapshot),
         }
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
@@ -574,13 +593,6 @@ class TaskClock(pl.Callback):
         """Add the samples of all workers: every worker calls this hook, unlike ``state_dict``."""
         checkpoint["callbacks"][self.state_key]["samples_seen"] = dict(self._samples.settle(self._comm))
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find how to evaluate the module, and restore the length that early stopping has left."""
-        self._comm, self._begun = comm_of(trainer.strategy), True
-        self._scores = scores_of(pl_module)
-        average_only_network(trainer, pl_module)
-        trainer.fit_loop.max_epochs = self.schedule.num_epochs
-
     def _restore(self, state: StateDict) -> None:
         schedule = TaskSchedule(**state["schedule"])
         if len(schedule.boundaries) != len(self.schedule.boundaries):
@@ -591,11 +603,11 @@ class TaskClock(pl.Callback):
         self.schedule = schedule
         self.results.load_state_dict(state["results"])
         self._samples.seen, self.wall_time = dict(state["samples_seen"]), dict(state["wall_time"])
-        self._snapshot = copy.deepcopy(state["snapshot"])
+        self._optimizer_snapshot = copy.deepcopy(state["snapshot"])
 
 
 def _validation_is_due(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates after the batch at whose end the checkpoint was saved, as its epoch loop decides."""
+    """Return whether Lightning's epoch loop validates after the batch at whose end the checkpoint was saved."""
     if validates_by_time(trainer):
         return False  # Lightning starts measuring the time again
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
@@ -626,19 +638,18 @@ def _begin_anew(trainer: pl.Trainer) -> None:
 
 
 def _end_resumption(trainer: pl.Trainer) -> None:
-    """Let a trainer's loops begin the next epoch, in place of going on within the epoch of a checkpoint."""
+    """Let a trainer's loops begin the next epoch instead of going on within the epoch of a checkpoint."""
     loop = trainer.fit_loop
     for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
         part.on_iteration_done()
 
 
 def _keep_limits(trainer: pl.Trainer) -> Callable[[], None]:
-    """Return a function that gives a trainer its present limits back."""
+    """Return a function that restores a trainer's current limits."""
     owners: list[tuple[object, str]] = [
         (trainer.fit_loop, "max_epochs"),
         (trainer.fit_loop, "min_epochs"),
         (trainer.fit_loop.epoch_loop, "max_steps"),
-        (trainer, "reload_dataloaders_every_n_epochs"),
     ]
     values = [getattr(owner, name) for owner, name in owners]
 
@@ -650,7 +661,7 @@ def _keep_limits(trainer: pl.Trainer) -> Callable[[], None]:
 
 
 def _keep_order(trainer: pl.Trainer) -> Callable[[], None]:
-    """Return a function that puts a trainer's callbacks into their present order again."""
+    """Return a function that restores the current order of a trainer's callbacks."""
     order = {id(callback): i for i, callback in enumerate(callbacks_of(trainer))}
 
     def undo() -> None:
@@ -676,7 +687,7 @@ def _forget_best_checkpoints(trainer: pl.Trainer) -> None:
             saver.kth_best_model_path = ""
 
 
-def _hyperparameters(trainer: pl.Trainer) -> StateDict:
+def _take_optimizer_snapshot(trainer: pl.Trainer) -> StateDict:
     """Return the values of all parameter groups and the states of all schedules."""
     groups = [
         [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -713,7 +724,7 @@ def write_rates(scheduler: LambdaLR) -> None:
         scheduler: schedule of one optimizer.
     """
     groups = scheduler.optimizer.param_groups
-    # A group that was added since has a rate, which is not the schedule's.
+    # Groups added after the schedule was made keep their own rates.
     for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False):
         group["lr"] = base * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in groups[: len(scheduler.base_lrs)]]
@@ -738,16 +749,17 @@ def _adopt_rates(trainer: pl.Trainer, snapshot: StateDict | None) -> StateDict:
         rates, last = [group["lr"] for group in scheduler.optimizer.param_groups], scheduler.get_last_lr()
         trios = zip(rates, last, scheduler.base_lrs, strict=False)
         scheduler.base_lrs[: len(last)] = [rate if rate != before else base for rate, before, base in trios]
-        if rates != last or snapshot is None:  # when it was made, the batches of an epoch were not known
+        if rates != last or snapshot is None:
+            # Its first rates were computed before the number of batches of an epoch was known.
             write_rates(scheduler)
             if snapshot is not None:
                 known = len(snapshot["schedules"][i]["base_lrs"])
                 snapshot["schedules"][i]["base_lrs"] = scheduler.base_lrs[:known]
-    return _hyperparameters(trainer) if snapshot is None else snapshot
+    return _take_optimizer_snapshot(trainer) if snapshot is None else snapshot
 
 
 def _extend_schedules(trainer: pl.Trainer, snapshot: StateDict) -> None:
-    """Let schedules leave the rates of parameter groups as they are that were added after a snapshot."""
+    """Give parameter groups that were added after a snapshot a constant rate in every ``LambdaLR``."""
     known = {id(o): len(groups) for o, groups in zip(trainer.optimizers, snapshot["groups"], strict=True)}
     for scheduler in _schedules(trainer):
         first = known.get(id(scheduler.optimizer), len(scheduler.base_lrs))

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
-from dcl_lightning._lightning import callbacks_of, overfit_batches
+from dcl_lightning._lightning import callbacks_of, monitored_by, overfit_batches, validates_by_time
 from dcl_lightning.callbacks.evaluation import limited
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError
@@ -42,10 +42,10 @@ def _refuse_selection_on_test(trainer: pl.Trainer, data: ContinualDataModule) ->
     if data.val_ratio > 0 or data.select_on_test:
         return
     for callback in callbacks_of(trainer):
-        monitor = getattr(callback, "monitor", None)
-        if isinstance(monitor, str) and monitor.startswith("val/"):
+        monitored = monitored_by(callback)
+        if monitored.startswith("val/"):
             raise ConfigurationError(
-                f"{type(callback).__name__}(monitor='{monitor}') would select on test data: set data.val_ratio "
+                f"{type(callback).__name__}(monitor='{monitored}') would select on test data: set data.val_ratio "
                 "above 0 to hold samples out, or data.select_on_test=true to do it knowingly"
             )
 
@@ -61,7 +61,7 @@ def _refuse_early_stopping(trainer: pl.Trainer) -> None:
 
 def _refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: ContinualDataModule) -> None:
     """Refuse validation every n batches of an epoch where a task has fewer: Lightning would, but only in that task."""
-    interval = getattr(trainer, "val_check_interval", None)  # not there where the interval is a time
+    interval = None if validates_by_time(trainer) else trainer.val_check_interval
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.enable_validation:
         return
     for task, batches in _epochs(trainer, tasks, data):

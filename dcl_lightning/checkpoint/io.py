@@ -1,4 +1,4 @@
-"""Writes and reads checkpoints atomically, together with the side files that all workers write for them.
+"""Saves a checkpoint and the side files that all workers write for it atomically; verifies them on load.
 
 A checkpoint ``x.ckpt`` is the manifest of ``x.ckpt.memory/<token>/``: it records the token, and each file's name, size
 and digest. All are written under other names and renamed; they become valid when the checkpoint is renamed. A
@@ -39,7 +39,7 @@ KEY = "dcl_lightning"  # of this package's part of a checkpoint
 FORMAT = 1
 STAGING = ".staging"
 _SEAL = b"dcl_lightning sha256 "
-_SEALED = len(_SEAL) + 64
+_SEAL_BYTES = len(_SEAL) + 64
 _ZIP_END = 22  # bytes of a zip file's last record, whose last two are the length of the comment that follows
 _CHUNK = 1 << 22
 _NOT_OURS = "this package gives no such names; the checkpoint was changed or is not to be trusted, use another one"
@@ -337,7 +337,7 @@ def _write(checkpoint: StateDict, target: Path, staging: Path) -> None:
             hashed = _Hashed(file)
             torch.save(checkpoint, cast(IO[bytes], hashed))
             file.seek(-2, os.SEEK_END)
-            file.write(_SEALED.to_bytes(2, "little") + _SEAL + hashed.digest().encode())
+            file.write(_SEAL_BYTES.to_bytes(2, "little") + _SEAL + hashed.digest().encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
@@ -371,16 +371,16 @@ def check_seal(path: str | os.PathLike[str]) -> None:
 
 def _is_intact(file: IO[bytes]) -> bool:
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - _SEALED - _ZIP_END, 0))
+    file.seek(max(size - _SEAL_BYTES - _ZIP_END, 0))
     tail = file.read()
-    if len(tail) < _SEALED + _ZIP_END or tail[_ZIP_END : _ZIP_END + len(_SEAL)] != _SEAL:
+    if len(tail) < _SEAL_BYTES + _ZIP_END or tail[_ZIP_END : _ZIP_END + len(_SEAL)] != _SEAL:
         # Not sealed: complete if it ends as a zip file without a comment does.
         return tail[-_ZIP_END:-18] == b"PK\x05\x06" and tail[-2:] == b"\0\0"
-    if tail[_ZIP_END - 2 : _ZIP_END] != _SEALED.to_bytes(2, "little"):
+    if tail[_ZIP_END - 2 : _ZIP_END] != _SEAL_BYTES.to_bytes(2, "little"):
         return False
     file.seek(0)
     # Before the seal was added, the length of the comment was 0.
-    return _sha256(file, size - _SEALED - 2, b"\0\0").encode() == tail[-64:]
+    return _sha256(file, size - _SEAL_BYTES - 2, b"\0\0").encode() == tail[-64:]
 
 
 def _keep_only(folder: Path, token: str) -> None:

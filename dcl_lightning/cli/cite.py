@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.errors import ConfigurationError, suggestion
-from dcl_lightning.report.citations import DATASETS, PROJECT, references
+from dcl_lightning.report.citations import DATASETS, PROJECT, papers_of, references
 
 __all__ = ["main"]
 
@@ -49,11 +49,11 @@ def _of_method(name: str) -> tuple[str, ...]:
 
     short = agents.short_names.__all__
     kind = vars(agents.short_names if name in short else agents).get(name)
-    papers: tuple[str, ...] | None = getattr(kind, "papers", () if name in short else None)
-    if papers is None:
+    papers = papers_of(kind) if isinstance(kind, type) else None
+    if papers is None and name not in short:
         near = suggestion(name, [*short, *agents.__all__])
         raise ConfigurationError(f"--model={name}: give one of {', '.join(short)}{near}")
-    return papers
+    return papers or ()
 
 
 def _keys(flag: str, name: str, keys: tuple[str, ...]) -> tuple[str, ...]:

@@ -259,7 +259,7 @@ class ContinualDataModule(pl.LightningDataModule):
             return 0
         if self.num_workers is not None:
             return self.num_workers
-        local_size = max(ranks.local_size(), getattr(self.trainer, "num_devices", 1))
+        local_size = max(ranks.local_size(), self.trainer.num_devices if self.trainer else 1)
         return min(worker_threads(local_size), 8)
 
     # -- during a fit ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Images in files: a split that reader processes read on demand, a few batches ahead of the training."""
+"""Images in files: a split that a pool of processes reads, a few batches ahead of the training."""
 
 from __future__ import annotations
 

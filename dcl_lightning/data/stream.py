@@ -1,4 +1,4 @@
-"""A stream: the task of each sample of a data set, and which samples are held out."""
+"""A stream: each sample's task, whether it is held out, and its worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay: one training step of rehearsal, without Lightning: observe a batch, augment it, let the memory work."""
+"""One step of rehearsal without Lightning: observe the batch, join representatives to it, start the memory's work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Prepared(NamedTuple):
 
 
 class Replay:
-    """Rehearsal of one fit, called at each step in this order: ``observe``, ``augment``, ``work``.
+    """Rehearsal of one fit, called at each step in this order: ``observe``, ``join``, ``loss_computed``, ``work``.
 
     ``work`` is the one place where the memory's work of a step begins: the step's samples are inserted and the
     representatives of the next step are drawn, on the calling thread (``execution: inline``) or by an engine in the
@@ -60,7 +60,7 @@ class Replay:
 
         Args:
             batch: as the loader gave it, or as the network gets it.
-            epoch: of the whole stream.
+            epoch: number of the epoch, counted over the whole stream.
 
         Raises:
             DataError: its rows are not like those of the memory.
@@ -69,19 +69,20 @@ class Replay:
         if isinstance(self.codec, NestCodec):  # the rows of a ``Batch`` match by construction
             self.manager.buffer.store.check(self._candidates.rows)
 
-    def augment(self, batch: PyTree, step: int, last: bool, computed: bool = False) -> PyTree:
-        """Return a batch that representatives have joined.
+    def join(self, batch: PyTree, step: int, last: bool, computed: bool = False) -> PyTree:
+        """Return the batch with this step's representatives appended.
 
         Args:
             batch: the observed one, on the device.
-            step: of the whole run.
+            step: number of the step, counted over the whole run.
             last: whether it is the last of its epoch, after which nothing is drawn.
-            computed: whether the loss counts as computed without ``loss_computed``.
+            computed: whether ``loss_computed`` may not be called, as with manual optimization.
         """
         prepared = self._take()
         self._due, self._last, self._computed = True, last, computed
         if self.config.scope == "global" and self._in_background and not self.codec.extra:
             self.work()  # so that rows travel between workers before gradients do, and during the whole step
+        # Without rows of its own, a worker still needs the others' share of the normalizer.
         if prepared is None or not (len(prepared.drawn.labels) or prepared.drawn.weight_share):
             return self.codec.join(batch, None, step)
         device = self.manager.device
@@ -118,7 +119,10 @@ class Replay:
         self._due = False
 
     def wait(self) -> Representatives | None:
-        """Wait until no work is pending; return the representatives of the next step, if they were drawn."""
+        """Start this step's work if it has not begun, wait for all work, and return the next step's representatives.
+
+        None if they were not drawn.
+        """
         self.work()
         if self._engine.pending:
             self._prepared = self._engine.flush() or self._prepared
@@ -146,7 +150,7 @@ class Replay:
         if self.config.execution == "nonblocking":
             return self._engine.latest()
         if not self._engine.pending:
-            self._submit(None, True)
+            self._submit(None, draw=True)
         return self._engine.collect()
 
     def _with_columns(self, candidates: Candidates) -> Candidates:

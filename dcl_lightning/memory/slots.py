@@ -223,7 +223,7 @@ class SlotState:
 
     def state_dict(self) -> StateDict:
         """Return copies of the arrays, as tensors, and the three counts."""
-        tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in self._SAVED}
+        tensors = {name: torch.from_numpy(vars(self)[name].copy()) for name in self._SAVED}
         return {**tensors, "size": self.size, "seen": self.seen, "offers": self.offers}
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -233,7 +233,7 @@ class SlotState:
             ConfigurationError: it has another number of classes or another capacity.
         """
         for name in self._SAVED:
-            if state[name].shape != getattr(self, name).shape:
+            if state[name].shape != vars(self)[name].shape:
                 raise ConfigurationError(
                     f"saved memory has {state['class_counts'].numel()} classes and {state['labels'].numel()} slots, "
                     f"this one {self.num_classes} and {self.capacity}: give the values it had"

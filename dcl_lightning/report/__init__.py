@@ -1,1 +1,1 @@
-"""The report of a run: its content, and its form as text, figures and files."""
+"""The report of a run: ``content`` and ``counts`` collect it; ``text``, ``figures`` and ``paths`` write it."""

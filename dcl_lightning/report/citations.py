@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["DATASETS", "PROJECT", "Reference", "method_of", "references"]
+__all__ = ["DATASETS", "PROJECT", "Reference", "method_of", "papers_of", "references"]
 
 PROJECT = "dcl_lightning"
 # Keys of references.bib by the name of ``data.dataset``; an agent has its own as ``papers``.
@@ -98,3 +98,12 @@ def method_of(kind: type) -> str | None:
         kind: class of the agent; the nearest of its bases counts.
     """
     return next((base.__name__ for base in kind.__mro__ if "papers" in vars(base)), None)
+
+
+def papers_of(kind: type) -> tuple[str, ...] | None:
+    """Return the keys of the papers of an agent's method; None for a class without ``papers``.
+
+    Args:
+        kind: class of the agent; the nearest of its bases counts.
+    """
+    return next((vars(base)["papers"] for base in kind.__mro__ if "papers" in vars(base)), None)

@@ -14,12 +14,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dcl_lightning._lightning import callbacks_of, datamodule_of
+from dcl_lightning._lightning import callbacks_of, datamodule_of, monitored_by
 from dcl_lightning._version import __version__
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.evaluation import StreamResults
-from dcl_lightning.report.citations import DATASETS, method_of, references
+from dcl_lightning.report.citations import DATASETS, method_of, papers_of, references
 from dcl_lightning.report.counts import MemoryLog
 from dcl_lightning.types import StateDict, Task
 
@@ -117,7 +117,7 @@ def stream_metrics(matrix: AccuracyMatrix, baseline: Tensor | None = None) -> St
 def _citations(kind: type, dataset: str) -> StateDict:
     """Return the papers of method and data set, and the command that prints their BibTeX; None without papers."""
     method = method_of(kind)
-    keys = [*getattr(kind, "papers", ()), *DATASETS.get(dataset, ())]
+    keys = [*(papers_of(kind) or ()), *DATASETS.get(dataset, ())]
     command = f"dcl-lightning cite{f' --model {method}' if method else ''}"
     command += f" --data.dataset {dataset}" if dataset in DATASETS else ""
     return {"references": [reference.short for reference in references(keys)], "cite": command if keys else None}
@@ -140,7 +140,7 @@ def _tested_labels(task: Task) -> list[int | str]:
 def _selection(trainer: pl.Trainer, val_ratio: float) -> str:
     """Return which samples a callback or a schedule selects on: ``none``, ``validation`` or ``test``."""
     watchers = (*callbacks_of(trainer), *trainer.lr_scheduler_configs)
-    if not any(str(getattr(watcher, "monitor", "")).startswith("val/") for watcher in watchers):
+    if not any(monitored_by(watcher).startswith("val/") for watcher in watchers):
         return "none"
     return "validation" if val_ratio else "test"
 

@@ -31,9 +31,8 @@ def run_folder(trainer: pl.Trainer) -> Path:
             _WITHOUT_LOGGER[trainer] = _free_folder(Path(expanded(str(trainer.default_root_dir))))
         return _WITHOUT_LOGGER[trainer]
     logger = trainer.loggers[0]
-    own = getattr(logger, "log_dir", None)
-    if own is not None:
-        return Path(expanded(str(own)))
+    if logger.log_dir is not None:
+        return Path(expanded(str(logger.log_dir)))
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(expanded(str(logger.save_dir or trainer.default_root_dir))) / str(logger.name) / version
 

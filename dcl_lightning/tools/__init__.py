@@ -1,1 +1,1 @@
-"""Programs that prepare an environment."""
+"""The installer of Horovod."""

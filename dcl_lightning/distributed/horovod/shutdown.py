@@ -1,7 +1,7 @@
 """Lets all workers stop after the same step: on a signal, on a failure, or when the number of batches differs.
 
-A signal is noted when it arrives and acted on between two steps, because saving takes all workers, and workers that
-wait for this one's gradients within a step cannot come to save.
+Saving takes all workers, and a worker that still waits for this one's gradients cannot take part; so a signal is
+recorded when it arrives and acted on between two steps.
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from dcl_lightning import _lightning
-from dcl_lightning._lightning import callbacks_of, cluster_environment_of, replace_save, restore_save, set_callbacks
+from dcl_lightning._lightning import (
+    callbacks_of,
+    cluster_environment_of,
+    dev_run_batches,
+    replace_save,
+    restore_save,
+    set_callbacks,
+)
 from dcl_lightning.comm import Comm, SingleProcessComm
 from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
@@ -33,8 +39,8 @@ from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.types import Clock
 
 __all__ = [
-    "StoppedBySignal", "break_off_if_signalled", "guard_failures", "present_task", "requeue_between_steps",
-    "requeue_together", "restore_callbacks", "synchronize_stops", "through_signals", "write_stderr",
+    "StoppedBySignal", "break_off_if_signalled", "current_task", "guard_failures", "remove_stop_callbacks",
+    "requeue_alone", "requeue_together", "synchronize_stops", "through_signals", "write_stderr",
 ]  # fmt: skip
 
 R = TypeVar("R")
@@ -70,7 +76,7 @@ class _ActsOnSignals(Protocol):
     """A callback that synchronizes signals over the workers."""
 
     def signalled(self) -> bool:
-        """Return whether a worker had a signal when all asked last; this worker's state reaches the next call."""
+        """Return whether any worker had received a signal at the previous call; send what this one has received."""
         ...
 
     def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
@@ -91,7 +97,7 @@ def through_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Ca
         pl_module: its module.
         work: calls ``break_off_if_signalled`` now and then. It may be broken off there and called again, so it changes
             state only at its end, or resumes where it was. Every worker calls it.
-        save: whether to save; False if the fit has made no step since the checkpoint that it resumed from.
+        save: whether to save; False if this fit, fresh or resumed, has made no step.
 
     Raises:
         StoppedBySignal: a worker received SIGINT or SIGTERM.
@@ -109,27 +115,28 @@ def through_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Ca
 
 
 def break_off_if_signalled(trainer: pl.Trainer) -> None:
-    """Break off work that ``through_signals`` runs if a worker received a signal; elsewhere do nothing.
+    """Interrupt the work that ``through_signals`` runs if a worker received a signal; do nothing outside of it.
 
     Every worker calls this equally often. A single process is interrupted by SIGINT at once, as usual in Python.
     """
     # A list, because every callback must be asked: each exchanges a message of its own.
-    if _unwinding.get() and (any([c.signalled() for c in _acting(trainer)]) or _terminated_alone(trainer)):
+    if _unwinding.get() and (any([c.signalled() for c in _signal_callbacks(trainer)]) or _terminated_alone(trainer)):
         raise _BrokenOff
 
 
 def _act_on_signals(trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
     if not save:
         replace_save(trainer, _save_nothing)
-    for callback in _acting(trainer):
+    for callback in _signal_callbacks(trainer):
         callback.act_on_signal(trainer, pl_module, save)
     if _terminated_alone(trainer):
-        raise SIGTERMException(128 + signal.SIGTERM)  # with save=False, also callbacks that save after it do not
+        # With save=False, callbacks that save on this exception save nothing either.
+        raise SIGTERMException(128 + signal.SIGTERM)
     if not save:
         restore_save(trainer)
 
 
-def _acting(trainer: pl.Trainer) -> list[_ActsOnSignals]:
+def _signal_callbacks(trainer: pl.Trainer) -> list[_ActsOnSignals]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, _ActsOnSignals)]
 
 
@@ -146,30 +153,30 @@ class _SignalExchange:
     """
 
     def __init__(self, name: str, alone: bool = False) -> None:
-        self._step, self._between, self._alone = name, f"{name} between steps", alone
+        self._step_op, self._between_op, self._alone = name, f"{name} between steps", alone
         self._handles: dict[str, int] = {}  # of Horovod's pending operations, by name
 
     def begin_step(self, values: Sequence[int]) -> None:
         """Send this worker's flags, and other values, as many as every worker sends."""
         if not self._alone:
-            self._receive(self._step)  # of a batch that the module skipped
-            self._send(self._step, values)
+            self._receive(self._step_op)  # of a batch that the module skipped
+            self._send(self._step_op, values)
 
     def end_step(self, flags: Sequence[int] = ()) -> list[int]:
         """Return the sums of what was sent when the step began, if anything; a process alone returns its flags."""
-        return list(flags) if self._alone else self._receive(self._step)
+        return list(flags) if self._alone else self._receive(self._step_op)
 
     def ask(self, flags: Sequence[int]) -> list[int]:
         """Between steps, send flags, and return the sums of the previous call; a process alone returns its flags."""
         if self._alone:
             return list(flags)
-        sums = self._receive(self._between)
-        self._send(self._between, flags)
+        sums = self._receive(self._between_op)
+        self._send(self._between_op, flags)
         return sums
 
     def drop_question(self) -> None:
         """Complete the last call of ``ask``, when no other follows."""
-        self._receive(self._between)
+        self._receive(self._between_op)
 
     def forget(self) -> None:
         """Drop what is on its way, after a failure."""
@@ -212,11 +219,11 @@ def synchronize_stops(trainer: pl.Trainer, comm: Comm, gradients: GradientAverag
     """Let the workers stop and fail together; called before the trainer's set-up hooks."""
     guard = guard_failures(trainer)
     guard.comm, guard.stops = comm, _StopSynchronization(comm, gradients)
-    guard.surround(trainer)
+    guard.place_first_and_last(trainer)
 
 
-def restore_callbacks(trainer: pl.Trainer) -> None:
-    """Remove from a trainer, whose run has ended well or not, the callbacks that this module added."""
+def remove_stop_callbacks(trainer: pl.Trainer) -> None:
+    """Remove what ``guard_failures`` and ``synchronize_stops`` added to a trainer, however its run has ended."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, _FailureGuard):
             callback.end()
@@ -228,7 +235,7 @@ def _others(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 class _FailureGuard(pl.Callback):
-    """The first callback: checks that all workers have as many batches, and prevents saving after a failure."""
+    """The first callback: checks that all workers have equally many batches, and prevents saving after a failure."""
 
     def __init__(self) -> None:
         self.comm: Comm = SingleProcessComm()
@@ -241,7 +248,7 @@ class _FailureGuard(pl.Callback):
         self._counted = False
         restore_save(trainer)
 
-    def surround(self, trainer: pl.Trainer) -> None:
+    def place_first_and_last(self, trainer: pl.Trainer) -> None:
         """Make this the trainer's first callback, and the stop synchronization its last one."""
         if self.stops is not None:
             set_callbacks(trainer, [self, *_others(trainer), self.stops])
@@ -252,22 +259,22 @@ class _FailureGuard(pl.Callback):
             self._silenced.pop().save_on_exception = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.surround(trainer)  # again, because a callback's set-up may have changed the order
+        self.place_first_and_last(trainer)  # again, because a callback's set-up may have changed the order
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Before other callbacks, which may have long work to finish here.
         if self.stops is not None:
-            self.stops.signals.take(trainer)
-        self._count(trainer, float(trainer.num_training_batches))
+            self.stops.signals.install(trainer)
+        self._compare_counts(trainer, float(trainer.num_training_batches))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._count(trainer, float(trainer.num_training_batches))
+        self._compare_counts(trainer, float(trainer.num_training_batches))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Without batches, Lightning ends a fit before the first hook, while the other workers wait for the count.
         if stage == "fit" and not self._counted:
-            self._count(trainer, 0.0)
-        restore_callbacks(trainer)
+            self._compare_counts(trainer, 0.0)
+        remove_stop_callbacks(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Before other callbacks take their time, because the other workers wait for this one.
@@ -280,7 +287,7 @@ class _FailureGuard(pl.Callback):
                 self._silenced.append(saver)
                 saver.save_on_exception = False
 
-    def _count(self, trainer: pl.Trainer, batches: float) -> None:
+    def _compare_counts(self, trainer: pl.Trainer, batches: float) -> None:
         self._counted = True
         counts = torch.stack(self.comm.allgather(torch.tensor(batches, dtype=torch.float64))).tolist()
         if len(set(counts)) > 1:
@@ -297,7 +304,7 @@ class _StopSynchronization(pl.Callback):
     def __init__(self, comm: Comm, gradients: GradientAverager) -> None:
         self._comm = comm
         self._gradients = gradients
-        self._history = self._step = 0
+        self._history = self._began_at = 0
         self._exchange = _SignalExchange("together")
         self._signalled: list[int] = []
         self.signals = _SignalRecorder()
@@ -305,7 +312,7 @@ class _StopSynchronization(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        self._history, self._step = self._gradients.history(), trainer.global_step
+        self._history, self._began_at = self._gradients.history(), trainer.global_step
         self._exchange.begin_step([self._history, int(_is_last(trainer, batch_idx)), *self.signals.flags()])
 
     def on_train_batch_end(
@@ -323,8 +330,8 @@ class _StopSynchronization(pl.Callback):
             raise _uneven(
                 trainer, f"the epoch ends on worker {ranks} after {batch_idx + 1} batches, and the others have more"
             )
-        if any(signals) and _ends_a_step(trainer, self._step):
-            self._stop(trainer, pl_module, _chosen(signals))
+        if any(signals) and _ends_a_step(trainer, self._began_at):
+            self._stop(trainer, pl_module, _signal_to_report(signals))
 
     def signalled(self) -> bool:
         """See ``_ActsOnSignals``."""
@@ -334,25 +341,25 @@ class _StopSynchronization(pl.Callback):
     def act_on_signal(self, trainer: pl.Trainer, pl_module: pl.LightningModule, save: bool) -> None:
         """Stop all workers if one received a signal."""
         if any(self._signalled):
-            self._stop(trainer, pl_module, _chosen(self._signalled), save)
+            self._stop(trainer, pl_module, _signal_to_report(self._signalled), save)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act on a signal that came after the last step."""
         self._exchange.drop_question()
         self._history = self._gradients.history()
         history, *signals = self._comm.allreduce(torch.tensor([self._history, *self.signals.flags()])).tolist()
-        self.signals.give_back()
+        self.signals.restore()
         self._compare(history)
         if any(signals):
-            _note_stop(trainer, _chosen(signals))
-            raise StoppedBySignal(_chosen(signals))
+            _note_stop(trainer, _signal_to_report(signals))
+            raise StoppedBySignal(_signal_to_report(signals))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._exchange.forget()
-        self.signals.give_back()
+        self.signals.restore()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.signals.give_back()
+        self.signals.restore()
 
     def _compare(self, histories: int) -> None:
         """Raise, on at least one worker, if the sum of histories shows that gradients of two passes were combined."""
@@ -371,9 +378,13 @@ class _StopSynchronization(pl.Callback):
         # may already have released state that belongs in the file.
         paths = _save(trainer, pl_module, stopped) if save else []
         if trainer.is_global_zero:
-            saved = f"saved {', '.join(paths)}" if paths else "nothing saved: no ModelCheckpoint(save_last=True)"
-            saved = saved if save else "nothing saved: no step was made since the checkpoint that was resumed"
-            write_stderr(f"horovod: all workers stopped after step {trainer.global_step} ({_name(signum)}); {saved}")
+            if not save:
+                outcome = "nothing saved: no step has been made in this fit"
+            elif paths:
+                outcome = f"saved {', '.join(paths)}"
+            else:
+                outcome = "nothing saved: no ModelCheckpoint(save_last=True)"
+            write_stderr(f"horovod: all workers stopped after step {trainer.global_step} ({_name(signum)}); {outcome}")
         raise stopped
 
 
@@ -387,8 +398,9 @@ class _SignalRecorder:
         self._seen: dict[int, float] = {}
         self._before: dict[int, Handler] = {}
         self._pipe: tuple[int, int] | None = None
+        self._wakeup_before = -1
 
-    def take(self, trainer: pl.Trainer) -> None:
+    def install(self, trainer: pl.Trainer) -> None:
         """Record signals from now on, in place of Lightning's handlers, which stop each worker by itself."""
         if self._pipe is not None or threading.current_thread() is not threading.main_thread():
             return
@@ -401,7 +413,7 @@ class _SignalRecorder:
         args = (self._pipe[0], trainer.strategy.launcher)
         threading.Thread(target=self._read, args=args, name="horovod-signals", daemon=True).start()
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Restore the former handlers; safe to repeat."""
         while self._before:
             signum, handler = self._before.popitem()
@@ -434,12 +446,12 @@ class _SignalRecorder:
 
 
 def _leave_to_thread(signum: int, frame: FrameType | None) -> None:
-    """Do nothing: the thread has already read the signal."""
+    """Do nothing: CPython has written the signal to the pipe that the thread reads."""
 
 
 def _save(trainer: pl.Trainer, pl_module: pl.LightningModule, stopped: StoppedBySignal) -> list[str]:
     """Save what checkpoint callbacks save after an exception, and every last checkpoint; return the paths."""
-    if _lightning.dev_run_batches(trainer):
+    if dev_run_batches(trainer):
         return []
     before = trainer.save_checkpoint
     paths: list[str] = []
@@ -466,9 +478,11 @@ def _last_path(trainer: pl.Trainer, saver: ModelCheckpoint) -> str:
     if saver.last_model_path:
         return saver.last_model_path
     metrics = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
-    path, version = saver.format_checkpoint_name(metrics, saver.CHECKPOINT_NAME_LAST), saver.STARTING_VERSION
+    path = saver.format_checkpoint_name(metrics, saver.CHECKPOINT_NAME_LAST)
+    version = saver.STARTING_VERSION
     while saver.file_exists(path, trainer):
-        path, version = saver.format_checkpoint_name(metrics, saver.CHECKPOINT_NAME_LAST, version), version + 1
+        path = saver.format_checkpoint_name(metrics, saver.CHECKPOINT_NAME_LAST, version)
+        version += 1
     return path
 
 
@@ -485,7 +499,8 @@ def _note_stop(trainer: pl.Trainer, signum: int) -> None:
         launcher.note_stop(signum)
 
 
-def _chosen(signals: Sequence[int]) -> int:
+def _signal_to_report(signals: Sequence[int]) -> int:
+    """Return SIGTERM's number if a worker received it, else SIGINT's, so that all workers exit with one code."""
     return max(signum for signum, count in zip(_SIGNALS, signals, strict=True) if count)
 
 
@@ -493,14 +508,14 @@ def _is_last(trainer: pl.Trainer, batch_idx: int) -> bool:
     return bool(trainer.is_last_batch) or batch_idx + 1 >= trainer.num_training_batches
 
 
-def present_task(trainer: pl.Trainer) -> int | None:
-    """Return the 0-based task of the present epoch; None if the module has no clock."""
-    clock = getattr(trainer.lightning_module, "clock", None)
-    return clock.task_at(trainer.current_epoch) if isinstance(clock, Clock) else None
+def current_task(trainer: pl.Trainer) -> int | None:
+    """Return the 0-based task of the current epoch; None without a clock."""
+    clock = next((callback for callback in callbacks_of(trainer) if isinstance(callback, Clock)), None)
+    return None if clock is None else clock.task_at(trainer.current_epoch)
 
 
 def _uneven(trainer: pl.Trainer, problem: str) -> DataError:
-    task = present_task(trainer)
+    task = current_task(trainer)
     place = f"epoch {trainer.current_epoch}" + ("" if task is None else f", task {task}")
     return DataError(
         f"{place}: {problem}; give every worker the same number (a DistributedSampler pads the shorter shards), or set "
@@ -526,20 +541,20 @@ def requeue_together(trainer: pl.Trainer, environment: ClusterEnvironment) -> No
     Lightning would save at once, in the signal's handler, while the other workers wait for this one's gradients. Called
     before the trainer's set-up hooks.
     """
-    _requeue(trainer, environment, alone=False)
+    _install_requeue(trainer, environment, alone=False)
 
 
-def requeue_between_steps(trainer: pl.Trainer) -> None:
+def requeue_alone(trainer: pl.Trainer) -> None:
     """Let a worker save and requeue after the step in which SLURM signals that the job's time is over.
 
     Lightning would save at once, in the signal's handler: the unfinished step would count as done, or its samples would
     enter the memory twice. Called by set-up hooks; does nothing after ``requeue_together``.
     """
     if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
-        _requeue(trainer, cluster_environment_of(trainer), alone=True)
+        _install_requeue(trainer, cluster_environment_of(trainer), alone=True)
 
 
-def _requeue(trainer: pl.Trainer, environment: ClusterEnvironment | None, alone: bool) -> None:
+def _install_requeue(trainer: pl.Trainer, environment: ClusterEnvironment | None, alone: bool) -> None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
         others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _Requeue)]
         set_callbacks(trainer, [_Requeue(environment.requeue_signal, alone), *others])
@@ -551,7 +566,7 @@ class _Requeue(pl.Callback):
     def __init__(self, signum: signal.Signals, alone: bool) -> None:
         self._signum = signum
         self._exchange = _SignalExchange("requeue", alone)
-        self._step = 0
+        self._began_at = 0
         self._handler: Handler = None
         self._received = self._due = False
 
@@ -562,14 +577,14 @@ class _Requeue(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        self._step = trainer.global_step
+        self._began_at = trainer.global_step
         self._exchange.begin_step([self._received])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         # Within an accumulation the worker that received the signal sends it again with the next batch.
-        if any(self._exchange.end_step([self._received])) and _ends_a_step(trainer, self._step):
+        if any(self._exchange.end_step([self._received])) and _ends_a_step(trainer, self._began_at):
             self._save_and_requeue()
 
     def signalled(self) -> bool:

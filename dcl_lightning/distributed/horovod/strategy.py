@@ -35,8 +35,8 @@ from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_workers
 from dcl_lightning.distributed.horovod.shutdown import (
     guard_failures,
+    remove_stop_callbacks,
     requeue_together,
-    restore_callbacks,
     synchronize_stops,
 )
 from dcl_lightning.distributed.horovod.watchdog import Watchdog, poll_while_waiting
@@ -334,7 +334,7 @@ class HorovodStrategy(ParallelStrategy):
             self.model = self._layer_sync.revert(self.model)
         trainer = None if self.lightning_module is None else self.lightning_module.trainer
         if trainer is not None and trainer.interrupted:  # otherwise the callbacks' own teardown does it later
-            restore_callbacks(trainer)
+            remove_stop_callbacks(trainer)
         super().teardown()
 
     # -- gradients ---------------------------------------------------------------------------------
@@ -385,8 +385,8 @@ class HorovodStrategy(ParallelStrategy):
         """
         if not isinstance(tensor, Tensor) or self._comm.size == 1:
             return tensor
-        op = getattr(reduce_op, "op", reduce_op)  # torch's ReduceOp comes in two forms
-        name = str(getattr(op, "name", op) or "mean").lower()
+        op = getattr(reduce_op, "op", reduce_op) or "mean"  # torch's ReduceOp has an attribute op or is an enumeration
+        name = str(op).removeprefix("RedOpType.").lower()
         if name in ("product", "prod"):
             return torch.stack(self._comm.allgather(tensor)).prod(dim=0).to(tensor.dtype)
         if name not in _REDUCE_OPS:

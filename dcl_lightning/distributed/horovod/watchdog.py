@@ -23,7 +23,7 @@ from dcl_lightning.comm import Comm
 from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous
-from dcl_lightning.distributed.horovod.shutdown import present_task, write_stderr
+from dcl_lightning.distributed.horovod.shutdown import current_task, write_stderr
 from dcl_lightning.distributed.horovod.worker_process import launching_process
 from dcl_lightning.errors import ConfigurationError
 
@@ -225,7 +225,7 @@ class Watchdog:
     def _place(self) -> str:
         """Return stage, task, epoch, batch and source line at which this worker is."""
         trainer = self._trainer
-        stage, task = trainer.state.stage, present_task(trainer)
+        stage, task = trainer.state.stage, current_task(trainer)
         words = [str(stage and stage.value)]
         if task is not None:
             words.append(f"task {task}")
