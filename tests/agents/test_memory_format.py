@@ -1,0 +1,54 @@
+"""``memory_format``: convolutions in channels_last learn what contiguous ones learn, and resume bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from dcl_lightning.agents import short_names
+from dcl_lightning.backbones import ResNet
+from tests.conformance.agents import KEEPING
+from tests.conformance.small_stream import make_data, make_trainer, weights
+
+
+def fit(name: str, folder: Path, memory_format: str, sizes: bool = True, **resume: Any) -> Any:
+    data = make_data(increment=3, batch_size=7)
+    pl.seed_everything(0)
+    given = {"num_classes": data.num_classes, "input_spec": data.input_spec} if sizes else {}
+    if name in KEEPING:
+        given["rehearsal"] = {"buffer_size": 12}
+    agent = getattr(short_names, name)(
+        ResNet(20, width=2), epochs_per_task=2, lr=0.01, momentum=0.9, memory_format=memory_format, **given
+    )
+    saver = pl.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer = make_trainer(folder, [saver], precision="64-true", limit_val_batches=0)
+    trainer.fit(agent, datamodule=data, **resume)
+    return agent
+
+
+def formats(agent: nn.Module) -> set[bool]:
+    """Whether the 3x3 convolutions of several channels are in channels_last."""
+    kernels = [m.weight for m in agent.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1]
+    assert kernels
+    return {kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels}
+
+
+@pytest.mark.parametrize("name", ["base", "derpp", "agem", "icarl", "bic", "ewc"])
+def test_channels_last_learns_what_contiguous_learns(name: str, tmp_path: Path) -> None:
+    plain, last = (fit(name, tmp_path / form, form) for form in ("contiguous", "channels_last"))
+    assert formats(plain) == {False}
+    assert formats(last) == {True}
+    torch.testing.assert_close(weights(last), weights(plain), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["derpp", "icarl"])
+def test_sizes_left_out_and_a_resumed_run_keep_the_format(name: str, tmp_path: Path) -> None:
+    whole = fit(name, tmp_path / "whole", "channels_last", sizes=False)
+    rest = fit(name, tmp_path / "rest", "channels_last", sizes=False, ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
+    assert formats(rest) == {True}
+    assert torch.equal(weights(rest), weights(whole))
