@@ -10,6 +10,7 @@ from dcl_lightning.agents.gdumb import GDumb
 from dcl_lightning.agents.gem import AGEM, GEM
 from dcl_lightning.agents.icarl import ICaRL
 from dcl_lightning.agents.lwf import LwF
+from dcl_lightning.agents.mir import MIR
 from dcl_lightning.agents.nil import NIL
 from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.si import SI
@@ -21,6 +22,7 @@ __all__ = [
     "ERACE",
     "EWC",
     "GEM",
+    "MIR",
     "NIL",
     "SI",
     "BiC",

@@ -131,7 +131,7 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def sum_dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
+def sum_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     """Return the dtype in which gradients are summed over samples and workers: the parameters', at least float32."""
     return torch.promote_types(parameters[0].dtype, torch.float32)
 
@@ -146,7 +146,7 @@ def flat_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad.detach()).reshape(-1) for p in parameters])
 
 
-def flat_gradients_of(loss: Tensor, parameters: list[nn.Parameter], keep_graph: bool = False) -> Tensor:
+def flat_gradients_of(loss: Tensor, parameters: Sequence[Tensor], keep_graph: bool = False) -> Tensor:
     """Return the gradients ``(P,)`` of a loss, 0 for weights that it does not depend on; ``p.grad`` stays as it is.
 
     Args:

@@ -1,4 +1,4 @@
-"""The mathematics as pure functions: metrics, losses, scores, herding, regularization and schedules."""
+"""The mathematics as pure functions: metrics, losses, scores, herding, retrieval, regularization and schedules."""
 
 from dcl_lightning.functional.continual_metrics import (
     average_accuracy,
@@ -30,14 +30,15 @@ from dcl_lightning.functional.regularization import (
     si_importance,
     si_path,
 )
+from dcl_lightning.functional.retrieval import highest_of_parts, interference
 from dcl_lightning.functional.schedules import lr_factor, lr_scale, parameter_groups, warmup_divisor
 from dcl_lightning.functional.scores import fitted_bias, restricted, top_k_hits
 
 __all__ = [
     "agem_projection", "asymmetric_cross_entropy", "average_accuracy", "average_incremental_accuracy",
     "backward_transfer", "distillation", "distillation_share", "fitted_bias", "forgetting", "forward_transfer",
-    "gem_projection", "herd", "icarl_loss", "icarl_targets", "learning_accuracy", "logit_matching", "lr_factor",
-    "lr_scale", "merged_fisher", "nearest_mean_scores", "nearest_to_mean", "nil_weights", "normalise", "over_tasks",
-    "parameter_groups", "quadratic_penalty", "quadratic_penalty_gradient", "restricted", "si_importance", "si_path",
-    "tempered_distillation", "top_k_hits", "warmup_divisor", "weighted_cross_entropy",
+    "gem_projection", "herd", "highest_of_parts", "icarl_loss", "icarl_targets", "interference", "learning_accuracy",
+    "logit_matching", "lr_factor", "lr_scale", "merged_fisher", "nearest_mean_scores", "nearest_to_mean", "nil_weights",
+    "normalise", "over_tasks", "parameter_groups", "quadratic_penalty", "quadratic_penalty_gradient", "restricted",
+    "si_importance", "si_path", "tempered_distillation", "top_k_hits", "warmup_divisor", "weighted_cross_entropy",
 ]  # fmt: skip

@@ -40,6 +40,7 @@ OWN: dict[str, dict[str, Any]] = {
     "nil_global": OF_NIL | {"execution": "blocking", "scope": "global"},
     "er": {},
     "er_ace": {"loss": "sum"},
+    "mir": {"num_samples": 50, "loss": "sum"},
     "der": {"loss": "sum"},
     "derpp": {"loss": "sum"},
     "derpp_task_end": PROJECTING | {"quota": "adaptive"},
@@ -48,7 +49,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gdumb": {"policy": "greedy", "quota": "adaptive", "loss": "sum"},
     "bic": {"policy": "class_balanced", "num_candidates": 20, "quota": "adaptive"},
 }
-GIVEN: dict[str, Any] = {"buffer_size": 200, "num_samples": 7, "row_format": "index"}
+GIVEN: dict[str, Any] = {"buffer_size": 200, "num_samples": 12, "row_format": "index"}
 
 
 def in_python(name: str, rehearsal: Any, *_: Any) -> Any:

@@ -26,5 +26,7 @@ def make(name: str, data: Any, seed: int = 0, memory: dict[str, Any] | None = No
         config: dict[str, Any] = {"buffer_size": 12}
         if name in REHEARSING:
             config["num_samples"] = 4
+        if name == "mir":
+            common = {"num_rehearsed": 2} | common
         common["rehearsal"] = config | (memory or {})
     return kind(MLP([8]), data.num_classes, **common)

@@ -46,6 +46,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "storage": (None, "cpu", "folder"),
     "exemplars": (None, "union", "per_step"),
     "selection": (None, "herding", "nearest"),
+    "num_rehearsed": (1, 2, 3),
     # trainer
     "precision": ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-true"),
     "accumulate_grad_batches": (1, 2, 3),
@@ -152,6 +153,8 @@ def _applicable(agent: str) -> Callable[[str], bool]:
     def applies(axis: str) -> bool:
         if axis in ("exemplars", "selection"):
             return agent in ICARL
+        if axis == "num_rehearsed":
+            return agent == "mir"
         if axis in ("size", "num_samples", "execution"):
             return agent in REHEARSING | ICARL
         return axis not in MEMORY_AXES or agent in REHEARSING

@@ -72,6 +72,8 @@ def make_agent(drawn: Draw, truth: Truth, folder: Path, seed: int = 0) -> Any:
             options |= {k: given[k] for k in ("execution", "num_samples") if k in given}
             options |= {k: get(k) for k in ("exemplars", "selection") if get(k) is not None}
         options["rehearsal"] = memory
+    if name == "mir":
+        options["num_rehearsed"] = get("num_rehearsed")
     agent = getattr(short_names, name)(_Network(truth.side), truth.num_classes, **options)
     if get("part") == "frozen":
         agent.backbone.first.requires_grad_(False)

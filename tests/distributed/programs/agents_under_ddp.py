@@ -19,6 +19,7 @@ from tests.distributed.programs.place import elastic_ddp, flat
 
 NAMES = (
     "base", "icarl", "icarl_v1", "nil", "nil_v1", "nil_v3", "nil_v4", "nil_global", "derpp", "agem", "gem", "si", "bic",
+    "mir",
 )  # fmt: skip
 
 
@@ -46,6 +47,8 @@ def fit(folder: Path, name: str, strategy: str | Strategy, sizes: bool) -> tuple
         options["rehearsal"] = {"buffer_size": 12}
     if hasattr(kind, "memory"):
         options["rehearsal"]["num_samples"] = 3
+    if name == "mir":
+        options["num_rehearsed"] = 1
     agent = kind(MLP([8]), epochs_per_task=2, lr=0.05, **options)
     trainer = pl.Trainer(
         accelerator="cpu", strategy=strategy, devices=2, logger=False, enable_checkpointing=False,

@@ -17,7 +17,7 @@ from dcl_lightning.callbacks import TaskReport
 from dcl_lightning.types import Batch
 from tests.distributed.toy import trainer
 
-NAMES = ("er", "er_ace", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
+NAMES = ("er", "er_ace", "mir", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in NAMES),
     ("derpp", {"execution": "blocking"}),
@@ -54,6 +54,8 @@ def fit(folder: Path, name: str, workers: int, memory: dict[str, Any]) -> tuple[
     if kind.rehearses:
         # Room for every sample, and all are drawn; in one epoch each comes once.
         options = {"epochs_per_task": 1, "rehearsal": {"buffer_size": 216, "num_samples": 108} | memory}
+    if name == "mir":
+        options["num_rehearsed"] = 6 // workers
     agent = kind(MLP([8]), data.num_classes, lr=0.05, input_spec=data.input_spec, **options)
     inner, rehearsed = agent.training_loss, 0
 
