@@ -33,7 +33,7 @@ from dcl_lightning._lightning import (
 )
 from dcl_lightning.agents.optimization import KeepUnseenRows, build_optimizer, rate_of
 from dcl_lightning.agents.prediction import Inference
-from dcl_lightning.backbones import Backbone, LinearHead
+from dcl_lightning.backbones import Backbone, CosineHead, LinearHead
 from dcl_lightning.backbones.short_names import Network, network_of
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
 from dcl_lightning.callbacks.checkpoint import ResumableCheckpoints, scale_rates
@@ -55,6 +55,7 @@ __all__ = ["ContinualAgent"]
 
 _ALL = slice(None)
 _SGD_LR = 0.05
+_HEAD_SCALE = 10.0  # of the program of ER-ACE
 # For each trainer, what removes the callbacks that an agent added; called when the agent's run ends.
 _CLEANUPS: WeakKeyDictionary[pl.Trainer, list[Callable[[], None]]] = WeakKeyDictionary()
 
@@ -121,6 +122,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         task_aware: whether to report also the accuracy with the task known: scores restricted to the
             classes of the sample's task (task-IL), under names that end in ``task_aware``.
         future_tasks: whether tasks not learnt yet are evaluated too, for forward transfer.
+        head: logits as ``linear`` functions of the features, or as scaled cosines between features and class vectors
+            (``cosine``), see ``CosineHead``.
+        head_scale: factor of the cosines, above 0; 10 if None. For ``head: cosine`` only.
 
     Attributes:
         tasks_seen: number of tasks whose training has started.
@@ -171,6 +175,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         memory_format: Literal["contiguous", "channels_last"] = "contiguous",
         task_aware: bool = False,
         future_tasks: bool = False,
+        head: Literal["linear", "cosine"] = "linear",
+        head_scale: float | None = None,
     ) -> None:
         super().__init__()
         self._keep_hyperparameters()
@@ -202,6 +208,12 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
                 f"model.optimizer brings its own: set momentum={momentum} and weight_decay={weight_decay} to 0 and "
                 "give such values to the optimizer"
             )
+        if head_scale is not None:
+            check_number("model.head_scale", head_scale, above=0)
+            if head == "linear":
+                raise ConfigurationError(
+                    f"model.head_scale={head_scale} scales cosines: give model.head=cosine, or leave head_scale out"
+                )
         self.backbone = network_of(backbone)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.decay_biases_and_norms = decay_biases_and_norms
@@ -210,6 +222,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         self.optimizer_factory = optimizer
         self.reset_state_dict = reset_state_dict
         self.train_classes, self.memory_format = train_classes, memory_format
+        self._head_scale = self.hparams["head_scale"] = None if head == "linear" else head_scale or _HEAD_SCALE
         self.clock = TaskClock(epochs_per_task, optimizer_reset, task_aware, future_tasks)
         self.report = TaskReport()
         self.progress = StreamProgress()
@@ -245,7 +258,10 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         override calls it first.
         """
         assert self._feature_dim is not None
-        self.head = LinearHead(self._feature_dim, self.num_classes)
+        if self._head_scale is None:
+            self.head = LinearHead(self._feature_dim, self.num_classes)
+        else:
+            self.head = CosineHead(self._feature_dim, self.num_classes, self._head_scale)
         self.register_buffer("seen_classes", torch.zeros(self.num_classes, dtype=torch.bool))
         self.register_buffer("current_classes", torch.zeros(self.num_classes, dtype=torch.bool))
 

@@ -1,16 +1,20 @@
-"""``Backbone``, which builds its layers once the shape of an input is known, and the head."""
+"""``Backbone``, which builds its layers once the shape of an input is known, and the heads."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.types import InputSpec
 
-__all__ = ["Backbone", "LinearHead"]
+__all__ = ["Backbone", "CosineHead", "LinearHead"]
+
+# What a shorter vector is divided by. Half precision has no number as small as torch's default.
+_SHORTEST = 1e-5
 
 
 class Backbone(nn.Module):
@@ -93,12 +97,40 @@ class LinearHead(nn.Linear):
     Args:
         feature_dim: length of a feature vector, at least 1.
         num_classes: number of classes, at least 1.
+        bias: whether each logit has a bias.
 
     Raises:
-        ConfigurationError: if one of them is below 1.
+        ConfigurationError: if one of the two numbers is below 1.
     """
 
-    def __init__(self, feature_dim: int, num_classes: int) -> None:
+    def __init__(self, feature_dim: int, num_classes: int, bias: bool = True) -> None:
         if feature_dim < 1 or num_classes < 1:
             raise ConfigurationError(f"feature_dim={feature_dim} and num_classes={num_classes} must be at least 1")
-        super().__init__(feature_dim, num_classes)
+        super().__init__(feature_dim, num_classes, bias)
+
+
+class CosineHead(LinearHead):
+    r"""Logits that are scaled cosines of the angles between the features and a vector of each class, without a bias.
+
+    .. math:: z_k = s \, \langle f / |f|, \ w_k / |w_k| \rangle
+
+    Hou, Pan, Loy, Wang and Lin, "Learning a Unified Classifier Incrementally via Rebalancing", CVPR 2019, section 3.2.
+    They learn the scale; here it is a constant, as in the program of ER-ACE (Caccia et al. 2022).
+
+    Args:
+        feature_dim: length of a feature vector f, at least 1.
+        num_classes: number of classes, at least 1.
+        scale: s, above 0: all logits are in [-s, s].
+
+    Raises:
+        ConfigurationError: if one of the two numbers is below 1.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int, scale: float) -> None:
+        super().__init__(feature_dim, num_classes, bias=False)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return logits ``(B, num_classes)`` of features ``(B, feature_dim)``."""
+        directions = F.normalize(input, dim=1, eps=_SHORTEST), F.normalize(self.weight, dim=1, eps=_SHORTEST)
+        return self.scale * F.linear(*directions)

@@ -92,8 +92,8 @@ def _refuse_another_network(saved: Mapping[str, Tensor], present: Mapping[str, T
     if one_sided:
         where = "the checkpoint's network alone" if one_sided[0] in saved else "this network alone"
         raise ConfigurationError(
-            f"{len(one_sided)} tensors, {one_sided[0]} among them, are in {where}: give the model.backbone that the "
-            "run was started with"
+            f"{len(one_sided)} tensors, {one_sided[0]} among them, are in {where}: give the model.backbone and "
+            "model.head that the run was started with"
         )
 
 
