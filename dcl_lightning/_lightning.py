@@ -22,7 +22,7 @@ __all__ = [
     "datamodule_of", "dev_run_batches", "has_version", "log_interval", "loggers_write", "monitored_by",
     "optimizers_to_device", "overfit_batches", "reload_loaders_each_epoch", "reload_training_data",
     "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open",
-    "trainer_of", "validates_by_time", "wrap_srun_check", "wrapped_io",
+    "synchronises_batchnorm", "trainer_of", "validates_by_time", "wrap_srun_check", "wrapped_io",
 ]  # fmt: skip
 
 
@@ -76,6 +76,11 @@ def step_is_open(trainer: pl.Trainer) -> bool:
     """
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current  # declared as its base class
     return progress.processed != progress.ready
+
+
+def synchronises_batchnorm(trainer: pl.Trainer) -> bool:
+    """Return whether ``sync_batchnorm`` is set, or layers are synchronised by a plugin of the user's."""
+    return vars(trainer.strategy).get("_layer_sync") is not None
 
 
 def datamodule_of(trainer: pl.Trainer) -> Any:

@@ -64,7 +64,7 @@ class _NamedArguments:
     """Shows and checks all arguments of a class, also those that its constructor forwards by ``*args, **kwargs``."""
 
     __signature__: ClassVar[inspect.Signature]
-    # Arguments that the class gives to its base's constructor itself.
+    # Arguments of its bases that the class does not have: it gives them itself, or they mean nothing to it.
     fixed_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

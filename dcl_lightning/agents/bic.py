@@ -89,7 +89,7 @@ class BiC(RehearsingAgent):
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the mean loss over the samples of all workers that are not held out, and the logits."""
-        logits, weights = self(batch.inputs), self._shares(batch)
+        logits, weights = self.outputs(batch), self._shares(batch)
         trained, targets = self.restrict_to_trained(logits, batch.targets)
         loss = weighted_cross_entropy(trained, targets, weights, 1.0)
         num_old, num_new = self._counts()

@@ -70,7 +70,7 @@ class DER(DarkReplay):
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
-        logits, new = self(batch.inputs), batch.num_new
+        logits, new = self.outputs(batch), batch.num_new
         self.keep(logits, batch)
         loss = self.cross_entropy(logits, batch, slice(new))
         if batch.rehearsed:
@@ -113,7 +113,7 @@ class DERpp(DarkReplay):
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
-        logits, new, old = self(batch.inputs), slice(batch.num_new), slice(batch.num_new, None)
+        logits, new, old = self.outputs(batch), slice(batch.num_new), slice(batch.num_new, None)
         self.keep(logits, batch)
         loss = self.cross_entropy(logits, batch, new)
         if batch.rehearsed:

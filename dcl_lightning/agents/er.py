@@ -31,7 +31,7 @@ class ER(RehearsingAgent):
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy over the step's samples of all workers, and the logits."""
-        logits = self(batch.inputs)
+        logits = self.outputs(batch)
         return self.cross_entropy(logits, batch), logits
 
 
@@ -51,7 +51,7 @@ class ERACE(RehearsingAgent):
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of both cross entropies, each a mean over the samples of all workers, and the logits."""
-        logits, new = self(batch.inputs), slice(batch.num_new)
+        logits, new = self.outputs(batch), slice(batch.num_new)
         # Rows of weight 0 only pad this worker's share: their classes need not be among the step's.
         samples = batch.weights.new_zeros(self.num_classes)
         samples = self.comm.allreduce(samples.index_add_(0, batch.targets[new], batch.weights[new]))

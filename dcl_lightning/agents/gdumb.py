@@ -30,7 +30,7 @@ class GDumb(RehearsingAgent):
 
     short_name = "gdumb"
     papers = ("prabhu2020",)
-    fixed_arguments = ("reset_state_dict",)
+    fixed_arguments = ("forward", "reset_state_dict")  # rehearsed rows alone go through the network
     memory = RehearsalConfig(policy="greedy", quota="adaptive", loss="sum")
     required = {"update": "step", "draw_from": "seen", "weighting": "none", "loss": "sum"}
 

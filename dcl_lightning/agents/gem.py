@@ -37,10 +37,11 @@ _REQUIRED = {"draw_from": "past", "weighting": "none", "loss": "sum"}
 class AGEM(RehearsingAgent):
     """Trains on new samples, along a direction that does not raise the loss on representatives of earlier tasks.
 
-    Gradient and reference are those of all workers, and of all batches that a step accumulates. Arguments as in
-    ``RehearsingAgent``.
+    Gradient and reference are those of all workers, and of all batches that a step accumulates. Rehearsed and new
+    samples go through the network apart, the rehearsed ones first. Arguments as in ``RehearsingAgent``.
     """
 
+    fixed_arguments = ("forward",)
     short_name = "agem"
     papers = ("chaudhry2019agem",)
     memory = _MEMORY
@@ -83,7 +84,8 @@ class GEM(RehearsingAgent):
 
     The loss on a task is that of its representatives of this step, over all workers. The paper takes all that are
     stored: give ``num_samples`` as large as the memory. A step costs a backward pass and P numbers for each earlier
-    task. The representatives of all batches that a step accumulates count.
+    task. The representatives of all batches that a step accumulates count. Rehearsed and new samples go through the
+    network apart, the rehearsed ones first.
 
     Args:
         *args: arguments of ``RehearsingAgent``, by place.
@@ -94,6 +96,7 @@ class GEM(RehearsingAgent):
         ConfigurationError: the margin is below 0.
     """
 
+    fixed_arguments = ("forward",)
     short_name = "gem"
     papers = ("lopezpaz2017",)
     memory = _MEMORY

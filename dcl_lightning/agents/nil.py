@@ -31,5 +31,5 @@ class NIL(RehearsingAgent):
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the weighted cross entropy over the step's samples of all workers, and the logits."""
-        logits = self(batch.inputs)
+        logits = self.outputs(batch)
         return self.cross_entropy(logits, batch), logits

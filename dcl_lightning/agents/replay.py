@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
-from dcl_lightning._lightning import callbacks_of
+from dcl_lightning._lightning import callbacks_of, synchronises_batchnorm
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.backbones.short_names import Network
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import SIZES, RehearsalConfig, resolve
+from dcl_lightning.types import Batch
 
 __all__ = ["RehearsingAgent"]
 
@@ -26,6 +29,9 @@ class RehearsingAgent(ContinualAgent):
             ``ContinualAgent``.
         num_classes: classes of the whole stream, K; the data module's if None.
         rehearsal: values of the memory that differ from ``memory``, as a configuration or a dict.
+        forward: new and rehearsed rows go through the network together (``joint``), or the new ones first and the
+            rehearsed ones after them (``separate``): batch normalisation then has statistics of its own for each, as in
+            the programs of ER-ACE (Caccia et al. 2022) and DER (Buzzega et al. 2020).
         **kwargs: arguments of ``ContinualAgent``.
 
     Raises:
@@ -50,12 +56,39 @@ class RehearsingAgent(ContinualAgent):
         backbone: Network,
         num_classes: int | None = None,
         rehearsal: RehearsalConfig | Mapping[str, Any] | None = None,
+        *,
+        forward: Literal["joint", "separate"] = "joint",
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **kwargs)
+        self._two_passes = forward == "separate"
         self._given = RehearsalConfig.of(rehearsal)
         self.rehearsal = Rehearsal(self._given)
         self._complete(self.rehearsal)
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Return the logits ``(B, K)`` of a training batch, from one pass through the network or, by ``forward``, two.
+
+        Every method that trains on both kinds of rows in one loss takes its logits from here.
+        """
+        new = batch.num_new
+        if not self._two_passes or new == len(batch.targets):
+            return self(batch.inputs)
+        return torch.cat([self(batch.inputs[:new]), self(batch.inputs[new:])])
+
+    def setup(self, stage: str) -> None:
+        """Refuse two passes where workers wait for each other in each: a worker without representatives makes only one.
+
+        Raises:
+            ConfigurationError: with the remedy.
+        """
+        super().setup(stage)
+        if stage == "fit" and self._two_passes and synchronises_batchnorm(self.trainer) and self.trainer.world_size > 1:
+            raise ConfigurationError(
+                "model.forward=separate does not go with trainer.sync_batchnorm=true: a worker without representatives "
+                "makes no second pass, and the others would wait for it; give model.forward=joint, or leave "
+                "sync_batchnorm out"
+            )
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return clock, report and rehearsal, or adopt those that the trainer has already.

@@ -50,6 +50,13 @@ def test_what_a_method_fixes_is_no_argument() -> None:
     assert GDumb(MLP([8]), 6).reset_state_dict
 
 
+@pytest.mark.parametrize("name", ["agem", "gem", "gdumb"])
+def test_methods_that_have_no_joint_pass_do_not_have_the_key(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} has no argument 'forward'"):
+        getattr(short_names, name)(MLP([8]), 6, forward="separate")
+    assert "forward" not in getattr(short_names, name)(MLP([8]), 6).hparams
+
+
 def test_a_backbone_has_a_name() -> None:
     assert isinstance(NIL(backbone="resnet18").backbone, ResNet)
     assert NIL("resnet20", 6, input_spec=(3, 8, 8)).backbone.depth == 20
