@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -234,6 +235,70 @@ def test_er_ace_tells_new_classes_from_one_another_only(tmp_path):
     (loss + F.cross_entropy(logits[new:], batch.targets[new:])).backward()
     g = torch.cat([p.grad.flatten() for p in net.parameters()])
     torch.testing.assert_close(seen.before[step + 1] - seen.before[step], -0.05 * g, atol=1e-6, rtol=1e-3)
+
+
+def test_er_ace_opens_the_classes_that_no_sample_was_of(tmp_path):
+    _, seen = fit("er_ace", tmp_path, make_data(batch_size=1), unmet_classes="open")
+    met, opened = set(), []
+    for step, (batch, net) in enumerate(zip(seen.batches, seen.nets, strict=True)):
+        new = batch.num_new
+        present = set(batch.targets[:new].tolist())
+        met |= present
+        allowed = sorted(present | (set(range(6)) - met))
+        opened.append(len(allowed) - len(present))
+        net.zero_grad()
+        logits = net(batch.inputs)
+        places = torch.tensor([allowed.index(y) for y in batch.targets[:new].tolist()])
+        loss = F.cross_entropy(logits[:new, allowed], places)
+        if len(batch.targets) > new:
+            loss = loss + F.cross_entropy(logits[new:], batch.targets[new:])
+        loss.backward()
+        g = torch.cat([p.grad.flatten() for p in net.parameters()])
+        torch.testing.assert_close(seen.before[step + 1] - seen.before[step], -0.05 * g, atol=1e-6, rtol=1e-3)
+    # One sample a step: five classes are open at the first, and one less from each first sample of a class on.
+    assert [*dict.fromkeys(opened)] == [5, 4, 3, 2, 1, 0]
+
+
+def test_er_ace_opens_no_class_that_is_not_trained(tmp_path):
+    agent, seen = fit("er_ace", tmp_path, unmet_classes="open", train_classes="seen")
+    for before, after, task in zip(seen.before, seen.before[1:], seen.tasks, strict=False):
+        rows = [vector[-54:-6].view(6, 8)[2 * task + 2 :] for vector in (before, after)]
+        assert torch.equal(*rows)
+    assert bool(agent.met_classes.all())
+
+
+@pytest.mark.parametrize("boundaries", ["known", "hidden"])
+def test_er_ace_meets_the_classes_of_a_new_stream_anew_and_resumes_with_those_met(boundaries, tmp_path):
+    def data():
+        return make_data(boundaries=boundaries, batch_size=3)
+
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    agent = make("er_ace", data(), unmet_classes="open")
+    masks, inner = [], agent.training_loss
+
+    def training_loss(batch):
+        found = inner(batch)
+        masks.append(agent.met_classes.clone())
+        return found
+
+    agent.training_loss = training_loss
+    for callbacks in ([saver], []):
+        make_trainer(tmp_path, callbacks, limit_val_batches=0).fit(agent, datamodule=data())
+        if callbacks:
+            state = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+    half = len(masks) // 2
+    assert all(torch.equal(a, b) for a, b in zip(masks[:half], masks[half:], strict=True))
+    for step in (1, 5, 10, 15):
+        resumed = make("er_ace", data(), seed=3, unmet_classes="open")
+        make_trainer(tmp_path / "again", limit_val_batches=0).fit(
+            resumed, datamodule=data(), ckpt_path=tmp_path / f"step={step}.ckpt"
+        )
+        assert all(torch.equal(tensor, state[name]) for name, tensor in resumed.state_dict().items()), step
+
+
+def test_er_ace_that_masks_them_keeps_no_classes(tmp_path):
+    agent = make("er_ace", make_data())
+    assert "met_classes" not in agent.state_dict()
 
 
 def padded(batch, target):

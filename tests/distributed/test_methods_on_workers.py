@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.distributed.programs import methods
+from tests.distributed.programs import methods, passes
 from tests.distributed.workers import assert_ended_well, run_workers
 
 
 def test_methods_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     assert_ended_well(run_workers(methods.as_one_process, 2, tmp_path, deadline=240))
+
+
+def test_two_passes_have_statistics_of_each_workers_own_rows(tmp_path: Path) -> None:
+    assert_ended_well(run_workers(passes.steps, 2, tmp_path))
 
 
 def test_each_task_warms_up_by_its_own_number_of_steps() -> None:

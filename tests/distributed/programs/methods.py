@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dcl_lightning import ContinualDataModule, FineTuning
 from dcl_lightning.agents import short_names
@@ -18,10 +20,13 @@ from dcl_lightning.types import Batch
 from tests.distributed.toy import trainer
 
 NAMES = ("er", "er_ace", "mir", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
-CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in NAMES),
-    ("derpp", {"execution": "blocking"}),
-    ("derpp", {"scope": "global", "execution": "blocking", "num_samples": 54}),
+# Agent, values of its memory, and of itself.
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    *((name, {}, {}) for name in NAMES),
+    ("derpp", {"execution": "blocking"}, {}),
+    ("derpp", {"scope": "global", "execution": "blocking", "num_samples": 54}, {}),
+    ("er_ace", {}, {"unmet_classes": "open", "head": "cosine"}),
+    ("derpp", {}, {"forward": "separate", "head": "cosine", "head_scale": 4.0}),
 ]
 
 
@@ -29,19 +34,28 @@ def as_one_process(folder: Path) -> None:
     """Weights and buffers of every method equal those of one process, where what is drawn is the same."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for name, memory in CASES:
-        two, rehearsed = fit(folder, name, 2, memory)
+    for name, memory, own in CASES:
+        two, rehearsed = fit(folder, name, 2, memory, own)
         if "scope" in memory:
             # One step older than a local draw, and so not that of one process; all rows of both came with their logits.
             assert rehearsed > 100
             continue
-        one, _ = fit(folder, name, 1, memory)
+        one, _ = fit(folder, name, 1, memory, own)
         for key, value in one.state_dict().items():
             if value.is_floating_point():
                 torch.testing.assert_close(two.state_dict()[key], value, atol=1e-5, rtol=1e-4, msg=f"{name}: {key}")
+            else:
+                assert torch.equal(two.state_dict()[key], value), f"{name}: {key}"
 
 
-def fit(folder: Path, name: str, workers: int, memory: dict[str, Any]) -> tuple[Any, int]:
+def fit(
+    folder: Path,
+    name: str,
+    workers: int,
+    memory: dict[str, Any],
+    own: dict[str, Any] | None = None,
+    look: Callable[[Any, Batch, Tensor, Tensor], None] | None = None,
+) -> tuple[Any, int]:
     """Return the agent, and how many rows came with logits that say whose they are (of a global memory)."""
     pl.seed_everything(0, verbose=False)
     g = torch.Generator().manual_seed(0)
@@ -56,7 +70,7 @@ def fit(folder: Path, name: str, workers: int, memory: dict[str, Any]) -> tuple[
         options = {"epochs_per_task": 1, "rehearsal": {"buffer_size": 216, "num_samples": 108} | memory}
     if name == "mir":
         options["num_rehearsed"] = 6 // workers
-    agent = kind(MLP([8]), data.num_classes, lr=0.05, input_spec=data.input_spec, **options)
+    agent = kind(MLP([8]), data.num_classes, lr=0.05, input_spec=data.input_spec, **options | (own or {}))
     inner, rehearsed = agent.training_loss, 0
 
     def labelled(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -69,8 +83,16 @@ def fit(folder: Path, name: str, workers: int, memory: dict[str, Any]) -> tuple[
         agent._logits[:, 0] = batch.sample_ids[: batch.num_new]
         return found
 
+    def looked_at(batch: Batch) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = inner(batch)
+        assert look is not None
+        look(agent, batch, *found)
+        return found
+
     if "scope" in memory:
         agent.training_loss = labelled
+    elif look is not None:
+        agent.training_loss = looked_at
     pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, devices=workers,
