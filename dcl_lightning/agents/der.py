@@ -6,13 +6,13 @@ Baseline", NeurIPS 2020, arXiv 2004.07211, algorithms 1 and 2.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dcl_lightning.agents.replay import RehearsingAgent
-from dcl_lightning.errors import check_number
+from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.functional.losses import logit_matching
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch
@@ -82,14 +82,17 @@ class DER(DarkReplay):
 class DERpp(DarkReplay):
     """Cross entropy on new samples; on representatives the distance to their stored logits, and cross entropy.
 
-    The paper draws twice at each step, once for either term. Here the one draw serves both, so that ``num_samples``
-    is what a step rehearses. With ``update: task_end`` the stored logits are those of the network at the task's end. A
-    sample that comes again while it is stored is stored again, with its present logits.
+    With ``update: task_end`` the stored logits are those of the network at the task's end. A sample that comes again
+    while it is stored is stored again, with its present logits.
 
     Args:
         *args: arguments of ``RehearsingAgent``, by place.
         alpha: factor of the distance, at least 0.
         beta: factor of the representatives' cross entropy, at least 0.
+        draws: whether all of a step's ``num_samples`` representatives serve both terms (``shared``), or each term has
+            half of them, which has to be a whole number (``separate``; algorithm 2 of the paper, which draws twice).
+            Where an odd number is stored so far, the distance has one more. Either term is a mean over its own
+            representatives on all workers.
         **kwargs: arguments of ``RehearsingAgent``, by name.
 
     Raises:
@@ -104,19 +107,51 @@ class DERpp(DarkReplay):
         *args: Any,
         alpha: float = 0.5,
         beta: float = 0.5,
+        draws: Literal["shared", "separate"] = "shared",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         check_number("model.alpha", alpha, at_least=0)
         check_number("model.beta", beta, at_least=0)
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta, self.draws = alpha, beta, draws
+
+    def setup(self, stage: str) -> None:
+        """Refuse a number of representatives that has no halves, where each term has one of them.
+
+        Raises:
+            ConfigurationError: with the remedy.
+        """
+        super().setup(stage)
+        number = self.rehearsal.config.num_samples
+        if stage == "fit" and self.draws == "separate" and number % 2:
+            raise ConfigurationError(
+                f"rehearsal.num_samples={number} has no halves, of which model.draws=separate gives one to each term: "
+                "give an even number"
+            )
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss over the samples of all workers, and the logits."""
-        logits, new, old = self.outputs(batch), slice(batch.num_new), slice(batch.num_new, None)
+        logits, new = self.outputs(batch), batch.num_new
         self.keep(logits, batch)
-        loss = self.cross_entropy(logits, batch, new)
+        loss = self.cross_entropy(logits, batch, slice(new))
+        # Halves take turns, since draws over the memories of all workers come in the order of the workers.
+        stride = 2 if self.draws == "separate" else 1
+        matched, labelled = slice(new, None, stride), slice(new + stride - 1, None, stride)
+        alpha, beta = self._factors(batch, matched, labelled)
         if batch.rehearsed:
-            distance = logit_matching(logits[old], batch.rehearsed["logits"], batch.weights[old], batch.normalizer)
-            loss = loss + self.alpha * distance + self.beta * self.cross_entropy(logits, batch, old)
+            stored = batch.rehearsed["logits"][::stride]
+            distance = logit_matching(logits[matched], stored, batch.weights[matched], batch.normalizer)
+            loss = loss + alpha * distance + beta * self.cross_entropy(logits, batch, labelled)
         return loss, logits
+
+    def _factors(self, batch: Batch, matched: slice, labelled: slice) -> tuple[Tensor | float, Tensor | float]:
+        """Return the factors of both terms; those of halves also turn sums over all representatives into means.
+
+        Every worker takes part at each step, also one without representatives.
+        """
+        if self.draws == "shared":
+            return self.alpha, self.beta
+        counts = torch.stack([(batch.weights[rows] > 0).sum() for rows in (matched, labelled)])
+        counts = self.comm.allreduce(counts)
+        of_matched, of_labelled = counts.sum() / counts.clamp(min=1)
+        return self.alpha * of_matched, self.beta * of_labelled

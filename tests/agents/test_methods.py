@@ -301,6 +301,35 @@ def test_er_ace_that_masks_them_keeps_no_classes(tmp_path):
     assert "met_classes" not in agent.state_dict()
 
 
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_steps_of_separate_draws_have_half_of_the_rows_at_each_term(forward, tmp_path):
+    data, kinds = make_data(batch_size=3), set()
+    _, seen = fit("derpp", tmp_path, data, alpha=0.3, beta=0.8, draws="separate", forward=forward)
+    for step, (batch, net) in enumerate(zip(seen.batches, seen.nets, strict=True)):
+        new, stored = batch.num_new, batch.rehearsed.get("logits", torch.zeros(0))
+        net.zero_grad()
+        logits = net(batch.inputs)
+        loss = F.cross_entropy(logits[:new], batch.targets[:new])
+        old, labels = logits[new:], batch.targets[new:]
+        first, second = [[k for k in range(len(stored)) if k % 2 == rest] for rest in (0, 1)]
+        kinds.add((len(first), len(second)))
+        if first:
+            loss = loss + 0.3 * (old[first] - stored[first]).square().mean()
+        if second:
+            loss = loss + 0.8 * F.cross_entropy(old[second], labels[second])
+        loss.backward()
+        g = torch.cat([p.grad.flatten() for p in net.parameters()])
+        torch.testing.assert_close(seen.before[step + 1] - seen.before[step], -0.05 * g, atol=1e-6, rtol=1e-3)
+    assert {(0, 0), (2, 1), (2, 2)} == kinds
+
+
+def test_separate_draws_need_halves(tmp_path):
+    data = make_data()
+    agent = make("derpp", data, draws="separate", memory={"num_samples": 5})
+    with pytest.raises(ConfigurationError, match=r"num_samples=5 has no halves.*draws=separate.*an even number"):
+        make_trainer(tmp_path).fit(agent, datamodule=data)
+
+
 def padded(batch, target):
     """The batch with one more new row, which only pads a worker's share."""
     columns = {"inputs": batch.inputs[:1] + 1, "targets": torch.tensor([target]), "weights": torch.zeros(1)}

@@ -48,6 +48,41 @@ def as_one_process(folder: Path) -> None:
                 assert torch.equal(two.state_dict()[key], value), f"{name}: {key}"
 
 
+def halves(folder: Path) -> None:
+    """With ``draws: separate`` each term of DER++ is a mean over its own rows of both workers, also of uneven numbers.
+
+    No one process has these halves: where both workers have an odd number of rows, the distance has two more. So each
+    step is compared with the formula, over the rows of both.
+    """
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    seen: set[tuple[int, int]] = set()
+
+    def compare(agent: Any, batch: Batch, loss: Tensor, logits: Tensor) -> None:
+        n, every = batch.num_new, agent.comm.allgather
+        stored = batch.rehearsed.get("logits", logits[:0])
+        assert len(stored) == len(batch.targets) - n
+        real = batch.weights[:n] > 0
+        new, distances, labelled = (
+            torch.cat(every(part.detach().double()))
+            for part in (
+                F.cross_entropy(logits[:n][real], batch.targets[:n][real], reduction="none"),
+                (logits[n::2] - stored[::2]).square().mean(1),
+                F.cross_entropy(logits[n + 1 :: 2], batch.targets[n + 1 :: 2], reduction="none"),
+            )
+        )
+        expected = new.mean() + sum(
+            factor * (part.mean() if len(part) else 0.0) for factor, part in ((0.3, distances), (0.8, labelled))
+        )
+        torch.testing.assert_close(agent.comm.allreduce(loss.detach(), "mean").double(), expected, atol=1e-5, rtol=1e-4)
+        seen.add((len(distances), len(labelled)))
+
+    memory = {"buffer_size": 60, "num_samples": 10}
+    fit(folder, "derpp", 2, memory, {"draws": "separate", "alpha": 0.3, "beta": 0.8}, compare)
+    assert {(0, 0), (10, 10)} <= seen
+    assert any(a > b for a, b in seen), "an odd number on some worker"
+
+
 def fit(
     folder: Path,
     name: str,
