@@ -28,6 +28,10 @@ def weights(agent):
     return torch.cat([p.detach().flatten() for p in agent.parameters() if p.requires_grad])
 
 
+# Filled with each step's samples, whatever their task.
+RESERVOIR = {"policy": "reservoir", "update": "step"}
+
+
 class Recorder:
     """Keeps each step's batch, and the weights before it."""
 
@@ -68,10 +72,11 @@ def gradient(net, inputs, targets):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("name", ["agem", "gem"])
-def test_steps_are_those_of_the_projected_gradient(name, accumulated, tmp_path):
+@pytest.mark.parametrize(("name", "memory"), [("agem", {}), ("gem", {}), ("agem", RESERVOIR), ("gem", RESERVOIR)])
+def test_steps_are_those_of_the_projected_gradient(name, memory, accumulated, tmp_path):
     # 14 samples a task in batches of 5: with two batches a step, the second step of an epoch is of one alone.
-    _, seen = fit(name, tmp_path, make_data(batch_size=5), trainer={"accumulate_grad_batches": accumulated})
+    trainer = {"accumulate_grad_batches": accumulated}
+    _, seen = fit(name, tmp_path, make_data(batch_size=5), trainer, memory=memory)
     changed = 0
     for window in windows(len(seen.batches), 3, accumulated):
         batches, net = [seen.batches[step] for step in window], seen.nets[window[0]]
@@ -89,6 +94,8 @@ def test_steps_are_those_of_the_projected_gradient(name, accumulated, tmp_path):
         moved = seen.before[window[-1] + 1] - seen.before[window[0]]
         torch.testing.assert_close(moved, -0.05 * expected, atol=1e-6, rtol=1e-3)
         assert not set(targets.tolist()) & {y for b in batches for y in b.targets[: b.num_new].tolist()}
+        assert set(tasks.tolist()) <= set(range(seen.tasks[window[0]])), "of earlier tasks alone"
+        assert len(tasks) or not old or not memory, "from the first step of the second task on"
     assert changed > 2
 
 
