@@ -122,8 +122,10 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         task_aware: whether to report also the accuracy with the task known: scores restricted to the
             classes of the sample's task (task-IL), under names that end in ``task_aware``.
         future_tasks: whether tasks not learnt yet are evaluated too, for forward transfer.
-        head: logits as ``linear`` functions of the features, or as scaled cosines between features and class vectors
-            (``cosine``), see ``CosineHead``.
+        head: logits as ``linear`` functions of the features; as scaled cosines between features and class vectors
+            (``cosine``), see ``CosineHead``; or from a linear layer for each task (``per_task``), in training and in
+            evaluation, where the task of each sample is known: its scores are of its task's classes alone. For tasks
+            of different classes.
         head_scale: factor of the cosines, above 0; 10 if None. For ``head: cosine`` only.
 
     Attributes:
@@ -140,6 +142,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     # Scenarios and boundaries of ``data`` that a method can learn from; set-up refuses others.
     scenarios: ClassVar[tuple[str, ...]] = ("class", "domain", "instance", "blurry", "none", "given")
     boundaries: ClassVar[tuple[str, ...]] = ("known",)
+    # Values of ``head`` that it can learn with; ``per_task`` needs a loss by ``restrict_to_trained`` or
+    # ``cross_entropy``.
+    heads: ClassVar[tuple[str, ...]] = ("linear", "cosine")
     # Whether a method keeps past samples of its own.
     rehearses: ClassVar[bool] = False
     # Whether the loss weighs rows by batch.weights, over batch.normalizer; any module may have this attribute.
@@ -153,6 +158,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     head: LinearHead
     seen_classes: Tensor
     current_classes: Tensor
+    task_of_class: Tensor
 
     def __init__(
         self,
@@ -175,7 +181,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         memory_format: Literal["contiguous", "channels_last"] = "contiguous",
         task_aware: bool = False,
         future_tasks: bool = False,
-        head: Literal["linear", "cosine"] = "linear",
+        head: Literal["linear", "cosine", "per_task"] = "linear",
         head_scale: float | None = None,
     ) -> None:
         super().__init__()
@@ -210,9 +216,19 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             )
         if head_scale is not None:
             check_number("model.head_scale", head_scale, above=0)
-            if head == "linear":
+            if head != "cosine":
                 raise ConfigurationError(
                     f"model.head_scale={head_scale} scales cosines: give model.head=cosine, or leave head_scale out"
+                )
+        if head not in self.heads:
+            raise ConfigurationError(
+                f"model.head={head}: agent {type(self).__name__} learns with {', '.join(self.heads)} only"
+            )
+        for key, value in (("task_aware", task_aware), ("train_classes", train_classes == "seen" and train_classes)):
+            if head == "per_task" and value:
+                raise ConfigurationError(
+                    f"model.{key}={value} adds nothing to model.head=per_task, by which only classes of a sample's own "
+                    f"task are scored: leave {key} out"
                 )
         self.backbone = network_of(backbone)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
@@ -222,7 +238,10 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         self.optimizer_factory = optimizer
         self.reset_state_dict = reset_state_dict
         self.train_classes, self.memory_format = train_classes, memory_format
-        self._head_scale = self.hparams["head_scale"] = None if head == "linear" else head_scale or _HEAD_SCALE
+        self._head_scale = (head_scale or _HEAD_SCALE) if head == "cosine" else None
+        if "head_scale" in self.hparams:  # else a subclass has left it out
+            self.hparams["head_scale"] = self._head_scale
+        self._per_task = head == "per_task"
         self.clock = TaskClock(epochs_per_task, optimizer_reset, task_aware, future_tasks)
         self.report = TaskReport()
         self.progress = StreamProgress()
@@ -262,12 +281,14 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             self.head = LinearHead(self._feature_dim, self.num_classes)
         else:
             self.head = CosineHead(self._feature_dim, self.num_classes, self._head_scale)
+        if self._per_task:
+            self.register_buffer("task_of_class", torch.full((self.num_classes,), -1))
         self.register_buffer("seen_classes", torch.zeros(self.num_classes, dtype=torch.bool))
         self.register_buffer("current_classes", torch.zeros(self.num_classes, dtype=torch.bool))
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Return scores ``(B, K)``, highest for the predicted class; here the head's."""
-        return self.mask_unseen(self(batch.inputs))
+        return self._of_tasks(self.mask_unseen(self(batch.inputs)), batch.task_ids)
 
     def on_task_start(self, task: Task) -> None:
         """Note the task's classes; with ``reset_state_dict`` go back to the initial weights.
@@ -308,7 +329,12 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         return self.seen_classes if self.train_classes == "seen" and self.clock.has_started else None
 
     def restrict_to_trained(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the columns of the logits that are trained, and the targets as places among them."""
+        """Return the columns of the logits that are trained, and the targets as places among them.
+
+        With ``head: per_task`` the logits of other tasks' classes than a row's own are -inf.
+        """
+        if self._per_task:
+            logits = self._of_tasks(logits, self.task_of_class[targets])
         columns = self.trained_columns()
         if columns is None:
             return logits, targets
@@ -323,6 +349,10 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         """Return scores with -inf for classes not seen yet; unchanged before the first task."""
         # Without a branch on a tensor's value, for which the host would wait for the device.
         return scores.masked_fill(~self.seen_classes & self.seen_classes.any(), -float("inf"))
+
+    def _of_tasks(self, scores: Tensor, tasks: Tensor) -> Tensor:
+        """Return scores ``(B, K)`` with -inf for classes of other tasks than each row's ``(B,)``, if ``per_task``."""
+        return scores.masked_fill(self.task_of_class != tasks[:, None], -float("inf")) if self._per_task else scores
 
     def training_outputs(self, ids: Tensor, outputs: Callable[[Tensor], Tensor], width: int) -> tuple[Tensor, Tensor]:
         """Evaluate training samples over all workers; every worker calls it and gets the same.
@@ -398,6 +428,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         check_number("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, at_least=1)
         if isinstance(data, ContinualDataModule):
             self._refuse_stream(data)
+            if self._per_task:
+                self._note_tasks(data)
 
     def _refuse_stream(self, data: ContinualDataModule) -> None:
         name = type(self).__name__
@@ -413,6 +445,15 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
                 f"data.concatenate_tasksets=true trains on the data of all tasks so far, to which the memory of {name} "
                 "adds nothing: use --model base for the transfer and scratch baselines"
             )
+
+    def _note_tasks(self, data: ContinualDataModule) -> None:
+        if data.stream.classes_come_again:
+            raise ConfigurationError(
+                f"model.head=per_task knows a class's task, but with data.scenario={data.scenario} a class comes in "
+                "several: give data.scenario=class, or model.head=linear"
+            )
+        for task, classes in enumerate(data.stream.homes):
+            self.task_of_class[classes] = task
 
     def _refuse_unknown_sizes(self) -> None:
         if not self.is_built:
@@ -445,6 +486,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             ("warmup_epochs", self.warmup_epochs, 0),
             ("reset_state_dict", self.reset_state_dict, False),
             ("train_classes", self.train_classes, "all"),
+            ("head", "per_task" if self._per_task else "linear", "linear"),
         ):
             if value != neutral:
                 raise ConfigurationError(
@@ -554,7 +596,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         if self._step_log.is_due(self.trainer, batch_idx):
             rows = slice(len(batch.targets) - len(logits), None)
             real = batch.weights[rows] > 0
-            hits = top_k_hits(logits.detach(), batch.targets[rows], 1) & real
+            hits = top_k_hits(self._of_tasks(logits.detach(), batch.task_ids[rows]), batch.targets[rows], 1) & real
             values = {"train/loss": loss.detach(), "train/acc": hits.sum() / real.sum().clamp(min=1)}
             self.log_dict(values, prog_bar=self._step_log.is_shown, batch_size=len(batch.targets))
             # A tensor of the host: a number would be copied to the device, and the host would wait for it.
@@ -585,7 +627,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count hits and losses of one batch of one task."""
         if len(batch.targets):
-            losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="sum")
+            losses = F.cross_entropy(self._of_tasks(self(batch.inputs), batch.task_ids), batch.targets, reduction="sum")
             assert self._evaluation_counts is not None
             self._evaluation_counts.add(dataloader_idx, self.evaluate(batch), batch.targets, losses)
 
@@ -609,7 +651,15 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     def predict_step(
         self, batch: Batch | Tensor | Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> Prediction:
-        """Return original labels and probabilities of a batch of the data module's, or of any loader's inputs."""
+        """Return original labels and probabilities of a batch of the data module's, or of any loader's inputs.
+
+        Raises:
+            ConfigurationError: the head is ``per_task``, and the batch does not say of which task a sample is.
+        """
+        if self._per_task and not isinstance(batch, Batch):
+            raise ConfigurationError(
+                "model.head=per_task needs the task of each sample: predict with a ContinualDataModule"
+            )
         samples = self.inference.batch(batch)
         # A worker without rows gets a batch without rows, which not every backbone can take.
         empty = torch.zeros(0, self.num_classes, device=samples.inputs.device)

@@ -29,6 +29,7 @@ class ER(RehearsingAgent):
     """
 
     boundaries = ("known", "hidden")
+    heads = ("linear", "cosine", "per_task")
     short_name = "er"
     papers = ("chaudhry2019er",)
 

@@ -47,6 +47,7 @@ class EWC(ContinualAgent):
         ConfigurationError: one of the three is out of range.
     """
 
+    heads = ("linear", "cosine", "per_task")
     short_name = "ewc"
     papers = ("kirkpatrick2017", "schwarz2018")
     fisher: Tensor

@@ -17,6 +17,7 @@ __all__ = ["FineTuning"]
 class FineTuning(ContinualAgent):
     """Cross entropy on the new samples alone; arguments as in ``ContinualAgent``."""
 
+    heads = ("linear", "cosine", "per_task")
     short_name = "base"
     papers = ()
     boundaries = ("known", "hidden")

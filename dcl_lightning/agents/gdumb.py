@@ -28,6 +28,7 @@ class GDumb(RehearsingAgent):
     ``RehearsingAgent``.
     """
 
+    heads = ("linear", "cosine", "per_task")
     short_name = "gdumb"
     papers = ("prabhu2020",)
     fixed_arguments = ("forward", "reset_state_dict")  # rehearsed rows alone go through the network

@@ -42,6 +42,7 @@ class AGEM(RehearsingAgent):
     """
 
     fixed_arguments = ("forward",)
+    heads = ("linear", "cosine", "per_task")
     short_name = "agem"
     papers = ("chaudhry2019agem",)
     memory = _MEMORY
@@ -97,6 +98,7 @@ class GEM(RehearsingAgent):
     """
 
     fixed_arguments = ("forward",)
+    heads = ("linear", "cosine", "per_task")
     short_name = "gem"
     papers = ("lopezpaz2017",)
     memory = _MEMORY

@@ -24,6 +24,7 @@ class NIL(RehearsingAgent):
     """
 
     boundaries = ("known", "hidden")
+    heads = ("linear", "cosine", "per_task")
     short_name = "nil"
     papers = ("munoz2020", "bouvier2024")
     memory = RehearsalConfig(policy="nil", weighting="nil")

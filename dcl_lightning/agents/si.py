@@ -51,6 +51,7 @@ class SI(ContinualAgent):
         ConfigurationError: one of the two is out of range.
     """
 
+    heads = ("linear", "cosine", "per_task")
     short_name = "si"
     papers = ("zenke2017",)
     importance: Tensor

@@ -68,6 +68,7 @@ def content_of(
         "task_samples": [task.num_samples for task in record.tasks],
         "task_test_samples": results.matrix.total.amax(0)[: len(record.tasks)].tolist(),
         "agent": type(agent).__name__,
+        "tasks_known": agent.hparams.get("head") == "per_task",
         "dataset": data.dataset_name,
         "seed": data.seed,
         "world_size": trainer.world_size,

@@ -131,6 +131,8 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
         lines.append(f"| task {i} | " + " | ".join(cells) + " |")
     lines += ["", *_metrics_table(content), ""]
     lines += ["R[i, j] is the accuracy on the test samples of task j after task i, T the number of tasks."]
+    if content["tasks_known"]:
+        lines += ["", "The network knows the task of each sample, and has an output layer for each task (task-IL)."]
     if "matrix_task_aware" in content:
         lines += ["", "Task-aware: the scores are restricted to the classes of the sample's task (task-IL)."]
     for name in figures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP, CosineHead
@@ -119,9 +121,12 @@ def test_rows_of_classes_not_seen_yet_stay_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
+        ({"head": "per_task", "head_scale": 10.0}, r"head_scale=10\.0 scales cosines"),
+        ({"head": "per_task", "task_aware": True}, r"model\.task_aware=True adds nothing to model\.head=per_task"),
+        ({"head": "per_task", "train_classes": "seen"}, r"train_classes=seen adds nothing .* leave train_classes out"),
         ({"head_scale": 10.0}, r"model\.head_scale=10\.0 scales cosines: give model\.head=cosine, or leave head_scale"),
         ({"head": "cosine", "head_scale": 0.0}, r"model\.head_scale=0\.0: give a finite number, above 0"),
-        ({"head": "cosines"}, r"model\.head='cosines': give linear, cosine; did you mean 'cosine'"),
+        ({"head": "cosines"}, r"model\.head='cosines': give linear, cosine, per_task; did you mean 'cosine'"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(kwargs, words) -> None:
@@ -145,3 +150,123 @@ def test_a_run_goes_on_with_its_own_head(tmp_path: Path) -> None:
         make_trainer(tmp_path).test(make("base", data), datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     given = {"head": "cosine", "head_scale": 10.0}  # said in full
     make_trainer(tmp_path).fit(make("base", data, **given), datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+
+
+# -- a layer for each task ---------------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """The network of an agent, as many pairs of layers do it: of each row those of its own task alone."""
+
+    def __init__(self, agent: Any) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(agent.backbone)
+        self.layers = nn.ModuleList(nn.Linear(8, 2) for _ in range(3))
+        for task, layer in enumerate(self.layers):
+            layer.load_state_dict({n: p[2 * task : 2 * task + 2].clone() for n, p in agent.head.named_parameters()})
+
+    def scores(self, inputs: torch.Tensor, task: int) -> torch.Tensor:
+        return self.layers[task](self.backbone(inputs))
+
+    def losses(self, inputs: torch.Tensor, targets: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
+        rows = [
+            nn.functional.cross_entropy(self.scores(image[None], int(task)), (target - 2 * task)[None])
+            for image, target, task in zip(inputs, targets, tasks, strict=True)
+        ]
+        return torch.stack(rows)
+
+    def joined(self) -> list[torch.Tensor]:
+        head = [torch.cat([getattr(layer, name).detach() for layer in self.layers]) for name in ("weight", "bias")]
+        return [*self.backbone.parameters(), *head]
+
+
+@pytest.mark.parametrize("name", ["base", "er", "nil"])
+def test_each_row_trains_and_is_evaluated_by_its_tasks_layer(name: str, tmp_path: Path) -> None:
+    data = make_data(batch_size=7)
+    agent = make(name, data, momentum=0.0, head="per_task")
+    start, batches, inner = Layers(agent), [], agent.training_loss
+
+    def training_loss(batch):
+        batches.append(batch)
+        return inner(batch)
+
+    agent.training_loss = training_loss
+    rows: list[list[float]] = []
+
+    class Ends(pl.Callback):
+        def on_task_end(self, trainer, module, task):
+            net = Layers(module)
+            rows.append([])
+            for other in range(task.index + 1):
+                ids = data.stream.test_indices(other)
+                scores = net.scores(data.test_inputs[ids], other)
+                right = scores.argmax(1) + 2 * other == data.stream.test_targets[ids]
+                rows[-1].append(float(right.double().mean()))
+
+    trainer = make_trainer(tmp_path, [Ends()], enable_checkpointing=False)
+    trainer.fit(agent, datamodule=data)
+    for batch in batches:
+        start.zero_grad()
+        losses = start.losses(batch.inputs, batch.targets, batch.task_ids)
+        ((batch.weights * losses).sum() / batch.weights.sum()).backward()
+        for parameter in start.parameters():
+            if parameter.grad is not None:
+                parameter.data -= 0.05 * parameter.grad
+    for ours, theirs in zip([*agent.backbone.parameters(), *agent.head.parameters()], start.joined(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+    found = agent.results.matrix.values
+    for task, row in enumerate(rows):
+        assert found[task, : task + 1].tolist() == pytest.approx(row)
+    assert "an output layer for each task" in (tmp_path / "report" / "summary.md").read_text()
+    # The loss of validation is of the same layers.
+    ids = [data.stream.test_indices(task) for task in range(3)]
+    losses = [
+        start.losses(data.test_inputs[i], data.stream.test_targets[i], torch.full((len(i),), task))
+        for task, i in enumerate(ids)
+    ]
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-3)
+
+
+TASK_HEADS = [name for name in METHODS if "per_task" in getattr(short_names, name).heads]
+
+
+@pytest.mark.parametrize("name", TASK_HEADS)
+def test_methods_with_a_layer_for_each_task_resume_and_predict(name: str, tmp_path: Path) -> None:
+    def fit(folder: Path, ckpt: Path | None = None, callbacks: tuple[pl.Callback, ...] = (), seed: int = 0):
+        data = make_data(batch_size=7)
+        agent = make(name, data, seed, head="per_task")
+        make_trainer(folder, callbacks).fit(agent, datamodule=data, ckpt_path=ckpt)
+        return agent, data
+
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    agent, data = fit(tmp_path, callbacks=(saver,))
+    resumed, _ = fit(tmp_path / "again", tmp_path / "step=5.ckpt", seed=1)
+    assert same(resumed.state_dict(), agent.state_dict())
+    assert torch.equal(resumed.results.matrix.values.nan_to_num(-1), agent.results.matrix.values.nan_to_num(-1))
+    loaded = type(agent).load_from_checkpoint(tmp_path / "step=10.ckpt", backbone=MLP([8]))
+    for task, part in enumerate(make_trainer(tmp_path).predict(loaded, datamodule=data)):
+        assert all(set(batch.class_ids.tolist()) <= {2 * task, 2 * task + 1} for batch in part)
+    with pytest.raises(ConfigurationError, match="per_task needs the task of each sample"):
+        make_trainer(tmp_path).predict(loaded, DataLoader(torch.zeros(2, 1, 4, 4), batch_size=2))
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} - {*TASK_HEADS}))
+def test_methods_for_which_it_makes_no_sense_refuse_it(name: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=rf"model\.head=per_task: agent {name} learns with linear, cosine only"
+    ):
+        getattr(short_names, name)(MLP([4], 1, 4), 6, head="per_task")
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        ({"scenario": "domain", "num_tasks": 2}, r"scenario=domain a class comes in several"),
+        ({"scenario": "blurry", "blurriness": 0.3}, r"scenario=blurry a class comes in several"),
+        ({"boundaries": "hidden"}, r"model\.head=per_task goes by tasks.*model\.head=linear"),
+    ],
+)
+def test_streams_whose_classes_have_no_task_are_refused(stream, words, tmp_path: Path) -> None:
+    data = make_data(**stream)
+    with pytest.raises(ConfigurationError, match=words):
+        make_trainer(tmp_path).fit(make("base", data, head="per_task"), datamodule=data)

@@ -25,6 +25,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *((name, {}, {}) for name in NAMES),
     ("derpp", {"execution": "blocking"}, {}),
     ("derpp", {"scope": "global", "execution": "blocking", "num_samples": 54}, {}),
+    *((name, {}, {"head": "per_task"}) for name in ("er", "agem", "gdumb")),
     ("er_ace", {}, {"unmet_classes": "open", "head": "cosine"}),
     ("derpp", {}, {"forward": "separate", "head": "cosine", "head_scale": 4.0}),
 ]
