@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,10 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "task_aware": (False, True),
     "future_tasks": (False, True),
     "part": ("trained", "frozen", "in_evaluation_mode"),
+    "head": ("linear", "cosine", "per_task"),
+    "forward": ("joint", "separate"),
+    "unmet_classes": ("masked", "open"),
+    "draws": ("shared", "separate"),
     # memory
     "size": ({"buffer_size": 9}, {"buffer_size": 16}, {"num_representatives": 2}, {"rehearsal_ratio": 0.3}),
     "num_samples": (3, 1, 5),
@@ -77,6 +82,9 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "seed": tuple(range(1000)),
 }
 
+# Arguments of agents as they are; not all agents have each.
+OWN_AXES = ("head", "forward", "unmet_classes", "draws")
+
 MEMORY_AXES = ("num_samples", "num_candidates", "policy", "quota", "update", "draw_from", "loss", "weighting", "scope",
            "execution", "prefetch", "row_format", "storage")  # fmt: skip
 
@@ -88,7 +96,7 @@ _OFTEN = {
     "future_tasks": 0.2, "part": 0.3,
     "stopping": 0.3, "limit": 0.2, "limit_train_batches": 0.25, "validation": 0.5, "sanity": 0.2, "scenario": 0.4,
     "boundaries": 0.1, "concatenate_tasksets": 0.03, "checkpoint": 0.2, "augment": 0.25, "resume": 0.7, "size": 0.6,
-    "epochs_per_task": 0.35,
+    "epochs_per_task": 0.35, "head": 0.25,
 }  # fmt: skip
 
 # By which words a message names an axis that cannot be recognised by its own name.
@@ -157,6 +165,8 @@ def _applicable(agent: str) -> Callable[[str], bool]:
             return agent == "mir"
         if axis in ("size", "num_samples", "execution"):
             return agent in REHEARSING | ICARL
+        if axis in OWN_AXES:
+            return axis in inspect.signature(getattr(short_names, agent)).parameters
         return axis not in MEMORY_AXES or agent in REHEARSING
 
     return applies

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dcl_lightning import ContinualDataModule, TaskReport
 from dcl_lightning.agents import short_names
-from tests.conformance.lattice.draws import ICARL, MEMORY_AXES, REHEARSING, Draw, value_of
+from tests.conformance.lattice.draws import ICARL, MEMORY_AXES, OWN_AXES, REHEARSING, Draw, value_of
 from tests.conformance.lattice.truth import Truth
 
 
@@ -52,6 +52,7 @@ def make_agent(drawn: Draw, truth: Truth, folder: Path, seed: int = 0) -> Any:
         "optimizer_reset": get("optimizer_reset"), "train_classes": get("train_classes"),
         "task_aware": get("task_aware"), "future_tasks": get("future_tasks"),
     }  # fmt: skip
+    options |= {axis: drawn[axis] for axis in OWN_AXES if axis in drawn}
     if get("epochs_per_task") == "unequal":
         options["epochs_per_task"] = [2, *[1] * (truth.num_tasks - 1)]
     if get("optimizer") == "adam":
