@@ -18,7 +18,7 @@ class Inference:
 
     def __init__(self) -> None:
         self.labels: list[int | str] = []
-        self.normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        self.normalisation: transforms.Normalisation | None = None
 
     def note(self, data: object) -> None:
         """Take both from a ``ContinualDataModule`` after its set-up; any other data module changes nothing."""

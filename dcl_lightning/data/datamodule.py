@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Mapping
 from typing import Any, Literal, get_type_hints
 
 import lightning.pytorch as pl
@@ -19,7 +20,7 @@ from dcl_lightning.data.scenarios import Label, TaskSplit, count_tasks, seed_of_
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.continuum import splits_of_scenario
 from dcl_lightning.data.stream import Stream, refuse_another_stream
-from dcl_lightning.data.transforms import TransformedInputs
+from dcl_lightning.data.transforms import Normalisation, TransformedInputs
 from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.ranks import worker_threads
 from dcl_lightning.errors import ConfigurationError, check_words, whole_number
@@ -67,6 +68,9 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: processes of each worker that read image files; 0 reads in the training process; if None, one for
             each of the worker's cores, at most 8. Data sets of arrays need none.
         augment: whether training images are cropped and mirrored; the data set's default if None.
+        normalize: what inputs are normalised with: the mean and deviation of the ``dataset`` (arrays have none);
+            ``none``, so that images are floats in [0, 1]; or ``{mean: ..., std: ...}`` in units of [0, 1], each one
+            number or one for each channel.
         stage_to: folder on the host's own disk to which each host copies the data set once, to read it from there.
         seed: seed of order, augmentation and hold-outs, the same on all workers; if None, the seed of
             ``seed_everything``, or 0.
@@ -98,6 +102,7 @@ class ContinualDataModule(pl.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         augment: bool | None = None,
+        normalize: Literal["dataset", "none"] | dict[str, float | list[float]] = "dataset",
         stage_to: str | None = None,
         seed: int | None = None,
         source_options: dict[str, int] | None = None,
@@ -113,7 +118,9 @@ class ContinualDataModule(pl.LightningDataModule):
                 whole_number(f"data.{name}", value, least)
         if not 0 <= val_ratio < 1:
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
-        words = {"boundaries": boundaries, "sharding": sharding, "sample_order": sample_order}
+        words: dict[str, object] = {"boundaries": boundaries, "sharding": sharding, "sample_order": sample_order}
+        if not isinstance(normalize, Mapping):
+            words["normalize"] = normalize
         check_words("data", get_type_hints(ContinualDataModule.__init__), words)
         self.root, self.download, self.boundaries, self.sharding = absolute(root), download, boundaries, sharding
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
@@ -140,6 +147,9 @@ class ContinualDataModule(pl.LightningDataModule):
         default = self._source is not None and self._source.augment and not transformed
         self.augment = default if augment is None else augment
         self.num_classes = self._count_classes()
+        self._normalisation = self._own_normalisation() if normalize == "dataset" else None
+        if isinstance(normalize, Mapping):
+            self._normalisation = transforms.normalisation_of(normalize, self.input_spec.channels)
         if self._read_root is None:
             self._splits = None  # of the source: training reads the copy
         self.num_tasks = self._count_tasks()
@@ -183,8 +193,11 @@ class ContinualDataModule(pl.LightningDataModule):
         return spec if size is None else InputSpec(spec.channels, size, size)
 
     @property
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    def normalisation(self) -> Normalisation | None:
         """Mean and deviation of each channel that normalise images; None for data that are not normalised."""
+        return self._normalisation
+
+    def _own_normalisation(self) -> Normalisation | None:
         return None if self._source is None else (self._source.mean, self._source.std)
 
     def _count_tasks(self) -> int:
@@ -460,17 +473,29 @@ class ContinualDataModule(pl.LightningDataModule):
         Evaluation may use another data set with the same classes in the same order.
 
         Raises:
-            ConfigurationError: data set, scenario, class order, tasks or hold-outs differ; the message names both.
+            ConfigurationError: data set, scenario, class order, tasks, hold-outs or normalisation differ; the message
+                names both.
         """
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        saved = state_dict["stream"]
-        facts = saved if fits else {"class_order": saved["class_order"]}
-        refuse_another_stream(facts, self._facts())
+        present = self._facts()
+        # A checkpoint that was saved before an option existed is of a run with its default.
+        saved = {"normalisation": _listed(self._own_normalisation()), **state_dict["stream"]}
+        refuse_another_stream(saved if fits else {"class_order": saved["class_order"]}, present)
+        same_data = saved["dataset"] == present["dataset"]
+        if not fits and same_data and saved["normalisation"] != present["normalisation"]:
+            rank_zero_warn(
+                f"the network was trained with normalisation {saved['normalisation']} (mean, std) and is evaluated "
+                f"with {present['normalisation']}: give the data.normalize that the run was started with"
+            )
         self._tasks_seen = state_dict.get("tasks_seen", 0)
         self._take_seed(state_dict["seed"])
 
     def _facts(self) -> dict[str, object]:
-        return {**self.stream.facts(self.dataset_name), "concatenate_tasksets": self.concatenate_tasksets}
+        return {
+            **self.stream.facts(self.dataset_name),
+            "concatenate_tasksets": self.concatenate_tasksets,
+            "normalisation": _listed(self.normalisation),
+        }
 
     def _take_seed(self, seed: int) -> None:
         if seed != self.seed:
@@ -501,10 +526,14 @@ class ContinualDataModule(pl.LightningDataModule):
         if train and self.augment:
             pad = self._source.pad if self._source is not None else 4
             inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch, pad)
-        if self._source is None:
+        if self.normalisation is None:
             inputs = transforms.to_float(inputs)
         else:
-            inputs = transforms.normalise(inputs, self._source.mean, self._source.std)
+            inputs = transforms.normalise(inputs, *self.normalisation)
         if self.trainer is not None:  # Lightning converts batches before these are floats
             inputs = self.trainer.precision_plugin.convert_input(inputs)
         return batch._replace(inputs=inputs)
+
+
+def _listed(normalisation: Normalisation | None) -> list[list[float]] | None:
+    return None if normalisation is None else [list(values) for values in normalisation]

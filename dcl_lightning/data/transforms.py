@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.types import Batch
 
-__all__ = ["TransformedInputs", "augment", "draws", "normalise", "to_float"]
+__all__ = ["Normalisation", "TransformedInputs", "augment", "draws", "normalisation_of", "normalise", "to_float"]
+
+# Mean and deviation, one number of each for every channel, or one for all.
+Normalisation: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 # splitmix64's increment and multipliers, the 64-bit words as int64.
 _INCREMENT, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -19,6 +24,35 @@ _INCREMENT, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB
 def to_float(inputs: Tensor) -> Tensor:
     """Return float32; uint8 0..255 becomes 0..1."""
     return inputs.to(torch.float32).div_(255) if inputs.dtype == torch.uint8 else inputs.to(torch.float32)
+
+
+def normalisation_of(given: Mapping[str, float | Sequence[float]], channels: int) -> Normalisation:
+    """Return the normalisation that ``data.normalize`` gives by ``mean`` and ``std``, one number or one a channel each.
+
+    >>> normalisation_of({"mean": 0.5, "std": [0.2, 0.3, 0.2]}, 3)
+    ((0.5,), (0.2, 0.3, 0.2))
+
+    Args:
+        given: ``mean`` and ``std``, above 0, in units of ``to_float``'s result.
+        channels: of an input.
+
+    Raises:
+        ConfigurationError: other keys, other numbers, or another number of them.
+    """
+    if set(given) != {"mean", "std"}:
+        raise ConfigurationError(f"data.normalize={dict(given)}: give dataset, none, or mean and std")
+    numbers: dict[str, tuple[float, ...]] = {}
+    for name, value in given.items():
+        values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        if len(values) not in (1, channels):
+            raise ConfigurationError(
+                f"data.normalize.{name}={value} has {len(values)} numbers: give one, or one for each of {channels} "
+                "channels"
+            )
+        for number in values:
+            check_number(f"data.normalize.{name}", number, above=0 if name == "std" else None)
+        numbers[name] = tuple(map(float, values))
+    return numbers["mean"], numbers["std"]
 
 
 def normalise(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
