@@ -19,7 +19,7 @@ from dcl_lightning.report.content import content_of
 from dcl_lightning.report.counts import MemoryLog, rows_of
 from dcl_lightning.report.figures import can_draw, figures_of, log_figure, matrix_figure, png, takes_figures
 from dcl_lightning.report.paths import begin_run, run_folder
-from dcl_lightning.report.text import matrix_csv, metrics_csv, progress_text, summary_text, table_text
+from dcl_lightning.report.text import SAMPLES, matrix_csv, metrics_csv, progress_text, summary_text, table_text
 from dcl_lightning.screen import show
 from dcl_lightning.types import StateDict, Task
 
@@ -57,9 +57,8 @@ class TaskReport(pl.Callback):
         clock = TaskClock.of(trainer)
         if clock is None:
             return
-        held = rows_of(trainer, agent)
+        held, data = rows_of(trainer, agent), datamodule_of(trainer)
         if held is not None:
-            data = datamodule_of(trainer)
             self.memory.note(task.index, held, data.train_targets, data.stream.train_parts, comm_of(trainer.strategy))
         matrix = clock.results.matrix
         figures = {
@@ -75,9 +74,10 @@ class TaskReport(pl.Callback):
         if self.pictures and can_draw():
             for logger in filter(takes_figures, trainer.loggers):
                 with _decorating("the picture of the matrix"):
-                    log_figure(logger, "cl/accuracy_matrix", matrix_figure(matrix), trainer.global_step)
+                    figure = matrix_figure(matrix, SAMPLES[data.evaluate_on])
+                    log_figure(logger, "cl/accuracy_matrix", figure, trainer.global_step)
         if self.show_table:
-            text = table_text(matrix.evaluated, task.num_tasks)
+            text = table_text(matrix.evaluated, task.num_tasks, data.evaluate_on)
             show(f"\n{text}\n{progress_text(matrix)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -131,7 +131,8 @@ class TaskReport(pl.Callback):
         if self.pictures and not can_draw():
             rank_zero_info("TaskReport: no pictures without matplotlib: pip install 'dcl-lightning[plot]'")
         elif self.pictures:
-            for name, draw in figures_of(results, self.memory, labels).items():
+            samples = SAMPLES[content["evaluated_on"]]
+            for name, draw in figures_of(results, self.memory, labels, samples).items():
                 with _decorating(f"{name}.png"):
                     _replace(report / f"{name}.png", png(draw()))
                     pictures.append(f"{name}.png")

@@ -38,15 +38,18 @@ def refuse_contradictions(
 
 
 def _refuse_selection_on_test(trainer: pl.Trainer, data: ContinualDataModule) -> None:
-    """Refuse callbacks that watch validation figures where these are of test data."""
-    if data.val_ratio > 0 or data.select_on_test:
+    """Refuse callbacks that watch validation figures where these are of the samples that the report is of."""
+    if data.select_on_test or not data.validates_on_tested:
         return
+    what = "test data: set data.val_ratio above 0 to hold samples out"
+    if data.evaluate_on == "held_out":
+        what = "the hold-outs that the report is of: give data.evaluate_on=test"
     for callback in callbacks_of(trainer):
         monitored = monitored_by(callback)
         if monitored.startswith("val/"):
             raise ConfigurationError(
-                f"{type(callback).__name__}(monitor='{monitored}') would select on test data: set data.val_ratio "
-                "above 0 to hold samples out, or data.select_on_test=true to do it knowingly"
+                f"{type(callback).__name__}(monitor='{monitored}') would select on {what}, or "
+                "data.select_on_test=true to do it knowingly"
             )
 
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning.data import transforms
@@ -57,7 +57,10 @@ class ContinualDataModule(pl.LightningDataModule):
             None.
         concatenate_tasksets: whether task t trains on the data of tasks 0..t.
         val_ratio: share of each class of each task that is held out of training for validation, in [0, 1).
-        select_on_test: allow callbacks to select on test data if nothing is held out.
+        evaluate_on: what the accuracy matrix, the report, ``test`` and ``predict`` are of: the ``test`` samples, or in
+            their place the ``held_out`` ones of ``val_ratio``, which are training samples of the data set.
+        select_on_test: allow callbacks to select on the samples that the report is of: on test samples if nothing is
+            held out, or on hold-outs with ``evaluate_on: held_out``.
         boundaries: whether agent and callbacks are notified of the start and end of each task (``known``), or nothing
             in training depends on them (``hidden``) and the optimizer is not reset. The report covers each task either
             way.
@@ -95,6 +98,7 @@ class ContinualDataModule(pl.LightningDataModule):
         sample_order: Literal["in_order", "shuffled"] = "in_order",
         concatenate_tasksets: bool = False,
         val_ratio: float = 0.0,
+        evaluate_on: Literal["test", "held_out"] = "test",
         select_on_test: bool = False,
         boundaries: Literal["known", "hidden"] = "known",
         sharding: Literal["epoch", "fixed"] = "epoch",
@@ -119,12 +123,18 @@ class ContinualDataModule(pl.LightningDataModule):
         if not 0 <= val_ratio < 1:
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
         words: dict[str, object] = {"boundaries": boundaries, "sharding": sharding, "sample_order": sample_order}
+        words["evaluate_on"] = evaluate_on
         if not isinstance(normalize, Mapping):
             words["normalize"] = normalize
         check_words("data", get_type_hints(ContinualDataModule.__init__), words)
+        if evaluate_on == "held_out" and not val_ratio:
+            raise ConfigurationError(
+                "data.evaluate_on=held_out with data.val_ratio=0: nothing is held out to evaluate on; give "
+                "data.val_ratio above 0, the share of each class, or data.evaluate_on=test"
+            )
         self.root, self.download, self.boundaries, self.sharding = absolute(root), download, boundaries, sharding
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
-        self.val_ratio, self.batch_size = val_ratio, batch_size
+        self.val_ratio, self.evaluate_on, self.batch_size = val_ratio, evaluate_on, batch_size
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
         self.seed = self._own_seed = seed_of_run(seed)
         self.num_workers, self._reader_pool = num_workers, ReaderPool(0)
@@ -250,7 +260,7 @@ class ContinualDataModule(pl.LightningDataModule):
         if self._source is not None:
             found = len(np.unique(splits.train_labels))
             self._source.check_count(self.dataset_name, self.root, found, self.num_classes)
-        self._stream = Stream(self._task_split, splits, self.val_ratio, self.seed)
+        self._stream = Stream(self._task_split, splits, self.val_ratio, self.seed, self.evaluate_on)
         self.original_labels = self._stream.labels
         self.train_targets, self.test_targets = self._stream.train_targets, self._stream.test_targets
         self.train_inputs, self.test_inputs = splits.train_inputs, splits.test_inputs
@@ -313,6 +323,11 @@ class ContinualDataModule(pl.LightningDataModule):
         """Whether samples of earlier tasks are part of the present task's training set."""
         replay = self._replay
         return replay is not None and replay.replayed_per_batch is None and len(replay.replayed_ids(self.task_id)) > 0
+
+    @property
+    def validates_on_tested(self) -> bool:
+        """Whether validation is of the samples that the report is of, so that nothing may select on it unknowingly."""
+        return self.val_ratio == 0 or self.evaluate_on == "held_out"
 
     def _leave_fit(self) -> None:
         self._clock = self._replay = self._train_loader = None
@@ -412,19 +427,23 @@ class ContinualDataModule(pl.LightningDataModule):
         return min(seen or self.num_tasks, self.num_tasks) - 1
 
     def test_dataloader(self) -> list[TaskLoader]:
-        """Return a loader for each task's test set."""
+        """Return a loader for each task's test set, or for its hold-outs with ``evaluate_on: held_out``."""
+        if self.evaluate_on == "held_out":
+            rank_zero_info("data.evaluate_on=held_out: of held-out training samples, not of the test set")
         return for_all(self.test_loaders(self.num_tasks - 1))
 
     def predict_dataloader(self) -> list[TaskLoader]:
-        """Return a loader for each task's test set."""
+        """Return the loaders of ``test_dataloader``."""
         return self.test_dataloader()
 
     def test_loaders(self, last_task: int) -> list[TaskLoader]:
-        """Return loaders of the test sets of tasks 0..last_task, each sample on exactly one worker."""
+        """Return loaders of what tasks 0..last_task are tested on, see ``evaluate_on``, each sample on one worker."""
         stream = self.stream
+        rows = [stream.tested_indices(task) for task in range(last_task + 1)]
+        if self.evaluate_on == "held_out":
+            return [self.train_eval_loader(indices) for indices in rows]
         return [
-            self._eval_loader(self.test_inputs, stream.test_targets, stream.test_parts, stream.test_indices(task))
-            for task in range(last_task + 1)
+            self._eval_loader(self.test_inputs, stream.test_targets, stream.test_parts, indices) for indices in rows
         ]
 
     def train_eval_loader(self, indices: Tensor) -> TaskLoader:
@@ -470,18 +489,25 @@ class ContinualDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the run's seed, and refuse another stream than the run's.
 
-        Evaluation may use another data set with the same classes in the same order.
+        Evaluation may use another data set with the same classes in the same order, but no other hold-outs of the
+        same: the run was trained on these.
 
         Raises:
-            ConfigurationError: data set, scenario, class order, tasks, hold-outs or normalisation differ; the message
-                names both.
+            ConfigurationError: data set, scenario, class order, tasks, hold-outs, normalisation or what is evaluated
+                differ; the message names both.
         """
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         present = self._facts()
         # A checkpoint that was saved before an option existed is of a run with its default.
-        saved = {"normalisation": _listed(self._own_normalisation()), **state_dict["stream"]}
-        refuse_another_stream(saved if fits else {"class_order": saved["class_order"]}, present)
+        defaults = {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test"}
+        saved = {**defaults, **state_dict["stream"]}
         same_data = saved["dataset"] == present["dataset"]
+        names: tuple[str, ...] = ("class_order",)
+        if fits:
+            names = tuple(saved)
+        elif same_data and self.evaluate_on == "held_out":
+            names = ("class_order", "scenario", "classes of the tasks", "val_ratio")
+        refuse_another_stream({name: saved[name] for name in names}, present)
         if not fits and same_data and saved["normalisation"] != present["normalisation"]:
             rank_zero_warn(
                 f"the network was trained with normalisation {saved['normalisation']} (mean, std) and is evaluated "
@@ -495,6 +521,7 @@ class ContinualDataModule(pl.LightningDataModule):
             **self.stream.facts(self.dataset_name),
             "concatenate_tasksets": self.concatenate_tasksets,
             "normalisation": _listed(self.normalisation),
+            "evaluate_on": self.evaluate_on,
         }
 
     def _take_seed(self, seed: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,6 +28,7 @@ class Stream:
         train_parts: ``(n,)`` int64 task of each sample.
         test_parts: ``(m,)`` int64 task of each sample.
         held: ``(n,)`` bool, samples held out of training.
+        evaluate_on: what tasks are tested on, ``test`` samples or ``held_out`` ones.
         homes: for each task the model ids of the classes that it is tested on.
 
     Raises:
@@ -33,8 +36,15 @@ class Stream:
         DataError: test labels that training lacks.
     """
 
-    def __init__(self, task_split: TaskSplit, splits: Splits, val_ratio: float, seed: int) -> None:
-        self.task_split, self.val_ratio = task_split, val_ratio
+    def __init__(
+        self,
+        task_split: TaskSplit,
+        splits: Splits,
+        val_ratio: float,
+        seed: int,
+        evaluate_on: Literal["test", "held_out"] = "test",
+    ) -> None:
+        self.task_split, self.val_ratio, self.evaluate_on = task_split, val_ratio, evaluate_on
         train_tasks = test_tasks = self._given = None
         if task_split.scenario == "given":
             train_tasks, test_tasks = splits.train_tasks, splits.test_tasks
@@ -55,9 +65,10 @@ class Stream:
         for task in tasks:
             if not len(self.train_indices(task)):
                 raise ConfigurationError(f"task {task} has no training samples: give fewer tasks than {len(tasks)}")
-        untested = [task for task in tasks if not len(self.test_indices(task))]
+        untested = [task for task in tasks if not len(self.tested_indices(task))]
         if untested:
-            rank_zero_warn(f"tasks without test samples: {untested}; their accuracies are left empty")
+            kind = "test" if evaluate_on == "test" else "held-out"
+            rank_zero_warn(f"tasks without {kind} samples: {untested}; their accuracies are left empty")
         unheld = [task for task in tasks if val_ratio > 0 and not len(self.held_indices(task))]
         if unheld:
             rank_zero_warn(f"tasks without hold-outs: {unheld}; data.val_ratio takes none of a class with one sample")
@@ -87,6 +98,15 @@ class Stream:
     def test_indices(self, task: int) -> Tensor:
         """Return the sample ids ``(k,)`` int64, in the test split, of a task's test samples."""
         return torch.nonzero(self.test_parts == task).flatten()
+
+    def tested_indices(self, task: int) -> Tensor:
+        """Return the sample ids ``(k,)`` int64 that a task is tested on, of the split that ``evaluate_on`` is of."""
+        if self.evaluate_on == "test":
+            return self.test_indices(task)
+        if self.task_split.scenario == "blurry":
+            # As test samples are, with the own task of their class, also where that has leaked into another task.
+            return torch.nonzero(torch.isin(self.train_targets, torch.tensor(self.homes[task])) & self.held).flatten()
+        return self.held_indices(task)
 
     def owners(self, world_size: int, seed: int) -> Tensor:
         """Return the worker ``(n,)`` int64 of each training sample if samples stay on one worker for the whole run."""

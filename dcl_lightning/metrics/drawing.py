@@ -67,19 +67,20 @@ def matrix_size(num_tasks: int) -> tuple[float, float]:
     return 1.1 * side + 1.6, side + 0.7
 
 
-def draw_matrix(ax: Axes, values: Floats) -> None:
+def draw_matrix(ax: Axes, values: Floats, samples: str = "test samples") -> None:
     """Draw an accuracy matrix, with its values in the cells up to twenty tasks; cells not evaluated stay white.
 
     Args:
         ax: axes.
         values: ``(T, T)`` fractions, NaN where not evaluated.
+        samples: what was evaluated, in words.
     """
     size = len(values)
     decimals = None if size > 20 else 1 if size <= 10 else 0
     _heat(ax, 100 * values, 100.0, "accuracy (%)", decimals)
     _task_ticks(ax, size, "x")
     _task_ticks(ax, size, "y")
-    ax.set_xlabel("test samples of task", fontsize=_FONT + 1)
+    ax.set_xlabel(f"{samples} of task", fontsize=_FONT + 1)
     ax.set_ylabel("after learning task", fontsize=_FONT + 1)
 
 

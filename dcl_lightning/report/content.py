@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of, monitored_by
 from dcl_lightning._version import __version__
+from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.evaluation import StreamResults
@@ -74,7 +75,8 @@ def content_of(
         "world_size": trainer.world_size,
         "num_parameters": sum(p.numel() for p in agent.parameters() if p.requires_grad),
         "buffer_bytes": memory.num_bytes if memory.lines else None,
-        "selection": _selection(trainer, data.val_ratio),
+        "evaluated_on": data.evaluate_on,
+        "selection": _selection(trainer, data),
         "optimizer_steps": trainer.global_step,
         "samples_seen": record.samples_seen,
         "buffer_rows": rows if memory.lines else None,
@@ -138,12 +140,12 @@ def _tested_labels(task: Task) -> list[int | str]:
     return [label for y, label in zip(task.classes, task.labels, strict=True) if y not in task.leaked]
 
 
-def _selection(trainer: pl.Trainer, val_ratio: float) -> str:
-    """Return which samples a callback or a schedule selects on: ``none``, ``validation`` or ``test``."""
+def _selection(trainer: pl.Trainer, data: ContinualDataModule) -> str:
+    """Return which samples a callback or a schedule selects on: ``none``, ``validation``, or those evaluated on."""
     watchers = (*callbacks_of(trainer), *trainer.lr_scheduler_configs)
     if not any(monitored_by(watcher).startswith("val/") for watcher in watchers):
         return "none"
-    return "validation" if val_ratio else "test"
+    return data.evaluate_on if data.validates_on_tested else "validation"
 
 
 def _number(value: Tensor) -> float | None:

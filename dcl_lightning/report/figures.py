@@ -29,7 +29,7 @@ _MAX_CLASSES = 200  # of the figures with a row for each class: beyond, a row is
 
 
 def figures_of(
-    results: StreamResults, memory: MemoryLog, labels: Sequence[object]
+    results: StreamResults, memory: MemoryLog, labels: Sequence[object], samples: str = "test samples"
 ) -> Mapping[str, Callable[[], Figure]]:
     """Return a function that draws each figure, by the name of its file without ``.png``.
 
@@ -37,13 +37,14 @@ def figures_of(
         results: of the stream so far.
         memory: what the memories held; an empty log has no figures.
         labels: original labels in the order of the model ids.
+        samples: what was evaluated, in words.
     """
     matrix, names = results.matrix, [str(label) for label in labels]
     size = len(matrix.evaluated)
     few = len(names) <= _MAX_CLASSES
     by_class = drawing.class_size(size, names)
     figures = {
-        "accuracy_matrix": partial(matrix_figure, matrix),
+        "accuracy_matrix": partial(matrix_figure, matrix, samples),
         "accuracy_of_tasks": partial(
             new_figure, drawing.CURVE_SIZE, drawing.draw_task_curves, matrix.evaluated.numpy()
         ),
@@ -52,7 +53,7 @@ def figures_of(
         ),
     }
     if results.task_aware is not None:
-        figures["accuracy_matrix_task_aware"] = partial(matrix_figure, results.task_aware)
+        figures["accuracy_matrix_task_aware"] = partial(matrix_figure, results.task_aware, samples)
     if few:
         values = results.classes.values[:size].numpy()
         figures["accuracy_of_classes"] = partial(new_figure, by_class, drawing.draw_classes, values, names)
@@ -68,9 +69,9 @@ def figures_of(
     return figures
 
 
-def matrix_figure(matrix: AccuracyMatrix) -> Figure:
-    """Return an accuracy matrix as a figure that pyplot does not keep."""
-    return new_figure(drawing.matrix_size(matrix.num_tasks), drawing.draw_matrix, matrix.values.numpy())
+def matrix_figure(matrix: AccuracyMatrix, samples: str = "test samples") -> Figure:
+    """Return an accuracy matrix as a figure that pyplot does not keep; ``samples`` says what was evaluated."""
+    return new_figure(drawing.matrix_size(matrix.num_tasks), drawing.draw_matrix, matrix.values.numpy(), samples)
 
 
 def new_figure(

@@ -15,7 +15,10 @@ from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import StateDict
 
-__all__ = ["csv_text", "matrix_csv", "metrics_csv", "progress_text", "summary_text", "table_text"]
+__all__ = ["SAMPLES", "csv_text", "matrix_csv", "metrics_csv", "progress_text", "summary_text", "table_text"]
+
+# What figures are of, by ``data.evaluate_on``.
+SAMPLES = {"test": "test samples", "held_out": "held-out training samples"}
 
 _SHOWN = 15
 _METRICS = {name: name.replace("_", " ") for name in FORMULAS}
@@ -27,6 +30,7 @@ _DETAILS = {
     "num_parameters": "trainable parameters",
     "buffer_bytes": "bytes in memory buffers",
     "buffer_rows": "rows in memory buffers",
+    "evaluated_on": "evaluation on",
     "selection": "selection on",
     "optimizer_steps": "optimizer steps",
     "samples_seen": "training samples seen",
@@ -36,16 +40,18 @@ _DETAILS = {
 }
 
 
-def table_text(matrix: Tensor, num_tasks: int) -> str:
+def table_text(matrix: Tensor, num_tasks: int, evaluated_on: str = "test") -> str:
     """Return the rows so far as a plain table in per cent, with each row's average.
 
     Args:
         matrix: ``(t, t)`` float64 fractions, t at least 1; NaN becomes a dash.
         num_tasks: length of the whole stream.
+        evaluated_on: a key of ``SAMPLES``; the title names others than test samples.
     """
     size = len(matrix)
     first = max(0, size - _SHOWN)
-    title = f"Accuracy in % after task {size} of {num_tasks} (tasks are counted from 0)"
+    of = "" if evaluated_on == "test" else f" on {SAMPLES[evaluated_on]}"
+    title = f"Accuracy in %{of} after task {size} of {num_tasks} (tasks are counted from 0)"
     if first:
         title += f"; the last {_SHOWN} tasks are shown"
     head = "after task |" + "".join(f"{'task ' + str(j):>8}" for j in range(first, size)) + " |  average"
@@ -121,23 +127,23 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
         figures: names of its PNG files.
     """
     rows: Sequence[Sequence[float | None]] = content["matrix"]
-    columns = range(len(rows))
+    columns, samples = range(len(rows)), SAMPLES[content["evaluated_on"]]
     lines = [f"# {content['agent']} on {content['dataset'] or 'unnamed data'}", ""]
-    lines += ["Accuracy in % on the test samples of each task (column) after each task (row).", ""]
+    lines += [f"Accuracy in % on the {samples} of each task (column) after each task (row).", ""]
     lines += ["| after | " + " | ".join(f"task {j}" for j in columns) + " |"]
     lines += ["|---" * (len(rows) + 1) + "|"]
     for i, row in enumerate(rows):
         cells = ["" if value is None else f"{100 * value:.1f}" for value in row]
         lines.append(f"| task {i} | " + " | ".join(cells) + " |")
     lines += ["", *_metrics_table(content), ""]
-    lines += ["R[i, j] is the accuracy on the test samples of task j after task i, T the number of tasks."]
+    lines += [f"R[i, j] is the accuracy on the {samples} of task j after task i, T the number of tasks."]
     if content["tasks_known"]:
         lines += ["", "The network knows the task of each sample, and has an output layer for each task (task-IL)."]
     if "matrix_task_aware" in content:
         lines += ["", "Task-aware: the scores are restricted to the classes of the sample's task (task-IL)."]
     for name in figures:
         lines += ["", f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"]
-    lines += ["", "| task | classes | training samples | test samples |", "|---|---|---|---|"]
+    lines += ["", f"| task | classes | training samples | {samples} |", "|---|---|---|---|"]
     for t, classes in enumerate(content["task_classes"]):
         names = ", ".join(map(str, classes[:20])) + (", ..." if len(classes) > 20 else "")
         lines.append(f"| {t} | {_escape(names)} | {content['task_samples'][t]} | {content['task_test_samples'][t]} |")

@@ -13,7 +13,7 @@ import numpy as np
 from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.paths import replacing
-from dcl_lightning.report.text import csv_text
+from dcl_lightning.report.text import SAMPLES, csv_text
 from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
 
 __all__ = ["Estimate", "between", "estimate", "latex", "main", "markdown", "paired", "plain", "write_comparison"]
@@ -57,7 +57,7 @@ def text_of(groups: dict[str, list[Run]]) -> str:
     if differences[1]:
         parts += ["", f"Average accuracy less that of {next(iter(groups))}, in points, over the same seeds and orders"]
         parts.append(plain(*differences))
-    return "\n".join(parts)
+    return "\n".join([*parts, *_held_out(groups)])
 
 
 def write_comparison(groups: dict[str, list[Run]], folder: Path) -> None:
@@ -75,6 +75,7 @@ def write_comparison(groups: dict[str, list[Run]], folder: Path) -> None:
     if differences[1]:
         text += f"\nAverage accuracy less that of {next(iter(groups))}, in points, over the same seeds and orders:\n\n"
         text += markdown(*differences)
+    text += "".join(f"\n{line}.\n" for line in _held_out(groups))
     contents = {"csv": _numbers(groups), "md": text, "tex": latex(head, rows)}
     if find_spec("matplotlib") is not None:
         contents["md"] += "\n![accuracy over tasks](comparison.png)\n"
@@ -83,6 +84,12 @@ def write_comparison(groups: dict[str, list[Run]], folder: Path) -> None:
     for ending, content in contents.items():
         with replacing(folder / f"comparison.{ending}") as draft:
             draft.write_text(content, encoding="utf-8")
+
+
+def _held_out(groups: dict[str, list[Run]]) -> list[str]:
+    """Return a line that names the configurations whose figures are not of the test set, if there are any."""
+    names = [name for name, runs in groups.items() if any(run.facts.get("evaluated_on") == "held_out" for run in runs)]
+    return [f"Of {SAMPLES['held_out']}, not of the test set: {', '.join(names)}"] if names else []
 
 
 def _table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:

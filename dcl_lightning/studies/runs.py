@@ -166,7 +166,8 @@ def _read(report: Path) -> Run:
     data = dict((config.get("data") or {}).get("init_args") or {})
     order = data.pop("class_order", None)
     data.pop("seed", None)
-    same = {"model": config.get("model"), "data": data} if config else {k: facts[k] for k in ("agent", "dataset")}
+    known = {**{name: facts[name] for name in ("agent", "dataset")}, "evaluated_on": facts.get("evaluated_on", "test")}
+    same = {"model": config.get("model"), "data": data} if config else known
     trainer = config.get("trainer") or {}
     same["trainer"] = {name: trainer[name] for name in _LEARNS if trainer.get(name) is not None}
     same["workers"] = facts.get("world_size")

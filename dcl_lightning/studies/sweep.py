@@ -168,7 +168,7 @@ def _read(path: Path) -> StateDict:
             "above 0 and below 1"
         )
     for key, space in plan["parameters"].items():
-        if key.endswith(("val_ratio", "select_on_test", "seed", "seed_everything", "class_order")):
+        if key.endswith(("val_ratio", "evaluate_on", "select_on_test", "seed", "seed_everything", "class_order")):
             raise ConfigurationError(f"{path}: parameters.{key} is no value to select: it changes what is measured")
         good = isinstance(space, dict) and (
             {"choices"} == {*space} or {"low", "high"} <= {*space} <= {"low", "high", "log"}

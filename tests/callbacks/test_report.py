@@ -32,6 +32,7 @@ KEYS = [
     "world_size",
     "num_parameters",
     "buffer_bytes",
+    "evaluated_on",
     "selection",
     "optimizer_steps",
     "samples_seen",
@@ -75,7 +76,7 @@ class FakeTrainer:
 
 
 def make_trainer(folder, *callbacks, **kwargs):
-    data = SimpleNamespace(dataset_name="toys", seed=7, val_ratio=0.0)
+    data = SimpleNamespace(dataset_name="toys", seed=7, evaluate_on="test", validates_on_tested=True)
     defaults = {
         "callbacks": list(callbacks),
         "datamodule": data,
@@ -179,14 +180,19 @@ def test_without_matplotlib_no_picture(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("monitor", "ratio", "selection"),
-    [("train/loss", 0.1, "none"), ("val/acc", 0.1, "validation"), ("val/acc", 0.0, "test")],
+    ("monitor", "evaluate_on", "the_same", "selection"),
+    [
+        ("train/loss", "test", False, "none"),
+        ("val/acc", "test", False, "validation"),
+        ("val/acc", "test", True, "test"),
+        ("val/acc", "held_out", True, "held_out"),
+    ],
 )
-def test_selection_is_told(tmp_path, monitor, ratio, selection):
+def test_selection_is_told(tmp_path, monitor, evaluate_on, the_same, selection):
     trainer = make_trainer(tmp_path, Clock(), SimpleNamespace(monitor=monitor))
-    trainer.datamodule.val_ratio = ratio
+    trainer.datamodule.evaluate_on, trainer.datamodule.validates_on_tested = evaluate_on, the_same
     TaskReport(pictures=False).on_train_end(trainer, FakeAgent())
-    assert read(tmp_path)["selection"] == selection
+    assert (read(tmp_path)["evaluated_on"], read(tmp_path)["selection"]) == (evaluate_on, selection)
 
 
 def test_table_after_a_task(tmp_path, capsys):

@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dcl_lightning import NIL, ContinualDataModule
+from dcl_lightning import NIL, ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
 from dcl_lightning.types import Batch
 from tests.distributed.programs.place import flat, rank
+from tests.distributed.toy import trainer
 
 
 def shards(folder: Path) -> None:
@@ -44,11 +45,11 @@ def run(folder: Path, sharding: str, update: str) -> dict[str, Any]:
         return inner(batch)
 
     agent.training_loss = spy  # type: ignore[method-assign]
-    trainer = pl.Trainer(
+    job = pl.Trainer(
         strategy="horovod", devices=2, accelerator="cpu", logger=False, default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(agent, datamodule=data)
+    job.fit(agent, datamodule=data)
     manager: Any = agent.rehearsal.manager
     rows = manager.buffer.store.gather(manager.buffer.slots_at(torch.arange(len(manager.buffer))))
     stream: Any = data.stream
@@ -57,3 +58,17 @@ def run(folder: Path, sharding: str, update: str) -> dict[str, Any]:
         "held": torch.nonzero(stream.held).flatten(), "labels": data.original_labels, "weights": flat(agent),
         "matrix": agent.clock.matrix.compute(),
     }  # fmt: skip
+
+
+def held_out_run(folder: Path, strategy: str, batch_size: int) -> None:
+    """Leave in ``STRATEGY{RANK}.pt`` the accuracy matrix of a fit that is evaluated on hold-outs."""
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(6).repeat(11)
+    x = torch.randn(6, 1, 4, 4, generator=g)[y] + torch.randn(len(y), 1, 4, 4, generator=g)
+    data = ContinualDataModule((x, y, x[:6], y[:6]), val_ratio=0.4, evaluate_on="held_out", batch_size=batch_size)
+    pl.seed_everything(0)
+    agent = FineTuning(MLP([8]), 6, epochs_per_task=2, input_spec=data.input_spec)
+    job = trainer(strategy, 2 if strategy == "horovod" else 1, max_epochs=-1, default_root_dir=folder)
+    job.fit(agent, datamodule=data)
+    torch.save(agent.clock.matrix.compute(), folder / f"{strategy}{job.global_rank}.pt")
