@@ -59,11 +59,10 @@ class DatasetNotFoundError(DataError):
         name: of the data set.
         folder: that was searched.
         layout: the expected files, in words.
-        downloadable: whether ``data.download=true`` would download it.
+        remedy: how to get them.
     """
 
-    def __init__(self, name: str, folder: str, layout: str, downloadable: bool) -> None:
-        remedy = "put it there or set data.download=true" if downloadable else "put it there, it cannot be downloaded"
+    def __init__(self, name: str, folder: str, layout: str, remedy: str) -> None:
         super().__init__(f"data set '{name}' not found in {folder}: expected {layout}; {remedy}")
 
 

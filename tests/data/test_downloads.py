@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 import torchvision.datasets
 
 from dcl_lightning.data import ContinualDataModule
+from dcl_lightning.data.sources import tinyimagenet
 from dcl_lightning.data.sources.torchvision import CIFAR_FILES
 from dcl_lightning.errors import DataError
 from tests.data import small_sets
@@ -44,7 +46,8 @@ def md5(path: Path) -> str:
 
 
 def ready(name: str, root: Path, download: bool) -> ContinualDataModule:
-    data = ContinualDataModule(name, root=str(root), download=download)
+    part = {"num_classes": 4} if name == "tinyimagenet" else None
+    data = ContinualDataModule(name, root=str(root), download=download, source_options=part)
     data.prepare_data()
     data.setup()
     return data
@@ -109,3 +112,61 @@ def test_cifar(tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.Mon
     archive.unlink()
     assert "404" in refused("cifar100", tmp_path / "none", download=True)
     assert "not found" in refused("cifar100", tmp_path / "none", download=False)
+
+
+def test_a_file_is_mended_where_torchvision_has_it(
+    tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, address = server
+    small_sets.cifar(tmp_path, 10)
+    folder = (tmp_path / "CIFAR10" / "cifar-10-batches-py").rename(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "CIFAR10").rmdir()
+    archive = served / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-py")
+    cls = torchvision.datasets.CIFAR10
+    files = [[file.name, md5(file)] for file in sorted(folder.iterdir())]
+    monkeypatch.setattr(cls, "url", address + archive.name)
+    monkeypatch.setattr(cls, "tgz_md5", md5(archive))
+    monkeypatch.setattr(cls, "train_list", files)
+    monkeypatch.setattr(cls, "test_list", [])
+    assert len(ready("cifar10", tmp_path, download=True).train_inputs) == 100
+    assert not (tmp_path / archive.name).exists()  # all was there
+    (folder / "data_batch_2").write_bytes(b"cut off")
+    assert len(ready("cifar10", tmp_path, download=True).train_inputs) == 100
+    assert md5(folder / "data_batch_2") == dict(files)["data_batch_2"]
+    assert not (tmp_path / "CIFAR10").exists()
+
+
+def test_tinyimagenet(tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    served, address = server
+    made = small_sets.tinyimagenet(tmp_path / "made")
+    shutil.make_archive(str(served / "tiny-imagenet-200"), "zip", made.parent, made.name)
+    archive = served / "tiny-imagenet-200.zip"
+    monkeypatch.setattr(tinyimagenet, "URL", address + archive.name)
+    monkeypatch.setattr(tinyimagenet, "_MD5", md5(archive))
+    root = tmp_path / "root"
+    assert len(ready("tinyimagenet", root, download=True).train_inputs) == 24
+    folder = root / "TinyImageNet" / "tiny-imagenet-200"
+    assert {path.relative_to(made) for path in made.rglob("*")} <= {
+        path.relative_to(folder) for path in folder.rglob("*")
+    }
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == [
+        ".dcl_lightning", ".download.lock",
+    ]  # fmt: skip
+    # What is there stays; what is missing comes.
+    mine = folder / "train" / "mine.txt"
+    mine.write_text("")
+    shutil.rmtree(folder / "val")
+    assert "--data.download true" in refused("tinyimagenet", root, download=False)
+    assert len(ready("tinyimagenet", root, download=True).test_inputs) == 8
+    assert mine.exists()
+    # Another archive, and none.
+    monkeypatch.setattr(tinyimagenet, "_MD5", "0" * 32)
+    assert "data.download" in refused("tinyimagenet", tmp_path / "other", download=True)
+    archive.unlink()
+    assert "404" in refused("tinyimagenet", tmp_path / "none", download=True)
+    assert "not found" in refused("tinyimagenet", tmp_path / "none", download=False)
+    # Where the archive was unpacked into the root, nothing is fetched.
+    shutil.copytree(made, tmp_path / "unpacked" / made.name)
+    assert len(ready("tinyimagenet", tmp_path / "unpacked", download=True).train_inputs) == 24

@@ -62,8 +62,12 @@ def test_the_table_is_known_before_any_file_and_a_missing_set_creates_nothing(
         text = str(error.value)
         assert os.path.join(str(tmp_path), "none", source.folder) in text
         assert (source.layout or source.files[0]) in text
-        assert "cannot be downloaded" in text
-        assert "data.download" not in text
+        if source.downloadable:
+            assert "--data.download true" in text
+        else:
+            assert f"cannot be downloaded: {source.origin}" in text
+            assert len(source.origin.split()) > 2
+            assert "--data.download" not in text
         assert "\n" not in text
     assert not list(tmp_path.iterdir())
 

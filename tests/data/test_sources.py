@@ -143,7 +143,7 @@ def test_missing_data_set_says_where_and_creates_nothing(tmp_path: Path, name: s
     with pytest.raises(DatasetNotFoundError) as error:
         ContinualDataModule(name, root=str(root)).prepare_data()
     assert str(root) in str(error.value)
-    assert "data.download=true" in str(error.value)
+    assert "--data.download true" in str(error.value)
     with pytest.raises(DatasetNotFoundError):
         sources.load(name, str(root), False)
     assert not root.exists()
@@ -183,7 +183,7 @@ def test_class_paths_of_another_kind_say_what_is_accepted(
 ) -> None:
     with pytest.raises(ConfigurationError, match=words) as error:
         ContinualDataModule(name, root=str(tmp_path / "sets"), download=download)
-    assert "data.download=true" not in str(error.value)
+    assert "--data.download" not in str(error.value)
     assert not (tmp_path / "sets").exists()
 
 

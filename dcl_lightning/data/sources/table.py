@@ -11,11 +11,10 @@ import numpy as np
 
 from dcl_lightning.data.folders import core50, listed, per_class
 from dcl_lightning.data.images import ImageFiles
-from dcl_lightning.data.sources import candle, torchvision
+from dcl_lightning.data.sources import candle, tinyimagenet, torchvision
 from dcl_lightning.data.sources.arrays import Splits, from_arrays
 from dcl_lightning.data.sources.cache import Arrays, copied, fingerprint, one_at_a_time
 from dcl_lightning.data.sources.continuum import load_class
-from dcl_lightning.data.sources.tinyimagenet import read_tinyimagenet
 from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundError, whole_number
 from dcl_lightning.types import InputSpec
 
@@ -37,10 +36,12 @@ class Source:
         std: channel deviations.
         augment: whether training crops and mirrors.
         pad: pixels added on each side before the crop on the device; 0 to mirror only, because the readers crop.
-        folder: subfolder of the root.
+        folder: subfolder of the root, where a download is put.
+        elsewhere: further subfolders in which the files may lie, as torchvision or the unpacked archive has them.
         files: required files and folders, relative to ``folder``; ``a|b`` if one of two is enough.
         layout: the same in words, for messages; ``files`` if empty.
         downloadable: whether ``read`` can fetch the data set.
+        origin: where to get the files otherwise, for messages.
         options: the ``data.source_options`` that it takes.
         cached: whether ``read`` writes a cache, which one process of a host then does before the others.
     """
@@ -53,15 +54,29 @@ class Source:
     augment: bool = False
     pad: int = 4
     folder: str = ""
+    elsewhere: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     layout: str = ""
     downloadable: bool = False
+    origin: str = ""
     options: tuple[str, ...] = ()
     cached: bool = False
 
+    def place(self, root: str) -> str:
+        """Return the subfolder of a root in which the files lie; ``folder`` if they are nowhere."""
+        places = (place for place in (self.folder, *self.elsewhere) if self.is_in(os.path.join(root, place)))
+        return next(places, self.folder)
+
     def path(self, root: str) -> str:
         """Return the folder of the data set."""
-        return os.path.join(root, self.folder) if self.folder else root
+        place = self.place(root)
+        return os.path.join(root, place) if place else root
+
+    def is_in(self, folder: str) -> bool:
+        """Return whether a folder has all files, by their names."""
+        # normpath: the parent of a linked folder is the one that the user sees.
+        paths = ([os.path.normpath(os.path.join(folder, file)) for file in one.split("|")] for one in self.files)
+        return all(any(map(os.path.exists, either)) for either in paths)
 
     def check_count(self, name: str, root: str, found: int, expected: int) -> None:
         """Refuse files with another number of classes than expected."""
@@ -101,16 +116,14 @@ def load(name: str, root: str, download: bool, options: Mapping[str, int] | None
 def check_files(name: str, root: str, download: bool) -> None:
     """Refuse a named data set whose files are missing and may not be fetched, before anything is created."""
     source = SOURCES[name]
-    folder = source.path(root)
-
-    def exists(file: str) -> bool:
-        # normpath: the parent of a linked folder is the one that the user sees.
-        return os.path.exists(os.path.normpath(os.path.join(folder, file)))
-
-    found = all(any(map(exists, one.split("|"))) for one in source.files)
-    if not found and not (download and source.downloadable):
-        layout = source.layout or ", ".join(source.files)
-        raise DatasetNotFoundError(name, os.path.abspath(folder), layout, source.downloadable)
+    if source.is_in(source.path(root)) or (download and source.downloadable):
+        return
+    places = (os.path.abspath(os.path.join(root, place)) for place in (source.folder, *source.elsewhere))
+    remedy = "put it there, or give --data.download true"
+    if not source.downloadable:
+        remedy = "put it there, it cannot be downloaded" + (source.origin and f": {source.origin}")
+    layout = source.layout or ", ".join(source.files)
+    raise DatasetNotFoundError(name, " or ".join(places), layout, remedy)
 
 
 def stage(name: str, root: str, stage_to: str, compare: bool) -> str:
@@ -134,8 +147,8 @@ def stage(name: str, root: str, stage_to: str, compare: bool) -> str:
     if source is not None:
         check_files(name, root, download=False)
     elif not os.path.isdir(root):
-        raise DatasetNotFoundError(name, os.path.abspath(root), "the files of that data set", True)
-    folder, files = (source.folder, source.files) if source is not None else ("", (".",))
+        raise DatasetNotFoundError(name, os.path.abspath(root), "the files of that data set", "give their data.root")
+    folder, files = (source.place(root), source.files) if source is not None else ("", (".",))
     parts = [os.path.normpath(os.path.join(folder, file)) for one in files for file in one.split("|")]
     parts = [part for part in dict.fromkeys(parts) if os.path.exists(os.path.join(root, part))]
     base = os.path.realpath(os.path.join(root, folder))
@@ -230,8 +243,8 @@ def _list_file(suffix: str, folder: str, training: bool) -> tuple[list[str], np.
 
 
 def _image_files(
-    num_classes: int | None, list_split: _Lister, folder: str, files: tuple[str, ...], layout: str, size: int = 224,
-    random_crop: bool = True,
+    num_classes: int | None, list_split: _Lister, folder: str, files: tuple[str, ...], layout: str, origin: str,
+    size: int = 224, random_crop: bool = True, elsewhere: tuple[str, ...] = (),
 ) -> Source:  # fmt: skip
     def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
         side = options.get("size", size)
@@ -245,21 +258,24 @@ def _image_files(
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     options = ("size",) if num_classes is None else ("num_classes", "size")
     return Source(
-        num_classes, InputSpec(3, size, size), read, mean, std, augment=True, pad=0, folder=folder, files=files,
-        layout=layout, options=options,
+        num_classes, InputSpec(3, size, size), read, mean, std, augment=True, pad=0, folder=folder, elsewhere=elsewhere,
+        files=files, layout=layout, origin=origin, options=options,
     )  # fmt: skip
 
 
-def _imagenet(folder: str) -> Source:
+def _imagenet(folder: str, archives: str, elsewhere: tuple[str, ...] = ()) -> Source:
     layout = "train/<class>/<image> and val/<class>/<image>"
-    return _image_files(1000, partial(_class_folders, ("val",)), folder, ("train", "val"), layout)
+    origin = f"register at https://image-net.org and unpack {archives}, with a folder for each class"
+    lister = partial(_class_folders, ("val",))
+    return _image_files(1000, lister, folder, ("train", "val"), layout, origin, elsewhere=elsewhere)
 
 
 def _imagenet100(folder: str, suffix: str) -> Source:
     lists = [f"{split}_{suffix}.txt" for split in ("train", "val")]
     layout = f"{' and '.join(lists)}, here or beside this folder, with a line 'relative/path label' an image"
     files = (".", *(f"{file}|../{file}" for file in lists))
-    return _image_files(100, partial(_list_file, suffix), folder, files, layout)
+    origin = "copy or link ImageNet's train and val (https://image-net.org), and write the lists or take a paper's"
+    return _image_files(100, partial(_list_file, suffix), folder, files, layout, origin)
 
 
 def _cifar(num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
@@ -270,7 +286,7 @@ def _cifar(num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) ->
     train, test = torchvision.CIFAR_FILES[num_classes]
     return Source(
         num_classes, InputSpec(3, 32, 32), _arrays(read, fetch), mean, std, augment=True, folder=f"CIFAR{num_classes}",
-        files=train + test, downloadable=True, cached=True,
+        elsewhere=("",), files=train + test, downloadable=True, cached=True,
     )  # fmt: skip
 
 
@@ -290,25 +306,28 @@ SOURCES: dict[str, Source] = {
     "cifar10": _cifar(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": _cifar(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "tinyimagenet": Source(
-        200, InputSpec(3, 64, 64), _arrays(read_tinyimagenet), (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821),
-        augment=True, folder="TinyImageNet/tiny-imagenet-200", files=("train", "val/images", "val/val_annotations.txt"),
-        layout="train/<wnid>/images/<image>, val/images/<image> and val/val_annotations.txt", options=("num_classes",),
-        cached=True,
+        200, InputSpec(3, 64, 64), _arrays(tinyimagenet.read_tinyimagenet, tinyimagenet.fetch_tinyimagenet),
+        (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821), augment=True, folder="TinyImageNet/tiny-imagenet-200",
+        elsewhere=("tiny-imagenet-200",), files=tinyimagenet.FILES,
+        layout="train/<wnid>/images/<image>, val/images/<image> and val/val_annotations.txt", downloadable=True,
+        options=("num_classes",), cached=True,
     ),
-    "imagenet": _imagenet("ImageNet"),
-    "imagenet_blurred": _imagenet("ImageNet_blurred"),
+    "imagenet": _imagenet("ImageNet", "ILSVRC 2012", elsewhere=("",)),
+    "imagenet_blurred": _imagenet("ImageNet_blurred", "ILSVRC 2012 with blurred faces"),
     "imagenet100": _imagenet100("ImageNet100", "100"),
     "imagenet100small": _imagenet100("ImageNet100-small", "100_small"),
     "core50": _image_files(
         50, core50, "CORe50", ("core50_128x128", "core50_train.csv|core50_128x128"),  # the table is optional
-        "core50_128x128/s<session>/o<object>/<image>", size=128, random_crop=False,
+        "core50_128x128/s<session>/o<object>/<image>",
+        "unpack http://bias.csr.unibo.it/maltoni/download/core50/core50_128x128.zip (6 GB)",
+        size=128, random_crop=False, elsewhere=("",),
     ),
     "folder": _image_files(
         None, partial(_class_folders, ("test", "val")), "", ("train", "test|val"),
-        "train/<class>/<image> and test/<class>/<image> (or val/...)",
+        "train/<class>/<image> and test/<class>/<image> (or val/...)", "give data.root, your folder with these",
     ),
     "candle": Source(
         2, InputSpec(1, 1, candle.NUM_FEATURES), _arrays(candle.read_candle), folder="CANDLE", files=candle.FILES,
-        cached=True,
+        origin="get them from https://ftp.mcs.anl.gov/pub/candle/public/benchmarks/Pilot1/normal-tumor/", cached=True,
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tiny ImageNet as published, decoded once into memory-mapped arrays."""
+"""Tiny ImageNet as published, fetched by torchvision and decoded once into memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -16,9 +17,26 @@ from dcl_lightning.data.folders import per_class, text_lines
 from dcl_lightning.data.sources.cache import Arrays, cached, fingerprint, load_array
 from dcl_lightning.errors import DataError
 
-__all__ = ["read_tinyimagenet"]
+__all__ = ["FILES", "fetch_tinyimagenet", "read_tinyimagenet"]
 
+FILES = ("train", "val/images", "val/val_annotations.txt")
+URL, _MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 _SIZE, _CHUNK = 64, 256
+
+
+def fetch_tinyimagenet(folder: str) -> None:
+    """Fetch and unpack the published archive into ``folder`` unless its files are there; its checksum is verified."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    if all(os.path.exists(os.path.join(folder, file)) for file in FILES):
+        return
+    # Unpacked next to its place: a folder that is there is whole, also if the process is killed.
+    with TemporaryDirectory(dir=folder, prefix=".unpacked-") as unpacked:
+        download_and_extract_archive(URL, unpacked, md5=_MD5, remove_finished=True)
+        inside = os.path.join(unpacked, "tiny-imagenet-200")
+        for name in os.listdir(inside):
+            if not os.path.exists(os.path.join(folder, name)):
+                os.rename(os.path.join(inside, name), os.path.join(folder, name))
 
 
 def read_tinyimagenet(folder: str) -> Arrays:
