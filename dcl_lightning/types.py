@@ -70,9 +70,10 @@ class Batch(NamedTuple):
         normalizer: 0-dim float32, the step's weights summed over all workers, divided by their
             number: a worker's loss is ``(weights * losses).sum() / normalizer``.
         draw_ids: ``(B,)`` int64, what augmentation draws are keyed by: the sample id of a new sample, another
-            number at each step for a rehearsed one.
+            number in each further pass over it, and at each step for a rehearsed one.
         num_new: new samples, which come first; the rest, r of them, are rehearsed.
         rehearsed: what the agent stored of the rehearsed samples beside themselves, ``(r, ...)`` each, by name.
+        pass_index: 0-based pass over the new samples, of ``data.passes`` in a row.
     """
 
     inputs: Tensor
@@ -84,6 +85,7 @@ class Batch(NamedTuple):
     draw_ids: Tensor
     num_new: int
     rehearsed: dict[str, Tensor] = {}  # never written to
+    pass_index: int = 0
 
 
 class Prediction(NamedTuple):

@@ -15,6 +15,7 @@ from dcl_lightning.checkpoint.directory import ClaimedFolders
 from dcl_lightning.checkpoint.io import FORMAT, KEY, keep_side_files
 from dcl_lightning.checkpoint.resume import move_loop_progress, name_of
 from dcl_lightning.comm import comm_of
+from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.distributed.horovod.shutdown import requeue_alone
 from dcl_lightning.types import StateDict
 
@@ -81,7 +82,9 @@ class ResumableCheckpoints(pl.Callback):
         """Convert the step within the epoch if a step has another number of samples now."""
         before, now = checkpoint.get(KEY, {}).get("step_samples"), _step_samples(trainer)
         if trainer.state.fn == TrainerFn.FITTING and before and now and now != before:
-            self._step_in_epoch = move_loop_progress(checkpoint["loops"]["fit_loop"], before, now)
+            data = datamodule_of(trainer)
+            passes = data.passes if isinstance(data, ContinualDataModule) else 1
+            self._step_in_epoch = move_loop_progress(checkpoint["loops"]["fit_loop"], before, now, passes)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Release the folders."""

@@ -110,7 +110,8 @@ def limited_ids(trainer: pl.Trainer, ids: Tensor) -> Tensor:
     """
     data = datamodule_of(trainer)
     step = data.batch_size * trainer.world_size
-    count = limited(-(-len(ids) // step), trainer.limit_train_batches) * step
+    steps = limited(-(-len(ids) // step) * data.passes, trainer.limit_train_batches)
+    count = -(-steps // data.passes) * step
     if count >= len(ids):
         return ids
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(data.seed))]

@@ -133,6 +133,6 @@ def _batches(trainer: pl.Trainer, clock: TaskClock, epoch: int) -> float:
     data = datamodule_of(trainer)
     index = clock.task_at(epoch)
     tasks = clock.tasks[: index + 1] if data.concatenate_tasksets else [clock.tasks[index]]
-    batches = -(-sum(task.num_samples for task in tasks) // (trainer.world_size * data.batch_size))
+    batches = -(-sum(task.num_samples for task in tasks) // (trainer.world_size * data.batch_size)) * data.passes
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else batches * limit

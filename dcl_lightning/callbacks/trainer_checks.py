@@ -105,7 +105,7 @@ def _epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: ContinualDataModul
     samples, rows = 0, trainer.world_size * data.batch_size
     for task in tasks:
         samples = task.num_samples + (samples if data.concatenate_tasksets else 0)
-        yield task, max(-(-samples // rows), 1)
+        yield task, max(-(-samples // rows), 1) * data.passes
 
 
 def _refuse_single_validation(trainer: pl.Trainer, module: pl.LightningModule, data: ContinualDataModule) -> None:

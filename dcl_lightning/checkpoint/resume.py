@@ -54,7 +54,7 @@ def refuse_another_run(agent: pl.LightningModule, checkpoint: StateDict) -> None
     _refuse_other_values(checkpoint.get("hyper_parameters", {}), dict(agent.hparams), "model")
 
 
-def move_loop_progress(loop: StateDict, before: int, now: int) -> int:
+def move_loop_progress(loop: StateDict, before: int, now: int, passes: int = 1) -> int:
     """Convert the saved state of Lightning's loops to another number of samples per step.
 
     Rounds down, so that the samples of a step done in part are repeated, and none is skipped.
@@ -63,6 +63,7 @@ def move_loop_progress(loop: StateDict, before: int, now: int) -> int:
         loop: the saved state of the fit loop, changed in place.
         before: samples per step over all workers, when it was saved.
         now: samples per step now.
+        passes: steps in a row with the same samples.
 
     Returns:
         Completed steps of the epoch in which the run resumes.
@@ -71,7 +72,7 @@ def move_loop_progress(loop: StateDict, before: int, now: int) -> int:
     current = progress["current"]
     pending = current["ready"] - current["completed"]  # 1 if saved before Lightning counted the step
     over = progress["is_last_batch"]
-    steps = BEYOND_ANY_EPOCH if over and not pending else current["ready"] * before // now
+    steps = BEYOND_ANY_EPOCH if over and not pending else current["ready"] // passes * before // now * passes
     current |= {"ready": steps, "started": steps, "processed": steps, "completed": steps - pending}
     for loader in loop["state_dict"].get("combined_loader", []):
         if "position" in loader:

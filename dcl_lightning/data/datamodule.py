@@ -29,6 +29,8 @@ from dcl_lightning.types import Batch, Clock, InputSpec, ReplaySource, StateDict
 
 __all__ = ["ContinualDataModule"]
 
+_MOST_PASSES = 10_000  # which their draws tell apart
+
 
 class ContinualDataModule(pl.LightningDataModule):
     """Steps through the tasks of a data set; images travel as uint8 and become float on the device.
@@ -67,6 +69,8 @@ class ContinualDataModule(pl.LightningDataModule):
         sharding: whether samples are dealt to the workers anew each ``epoch``, or stay on one worker for the whole run
             (``fixed``), so that memories are disjoint.
         batch_size: training samples of a step and worker.
+        passes: how many times in a row each training batch is trained on, as in online learning. Each pass has its own
+            random crops and its own representatives; the memory gets the samples in the first one.
         eval_batch_size: evaluation samples of a step and worker; ``batch_size``, but at least 256, if None.
         num_workers: processes of each worker that read image files; 0 reads in the training process; if None, one for
             each of the worker's cores, at most 8. Data sets of arrays need none.
@@ -103,6 +107,7 @@ class ContinualDataModule(pl.LightningDataModule):
         boundaries: Literal["known", "hidden"] = "known",
         sharding: Literal["epoch", "fixed"] = "epoch",
         batch_size: int = 64,
+        passes: int = 1,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         augment: bool | None = None,
@@ -120,6 +125,7 @@ class ContinualDataModule(pl.LightningDataModule):
         ):
             if value is not None:
                 whole_number(f"data.{name}", value, least)
+        whole_number("data.passes", passes, 1, _MOST_PASSES + 1)
         if not 0 <= val_ratio < 1:
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
         words: dict[str, object] = {"boundaries": boundaries, "sharding": sharding, "sample_order": sample_order}
@@ -134,7 +140,8 @@ class ContinualDataModule(pl.LightningDataModule):
             )
         self.root, self.download, self.boundaries, self.sharding = absolute(root), download, boundaries, sharding
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
-        self.val_ratio, self.evaluate_on, self.batch_size = val_ratio, evaluate_on, batch_size
+        self.val_ratio, self.evaluate_on = val_ratio, evaluate_on
+        self.batch_size, self.passes = batch_size, passes
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
         self.seed = self._own_seed = seed_of_run(seed)
         self.num_workers, self._reader_pool = num_workers, ReaderPool(0)
@@ -372,7 +379,7 @@ class ContinualDataModule(pl.LightningDataModule):
         # Another trainer, or Lightning's search for a batch size, may have changed these.
         self._train_loader.rank, self._train_loader.size = rank, size
         self._train_loader.owners = self.owners(size)
-        self._train_loader.batch_size = self.batch_size
+        self._train_loader.batch_size, self._train_loader.passes = self.batch_size, self.passes
         self._train_loader.augment = self.augment
         self._train_loader.pin_memory = self._on_gpu()
         self._train_loader.visit(indices, epoch, extra, per_batch or 0)
@@ -493,13 +500,13 @@ class ContinualDataModule(pl.LightningDataModule):
         same: the run was trained on these.
 
         Raises:
-            ConfigurationError: data set, scenario, class order, tasks, hold-outs, normalisation or what is evaluated
-                differ; the message names both.
+            ConfigurationError: data set, scenario, class order, tasks, hold-outs, normalisation, passes or what is
+                evaluated differ; the message names both.
         """
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         present = self._facts()
         # A checkpoint that was saved before an option existed is of a run with its default.
-        defaults = {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test"}
+        defaults = {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test", "passes": 1}
         saved = {**defaults, **state_dict["stream"]}
         same_data = saved["dataset"] == present["dataset"]
         names: tuple[str, ...] = ("class_order",)
@@ -522,6 +529,7 @@ class ContinualDataModule(pl.LightningDataModule):
             "concatenate_tasksets": self.concatenate_tasksets,
             "normalisation": _listed(self.normalisation),
             "evaluate_on": self.evaluate_on,
+            "passes": self.passes,
         }
 
     def _take_seed(self, seed: int) -> None:

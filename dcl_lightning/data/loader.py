@@ -41,6 +41,7 @@ class TaskLoader:
     Attributes:
         owners: worker of each row of the data set, ``(n,)`` int64; None if each epoch deals the rows anew.
         augment: whether training takes random crops of images in files; tensors are augmented on the device.
+        passes: how many times in a row each batch is yielded, with other draws each time.
         pin_memory: whether inputs lie in page-locked memory, from which a GPU copies asynchronously.
         for_all: whether to yield one batch without rows if this worker has none and another has. Lightning refuses
             loaders of length 0, and a worker that skipped an evaluation would make the others wait.
@@ -65,6 +66,7 @@ class TaskLoader:
         self.rehearsed, self.num_rehearsed = indices[:0], 0
         self.owners: Tensor | None = None
         self.for_all = self.augment = self.pin_memory = False
+        self.passes = 1
         self._position = 0
         self._start = 0
 
@@ -94,10 +96,10 @@ class TaskLoader:
 
     def lengths(self) -> list[int]:
         """Return the number of batches of each worker."""
-        return [-(-count // self.batch_size) for count in self._counts()]
+        return [-(-count // self.batch_size) * self.passes for count in self._counts()]
 
     def __len__(self) -> int:
-        return max(-(-self._rows() // self.batch_size), int(self.for_all and len(self.indices) > 0))
+        return max(-(-self._rows() // self.batch_size) * self.passes, int(self.for_all and len(self.indices) > 0))
 
     def __iter__(self) -> Iterator[Batch]:
         start, self._start = self._start, 0
@@ -131,9 +133,10 @@ class TaskLoader:
         columns = mine, self.targets[mine], self.task_ids[mine], weights
         normalizer, last_in_step = torch.zeros((), dtype=torch.float32), 0.0
         for step in range(start, len(self)):
-            low = step * self.batch_size
+            number, pass_index = divmod(step, self.passes)
+            low = number * self.batch_size
             rows, *others = (column[low : low + self.batch_size] for column in columns)
-            draw_ids, num_new = rows, len(rows)
+            draw_ids, num_new = rows + (pass_index << 48) if pass_index else rows, len(rows)
             in_step = float(num_new)
             if self.train:
                 in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
@@ -142,7 +145,7 @@ class TaskLoader:
             if self.num_rehearsed:
                 again = self._draw(step)
                 # Another draw at each step: an exemplar comes again and again within one epoch.
-                draw_ids = torch.cat([rows, again + ((step + 1) << 32)])
+                draw_ids = torch.cat([draw_ids, again + ((step + 1) << 32)])
                 rows = torch.cat([rows, again])
                 more = self.targets[again], self.task_ids[again], torch.ones(len(again), dtype=torch.float32)
                 others = [torch.cat(pair) for pair in zip(others, more, strict=True)]
@@ -156,6 +159,7 @@ class TaskLoader:
                 normalizer=normalizer,
                 draw_ids=draw_ids,
                 num_new=num_new,
+                pass_index=pass_index,
             )
 
     def _draw(self, step: int) -> Tensor:

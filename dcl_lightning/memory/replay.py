@@ -56,7 +56,7 @@ class Replay:
     # -- a step ------------------------------------------------------------------------------------
 
     def observe(self, batch: PyTree, epoch: int) -> None:
-        """Take the new samples of a step, as the memory shall store them.
+        """Take the new samples of a step, as the memory shall store them; a further pass over them has none.
 
         Args:
             batch: as the loader gave it, or as the network gets it.
@@ -65,7 +65,11 @@ class Replay:
         Raises:
             DataError: its rows are not like those of the memory.
         """
-        self._batch, self._candidates = batch, self.codec.encode(batch, epoch)
+        self._batch = batch
+        if isinstance(batch, Batch) and batch.pass_index:
+            self._candidates = None
+            return
+        self._candidates = self.codec.encode(batch, epoch)
         if isinstance(self.codec, NestCodec):  # the rows of a ``Batch`` match by construction
             self.manager.buffer.store.check(self._candidates.rows)
 

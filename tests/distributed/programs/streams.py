@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dcl_lightning import NIL, ContinualDataModule, FineTuning
+from dcl_lightning import ER, NIL, ContinualDataModule, FineTuning
 from dcl_lightning.backbones import MLP
 from dcl_lightning.types import Batch
 from tests.distributed.programs.place import flat, rank
@@ -72,3 +72,35 @@ def held_out_run(folder: Path, strategy: str, batch_size: int) -> None:
     job = trainer(strategy, 2 if strategy == "horovod" else 1, max_epochs=-1, default_root_dir=folder)
     job.fit(agent, datamodule=data)
     torch.save(agent.clock.matrix.compute(), folder / f"{strategy}{job.global_rank}.pt")
+
+
+def passes_run(folder: Path, strategy: str, batch_size: int) -> None:
+    """Leave in ``STRATEGY{RANK}.pt`` what fits with three passes have met, without and with a global memory."""
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(6).repeat(7)
+    x = torch.randint(0, 256, (len(y), 1, 6, 6), generator=g, dtype=torch.uint8)
+    found: dict[str, Any] = {}
+    for rehearses in (False, True):
+        data = ContinualDataModule((x, y, x, y), batch_size=batch_size, passes=3, augment=True)
+        pl.seed_everything(0)
+        sizes: Any = {"num_classes": 6, "input_spec": data.input_spec}
+        memory = {"buffer_size": 12, "num_samples": 2, "scope": "global", "execution": "blocking"}
+        agent = ER(MLP([8]), rehearsal=memory, **sizes) if rehearses else FineTuning(MLP([8]), **sizes)
+        batches: list[Batch] = []
+        inner = agent.training_loss
+
+        def spy(batch: Batch, inner: Any = inner, batches: list[Batch] = batches) -> tuple[Tensor, Tensor]:
+            batches.append(batch)
+            return inner(batch)
+
+        agent.training_loss = spy  # type: ignore[method-assign]
+        job = trainer(strategy, 2 if strategy == "horovod" else 1, max_epochs=-1, default_root_dir=folder)
+        job.fit(agent, datamodule=data)
+        if isinstance(agent, ER):
+            manager: Any = agent.rehearsal.manager
+            found["rehearsed"] = [batch.sample_ids[batch.num_new :].tolist() for batch in batches]
+            found |= {"rehearsing": flat(agent), "offered": int(manager.buffer.offered.sum())}
+        else:
+            found |= {"weights": flat(agent), "new": [b.sample_ids[b.weights > 0].tolist() for b in batches]}
+    torch.save(found, folder / f"{strategy}{job.global_rank}.pt")
