@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_type_hints
 
 import lightning.pytorch as pl
@@ -20,7 +20,7 @@ from dcl_lightning.data.scenarios import Label, TaskSplit, count_tasks, seed_of_
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.continuum import splits_of_scenario
 from dcl_lightning.data.stream import Stream, refuse_another_stream
-from dcl_lightning.data.transforms import Normalisation, TransformedInputs
+from dcl_lightning.data.transforms import GivenTransforms, Normalisation, TransformedInputs
 from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.ranks import worker_threads
 from dcl_lightning.errors import ConfigurationError, check_words, whole_number
@@ -75,6 +75,9 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: processes of each worker that read image files; 0 reads in the training process; if None, one for
             each of the worker's cores, at most 8. Data sets of arrays need none.
         augment: whether training images are cropped and mirrored; the data set's default if None.
+        transform: transforms of your own of training images on the device, in place of these: ``class_path`` and
+            ``init_args`` of one of ``torchvision.transforms.v2``, a list of them, or in Python any callables.
+        eval_transform: likewise, of images in evaluation.
         normalize: what inputs are normalised with: the mean and deviation of the ``dataset`` (arrays have none);
             ``none``, so that images are floats in [0, 1]; or ``{mean: ..., std: ...}`` in units of [0, 1], each one
             number or one for each channel.
@@ -111,6 +114,8 @@ class ContinualDataModule(pl.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         augment: bool | None = None,
+        transform: dict[str, Any] | list[Any] | Callable[..., Any] | None = None,
+        eval_transform: dict[str, Any] | list[Any] | Callable[..., Any] | None = None,
         normalize: Literal["dataset", "none"] | dict[str, float | list[float]] = "dataset",
         stage_to: str | None = None,
         seed: int | None = None,
@@ -161,12 +166,23 @@ class ContinualDataModule(pl.LightningDataModule):
         self._read_root = self.root if stage_to is None else None  # the folder to read from, once it is known
         self._splits = self._early_splits(scenario if built else None)
         transformed = self._splits is not None and isinstance(self._splits.train_inputs, TransformedInputs)
-        default = self._source is not None and self._source.augment and not transformed
+        default = self._source is not None and self._source.augment and not transformed and transform is None
         self.augment = default if augment is None else augment
+        if self.augment and transform is not None:
+            raise ConfigurationError(
+                "data.augment=true with data.transform: the first would crop and mirror, in whose place the second "
+                "stands; leave data.augment out, and give what you want of it as a transform"
+            )
         self.num_classes = self._count_classes()
+        self._transforms = self._given_transforms(transform, eval_transform)
         self._normalisation = self._own_normalisation() if normalize == "dataset" else None
         if isinstance(normalize, Mapping):
             self._normalisation = transforms.normalisation_of(normalize, self.input_spec.channels)
+        elif self._normalisation is not None and len(self._normalisation[0]) not in (1, self.input_spec.channels):
+            raise ConfigurationError(
+                f"data.transform makes images of {self.input_spec.channels} channels, for which data set "
+                f"'{self.dataset_name}' has no mean and deviation: give data.normalize"
+            )
         if self._read_root is None:
             self._splits = None  # of the source: training reads the copy
         self.num_tasks = self._count_tasks()
@@ -202,12 +218,36 @@ class ContinualDataModule(pl.LightningDataModule):
 
     @property
     def input_spec(self) -> InputSpec:
-        """Shape of one input."""
+        """Shape of one input of the network."""
+        transform = self._transforms[0]
+        return self._read_spec() if transform is None else InputSpec(*transform.shape)
+
+    def _read_spec(self) -> InputSpec:
+        """Return the shape of one input as it is read."""
         if self._source is None or self.scenario == "given":
             inputs = self._splits.train_inputs if self._splits is not None else self.train_inputs
             return InputSpec(*inputs.shape[1:])
         spec, size = self._source.input_spec, self.source_options.get("size")
         return spec if size is None else InputSpec(spec.channels, size, size)
+
+    def _given_transforms(self, train: object, evaluation: object) -> tuple[GivenTransforms | None, ...]:
+        """Return the transforms of training and of evaluation.
+
+        Raises:
+            ConfigurationError: their results differ in shape from each other, or do not fit the normalisation.
+        """
+        read = self._read_spec()
+        made = tuple(
+            None if given is None else GivenTransforms(given, read, key)
+            for given, key in ((train, "data.transform"), (evaluation, "data.eval_transform"))
+        )
+        shapes = [tuple(read) if one is None else one.shape for one in made]
+        if shapes[0] != shapes[1]:
+            raise ConfigurationError(
+                f"images have the shape {shapes[0]} in training and {shapes[1]} in evaluation: give data.transform and "
+                "data.eval_transform with results of one shape"
+            )
+        return made
 
     @property
     def normalisation(self) -> Normalisation | None:
@@ -507,6 +547,7 @@ class ContinualDataModule(pl.LightningDataModule):
         present = self._facts()
         # A checkpoint that was saved before an option existed is of a run with its default.
         defaults = {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test", "passes": 1}
+        defaults |= {"transform": None, "eval_transform": None}
         saved = {**defaults, **state_dict["stream"]}
         same_data = saved["dataset"] == present["dataset"]
         names: tuple[str, ...] = ("class_order",)
@@ -530,6 +571,8 @@ class ContinualDataModule(pl.LightningDataModule):
             "normalisation": _listed(self.normalisation),
             "evaluate_on": self.evaluate_on,
             "passes": self.passes,
+            "transform": None if self._transforms[0] is None else self._transforms[0].text,
+            "eval_transform": None if self._transforms[1] is None else self._transforms[1].text,
         }
 
     def _take_seed(self, seed: int) -> None:
@@ -557,8 +600,11 @@ class ContinualDataModule(pl.LightningDataModule):
             train: whether to augment.
             epoch: epoch of the whole stream, which keys the draws.
         """
-        inputs = batch.inputs
-        if train and self.augment:
+        inputs, transform = batch.inputs, self._transforms[0 if train else 1]
+        if transform is not None:
+            key = (self.seed, epoch) if train else (0, 0)  # in evaluation each sample has the same draws each time
+            inputs = transform(inputs, batch.draw_ids, *key)
+        elif train and self.augment:
             pad = self._source.pad if self._source is not None else 4
             inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch, pad)
         if self.normalisation is None:

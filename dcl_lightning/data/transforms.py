@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dcl_lightning.data.class_paths import built
 from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.types import Batch
 
-__all__ = ["Normalisation", "TransformedInputs", "augment", "draws", "normalisation_of", "normalise", "to_float"]
+__all__ = [
+    "GivenTransforms", "Normalisation", "TransformedInputs", "augment", "draws", "normalisation_of", "normalise",
+    "to_float",
+]  # fmt: skip
 
 # Mean and deviation, one number of each for every channel, or one for all.
 Normalisation: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
@@ -186,3 +193,133 @@ class TransformedInputs:
         for transform in self.transforms[int(self.tasks[row])]:
             sample = transform(sample)
         return (sample if isinstance(sample, Tensor) else to_tensor(sample)).to(torch.float32)
+
+
+# -- the user's own ------------------------------------------------------------------------------------------------
+
+Step: TypeAlias = Callable[[Tensor], Tensor]
+
+_ALLOWED = "class_path and init_args of a transform of torchvision.transforms.v2, a list, or in Python callables"
+_FIRST_STREAM = 16  # of the draws of a user's transforms; those below are of the package's own
+
+
+class GivenTransforms:
+    """A user's transforms of images, applied one after the other to batches on the device.
+
+    A transform that draws from torch's generators is applied to each sample by itself. The generators are seeded by
+    the sample's draw and restored afterwards, so that a result depends neither on the batch nor on the worker. One that
+    does not draw is applied to the whole batch, unless it treats a batch in another way than its samples. Which of
+    these a transform is, a first image shows.
+
+    Args:
+        given: a callable that takes ``(..., C, H, W)``, as those of torchvision's v2; ``class_path`` and ``init_args``
+            of one; or a list of these.
+        shape: of an input, ``(C, H, W)``.
+        key: of the configuration, for messages.
+
+    Attributes:
+        shape: of a transformed input.
+        text: what the transforms are, in words, which must be the same when a run is resumed.
+
+    Raises:
+        ConfigurationError: no such transform, or one that cannot be applied or repeated.
+    """
+
+    def __init__(self, given: object, shape: Sequence[int], key: str) -> None:
+        self._key = key
+        self._steps: list[tuple[Step, bool]] = []
+        steps = [built(one, key, _ALLOWED) for one in (given if isinstance(given, list) else [given])]
+        if not steps or not all(map(callable, steps)):
+            raise ConfigurationError(f"{key}={given}: give {_ALLOWED}")
+        pixels = torch.arange(math.prod(shape)).view(tuple(shape)) % 128
+        try:
+            image = self._tried(steps, pixels.to(torch.uint8))
+        except ConfigurationError:
+            self._steps.clear()
+            image = self._tried(steps, pixels / 255)  # of data that are floats
+        if image.ndim != 3:
+            raise ConfigurationError(
+                f"{key} makes {tuple(image.shape)} of an image {tuple(shape)}: give transforms whose result is "
+                "(channels, height, width)"
+            )
+        self.shape = tuple(image.shape)
+        self.text = ", ".join(map(_text_of, steps))
+
+    def __call__(self, inputs: Tensor, draw_ids: Tensor, seed: int, epoch: int) -> Tensor:
+        """Return the transformed inputs.
+
+        Args:
+            inputs: ``(B, C, H, W)``.
+            draw_ids: ``(B,)`` int64, which with seed and epoch key each sample's draws.
+            seed: seed of the run.
+            epoch: epoch of the whole stream of tasks.
+
+        Returns:
+            ``(B, *shape)``.
+        """
+        if not len(inputs):
+            return inputs.new_empty((0, *self.shape))
+        for place, (step, whole) in enumerate(self._steps):
+            if whole:
+                inputs = step(inputs)
+                continue
+            seeds = draws(draw_ids, seed, epoch, _FIRST_STREAM + place, 1 << 31).tolist()
+            inputs = torch.stack(_one_by_one(step, inputs, seeds))
+        return inputs
+
+    def _tried(self, steps: Sequence[Any], image: Tensor) -> Tensor:
+        """Apply the steps to a first image, and note which of them take a whole batch; return the result."""
+        for step in steps:
+            others = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(0)
+                    before = torch.default_generator.get_state()
+                    result = step(image)
+                    draws_numbers = not torch.equal(torch.default_generator.get_state(), before)
+            except Exception as error:  # of whatever type the transform raises
+                raise ConfigurationError(
+                    f"{self._key}: {_text_of(step)} cannot be applied to an image {tuple(image.shape)} of "
+                    f"{image.dtype}: {type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
+            if not isinstance(result, Tensor):
+                raise ConfigurationError(
+                    f"{self._key}: {_text_of(step)} returns {type(result).__name__}: give transforms of tensors"
+                )
+            if others != (random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]):
+                raise ConfigurationError(
+                    f"{self._key}: {_text_of(step)} draws from Python's or NumPy's generator, whose numbers a resumed "
+                    "run could not repeat: draw from torch's"
+                )
+            self._steps.append((step, not draws_numbers and _takes_batches(step, image, result)))
+            image = result
+        return image
+
+
+def _takes_batches(step: Step, image: Tensor, result: Tensor) -> bool:
+    """Return whether a batch of two images, of which one is lighter, becomes a batch of their results."""
+    other = image.flip(-1) + (0.5 if image.is_floating_point() else 128)
+    try:
+        return torch.equal(step(torch.stack([image, other])), torch.stack([result, step(other)]))
+    except Exception:  # of whatever type the transform raises
+        return False
+
+
+def _one_by_one(step: Step, inputs: Tensor, seeds: Sequence[int]) -> list[Tensor]:
+    on_gpu = inputs.device.type == "cuda"
+    devices = [inputs.get_device()] if on_gpu else []
+    generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
+    samples = []
+    with torch.random.fork_rng(devices=devices):
+        for sample, seed in zip(inputs, seeds, strict=True):
+            for generator in generators:  # ``torch.manual_seed`` would also seed other devices
+                generator.manual_seed(seed)
+            samples.append(step(sample))
+    return samples
+
+
+def _text_of(step: object) -> str:
+    if isinstance(step, torch.nn.Module):
+        return " ".join(repr(step).split())  # of several lines
+    named = step if hasattr(step, "__qualname__") else type(step)
+    return f"{named.__module__}.{named.__qualname__}"

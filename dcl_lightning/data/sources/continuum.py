@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import io
 import os
@@ -13,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from dcl_lightning.data.class_paths import class_and_options, imported
 from dcl_lightning.data.scenarios import encode
 from dcl_lightning.data.sources.arrays import Splits, check_labels, from_arrays, read_dataset
 from dcl_lightning.data.transforms import TransformedInputs
@@ -21,19 +21,7 @@ from dcl_lightning.errors import ConfigurationError, DataError, DatasetNotFoundE
 __all__ = ["load_class", "splits_of_scenario"]
 
 Scenario: TypeAlias = Any  # of continuum, which has no types
-
-
-def _imported(path: str, key: str) -> Any:
-    """Return what a class path, set by ``key``, names."""
-    module, _, attribute = path.rpartition(".")
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # a user's module may raise anything
-        raise ConfigurationError(f"{key}={path!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(found, attribute):
-        near = suggestion(attribute, [name for name in dir(found) if not name.startswith("_")])
-        raise ConfigurationError(f"{key}={path!r} cannot be imported: {module} has no {attribute!r}{near}")
-    return getattr(found, attribute)
+_ALLOWED = "class, domain, instance, blurry, none, given, or class_path and init_args of a continuum scenario"
 
 
 def load_class(name: str, root: str, download: bool, known: Collection[str]) -> Splits:
@@ -52,7 +40,7 @@ def load_class(name: str, root: str, download: bool, known: Collection[str]) -> 
         raise ConfigurationError(
             f"data.dataset={name!r}: give one of {names}, or a continuum data set's class path{suggestion(name, known)}"
         )
-    cls = _imported(name, "data.dataset")
+    cls = imported(name, "data.dataset")
     if not isinstance(cls, type) or not hasattr(cls, "get_data"):
         instead = f"data.dataset={attribute.lower()}" if attribute.lower() in known else f"one of {names}"
         raise ConfigurationError(
@@ -124,7 +112,7 @@ def splits_of_scenario(scenario: object, read: Callable[[], Splits]) -> Splits:
 
 def _built(spec: Mapping[str, Any], splits: Splits) -> tuple[Scenario, Scenario, list[Any]]:
     """Return the scenarios of both splits, and the label that each of their 0..K-1 stands for."""
-    cls, options = _class_and_options(spec)
+    cls, options = class_and_options(spec, "data.scenario", _ALLOWED)
     _check_kind(cls)
     labels = [label.item() for label in np.unique(splits.train_labels)]
     train, test = (
@@ -164,25 +152,6 @@ def _scenario(cls: Any, options: dict[str, Any], part: str, x: object, y: np.nda
         ) from error
     except Exception as error:  # continuum raises plain ``Exception``
         raise ConfigurationError(f"data.scenario: {cls.__name__} refuses {options or 'no options'}: {error}") from error
-
-
-def _class_and_options(spec: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the class of a ``class_path`` and its ``init_args``, built where these have class paths themselves."""
-    path = spec.get("class_path")
-    if not isinstance(path, str) or "." not in path or set(spec) - {"class_path", "init_args"}:
-        raise ConfigurationError(
-            f"data.scenario={dict(spec)}: give class, domain, instance, blurry, none, given, or class_path and "
-            "init_args of a continuum scenario"
-        )
-    options = {name: _built_value(value) for name, value in (spec.get("init_args") or {}).items()}
-    return _imported(path, "data.scenario"), options
-
-
-def _built_value(value: object) -> object:
-    if isinstance(value, Mapping) and "class_path" in value:
-        cls, options = _class_and_options(value)
-        return cls(**options)
-    return [_built_value(one) for one in value] if isinstance(value, list) else value
 
 
 def _check_kind(cls: object) -> None:
