@@ -40,9 +40,13 @@ class ResNet(Backbone):
         width: channels of the first stage; 16 (CIFAR family) or 64 if None.
         in_channels: channels of an input; taken from the data if None.
         input_size: height and width in pixels, one number for squares; taken from the data if None.
+        init: of the convolutions: ``he`` draws from a normal distribution with variance 2 / (k² · output channels) of
+            a k x k convolution (He et al., "Delving Deep into Rectifiers", ICCV 2015, equation 14); ``torch`` is
+            PyTorch's default, uniform with variance 1 / (3 · k² · input channels). The normalisation layers make the
+            outputs depend on the direction of the weights only; of smaller weights a step changes it more.
 
     Raises:
-        ConfigurationError: if depth or stem is unknown, they exclude each other, or width is below 1.
+        ConfigurationError: if depth, stem or init is unknown, depth and stem exclude each other, or width is below 1.
     """
 
     takes_any_size = True
@@ -54,6 +58,7 @@ class ResNet(Backbone):
         width: int | None = None,
         in_channels: int | None = None,
         input_size: int | tuple[int, int] | None = None,
+        init: Literal["he", "torch"] = "he",
     ) -> None:
         super().__init__(in_channels, input_size)
         allowed = sorted((*_CIFAR_DEPTHS, *_IMAGENET_BLOCKS))
@@ -66,9 +71,11 @@ class ResNet(Backbone):
                 f"resnet of depth={depth} has stem=cifar only: for stem=imagenet give depth "
                 f"{', '.join(map(str, _IMAGENET_BLOCKS))}"
             )
+        if init not in ("he", "torch"):
+            raise ConfigurationError(f"init={init!r}: give he or torch")
         if width is not None and width < 1:
             raise ConfigurationError(f"width={width}: give at least 1, or leave it out")
-        self.depth, self.stem, self.width = depth, stem, width
+        self.depth, self.stem, self.width, self.init = depth, stem, width, init
         self._build_if_known()
 
     def build(self, spec: InputSpec) -> int:
@@ -79,7 +86,7 @@ class ResNet(Backbone):
             small = self.stem == "cifar" or (self.stem == "auto" and max(spec.height, spec.width) <= _CIFAR_STEM_UP_TO)
             features = self._build_imagenet(spec.channels, self.width or 64, small)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if self.init == "he" and isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         return features
 

@@ -177,9 +177,29 @@ def test_stem_follows_the_input():
     assert ResNet(20, in_channels=3, input_size=64).conv1.stride == (1, 1)
 
 
+@pytest.mark.parametrize("depth", [18, 20])
+def test_weights_of_convolutions_are_drawn_as_asked(depth):
+    def convolutions(**kwargs):
+        torch.manual_seed(0)
+        backbone = ResNet(depth, width=32, in_channels=3, input_size=32, **kwargs)
+        return [module for module in backbone.modules() if isinstance(module, torch.nn.Conv2d)]
+
+    pairs = list(zip(convolutions(init="he"), convolutions(init="torch"), convolutions(), strict=True))
+    for he, default, unset in pairs:
+        pixels = he.kernel_size[0] * he.kernel_size[1]
+        assert torch.equal(he.weight, unset.weight)
+        # Four standard errors of a normal sample's deviation; that of a uniform one is smaller.
+        close = {"rel": 4 / (2 * he.weight.numel()) ** 0.5}
+        assert he.weight.std().item() == pytest.approx((2 / (pixels * he.out_channels)) ** 0.5, **close)
+        bound = (pixels * he.in_channels) ** -0.5
+        assert default.weight.std().item() == pytest.approx(bound / 3**0.5, **close)
+        assert default.weight.abs().max() <= bound
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: ResNet(init="xavier"), "init='xavier': give he or torch"),
         (lambda: ResNet(19), "18, 20, 32, 34, 44, 50, 56, 101, 110, 152"),
         (lambda: ResNet(32, stem="imagenet"), "18, 34, 50"),
         (lambda: ResNet(stem="small"), "imagenet"),
