@@ -21,11 +21,19 @@ from dcl_lightning.callbacks.evaluation import limited_ids
 from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
-from dcl_lightning.functional.losses import distillation, icarl_loss, icarl_targets, weighted_cross_entropy
+from dcl_lightning.functional.losses import (
+    distillation,
+    icarl_loss,
+    icarl_targets,
+    tempered_distillation,
+    weighted_cross_entropy,
+)
 from dcl_lightning.memory.config import MemorySize
 from dcl_lightning.types import Batch, MemoryRows, Task
 
 __all__ = ["ICaRL"]
+
+_TEMPERATURE = 2.0  # of ``loss: ce``
 
 
 class ICaRL(ContinualAgent):
@@ -48,8 +56,10 @@ class ICaRL(ContinualAgent):
         exemplars: part of the training set (``union``, the paper), or ``num_samples`` of them added to each
             batch (``per_step``, the original program).
         num_samples: exemplars added to each batch of a worker with ``per_step``.
-        loss: ``bce`` (the paper); or ``kl``: cross entropy on new samples, and on exemplars the divergence
-            from the previous network alone (the original program); goes with ``per_step``.
+        loss: ``bce`` (the paper); ``ce``: on new samples and exemplars alike, cross entropy, and for the classes of
+            earlier tasks the distillation of the previous network at temperature 2 (PyCIL's iCaRL); or ``kl``: cross
+            entropy on new samples, and on exemplars the divergence from the previous network alone (the original
+            program); goes with ``per_step``.
         execution: ``blocking`` prepares each batch one ahead in the background, with the same result.
         **kwargs: arguments of ``ContinualAgent``.
     """
@@ -73,7 +83,7 @@ class ICaRL(ContinualAgent):
         nme_flip: bool = False,
         exemplars: Literal["union", "per_step"] = "union",
         num_samples: int = 20,
-        loss: Literal["bce", "kl"] = "bce",
+        loss: Literal["bce", "ce", "kl"] = "bce",
         execution: Literal["inline", "blocking"] = "inline",
         **kwargs: Any,
     ) -> None:
@@ -106,7 +116,7 @@ class ICaRL(ContinualAgent):
     # -- learning ----------------------------------------------------------------------------------
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the binary cross entropy against labels and the teacher's outputs, and the logits."""
+        """Return the loss against labels and the teacher's outputs, and the logits."""
         logits = self(batch.inputs)
         taught = None
         if self._teaching:
@@ -114,6 +124,12 @@ class ICaRL(ContinualAgent):
         if self.loss == "kl":
             return self._original_loss(logits, taught, batch), logits
         remembered = self.seen_classes & ~self.current_classes
+        if self.loss == "ce":
+            loss = self.cross_entropy(logits, batch)
+            if taught is not None:
+                pair = logits[:, remembered], taught[:, remembered]
+                loss = loss + tempered_distillation(*pair, batch.weights, batch.normalizer, _TEMPERATURE)
+            return loss, logits
         targets = icarl_targets(batch.targets, self.num_classes, self.current_classes, remembered, taught)
         divisor = float(self.num_classes) if self.bce_reduction == "mean" else 1.0
         loss = icarl_loss(logits, targets, batch.weights, batch.normalizer, divisor, self.trained_columns())

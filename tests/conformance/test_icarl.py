@@ -61,6 +61,29 @@ def test_kl_needs_exemplars_per_step() -> None:
         make_agent("icarl", data, loss="kl")
 
 
+def test_cross_entropy_and_distillation_on_all_samples(tmp_path: Path) -> None:
+    data = make_data()
+    agent = make_agent("icarl", data, loss="ce", train_classes="seen")
+    inner, checked = agent.training_loss, []
+
+    def spy(batch):
+        loss, logits = inner(batch)
+        task = agent.clock.task_at(agent.trainer.current_epoch)
+        known, seen = 2 * task, 2 * (task + 1)  # two classes a task, in order
+        expected = torch.nn.functional.cross_entropy(logits[:, :seen], batch.targets)
+        if task:
+            p = (agent.teacher(batch.inputs)[:, :known] / 2).softmax(1)
+            expected = expected - (p * (logits[:, :known] / 2).log_softmax(1)).sum(1).mean()
+        torch.testing.assert_close(loss, expected)
+        checked.append((task, bool((batch.targets < known).any())))
+        return loss, logits
+
+    agent.training_loss = spy
+    make_trainer(tmp_path).fit(agent, datamodule=data)
+    assert {task for task, _ in checked} == {0, 1, 2}
+    assert (2, True) in checked  # exemplars among the batch
+
+
 def test_distillation_against_numpy() -> None:
     logits, teacher = torch.randn(5, 4), torch.randn(5, 4)
 
