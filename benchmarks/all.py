@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 # Run by themselves: each trains hundreds of networks.
-LONG = ("peers.py", "protocol.py", "results.py", "search.py")
+LONG = ("peers.py", "protocol.py", "reproduce.py", "results.py", "search.py")
 PACKAGES = ("torch", "lightning", "horovod", "dcl-lightning")
 
 

@@ -182,7 +182,8 @@ def test_the_page_of_results_has_ours_a_peer_and_two_workers_seed_by_seed() -> N
     one, two = "derpp, 50 stored", "derpp, 50 stored, two workers"
     digits = {one: rows(90.0, 92.0), two: rows(91.0, 94.0), "joint": rows(95.0)}
     found = {"derpp, factors": {f"alpha 1.0, beta 1.0, {size} stored": [88.0, 90.0] for size in (50, 200)}}
-    page = results.page({"digits": digits}, {"digits": {one: [80.0, 82.0]}}, found)
+    page = results.page({"digits": digits}, {"digits": {one: [80.0, 82.0]}}, found, "The published numbers.\n\n")
+    assert page.index("The published numbers.") < page.index("## The quick check") < page.index("## Digits")
     beside = "81.0 ± 1.4 (Avalanche, 2): +10.0 [+10.0, +10.0]; 85.3 (Mammoth)"
     assert f"| `derpp` | 50 | 91.0 ± 1.4 | 95.0 ± 0.0 |  | +4.0 | 1.0 ± 0.0 | 900 | 2 | {beside} |" in page
     # Differences 1 and 2; Student's t with one degree of freedom at 95 % is 6.314.

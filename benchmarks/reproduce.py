@@ -1,0 +1,553 @@
+"""The field's published numbers, run anew: each file of configs/reproduce over its seeds, and the table of RESULTS.md.
+
+A run is ``python cli.py fit`` in a process of its own. It saves a checkpoint at the end of each task and every five
+minutes; called again, this command goes on with a run that was killed and leaves out one that has ended. A run whose
+configuration has changed since is run anew. What a run found goes to ``benchmarks/reproduced/NAME-SEED.json``, its log
+and checkpoints below ``runs/reproduce``. The head of each configuration has the published numbers, which are read from
+there, and ``configs/reproduce/misses.txt`` the causes that were found of numbers that were missed.
+
+Several of these commands may run at once: a run belongs to the one that began it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import yaml
+from scipy.stats import t as student
+
+ROOT = Path(__file__).parent.parent
+CONFIGS, FOUND, RUNS = ROOT / "configs" / "reproduce", ROOT / "benchmarks" / "reproduced", ROOT / "runs" / "reproduce"
+MISSES = CONFIGS / "misses.txt"
+RESULTS = ROOT / "RESULTS.md"
+HEADING = "## Published numbers"
+COMMAND = "python benchmarks/reproduce.py"
+# A published value without a deviation is one run, often rounded: so far from it ours may lie, in points.
+ROUNDED = 3.0
+SAVE_EVERY = "0:05:00"
+# Of a report, beside those that are compared.
+FIGURES = ("average_accuracy", "pooled_accuracy", "average_incremental_accuracy", "forgetting")
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_PUBLISHED = re.compile(rf"# published: ([\w.]+) {_NUMBER}(?: ± {_NUMBER})? \((\d+) runs?\): (.+)")
+_MEASURED = re.compile(r"# measured: ([\w.]+): (.+)")
+_SEEDS = re.compile(r"# seeds: (\d+(?: \d+)*)")
+
+
+class Published(NamedTuple):
+    """One published number.
+
+    Args:
+        figure: key of the report that is compared with it; ``top5.pooled_accuracy`` for a key within ``top5``.
+        value: in %; None if none was published for this case, which is then measured only.
+        deviation: standard deviation over the runs; None for one value.
+        runs: number of runs, at least 2 with a deviation.
+        source: paper, or program and file.
+    """
+
+    figure: str
+    value: float | None
+    deviation: float | None
+    runs: int
+    source: str
+
+
+class Target(NamedTuple):
+    """One configuration of configs/reproduce.
+
+    Args:
+        name: of the file.
+        title: first line of its head.
+        published: what it is compared with.
+        seeds: of its runs.
+        config: content of the file.
+        digest: of that content, without comments.
+    """
+
+    name: str
+    title: str
+    published: tuple[Published, ...]
+    seeds: tuple[int, ...]
+    config: dict[str, Any]
+    digest: str
+
+
+class Comparison(NamedTuple):
+    """Ours less theirs, in points.
+
+    Args:
+        difference: of the means.
+        low: lower end of the 95 % interval; NaN if theirs has no deviation.
+        high: upper end.
+        reproduced: whether the interval holds 0 or lies above it; without an interval, whether both are near.
+    """
+
+    difference: float
+    low: float
+    high: float
+    reproduced: bool
+
+
+def read_target(path: Path) -> Target:
+    """Read a configuration and the lines ``# published:`` or ``# measured:`` and ``# seeds:`` of its head.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: a line is missing or has another form.
+    """
+    text = path.read_text(encoding="utf-8")
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    published = []
+    for line in head:
+        if found := _PUBLISHED.fullmatch(line):
+            figure, value, deviation, runs, source = found.groups()
+            if deviation is not None and int(runs) < 2:
+                raise ValueError(f"{path}: a deviation of one run: {line}")
+            published.append(
+                Published(figure, float(value), None if deviation is None else float(deviation), int(runs), source)
+            )
+        elif found := _MEASURED.fullmatch(line):
+            published.append(Published(found[1], None, None, 0, found[2]))
+        elif line.startswith(("# published:", "# measured:")):
+            raise ValueError(f"{path}: write '# published: FIGURE VALUE ± DEVIATION (N runs): SOURCE', not: {line}")
+    seeds = next(filter(None, map(_SEEDS.fullmatch, head)), None)
+    if not published or seeds is None:
+        raise ValueError(f"{path}: the head needs lines '# published:' or '# measured:', and '# seeds:'")
+    config = yaml.safe_load(text)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    title = head[0].removeprefix("# ").removesuffix(".")
+    return Target(path.stem, title, tuple(published), tuple(map(int, seeds[1].split())), config, digest)
+
+
+def targets(only: Sequence[str] = ()) -> list[Target]:
+    """Return the configurations in the order of their names.
+
+    Args:
+        only: names, or beginnings of names, of those that count; all if empty.
+
+    Raises:
+        SystemExit: no name begins so.
+    """
+    paths = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    chosen = {name for name in paths if not only}
+    for word in only:
+        meant = {word} & paths.keys() or {name for name in paths if name.startswith(word)}
+        if not meant:
+            raise SystemExit(f"--only {word}: no configuration begins so: give one of {', '.join(paths)}")
+        chosen |= meant
+    return [read_target(path) for name, path in paths.items() if name in chosen]
+
+
+# -- the comparison ------------------------------------------------------------------------------------------------
+
+
+def compare(ours: Sequence[float], theirs: Published) -> Comparison:
+    """Compare our runs with a published number by Welch's t interval of the difference of the means.
+
+    One run of ours has no deviation: theirs is then taken for both.
+
+    Args:
+        ours: values of our runs in %, at least one.
+        theirs: with a value.
+    """
+    assert theirs.value is not None
+    difference = statistics.mean(ours) - theirs.value
+    if theirs.deviation is None:
+        return Comparison(difference, math.nan, math.nan, abs(difference) <= ROUNDED + 1e-9)
+    variance, known = theirs.deviation**2 / theirs.runs, len(ours) > 1
+    own = (statistics.variance(ours) if known else theirs.deviation**2) / len(ours)
+    if known:
+        spread = own**2 / (len(ours) - 1) + variance**2 / (theirs.runs - 1)
+        freedom = (own + variance) ** 2 / spread if spread else 1.0
+    else:
+        freedom = theirs.runs - 1
+    half = float(student.ppf(0.975, freedom)) * (own + variance) ** 0.5
+    return Comparison(difference, difference - half, difference + half, difference + half >= 0)
+
+
+def verdict(target: Target, theirs: Published, runs: Mapping[int, Mapping[str, Any]], causes: Mapping[str, str]) -> str:
+    """Return what a row of the table says.
+
+    Args:
+        target: the configuration.
+        theirs: the number.
+        runs: what the runs of the target's seeds found, by seed.
+        causes: why numbers were missed, by the names of the configurations.
+    """
+    if not runs:
+        return f"not yet run: `{COMMAND} --only {target.name}`"
+    if len(runs) < len(target.seeds):
+        return f"running: {len(runs)} of {len(target.seeds)}"
+    if theirs.value is None:
+        return "measured"
+    if compare(_values(runs, theirs), theirs).reproduced:
+        return "reproduced"
+    return f"missed: {causes.get(target.name, 'the cause is not known yet')}"
+
+
+def _values(runs: Mapping[int, Mapping[str, Any]], theirs: Published) -> list[float]:
+    return [run["figures"][theirs.figure] for _, run in sorted(runs.items())]
+
+
+def read_causes(text: str) -> dict[str, str]:
+    """Return the causes of a text with a line ``NAME: cause`` for each; empty lines and those with # are left out."""
+    lines = (line.strip() for line in text.splitlines())
+    pairs = (line.partition(":") for line in lines if line and not line.startswith("#"))
+    return {name.strip(): cause.strip() for name, _, cause in pairs}
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def found_of(target: Target) -> dict[int, dict[str, Any]]:
+    """Return what the runs of a target's seeds found, by seed, without those of another configuration."""
+    runs = {}
+    for seed in target.seeds:
+        file = FOUND / f"{target.name}-{seed}.json"
+        run = json.loads(file.read_text()) if file.exists() else {}
+        if run.get("digest") == target.digest:
+            runs[seed] = run
+    return runs
+
+
+def table(
+    chosen: Sequence[Target], found: Mapping[str, Mapping[int, Mapping[str, Any]]], causes: Mapping[str, str]
+) -> str:
+    """Return the lines of the table, a row for each published number.
+
+    Args:
+        chosen: the configurations.
+        found: what their runs found, by name and seed.
+        causes: why numbers were missed, by name.
+    """
+    lines = [
+        "| target | source | theirs | ours | difference [95 %] | seeds | s a run | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for target in chosen:
+        runs = found.get(target.name, {})
+        for theirs in target.published:
+            title = target.title if len(target.published) == 1 else f"{target.title}: {_words(theirs.figure)}"
+            cells = [f"{title} (`{target.name}`)", theirs.source, _theirs(theirs)]
+            cells += [*_ours(runs, theirs), verdict(target, theirs, runs, causes)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _words(figure: str) -> str:
+    return figure.replace("_", " ").replace(".", ", ")
+
+
+def _theirs(theirs: Published) -> str:
+    if theirs.value is None:
+        return ""
+    deviation = "" if theirs.deviation is None else f" ± {theirs.deviation:.2f}"
+    return f"{theirs.value:.2f}{deviation} ({theirs.runs})"
+
+
+def _ours(runs: Mapping[int, Mapping[str, Any]], theirs: Published) -> tuple[str, str, str, str]:
+    """Return the cells with our mean, the difference, the seeds and the seconds; empty without runs."""
+    if not runs:
+        return "", "", "", ""
+    values = _values(runs, theirs)
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    difference = ""
+    if theirs.value is not None:
+        compared = compare(values, theirs)
+        interval = "" if math.isnan(compared.low) else f" [{compared.low:+.2f}, {compared.high:+.2f}]"
+        difference = f"{compared.difference:+.2f}{interval}"
+    seconds = statistics.mean(run["seconds"]["all"] for run in runs.values())
+    ours = f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
+    return ours, difference, " ".join(map(str, sorted(runs))), f"{seconds:.0f}"
+
+
+def section() -> str:
+    """Return the part of RESULTS.md with the published numbers, from its heading to the empty line at its end."""
+    chosen = targets()
+    found = {target.name: found_of(target) for target in chosen}
+    causes = read_causes(MISSES.read_text(encoding="utf-8")) if MISSES.exists() else {}
+    return f"""{HEADING}
+
+`{COMMAND}` runs the protocols of published numbers: each file of `configs/reproduce`
+has one, with its number, its source and the differences that stay in its head. Accuracies are in %, means ± standard
+deviations, with the number of runs in brackets. The interval of the difference is Welch's with both deviations. A
+number counts as reproduced if the interval holds 0 or lies above it; one value without a deviation, if ours lies within
+{ROUNDED:.0f} points of it. `benchmarks/reproduced` has a file for each run, with its accuracy matrix, versions,
+commits, processor and times.
+
+{table(chosen, found, causes)}
+
+"""
+
+
+def with_section(page: str, text: str) -> str:
+    """Return a page with the part that ``section`` returns replaced, up to the next heading of its rank.
+
+    Args:
+        page: that has the heading.
+        text: the new part.
+    """
+    before, after = page.split(f"{HEADING}\n", 1)
+    _, mark, rest = after.partition("\n## ")
+    return f"{before}{text}{mark[1:]}{rest}"
+
+
+# -- the runs ------------------------------------------------------------------------------------------------------
+
+
+def options_of(target: Target, run: str) -> dict[str, Any]:
+    """Return what a run adds to its configuration: its folder, its checkpoints, and a quiet screen.
+
+    Args:
+        target: the configuration.
+        run: name of the run's folder.
+    """
+    epochs = target.config["model"]["init_args"].get("epochs_per_task", 1)
+    every = math.gcd(*epochs) if isinstance(epochs, list) else epochs
+    savers: list[dict[str, Any]] = [
+        {"filename": "task-{epoch}-{step}", "every_n_epochs": every, "save_on_train_epoch_end": True},
+        {"filename": "time-{epoch}-{step}", "train_time_interval": SAVE_EVERY},
+    ]
+    return {
+        "trainer": {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(RUNS), "name": run}},
+            "callbacks": [{"class_path": "ModelCheckpoint", "init_args": saver} for saver in savers],
+        }
+    }
+
+
+def run_one(target: Target, seed: int, threads: int, root: str | None) -> str:
+    """Run one seed, or go on with it; return what there is to say.
+
+    Args:
+        target: the configuration.
+        seed: of the run.
+        threads: of the process.
+        root: folder of the data sets; the configuration's if None.
+
+    Raises:
+        ChildProcessError: the run has failed; the message ends with the last line of its log.
+    """
+    if seed in found_of(target._replace(seeds=(seed,))):
+        return "done"
+    name = f"{target.name}-{seed}"
+    folder = RUNS / name
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with _claimed(RUNS / f"{name}.lock") as lock:
+        if lock is None:
+            return "another process runs it"
+        digest = folder / "digest"
+        if folder.exists() and not (digest.exists() and digest.read_text() == target.digest):
+            shutil.rmtree(folder)  # of another configuration
+        folder.mkdir(exist_ok=True)
+        digest.write_text(target.digest)
+        options = folder / "options.yaml"
+        options.write_text(yaml.safe_dump(options_of(target, name)))
+        if _report(folder) is None:
+            command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(CONFIGS / f"{target.name}.yaml")]
+            command += ["--config", str(options), "--seed_everything", str(seed)]
+            command += ["--data.root", root] if root is not None else []
+            command += ["--ckpt_path", "last"] if any(folder.rglob("*.ckpt")) else []
+            with (folder / "commits").open("a") as commits:
+                commits.write(f"{commit()}\n")
+            _execute(command, folder, threads, lock)
+        report = _report(folder)
+        if report is None:
+            raise ChildProcessError(f"{name}: no report in {folder}")
+        found = record(target, seed, threads, json.loads(report.read_text()))
+        found["commits"] = [*dict.fromkeys((folder / "commits").read_text().split())]
+        found["seconds"]["all"] = _seconds(folder)
+        write(FOUND / f"{name}.json", found)
+    return "done now"
+
+
+def _report(folder: Path) -> Path | None:
+    """Return the report of a run that has ended; a run that was begun again has a folder for each beginning."""
+    files = folder.glob("version_*/report/accuracy_matrix.json")
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+
+
+@contextlib.contextmanager
+def _claimed(file: Path) -> Iterator[IO[str] | None]:
+    """Yield the open file if no other process has it, else None; the claim ends with all that inherit the file."""
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield lock
+
+
+def _execute(command: list[str], folder: Path, threads: int, lock: IO[str]) -> None:
+    """Run a command to its end and count its seconds; it is told to end when this process is."""
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    before, started = _seconds(folder), time.monotonic()
+    with (folder / "log.txt").open("a") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | limits, pass_fds=[lock.fileno()]
+        )
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                (folder / "seconds").write_text(str(before + time.monotonic() - started))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        said = [line for line in (folder / "log.txt").read_text().splitlines() if line.strip()]
+        raise ChildProcessError(f"{folder.name}: {said[-1] if said else 'nothing said'} ({folder / 'log.txt'})")
+
+
+def _seconds(folder: Path) -> float:
+    file = folder / "seconds"
+    return float(file.read_text() or 0) if file.exists() else 0.0
+
+
+def record(target: Target, seed: int, threads: int, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is kept of a run's report.
+
+    Args:
+        target: the configuration.
+        seed: of the run.
+        threads: of the process.
+        report: content of its ``accuracy_matrix.json``.
+    """
+    figures = dict.fromkeys([*FIGURES, *(theirs.figure for theirs in target.published)])
+    return {
+        "name": target.name,
+        "seed": seed,
+        "digest": target.digest,
+        "versions": report["versions"],
+        "processor": processor(on_gpu=report["peak_device_bytes"] is not None),
+        "threads": threads,
+        "seconds": {
+            "train": report["wall_time_s"]["train"],
+            "eval": report["wall_time_s"]["eval"] + report["wall_time_s"]["select"],
+        },
+        "figures": {figure: _percent(report, figure) for figure in figures},
+        "matrix": [[None if value is None else 100 * value for value in row] for row in report["matrix"]],
+    }
+
+
+def _percent(report: Mapping[str, Any], figure: str) -> float | None:
+    value: Any = functools.reduce(lambda part, key: part[key], figure.split("."), report)
+    return None if value is None else 100 * value
+
+
+def commit() -> str:
+    """Return the commit of the code, with a plus sign if files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "dcl_lightning")
+    return git("rev-parse", "HEAD") + ("+" if changed else "")
+
+
+def processor(on_gpu: bool = False) -> str:
+    """Return the name of the GPU or the CPU."""
+    if on_gpu:
+        import torch
+
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that readers see the old file or the new one, whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(file)
+
+
+def check_data(chosen: Sequence[Target], root: str | None) -> None:
+    """Refuse to begin without the data sets.
+
+    Args:
+        chosen: the configurations.
+        root: folder of the data sets; the configurations' if None.
+
+    Raises:
+        SystemExit: one is missing; with code 2, after a line that names it and the command that fetches it.
+    """
+    from dcl_lightning.data.sources.table import SOURCES, check_files
+    from dcl_lightning.errors import DatasetNotFoundError
+
+    for target in chosen:
+        data = target.config["data"]["init_args"]
+        try:
+            check_files(data["dataset"], root or data.get("root", "datasets"), False)
+        except DatasetNotFoundError as error:
+            fetch = f"python cli.py fit --config configs/reproduce/{target.name}.yaml --data.download true"
+            fetched = f": `{fetch} --trainer.fast_dev_run true` fetches it"
+            print(f"{error}{fetched if SOURCES[data['dataset']].downloadable else ''}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def main() -> int:
+    """Run what is asked for; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="configurations of this name, or else whose name begins so",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, help="in place of those in the head of each configuration")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
+    parser.add_argument("--root", help="folder of the data sets (default: that of the configurations, datasets)")
+    parser.add_argument("--list", action="store_true", help="print the configurations and how far they are")
+    parser.add_argument("--table", action="store_true", help="write the table into RESULTS.md from what was run so far")
+    options = parser.parse_args()
+    chosen = targets(options.only)
+    if options.list:
+        for target in chosen:
+            print(f"{target.name}: {target.title}; {len(found_of(target))} of {len(target.seeds)} runs")
+    if options.table:
+        RESULTS.write_text(with_section(RESULTS.read_text(encoding="utf-8"), section()), encoding="utf-8")
+    if options.list or options.table:
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    check_data(chosen, options.root)
+    failed = False
+    for target in chosen:
+        for seed in options.seeds or target.seeds:
+            try:
+                said = run_one(target, seed, options.threads, options.root)
+            except ChildProcessError as error:
+                said, failed = f"failed: {error}", True
+            print(f"{target.name}, seed {seed}: {said}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
