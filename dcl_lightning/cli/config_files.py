@@ -94,8 +94,8 @@ def with_one_optimizer(args: Sequence[str]) -> list[str]:
         for key, value in values.items():
             given[key] = number, source, value
         if values.get("optimizer", "") is None:
-            given = {key: entry for key, entry in given.items() if not key.startswith("optimizer")}
-    at = max((entry[0] for key, entry in given.items() if key.startswith("optimizer")), default=None)
+            given = {key: entry for key, entry in given.items() if not _is_of_optimizer(key)}
+    at = max((entry[0] for key, entry in given.items() if _is_of_optimizer(key)), default=None)
     if at is None:
         return list(args)
     added: list[str] = []
@@ -115,6 +115,10 @@ def with_one_optimizer(args: Sequence[str]) -> list[str]:
         if own != lr:
             rank_zero_info(f"{source}: model.lr={lr} is replaced by model.optimizer.lr={own}")
     return [*args, *added]
+
+
+def _is_of_optimizer(key: str) -> bool:
+    return key.partition(".")[0] == "optimizer"
 
 
 def _sources(args: Sequence[str]) -> Iterator[tuple[str, dict[str, object]]]:

@@ -58,6 +58,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--config own.yaml --model.lr 0.3", "Adam", 0.3, "model.optimizer.lr=0.003"),
         ("--config own.yaml --model.optimizer.lr 0.3", "Adam", 0.3, ""),
         ("--config shipped.yaml", "SGD", 0.02, ""),
+        ("--config shipped.yaml --model.optimizer_reset true", "SGD", 0.02, ""),
     ],
 )
 def test_the_rate_that_was_given_is_trained_with(
