@@ -36,7 +36,7 @@ class GDumb(RehearsingAgent):
     required = {"update": "step", "draw_from": "seen", "weighting": "none", "loss": "sum"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, reset_state_dict=True, **kwargs)
+        super().__init__(*args, forward="joint", reset_state_dict=True, **kwargs)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy of the representatives of all workers, and their logits."""

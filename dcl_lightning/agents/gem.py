@@ -49,6 +49,9 @@ class AGEM(RehearsingAgent):
     required = _REQUIRED
     _reference: Tensor | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, forward="joint", **kwargs)
+
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy of the new samples of all workers, and the logits of all samples."""
         new, old = slice(batch.num_new), slice(batch.num_new, None)
@@ -107,7 +110,7 @@ class GEM(RehearsingAgent):
     _sums: Tensor | None = None
 
     def __init__(self, *args: Any, margin: float = 0.5, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, forward="joint", **kwargs)
         check_number("model.margin", margin, at_least=0)
         self.margin = margin
 

@@ -73,7 +73,7 @@ class MIR(RehearsingAgent):
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of both cross entropies, each a mean over the samples of all workers, and the logits."""
-        logits = self(batch.inputs)
+        logits = self.outputs(batch)
         return self.cross_entropy(logits, batch), logits
 
     def retrieve(self, batch: Batch) -> Batch:
