@@ -22,8 +22,8 @@ FILES = ("cli.py", "README.md", "RESULTS.md", "CITATION.cff", "pyproject.toml", 
 def changes(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the files that a block of ``+`` and ``-`` changes, each with the lines of one place in it."""
     path, lines = "", []
-    for line in [*text.splitlines(), "dcl_lightning"]:
-        if line == "dcl_lightning" or line.startswith("--- "):
+    for line in [*text.splitlines(), "@@"]:
+        if line == "@@" or line.startswith("--- "):
             if lines:
                 yield path, lines
             lines = []

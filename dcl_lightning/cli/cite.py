@@ -36,10 +36,7 @@ def main(args: Sequence[str]) -> int:
     if given.model is not None:
         keys += _keys("model", given.model, _of_method(given.model))
     if given.dataset is not None:
-        if given.dataset not in DATASETS:
-            near = suggestion(given.dataset, DATASETS)
-            raise ConfigurationError(f"--data.dataset={given.dataset}: give one of {', '.join(DATASETS)}{near}")
-        keys += _keys("data.dataset", given.dataset, DATASETS[given.dataset])
+        keys += _keys("data.dataset", given.dataset, _of_dataset(given.dataset))
     print("\n".join(reference.bibtex for reference in references([*keys, PROJECT])), end="")
     return 0
 
@@ -54,6 +51,15 @@ def _of_method(name: str) -> tuple[str, ...]:
         near = suggestion(name, [*short, *agents.__all__])
         raise ConfigurationError(f"--model={name}: give one of {', '.join(short)}{near}")
     return papers or ()
+
+
+def _of_dataset(name: str) -> tuple[str, ...]:
+    from dcl_lightning.data.sources.table import SOURCES
+
+    if name not in SOURCES:
+        near = suggestion(name, SOURCES)
+        raise ConfigurationError(f"--data.dataset={name}: give one of {', '.join(SOURCES)}{near}")
+    return DATASETS.get(name, ())
 
 
 def _keys(flag: str, name: str, keys: tuple[str, ...]) -> tuple[str, ...]:

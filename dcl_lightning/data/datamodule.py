@@ -46,8 +46,8 @@ class ContinualDataModule(pl.LightningDataModule):
         scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (every task has all classes),
             ``blurry`` (as ``class``, but a share of each class leaks into the other tasks' training sets), ``none``
             (one task), ``given`` (by the data's task ids); the class path of a continuum scenario, or
-            ``{class_path: ..., init_args: ...}``; in Python also two scenario objects with their data, of training and
-            of test.
+            ``{class_path: ..., init_args: ...}``; in Python also two scenario objects with their data, one for training
+            and one for test.
         blurriness: share of each class that leaks in a blurry scenario, in [0, 1); 0.1 if None.
         sample_order: how a domain scenario splits the samples of a class into tasks: ``in_order`` of the data, or
             ``shuffled`` by ``seed``.
@@ -197,7 +197,7 @@ class ContinualDataModule(pl.LightningDataModule):
     # -- known before the data are read ----------------------------------------------------------------------------
 
     def _early_splits(self, scenario: object) -> sources.Splits | None:
-        """Read what only the data tell: the tasks of a built scenario, the classes of a folder or of a class path."""
+        """Read what only the data tell: the tasks of a continuum scenario, the classes of a folder or class path."""
         given = self._splits
         if scenario is not None:
             return splits_of_scenario(scenario, lambda: given or self._read())
@@ -428,7 +428,7 @@ class ContinualDataModule(pl.LightningDataModule):
         return PrefetchLoader(self._train_loader) if ahead else self._train_loader
 
     def batch_without_rows(self) -> Batch:
-        """Return a training batch of the loader's columns, types and shapes without rows."""
+        """Return an empty training batch with the loader's columns, dtypes and shapes."""
         none = torch.empty(0, dtype=torch.int64)
         inputs = torch.empty((0, *self.train_inputs.shape[1:]), dtype=self.train_inputs.dtype)
         return Batch(inputs, none, none, none, torch.empty(0), torch.zeros(()), none, 0)
@@ -504,7 +504,7 @@ class ContinualDataModule(pl.LightningDataModule):
         return loader
 
     def owners(self, size: int) -> Tensor | None:
-        """Return the worker ``(n,)`` int64, among ``size``, of each training sample; None if samples change workers."""
+        """Return the worker ``(n,)`` int64 that owns each training sample; None unless sharding is fixed."""
         return self.stream.owners(size, self.seed) if self.sharding == "fixed" and size > 1 else None
 
     def _eval_loader(self, inputs: Inputs, targets: Tensor, parts: Tensor, indices: Tensor) -> TaskLoader:
