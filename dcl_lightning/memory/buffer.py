@@ -50,10 +50,10 @@ class RehearsalBuffer:
     Args:
         num_classes: K, classes of the whole stream; 1 for data without labels.
         capacity: number of rows, that of the store.
-        policy: ``nil``, ``class_balanced``, ``reservoir``, ``greedy`` or ``fifo``.
+        policy: a key of ``POLICIES``.
         quota: ``fixed`` (capacity / K for each class) or ``adaptive`` (capacity / classes seen); makes no difference
             for ``reservoir``.
-        num_candidates: c; None for ``reservoir`` and ``greedy``.
+        num_candidates: c; None for policies to which all samples are offered.
         store: of the rows.
         seed: of the generator.
         num_samples: sample ids are below this number; if None, the map of ids grows as they come.

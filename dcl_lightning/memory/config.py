@@ -151,8 +151,8 @@ class RehearsalConfig(MemorySize):
         rehearsal_ratio: stored share of the training set, in (0, 1].
         num_samples: r, representatives added to each batch of a worker, at least 1.
         policy: decides which samples enter the memory and which leave it.
-        num_candidates: c, samples of each batch offered to the memory, at least 1. Not for ``reservoir`` and
-            ``greedy``, to which all samples are offered.
+        num_candidates: c, samples of each batch offered to the memory, at least 1. Not for policies such as
+            ``reservoir``, to which all samples are offered.
         quota: share of a class: ``fixed`` (of all classes of the stream, from the start) or ``adaptive`` (of the
             classes seen so far).
         update: insert samples at every training ``step``, or once at the ``task_end``.

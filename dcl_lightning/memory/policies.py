@@ -317,18 +317,28 @@ class Fifo(Policy):
         return Assignment(rows, slots, offered, entered, labels.size)
 
 
-PolicyName = Literal["nil", "class_balanced", "reservoir", "greedy", "fifo"]
-# To add a policy, write its class, add its name above and its line here.
+# To add a policy, write its class and add its name to both.
+PolicyName = Literal[
+    "nil",
+    "class_balanced",
+    "reservoir",
+    "greedy",
+    "fifo",
+]
 POLICIES: dict[str, type[Policy]] = {
-    "nil": Nil, "class_balanced": ClassBalanced, "reservoir": Reservoir, "greedy": Greedy, "fifo": Fifo,
-}  # fmt: skip
+    "nil": Nil,
+    "class_balanced": ClassBalanced,
+    "reservoir": Reservoir,
+    "greedy": Greedy,
+    "fifo": Fifo,
+}
 
 
 def policy_class(name: str, quota: str) -> type[Policy]:
     """Return the class of a policy.
 
     Args:
-        name: ``nil``, ``class_balanced``, ``reservoir``, ``greedy`` or ``fifo``.
+        name: a key of ``POLICIES``.
         quota: ``fixed`` or ``adaptive``, with which ``greedy`` is ``GreedyBalancing``.
 
     Raises:

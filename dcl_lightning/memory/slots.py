@@ -31,7 +31,7 @@ class Assignment(NamedTuple):
         slots: ``(m,)`` int64, distinct, the slots to write them to.
         offered: ``(K,)`` int64, samples of each class that were offered.
         entered: ``(K,)`` int64, new samples of each class that took a slot, including those that a later sample of the
-            batch replaced; None if the policy does not depend on age.
+            batch replaced; None unless the policy keeps a cursor among each class's slots.
         seen: number of samples in the batch, b.
     """
 
@@ -83,7 +83,7 @@ class SlotState:
         self.cursor = np.zeros(num_classes, dtype=np.int64)
         self.admitted = np.zeros(num_classes, dtype=np.bool_)
         self.filled = np.zeros(capacity, dtype=np.int64)
-        # For reports: the batch in which a slot's sample entered, and how often it was drawn since.
+        # For reports and resharding: the batch in which a slot's sample entered, and how often it was drawn since.
         self.entered = np.zeros(capacity, dtype=np.int64)
         self.drawn = np.zeros(capacity, dtype=np.int64)
         self.size = 0

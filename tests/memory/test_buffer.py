@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.memory.buffer import RehearsalBuffer, distinct, split_total
+from dcl_lightning.memory.policies import POLICIES
 from dcl_lightning.memory.storage import RowStore
-
-POLICIES = ["nil", "class_balanced", "reservoir", "greedy", "fifo"]
 
 
 def make(policy="class_balanced", quota="fixed", num_classes=4, capacity=12, c=3, seed=0):
     store = RowStore((torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)), capacity)
-    return RehearsalBuffer(
-        num_classes, capacity, policy, quota, None if policy in ("reservoir", "greedy") else c, store, seed
-    )
+    candidates = None if POLICIES[policy].offers_all else c
+    return RehearsalBuffer(num_classes, capacity, policy, quota, candidates, store, seed)
 
 
 def rows(labels, ids):
@@ -64,7 +62,11 @@ batches = st.lists(st.lists(st.integers(0, 40), max_size=12), max_size=10)
 
 @settings(max_examples=60, deadline=None)
 @given(
-    batches, st.sampled_from(POLICIES), st.sampled_from(["fixed", "adaptive"]), st.integers(1, 12), st.integers(1, 8)
+    batches,
+    st.sampled_from(list(POLICIES)),
+    st.sampled_from(["fixed", "adaptive"]),
+    st.integers(1, 12),
+    st.integers(1, 8),
 )
 def test_rows_are_rows_once_offered(stream, policy, quota, capacity, c):
     buffer = make(policy, quota, capacity=capacity, c=c)
