@@ -174,6 +174,7 @@ class ContinualDataModule(pl.LightningDataModule):
                 "stands; leave data.augment out, and give what you want of it as a transform"
             )
         self.num_classes = self._count_classes()
+        self._spec_as_read = self._spec_of_inputs()
         self._transforms = self._given_transforms(transform, eval_transform)
         self._normalisation = self._own_normalisation() if normalize == "dataset" else None
         if isinstance(normalize, Mapping):
@@ -220,13 +221,13 @@ class ContinualDataModule(pl.LightningDataModule):
     def input_spec(self) -> InputSpec:
         """Shape of one input of the network."""
         transform = self._transforms[0]
-        return self._read_spec() if transform is None else InputSpec(*transform.shape)
+        return self._spec_as_read if transform is None else InputSpec(*transform.shape)
 
-    def _read_spec(self) -> InputSpec:
+    def _spec_of_inputs(self) -> InputSpec:
         """Return the shape of one input as it is read."""
-        if self._source is None or self.scenario == "given":
-            inputs = self._splits.train_inputs if self._splits is not None else self.train_inputs
-            return InputSpec(*inputs.shape[1:])
+        if self._splits is not None and (self._source is None or self.scenario == "given"):
+            return InputSpec(*self._splits.train_inputs.shape[1:])
+        assert self._source is not None
         spec, size = self._source.input_spec, self.source_options.get("size")
         return spec if size is None else InputSpec(spec.channels, size, size)
 
@@ -236,12 +237,11 @@ class ContinualDataModule(pl.LightningDataModule):
         Raises:
             ConfigurationError: their results differ in shape from each other, or do not fit the normalisation.
         """
-        read = self._read_spec()
         made = tuple(
-            None if given is None else GivenTransforms(given, read, key)
+            None if given is None else GivenTransforms(given, self._spec_as_read, key)
             for given, key in ((train, "data.transform"), (evaluation, "data.eval_transform"))
         )
-        shapes = [tuple(read) if one is None else one.shape for one in made]
+        shapes = [tuple(self._spec_as_read) if one is None else one.shape for one in made]
         if shapes[0] != shapes[1]:
             raise ConfigurationError(
                 f"images have the shape {shapes[0]} in training and {shapes[1]} in evaluation: give data.transform and "

@@ -166,8 +166,10 @@ def _read(report: Path) -> Run:
     data = dict((config.get("data") or {}).get("init_args") or {})
     order = data.pop("class_order", None)
     data.pop("seed", None)
-    known = {**{name: facts[name] for name in ("agent", "dataset")}, "evaluated_on": facts.get("evaluated_on", "test")}
-    same = {"model": config.get("model"), "data": data} if config else known
+    if config:
+        same = {"model": config.get("model"), "data": data}
+    else:
+        same = {"agent": facts["agent"], "dataset": facts["dataset"], "evaluated_on": facts.get("evaluated_on", "test")}
     trainer = config.get("trainer") or {}
     same["trainer"] = {name: trainer[name] for name in _LEARNS if trainer.get(name) is not None}
     same["workers"] = facts.get("world_size")

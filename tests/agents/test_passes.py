@@ -35,6 +35,8 @@ def fit(name: str, folder: Path, trainer: dict[str, Any] | None = None, callback
     pl.seed_everything(seed)
     memory = {"buffer_size": 12, "num_samples": 4} | kwargs.pop("memory", {})
     options = {"epochs_per_task": 2, "lr": 0.05, "forward": "separate", "rehearsal": memory} | kwargs
+    if name == "mir":
+        options["num_rehearsed"] = 2
     agent = getattr(short_names, name)(Normed(), data.num_classes, **options)
     start, batches, inner = copy.deepcopy(nn.Sequential(agent.backbone, agent.head)), [], agent.training_loss
 

@@ -68,6 +68,7 @@ class FakeAgent(nn.Module):
         super().__init__()
         self.net = nn.Linear(3, 2)
         self.teacher = nn.Linear(3, 2).requires_grad_(False)
+        self.hparams = {}
 
 
 class FakeTrainer:
