@@ -536,7 +536,6 @@ def main() -> int:
         RESULTS.write_text(with_section(RESULTS.read_text(encoding="utf-8"), section()), encoding="utf-8")
     if options.list or options.table:
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     check_data(chosen, options.root)
     failed = False
     for target in chosen:
@@ -550,4 +549,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Ends the run that this process has started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
