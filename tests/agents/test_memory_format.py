@@ -38,7 +38,7 @@ def formats(agent: nn.Module) -> set[bool]:
     return {kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels}
 
 
-@pytest.mark.parametrize("name", ["base", "derpp", "agem", "icarl", "bic", "ewc"])
+@pytest.mark.parametrize("name", ["derpp", "agem", "icarl"])
 def test_channels_last_learns_what_contiguous_learns(name: str, tmp_path: Path) -> None:
     plain, last = (fit(name, tmp_path / form, form) for form in ("contiguous", "channels_last"))
     assert formats(plain) == {False}

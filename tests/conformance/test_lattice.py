@@ -21,7 +21,7 @@ from tests.conformance.lattice.examination import examine, shrunk
 
 SEED = int(os.environ.get("LATTICE_SEED", 20))
 ALONE = json.loads(os.environ.get("LATTICE_DRAW", "null"))
-FAST, ALL, PART = 300, 5_000, 10
+FAST, ALL, PART = 200, 5_000, 10
 
 counts: Counter[str] = Counter()
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # as its import has set it lower

@@ -61,4 +61,5 @@ if ALONE is None:
         with capsys.disabled():
             print(f"\nlattice on workers, seed {SEED}:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
         tried = counts["run"] + counts["refused"]
-        assert tried < FAST or counts["run"] >= 0.6 * tried
+        # Of all draws about 0.65 run: of twenty, hardly ever fewer than eight.
+        assert tried < FAST or counts["run"] >= 0.4 * tried
