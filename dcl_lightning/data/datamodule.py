@@ -133,8 +133,9 @@ class ContinualDataModule(pl.LightningDataModule):
         whole_number("data.passes", passes, 1, _MOST_PASSES + 1)
         if not 0 <= val_ratio < 1:
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
-        words: dict[str, object] = {"boundaries": boundaries, "sharding": sharding, "sample_order": sample_order}
-        words["evaluate_on"] = evaluate_on
+        words: dict[str, object] = {
+            "boundaries": boundaries, "sharding": sharding, "sample_order": sample_order, "evaluate_on": evaluate_on,
+        }  # fmt: skip
         if not isinstance(normalize, Mapping):
             words["normalize"] = normalize
         check_words("data", get_type_hints(ContinualDataModule.__init__), words)

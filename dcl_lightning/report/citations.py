@@ -97,7 +97,8 @@ def method_of(kind: type) -> str | None:
     Args:
         kind: class of the agent; the nearest of its bases counts.
     """
-    return next((base.__name__ for base in kind.__mro__ if "papers" in vars(base)), None)
+    base = _base_with_papers(kind)
+    return None if base is None else base.__name__
 
 
 def papers_of(kind: type) -> tuple[str, ...] | None:
@@ -106,4 +107,9 @@ def papers_of(kind: type) -> tuple[str, ...] | None:
     Args:
         kind: class of the agent; the nearest of its bases counts.
     """
-    return next((vars(base)["papers"] for base in kind.__mro__ if "papers" in vars(base)), None)
+    base = _base_with_papers(kind)
+    return None if base is None else vars(base)["papers"]
+
+
+def _base_with_papers(kind: type) -> type | None:
+    return next((base for base in kind.__mro__ if "papers" in vars(base)), None)

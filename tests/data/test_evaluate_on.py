@@ -52,7 +52,7 @@ def test_each_hold_out_is_tested_once_with_its_task_on_any_number_of_workers(kin
     for size in (1, 3):
         met: list[list[int]] = [[] for _ in range(data.num_tasks)]
         for rank in range(size):
-            data._place = lambda rank=rank, size=size: (rank, size)  # type: ignore[method-assign]
+            data._place = lambda rank=rank, size=size: (rank, size)
             for task, loader in enumerate(data.test_loaders(data.num_tasks - 1)):
                 for batch in loader:
                     met[task] += batch.sample_ids.tolist()

@@ -122,7 +122,7 @@ def inputs_of(data: ContinualDataModule, epoch: int, train: bool, size: int = 1)
     """Return what the network gets of each sample, over all workers."""
     found: dict[int, Tensor] = {}
     for rank in range(size):
-        data._place = lambda rank=rank: (rank, size)  # type: ignore[method-assign]
+        data._place = lambda rank=rank: (rank, size)
         data.task_id = 1
         data._train_loader = None
         for batch in data.train_dataloader() if train else data.test_loaders(1)[1]:

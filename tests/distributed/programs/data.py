@@ -61,7 +61,7 @@ def fit(folder: Path, strategy: str | Strategy, stage_to: str | None = None, **m
         losses.append(loss.detach().clone())
         return loss, logits
 
-    agent.training_loss = spy  # type: ignore[method-assign]
+    agent.training_loss = spy  # type: ignore[method-assign]  # records what it is given
     pl.Trainer(
         accelerator="cpu", strategy=strategy, devices=2, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,

@@ -60,7 +60,7 @@ class Runs:
             )  # fmt: skip
             return loss, logits
 
-        agent.training_loss = spy  # type: ignore[method-assign]
+        agent.training_loss = spy  # type: ignore[method-assign]  # records what it is given
         pl.Trainer(
             strategy="horovod", devices=2, accelerator="cpu", logger=False, default_root_dir=self.folder,
             callbacks=list(callbacks), enable_checkpointing=bool(callbacks), enable_progress_bar=False,

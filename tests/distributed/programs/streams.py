@@ -44,7 +44,7 @@ def run(folder: Path, sharding: str, update: str) -> dict[str, Any]:
         met.append(new[batch.weights[: batch.num_new] > 0])
         return inner(batch)
 
-    agent.training_loss = spy  # type: ignore[method-assign]
+    agent.training_loss = spy  # type: ignore[method-assign]  # records what it is given
     job = pl.Trainer(
         strategy="horovod", devices=2, accelerator="cpu", logger=False, default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -94,7 +94,7 @@ def passes_run(folder: Path, strategy: str, batch_size: int) -> None:
             batches.append(batch)
             return inner(batch)
 
-        agent.training_loss = spy  # type: ignore[method-assign]
+        agent.training_loss = spy  # type: ignore[method-assign]  # records what it is given
         job = trainer(strategy, 2 if strategy == "horovod" else 1, max_epochs=-1, default_root_dir=folder)
         job.fit(agent, datamodule=data)
         if isinstance(agent, ER):
