@@ -62,6 +62,7 @@ def main(folder: Path, name: str, workers: int) -> None:
         "matrix": matrix(agent).nan_to_num(-1),
         "memory": None if manager is None else memory_state(manager),
         "first": tell.first,
+        "steps": trainer.global_step,
     }
     torch.save(end, folder / f"end_{trainer.global_rank}.pt")
 
