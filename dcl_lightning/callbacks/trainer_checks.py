@@ -30,6 +30,7 @@ def refuse_contradictions(
     if data.boundaries == "hidden":
         _refuse_early_stopping(trainer)
     _refuse_limits(trainer)
+    _refuse_validation_of_nothing(trainer, data)
     _refuse_selection_on_test(trainer, data)
     _refuse_stochastic_averaging(trainer)
     _refuse_rare_validation(trainer, tasks, data)
@@ -37,9 +38,36 @@ def refuse_contradictions(
     _refuse_single_validation(trainer, module, data)
 
 
+def _refuse_validation_of_nothing(trainer: pl.Trainer, data: ContinualDataModule) -> None:
+    """Refuse callbacks that watch validation figures, and intervals of validation, where nothing is validated on."""
+    if data.validate_on is not None:
+        return
+    remedy = "set data.val_ratio above 0 to hold samples out"
+    if data.evaluate_on == "held_out":
+        remedy = "give data.evaluate_on=test"
+    for callback in callbacks_of(trainer):
+        monitored = monitored_by(callback)
+        if monitored.startswith("val/"):
+            raise ConfigurationError(
+                f"{type(callback).__name__}(monitor='{monitored}') watches figures of validation, and there is nothing "
+                f"to validate on: {remedy}, or data.select_on_test=true to select on what the report is of"
+            )
+    if not trainer.enable_validation:
+        return
+    for key, value, default in (
+        ("val_check_interval", trainer.val_check_interval, 1.0),
+        ("check_val_every_n_epoch", trainer.check_val_every_n_epoch, 1),
+    ):
+        if value != default:
+            raise ConfigurationError(
+                f"trainer.{key}={value} says when to validate, and there is nothing to validate on: {remedy}, or "
+                f"data.validate_on={data.evaluate_on} to watch the accuracy of what the report is of"
+            )
+
+
 def _refuse_selection_on_test(trainer: pl.Trainer, data: ContinualDataModule) -> None:
     """Refuse callbacks that watch validation figures where these are of the samples that the report is of."""
-    if data.select_on_test or not data.validates_on_tested:
+    if data.select_on_test or data.validate_on != data.evaluate_on:
         return
     what = "test data: set data.val_ratio above 0 to hold samples out"
     if data.evaluate_on == "held_out":
@@ -65,7 +93,7 @@ def _refuse_early_stopping(trainer: pl.Trainer) -> None:
 def _refuse_rare_validation(trainer: pl.Trainer, tasks: Sequence[Task], data: ContinualDataModule) -> None:
     """Refuse validation every n batches of an epoch where a task has fewer: Lightning would, but only in that task."""
     interval = None if validates_by_time(trainer) else trainer.val_check_interval
-    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.enable_validation:
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not _validates(trainer, data):
         return
     for task, batches in _epochs(trainer, tasks, data):
         batches = limited(batches, trainer.limit_train_batches)
@@ -108,9 +136,13 @@ def _epochs(trainer: pl.Trainer, tasks: Sequence[Task], data: ContinualDataModul
         yield task, max(-(-samples // rows), 1) * data.passes
 
 
+def _validates(trainer: pl.Trainer, data: ContinualDataModule) -> bool:
+    return trainer.enable_validation and data.validate_on is not None
+
+
 def _refuse_single_validation(trainer: pl.Trainer, module: pl.LightningModule, data: ContinualDataModule) -> None:
     """Refuse a validation step for one loader, where Lightning would once the second task has brought another."""
-    if data.num_tasks < 2 or not trainer.enable_validation:
+    if data.num_tasks < 2 or not _validates(trainer, data):
         return
     parameters = inspect.signature(module.validation_step).parameters
     index = parameters.get("dataloader_idx")
@@ -118,7 +150,7 @@ def _refuse_single_validation(trainer: pl.Trainer, module: pl.LightningModule, d
     if index.default is index.empty if index is not None else not takes_any:
         raise ConfigurationError(
             f"{type(module).__name__}.validation_step gets a loader for each task: add dataloader_idx=0 to its "
-            "arguments, or give trainer.limit_val_batches=0"
+            "arguments, or leave data.validate_on, data.val_ratio and data.select_on_test out"
         )
 
 

@@ -59,6 +59,10 @@ class ContinualDataModule(pl.LightningDataModule):
             None.
         concatenate_tasksets: whether task t trains on the data of tasks 0..t.
         val_ratio: share of each class of each task that is held out of training for validation, in [0, 1).
+        validate_on: what the fit is validated on, as often as the trainer says: ``held_out`` samples, or ``test``
+            samples to watch their accuracy. If None, on hold-outs where there are any beside what is evaluated, on what
+            is evaluated with ``select_on_test``, else not at all: no callback reads it, and each validation takes as
+            long as the evaluation of a task's end.
         evaluate_on: what the accuracy matrix, the report, ``test`` and ``predict`` are of: the ``test`` samples, or in
             their place the ``held_out`` ones of ``val_ratio``, which are training samples of the data set.
         select_on_test: allow callbacks to select on the samples that the report is of: on test samples if nothing is
@@ -106,6 +110,7 @@ class ContinualDataModule(pl.LightningDataModule):
         concatenate_tasksets: bool = False,
         val_ratio: float = 0.0,
         evaluate_on: Literal["test", "held_out"] = "test",
+        validate_on: Literal["held_out", "test"] | None = None,
         select_on_test: bool = False,
         boundaries: Literal["known", "hidden"] = "known",
         sharding: Literal["epoch", "fixed"] = "epoch",
@@ -135,18 +140,23 @@ class ContinualDataModule(pl.LightningDataModule):
             raise ConfigurationError(f"data.val_ratio={val_ratio}: give a share from 0 to below 1")
         words: dict[str, object] = {
             "boundaries": boundaries, "sharding": sharding, "sample_order": sample_order, "evaluate_on": evaluate_on,
+            "validate_on": validate_on,
         }  # fmt: skip
         if not isinstance(normalize, Mapping):
             words["normalize"] = normalize
         check_words("data", get_type_hints(ContinualDataModule.__init__), words)
-        if evaluate_on == "held_out" and not val_ratio:
-            raise ConfigurationError(
-                "data.evaluate_on=held_out with data.val_ratio=0: nothing is held out to evaluate on; give "
-                "data.val_ratio above 0, the share of each class, or data.evaluate_on=test"
-            )
+        for key, value in (("evaluate_on", evaluate_on), ("validate_on", validate_on)):
+            if value == "held_out" and not val_ratio:
+                raise ConfigurationError(
+                    f"data.{key}=held_out with data.val_ratio=0: nothing is held out to {key.removesuffix('_on')} on; "
+                    f"give data.val_ratio above 0, the share of each class, or data.{key}=test"
+                )
         self.root, self.download, self.boundaries, self.sharding = absolute(root), download, boundaries, sharding
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
         self.val_ratio, self.evaluate_on = val_ratio, evaluate_on
+        self.validate_on: Literal["held_out", "test"] | None = validate_on
+        if validate_on is None and (evaluate_on == "test" and val_ratio > 0 or select_on_test):
+            self.validate_on = "held_out" if val_ratio > 0 else "test"
         self.batch_size, self.passes = batch_size, passes
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)
         self.seed = self._own_seed = seed_of_run(seed)
@@ -372,11 +382,6 @@ class ContinualDataModule(pl.LightningDataModule):
         replay = self._replay
         return replay is not None and replay.replayed_per_batch is None and len(replay.replayed_ids(self.task_id)) > 0
 
-    @property
-    def validates_on_tested(self) -> bool:
-        """Whether validation is of the samples that the report is of, so that nothing may select on it unknowingly."""
-        return self.val_ratio == 0 or self.evaluate_on == "held_out"
-
     def _leave_fit(self) -> None:
         self._clock = self._replay = self._train_loader = None
         self._reader_pool.close()
@@ -458,18 +463,23 @@ class ContinualDataModule(pl.LightningDataModule):
         return inputs.pin_memory() if self._on_gpu() else inputs
 
     def val_dataloader(self) -> list[TaskLoader]:
-        """Return a loader for each task so far: its hold-outs, or its test set if nothing is held out.
+        """Return a loader for each task so far: its hold-outs, or its test set; none in a fit without ``validate_on``.
 
-        Outside a fit these are the tasks that the module was trained on, or all tasks if their number is unknown.
+        Outside a fit they are of the tasks that the module was trained on, or of all tasks if their number is unknown,
+        and without ``validate_on`` of the hold-outs if there are any.
         """
-        last = self._last_seen_task()
-        if self.val_ratio == 0:
-            return for_all(self.test_loaders(last))
+        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fits and self.validate_on is None:
+            return []
+        last = self.task_id if fits else self._last_seen_task()
+        if self.validate_on == "test" or self.val_ratio == 0:
+            rows = [self.stream.test_indices(t) for t in range(last + 1)]
+            return for_all([self._test_loader(indices) for indices in rows])
         held = [self.stream.held_indices(t) for t in range(last + 1)]
         return for_all([self.train_eval_loader(indices) for indices in held])
 
     def _last_seen_task(self) -> int:
-        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+        if self.trainer is None:
             return self.task_id
         seen = getattr(self.trainer.lightning_module, "tasks_seen", self._tasks_seen)
         return min(seen or self.num_tasks, self.num_tasks) - 1
@@ -486,13 +496,12 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def test_loaders(self, last_task: int) -> list[TaskLoader]:
         """Return loaders of what tasks 0..last_task are tested on, see ``evaluate_on``, each sample on one worker."""
-        stream = self.stream
-        rows = [stream.tested_indices(task) for task in range(last_task + 1)]
-        if self.evaluate_on == "held_out":
-            return [self.train_eval_loader(indices) for indices in rows]
-        return [
-            self._eval_loader(self.test_inputs, stream.test_targets, stream.test_parts, indices) for indices in rows
-        ]
+        rows = [self.stream.tested_indices(task) for task in range(last_task + 1)]
+        made = self.train_eval_loader if self.evaluate_on == "held_out" else self._test_loader
+        return [made(indices) for indices in rows]
+
+    def _test_loader(self, indices: Tensor) -> TaskLoader:
+        return self._eval_loader(self.test_inputs, self.stream.test_targets, self.stream.test_parts, indices)
 
     def train_eval_loader(self, indices: Tensor) -> TaskLoader:
         """Return a loader of training samples as evaluation sees them, each on exactly one worker.

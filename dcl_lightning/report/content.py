@@ -145,7 +145,7 @@ def _selection(trainer: pl.Trainer, data: ContinualDataModule) -> str:
     watchers = (*callbacks_of(trainer), *trainer.lr_scheduler_configs)
     if not any(monitored_by(watcher).startswith("val/") for watcher in watchers):
         return "none"
-    return data.evaluate_on if data.validates_on_tested else "validation"
+    return data.evaluate_on if data.validate_on == data.evaluate_on else "validation"
 
 
 def _number(value: Tensor) -> float | None:

@@ -177,7 +177,7 @@ def test_agents_learn_from_a_blurry_stream(options, tmp_path):
 
 
 def test_the_report_names_the_classes_that_a_task_is_tested_on(tmp_path):
-    data = make_data(scenario="blurry", blurriness=0.3)
+    data = make_data(validate_on="test", scenario="blurry", blurriness=0.3)
     make_trainer(tmp_path).fit(make_agent("base", data, epochs_per_task=1), datamodule=data)
     report = json.loads((tmp_path / "report" / "accuracy_matrix.json").read_text())
     assert report["task_classes"] == [[0, 1], [2, 3], [4, 5]]
@@ -196,7 +196,7 @@ class Validations(pl.Callback):
 
 def online(folder, interval, ckpt=None, callbacks=(), **options):
     # Tasks of 3, 5 and 1 batches.
-    data = make_data(increment=[2, 3, 1], batch_size=5)
+    data = make_data(validate_on="test", increment=[2, 3, 1], batch_size=5)
     agent, seen = make_agent("base", data, epochs_per_task=1), Validations()
     trainer = make_trainer(folder, [seen, *callbacks], val_check_interval=interval, **options)
     trainer.fit(agent, datamodule=data, ckpt_path=ckpt)
@@ -246,7 +246,7 @@ def test_early_stopping_between_two_validations_of_an_epoch_ends_the_task(tmp_pa
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             self.steps.append(module.clock.task_at(trainer.current_epoch))
 
-    data = make_data(batch_size=2)
+    data = make_data(validate_on="test", batch_size=2)
     agent, constant = make_agent("base", data), Constant()
     stop = EarlyStopping("constant", patience=1, check_on_train_epoch_end=False)
     trainer = make_trainer(tmp_path, [constant, stop], val_check_interval=2, enable_checkpointing=False)

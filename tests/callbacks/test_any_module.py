@@ -77,7 +77,7 @@ def trainer(folder: Path, *callbacks: pl.Callback, **kwargs) -> pl.Trainer:
 
 @pytest.mark.parametrize("kind", [Plain, Validated])
 def test_the_stream_runs_task_by_task(tmp_path: Path, kind: type) -> None:
-    clock, module, data = TaskClock(epochs_per_task=[1, 2, 3]), kind(), make_data()
+    clock, module, data = TaskClock(epochs_per_task=[1, 2, 3]), kind(), make_data(validate_on="test")
     trainer(tmp_path, clock, TaskReport(pictures=False)).fit(module, datamodule=data)
     epochs = {epoch: new for epoch, _, new in module.seen}
     assert epochs == {0: {0, 1}, 1: {2, 3}, 2: {2, 3}, 3: {4, 5}, 4: {4, 5}, 5: {4, 5}}
@@ -202,9 +202,9 @@ def test_one_task_needs_no_clock(tmp_path: Path, callbacks: list) -> None:
 def test_a_validation_step_for_one_loader_is_refused_before_training(tmp_path: Path) -> None:
     module = OneLoader()
     with pytest.raises(ConfigurationError, match="dataloader_idx=0"):
-        trainer(tmp_path, TaskClock()).fit(module, datamodule=make_data())
+        trainer(tmp_path, TaskClock()).fit(module, datamodule=make_data(validate_on="test"))
     assert module.seen == []
-    trainer(tmp_path, TaskClock(), limit_val_batches=0).fit(module, datamodule=make_data())
+    trainer(tmp_path, TaskClock(), limit_val_batches=0).fit(module, datamodule=make_data(validate_on="test"))
 
 
 class Theirs(pl.LightningModule):

@@ -77,7 +77,7 @@ class FakeTrainer:
 
 
 def make_trainer(folder, *callbacks, **kwargs):
-    data = SimpleNamespace(dataset_name="toys", seed=7, evaluate_on="test", validates_on_tested=True)
+    data = SimpleNamespace(dataset_name="toys", seed=7, evaluate_on="test", validate_on="test")
     defaults = {
         "callbacks": list(callbacks),
         "datamodule": data,
@@ -181,17 +181,18 @@ def test_without_matplotlib_no_picture(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("monitor", "evaluate_on", "the_same", "selection"),
+    ("monitor", "evaluate_on", "validate_on", "selection"),
     [
-        ("train/loss", "test", False, "none"),
-        ("val/acc", "test", False, "validation"),
-        ("val/acc", "test", True, "test"),
-        ("val/acc", "held_out", True, "held_out"),
+        ("train/loss", "test", "held_out", "none"),
+        ("val/acc", "test", "held_out", "validation"),
+        ("val/acc", "test", "test", "test"),
+        ("val/acc", "held_out", "held_out", "held_out"),
+        ("val/acc", "held_out", "test", "validation"),
     ],
 )
-def test_selection_is_told(tmp_path, monitor, evaluate_on, the_same, selection):
+def test_selection_is_told(tmp_path, monitor, evaluate_on, validate_on, selection):
     trainer = make_trainer(tmp_path, Clock(), SimpleNamespace(monitor=monitor))
-    trainer.datamodule.evaluate_on, trainer.datamodule.validates_on_tested = evaluate_on, the_same
+    trainer.datamodule.evaluate_on, trainer.datamodule.validate_on = evaluate_on, validate_on
     TaskReport(pictures=False).on_train_end(trainer, FakeAgent())
     assert (read(tmp_path)["evaluated_on"], read(tmp_path)["selection"]) == (evaluate_on, selection)
 

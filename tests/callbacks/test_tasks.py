@@ -61,7 +61,7 @@ WAYS = {
 
 def stopping_run(folder: Path, way: str, check: bool | None, savers=(), ckpt_path=None, seed: int = 0):
     options, value, limits, _ = WAYS[way]
-    metric, data = Metric(value), make_data()
+    metric, data = Metric(value), make_data(validate_on="test")
     agent = make_agent("base", data, epochs_per_task=EPOCHS, seed=seed)
     stopper = EarlyStopping(**{"monitor": "metric", "check_on_train_epoch_end": check} | options)
     trainer = make_trainer(folder, [metric, stopper, *savers], enable_checkpointing=bool(savers), **limits)
@@ -84,7 +84,7 @@ def test_an_early_stop_ends_its_task(tmp_path: Path, way: str, check: bool | Non
 
 
 def test_tasks_after_one_that_is_stopped_have_all_their_epochs(tmp_path: Path) -> None:
-    data = make_data()
+    data = make_data(validate_on="test")
     agent = make_agent("base", data, epochs_per_task=EPOCHS)
 
     class TaskNumber(Metric):
@@ -134,7 +134,7 @@ def test_a_users_own_stop_ends_the_run_also_where_early_stopping_stops(tmp_path:
     def stop(trainer, *_):
         trainer.should_stop = True
 
-    metric, data = Metric(), make_data()
+    metric, data = Metric(), make_data(validate_on="test")
     agent = make_agent("base", data, epochs_per_task=EPOCHS)
     user = type("User", (pl.Callback,), {hook: lambda self, trainer, *_: stop(trainer)})()
     stoppers = [EarlyStopping("metric", stopping_threshold=2.0), EarlyStopping("metric", mode="max")]
@@ -160,7 +160,7 @@ def test_a_fit_leaves_trainer_and_data_module_as_they_were(tmp_path: Path, fail:
                 raise RuntimeError
 
     mine, stopper = TaskClock(2), EarlyStopping("metric", patience=9)
-    data = make_data()
+    data = make_data(validate_on="test")
     trainer = make_trainer(tmp_path, [mine, ModelCheckpoint(tmp_path), stopper, Fail(), Metric()], max_epochs=6)
     before = state()
     if fail:
@@ -173,7 +173,7 @@ def test_a_fit_leaves_trainer_and_data_module_as_they_were(tmp_path: Path, fail:
 
 
 def test_a_refused_fit_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
-    data = make_data(boundaries="hidden")
+    data = make_data(validate_on="test", boundaries="hidden")
     trainer = make_trainer(tmp_path)
     before = list(trainer.callbacks)
     with pytest.raises(ConfigurationError, match="boundaries=hidden"):
@@ -183,11 +183,11 @@ def test_a_refused_fit_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
 
 def test_a_second_agent_on_the_same_trainer_has_a_clock_of_its_own(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    first, second = (make_agent("base", make_data(), epochs_per_task=n) for n in (2, 1))
-    trainer.fit(first, datamodule=make_data())
-    trainer.fit(second, datamodule=make_data())
-    fresh = make_agent("base", make_data(), epochs_per_task=1)
-    make_trainer(tmp_path).fit(fresh, datamodule=make_data())
+    first, second = (make_agent("base", make_data(validate_on="test"), epochs_per_task=n) for n in (2, 1))
+    trainer.fit(first, datamodule=make_data(validate_on="test"))
+    trainer.fit(second, datamodule=make_data(validate_on="test"))
+    fresh = make_agent("base", make_data(validate_on="test"), epochs_per_task=1)
+    make_trainer(tmp_path).fit(fresh, datamodule=make_data(validate_on="test"))
     assert trainer.global_step == TASKS * BATCHES
     assert torch.equal(weights(second), weights(fresh))
     assert second.clock.samples_seen == fresh.clock.samples_seen
@@ -208,7 +208,7 @@ def test_the_checkpoint_callback_is_lightnings(tmp_path: Path) -> None:
 
 
 def test_a_clock_of_ones_own_needs_no_checkpoints(tmp_path: Path) -> None:
-    data = make_data()
+    data = make_data(validate_on="test")
     trainer = make_trainer(tmp_path, [TaskClock(1)], enable_checkpointing=False)
     trainer.fit(make_agent("base", data), datamodule=data)
     assert trainer.global_step == TASKS * BATCHES
@@ -225,7 +225,7 @@ def test_a_subclass_among_the_callbacks_takes_the_place_of_ours(tmp_path: Path, 
             calls.append("start")
             super().on_train_start(trainer, module)
 
-    data = make_data()
+    data = make_data(validate_on="test")
     config = RehearsalConfig(buffer_size=12, policy="reservoir", weighting="none")
     mine = Mine(config) if kind is Rehearsal else Mine()
     agent = ER(MLP([8]), data.num_classes, rehearsal=config, input_spec=data.input_spec)
@@ -245,14 +245,14 @@ def test_two_clocks_are_refused(tmp_path: Path) -> None:
     class Mine(TaskClock):
         pass
 
-    data = make_data()
+    data = make_data(validate_on="test")
     with pytest.raises(ConfigurationError, match="TaskClock, Mine: give one TaskClock"):
         make_trainer(tmp_path, [TaskClock(), Mine()]).fit(make_agent("base", data), datamodule=data)
 
 
 @pytest.mark.parametrize("interval", [timedelta(milliseconds=1), "00:00:00:01", {"hours": 1}])
 def test_validation_by_time(tmp_path: Path, interval: object) -> None:
-    metric, data = Metric(), make_data()
+    metric, data = Metric(), make_data(validate_on="test")
     agent = make_agent("base", data)
     make_trainer(tmp_path, [metric], val_check_interval=interval).fit(agent, datamodule=data)
     assert len(metric.steps) == TASKS * 2 * BATCHES
@@ -268,7 +268,7 @@ def test_validation_by_time(tmp_path: Path, interval: object) -> None:
     ],
 )
 def test_limits_that_mean_nothing_over_tasks_are_refused(tmp_path: Path, limits: dict, words: str) -> None:
-    metric, data = Metric(), make_data()
+    metric, data = Metric(), make_data(validate_on="test")
     trainer = make_trainer(tmp_path, [metric, EarlyStopping("metric")], **limits)
     with pytest.raises(ConfigurationError, match=words):
         trainer.fit(make_agent("base", data), datamodule=data)
@@ -276,7 +276,7 @@ def test_limits_that_mean_nothing_over_tasks_are_refused(tmp_path: Path, limits:
 
 
 def test_changing_accumulation_is_refused_beside_a_schedule(tmp_path: Path) -> None:
-    data = make_data()
+    data = make_data(validate_on="test")
     changing = pl.callbacks.GradientAccumulationScheduler({0: 1, 2: 3})
     with pytest.raises(ConfigurationError, match="changes the steps of an epoch"):
         make_trainer(tmp_path, [changing]).fit(make_agent("base", data, milestones=[1]), datamodule=data)
@@ -293,7 +293,7 @@ def test_the_state_of_a_clock_is_read_without_the_other_workers(tmp_path: Path) 
             module.clock._comm = comm
 
     states: list[int] = []
-    data = make_data()
+    data = make_data(validate_on="test")
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     make_trainer(tmp_path, [Alone(), saver]).fit(make_agent("base", data), datamodule=data)
     assert states[:3] == [0, 5, 10], "as of the last save"
@@ -324,8 +324,8 @@ def test_one_agent_learns_one_set_of_labels(tmp_path: Path) -> None:
 
 
 def test_an_agent_that_learnt_nothing_takes_any_labels(tmp_path: Path) -> None:
-    data = make_data()
+    data = make_data(validate_on="test")
     agent = make_agent("base", data)
     with pytest.raises(ConfigurationError):
-        make_trainer(tmp_path, max_epochs=4).fit(agent, datamodule=make_data(class_order=[5, 4, 3, 2, 1, 0]))
+        make_trainer(tmp_path, max_epochs=4).fit(agent, datamodule=make_data(validate_on="test", class_order=[5, 4, 3, 2, 1, 0]))
     make_trainer(tmp_path).fit(agent, datamodule=data)

@@ -85,7 +85,7 @@ def test_val_acc_can_be_monitored_and_each_task_saves_its_best(tmp_path: Path) -
 
 
 def test_per_task_accuracies_are_logged_beside_val_acc(tmp_path: Path) -> None:
-    data = make_data()
+    data = make_data(validate_on="test")
     agent = make_agent("base", data)
     trainer = make_trainer(tmp_path)
     trainer.fit(agent, datamodule=data)
@@ -95,7 +95,7 @@ def test_per_task_accuracies_are_logged_beside_val_acc(tmp_path: Path) -> None:
 
 def test_validation_state_does_not_leak(tmp_path: Path) -> None:
     """A model that always says class 0 has accuracy 1/2 on task 0 and 0 on task 1, at every validation."""
-    data = make_data()
+    data = make_data(validate_on="test")
     agent = make_agent("base", data, epochs_per_task=1)
     agent.evaluate = lambda batch: torch.nn.functional.one_hot(batch.targets * 0, 6).float()
     seen: list[list[float]] = []

@@ -42,7 +42,7 @@ def test_every_step_resumes_to_the_same_end(tmp_path: Path, kind: str, options: 
 def test_early_stopping_ends_tasks_not_the_stream(tmp_path: Path, first: bool) -> None:
     stop = EarlyStopping("constant", patience=1)
     saver = ModelCheckpoint(tmp_path)
-    data = make_data()
+    data = make_data(validate_on="test")
     agent = make_agent("base", data, epochs_per_task=10)
     epochs: list[int] = []
 
@@ -69,13 +69,13 @@ def test_every_step_of_a_stream_with_early_stopping_resumes(tmp_path: Path) -> N
 
     saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     boundary = ModelCheckpoint(tmp_path / "epochs", save_top_k=-1, filename="{epoch}")
-    data = make_data()
+    data = make_data(validate_on="test")
     agent = make_agent("icarl", data, epochs_per_task=5)
     trainer = make_trainer(tmp_path, [*callbacks(), saver, boundary])
     trainer.fit(agent, datamodule=data)
     assert trainer.current_epoch == 6
     for path in [*sorted((tmp_path / "steps").glob("*.ckpt"))[::3], *sorted((tmp_path / "epochs").glob("*.ckpt"))]:
-        data2 = make_data()
+        data2 = make_data(validate_on="test")
         again = make_agent("icarl", data2, seed=5, epochs_per_task=5)
         trainer2 = make_trainer(tmp_path / "again", callbacks(), enable_checkpointing=False)
         trainer2.fit(again, datamodule=data2, ckpt_path=path)

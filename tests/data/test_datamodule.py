@@ -46,7 +46,7 @@ def ids(loader) -> list[int]:
 
 
 def test_clock_says_the_task_and_the_loader_stays() -> None:
-    data = make()
+    data = make(validate_on="test")
     loaders = []
     for epoch in range(10):
         loader = in_trainer(data, epoch).train_dataloader()

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -160,9 +161,74 @@ def test_selection_on_the_reported_hold_outs_is_refused(tmp_path: Path) -> None:
         return json.loads((tmp_path / folder / "report" / "accuracy_matrix.json").read_text())["selection"]
 
     with pytest.raises(ConfigurationError, match=r"select on the hold-outs that the report is of: .*evaluate_on=test"):
+        fit("refused", **HELD, validate_on="held_out")
+    with pytest.raises(ConfigurationError, match=r"nothing to validate on: give data\.evaluate_on=test, or .*select_on"):
         fit("refused", **HELD)
     assert fit("knowingly", **HELD, select_on_test=True) == "held_out"
     assert fit("apart", val_ratio=0.3) == "validation"
+
+
+class Watch(pl.Callback):
+    """Counts validations, and notes the samples of the last one."""
+
+    def __init__(self) -> None:
+        self.count, self.batches = 0, []
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.count, self.batches = self.count + 1, []
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, *_):
+        self.batches.append(batch.sample_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "validated"),
+    [
+        ({}, None),
+        ({"validate_on": "test"}, "test"),
+        ({"select_on_test": True}, "test"),
+        ({"val_ratio": 0.3}, "held_out"),
+        ({"val_ratio": 0.3, "validate_on": "held_out"}, "held_out"),
+        ({"val_ratio": 0.3, "validate_on": "test"}, "test"),
+        (HELD, None),
+        ({**HELD, "select_on_test": True}, "held_out"),
+        ({**HELD, "validate_on": "held_out"}, "held_out"),
+        ({**HELD, "validate_on": "test"}, "test"),
+    ],
+)
+def test_a_fit_validates_on_what_is_asked_for(tmp_path: Path, options: dict, validated: str | None) -> None:
+    data, watch = make_data(**options), Watch()
+    agent = make_agent("base", data)
+    make_trainer(tmp_path, [watch], enable_checkpointing=False).fit(agent, datamodule=data)
+    assert watch.count == (0 if validated is None else 6)  # epochs
+    if validated is not None:
+        held = torch.nonzero(data.stream.held).flatten()
+        expected = held if validated == "held_out" else torch.arange(len(data.test_targets))
+        assert torch.equal(torch.cat(watch.batches).sort().values, expected)
+    assert torch.isfinite(matrix(agent)).sum() == 6
+    # Asked for by a command of its own, there is always something.
+    watch.count = 0
+    make_trainer(tmp_path, [watch], enable_checkpointing=False).validate(agent, datamodule=data, verbose=False)
+    assert watch.count == 1
+
+
+@pytest.mark.parametrize("interval", [{"val_check_interval": 2}, {"check_val_every_n_epoch": 2}])
+def test_intervals_of_a_validation_of_nothing_are_refused(tmp_path: Path, interval: dict) -> None:
+    def fit(**kwargs: Any) -> None:
+        data = make_data(**kwargs)
+        make_trainer(tmp_path, **interval).fit(make_agent("base", data), datamodule=data)
+
+    key = next(iter(interval))
+    with pytest.raises(ConfigurationError, match=rf"trainer\.{key}=2 .*data\.val_ratio above 0 .*validate_on=test to"):
+        fit()
+    with pytest.raises(ConfigurationError, match=rf"trainer\.{key}=2 .*evaluate_on=test, .*validate_on=held_out to"):
+        fit(**HELD)
+    fit(validate_on="test")
+
+
+def test_validation_on_hold_outs_that_there_are_none_of_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"validate_on=held_out with data\.val_ratio=0: .*validate_on=test"):
+        make_data(validate_on="held_out")
 
 
 def fitted(folder: Path, data: ContinualDataModule, kind: str = "base", **kwargs: Any) -> Any:
