@@ -79,6 +79,9 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: processes of each worker that read image files; 0 reads in the training process; if None, one for
             each of the worker's cores, at most 8. Data sets of arrays need none.
         augment: whether training images are cropped and mirrored; the data set's default if None.
+        crop_fill: value of the pixels around an image that ``augment`` crops, in [0, 1], one number or one for each
+            channel; ``mean`` for the mean that images are normalised with, which makes it 0 for the network; black,
+            that is 0, if None.
         transform: transforms of your own of training images on the device, in place of these: ``class_path`` and
             ``init_args`` of one of ``torchvision.transforms.v2``, a list of them, or in Python any callables.
         eval_transform: likewise, of images in evaluation.
@@ -119,6 +122,7 @@ class ContinualDataModule(pl.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         augment: bool | None = None,
+        crop_fill: Literal["mean"] | float | list[float] | None = None,
         transform: dict[str, Any] | list[Any] | Callable[..., Any] | None = None,
         eval_transform: dict[str, Any] | list[Any] | Callable[..., Any] | None = None,
         normalize: Literal["dataset", "none"] | dict[str, float | list[float]] = "dataset",
@@ -195,6 +199,7 @@ class ContinualDataModule(pl.LightningDataModule):
                 f"data.transform makes images of {self.input_spec.channels} channels, for which data set "
                 f"'{self.dataset_name}' has no mean and deviation: give data.normalize"
             )
+        self._crop_fill = self._given_crop_fill(crop_fill)
         if self._read_root is None:
             self._splits = None  # of the source: training reads the copy
         self.num_tasks = self._count_tasks()
@@ -267,6 +272,40 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def _own_normalisation(self) -> Normalisation | None:
         return None if self._source is None else (self._source.mean, self._source.std)
+
+    @property
+    def _pad(self) -> int:
+        """Pixels around an image that is cropped on the device; 0 if none is."""
+        return (4 if self._source is None else self._source.pad) if self.augment else 0
+
+    def _given_crop_fill(self, given: str | float | list[float] | None) -> tuple[float, ...]:
+        """Return the value of these pixels, one number or one for each channel.
+
+        Raises:
+            ConfigurationError: none are added, or no such value.
+        """
+        if given is None:
+            return (0.0,)
+        if not self.augment:
+            raise ConfigurationError(
+                f"data.crop_fill={given}: no image is padded without data.augment; give data.augment=true, or leave "
+                "data.crop_fill out"
+            )
+        if not self._pad:
+            raise ConfigurationError(
+                f"data.crop_fill={given}: images of data set '{self.dataset_name}' are augmented without padding; "
+                "leave data.crop_fill out"
+            )
+        if given != "mean":
+            if isinstance(given, str):
+                raise ConfigurationError(f"data.crop_fill={given!r}: give mean, or numbers from 0 to 1")
+            return transforms.crop_fill_of(given, self.input_spec.channels)
+        if self._normalisation is None:
+            raise ConfigurationError(
+                "data.crop_fill=mean: images are not normalised, so that there is no mean; give a number from 0 to 1, "
+                "or data.normalize"
+            )
+        return self._normalisation[0]
 
     def _count_tasks(self) -> int:
         if self.scenario == "given":
@@ -550,14 +589,14 @@ class ContinualDataModule(pl.LightningDataModule):
         same: the run was trained on these.
 
         Raises:
-            ConfigurationError: data set, scenario, class order, tasks, hold-outs, normalisation, passes or what is
-                evaluated differ; the message names both.
+            ConfigurationError: data set, scenario, class order, tasks, hold-outs, normalisation, transforms, passes or
+                what is evaluated differ; the message names both.
         """
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         present = self._facts()
         # A checkpoint that was saved before an option existed is of a run with its default.
         defaults = {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test", "passes": 1}
-        defaults |= {"transform": None, "eval_transform": None}
+        defaults |= {"transform": None, "eval_transform": None, "crop_fill": [0.0]}
         saved = {**defaults, **state_dict["stream"]}
         same_data = saved["dataset"] == present["dataset"]
         names: tuple[str, ...] = ("class_order",)
@@ -581,6 +620,7 @@ class ContinualDataModule(pl.LightningDataModule):
             "normalisation": _listed(self.normalisation),
             "evaluate_on": self.evaluate_on,
             "passes": self.passes,
+            "crop_fill": list(self._crop_fill),
             "transform": None if self._transforms[0] is None else self._transforms[0].text,
             "eval_transform": None if self._transforms[1] is None else self._transforms[1].text,
         }
@@ -615,8 +655,7 @@ class ContinualDataModule(pl.LightningDataModule):
             key = (self.seed, epoch) if train else (0, 0)  # in evaluation each sample has the same draws each time
             inputs = transform(inputs, batch.draw_ids, *key)
         elif train and self.augment:
-            pad = self._source.pad if self._source is not None else 4
-            inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch, pad)
+            inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch, self._pad, self._crop_fill)
         if self.normalisation is None:
             inputs = transforms.to_float(inputs)
         else:

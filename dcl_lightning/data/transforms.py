@@ -17,8 +17,8 @@ from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.types import Batch
 
 __all__ = [
-    "GivenTransforms", "Normalisation", "TransformedInputs", "augment", "draws", "normalisation_of", "normalise",
-    "to_float",
+    "GivenTransforms", "Normalisation", "TransformedInputs", "augment", "crop_fill_of", "draws", "normalisation_of",
+    "normalise", "to_float",
 ]  # fmt: skip
 
 # Mean and deviation, one number of each for every channel, or one for all.
@@ -48,18 +48,28 @@ def normalisation_of(given: Mapping[str, float | Sequence[float]], channels: int
     """
     if set(given) != {"mean", "std"}:
         raise ConfigurationError(f"data.normalize={dict(given)}: give dataset, none, or mean and std")
-    numbers: dict[str, tuple[float, ...]] = {}
-    for name, value in given.items():
-        values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        if len(values) not in (1, channels):
-            raise ConfigurationError(
-                f"data.normalize.{name}={value} has {len(values)} numbers: give one, or one for each of {channels} "
-                "channels"
-            )
-        for number in values:
-            check_number(f"data.normalize.{name}", number, above=0 if name == "std" else None)
-        numbers[name] = tuple(map(float, values))
-    return numbers["mean"], numbers["std"]
+    mean = _numbers_of("data.normalize.mean", given["mean"], channels)
+    return mean, _numbers_of("data.normalize.std", given["std"], channels, above=0)
+
+
+def crop_fill_of(given: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return the values around an image that ``data.crop_fill`` gives, one number or one a channel, from 0 to 1.
+
+    Raises:
+        ConfigurationError: other numbers, or another number of them.
+    """
+    return _numbers_of("data.crop_fill", given, channels, at_least=0, at_most=1)
+
+
+def _numbers_of(key: str, given: float | Sequence[float], channels: int, **bounds: float) -> tuple[float, ...]:
+    values = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    if len(values) not in (1, channels):
+        raise ConfigurationError(
+            f"{key}={given} has {len(values)} numbers: give one, or one for each of {channels} channels"
+        )
+    for number in values:
+        check_number(key, number, **bounds)
+    return tuple(map(float, values))
 
 
 def normalise(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -116,8 +126,12 @@ def _mix(words: Tensor) -> Tensor:
     return state ^ ((state >> 31) & 0x1_FFFF_FFFF)
 
 
-def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int = 4) -> Tensor:
-    """Return a random crop of the zero-padded images, mirrored with probability 1/2; without padding, only mirrored.
+def augment(
+    inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int = 4, fill: tuple[float, ...] = (0.0,)
+) -> Tensor:
+    """Return a random crop of the padded images, mirrored with probability 1/2; without padding, only mirrored.
+
+    As torchvision's ``RandomCrop(size, padding=pad, fill=fill)`` and ``RandomHorizontalFlip`` of single samples.
 
     Args:
         inputs: ``(B, C, H, W)``, any dtype.
@@ -125,7 +139,13 @@ def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int 
         seed: seed of the run.
         epoch: epoch of the whole stream of tasks.
         pad: pixels added on each side before the crop.
+        fill: their value, one number or one a channel, in units of ``to_float``'s result.
+
+    Returns:
+        ``(B, C, H, W)``, of the inputs' dtype; float32 as from ``to_float`` if they are padded with other than 0.
     """
+    if pad and any(fill):
+        inputs = to_float(inputs)  # a value such as the mean lies between two of uint8
     count, channels, height, width = inputs.shape
     hashes = _hashes(sample_ids, seed, epoch, (0, 1, 2))
     mirrored = hashes[2] % 2
@@ -135,7 +155,10 @@ def augment(inputs: Tensor, sample_ids: Tensor, seed: int, epoch: int, pad: int 
         return both.index_select(0, images)
     tops, lefts = hashes[:2] % (2 * pad + 1)
     lefts = torch.where(mirrored.bool(), 2 * pad - lefts, lefts)
-    padded = torch.nn.functional.pad(both, (pad, pad, pad, pad))
+    padded = torch.nn.functional.pad(both, (pad, pad, pad, pad), value=fill[0])
+    if len(set(fill)) > 1:
+        padded = _per_channel(fill, inputs.device).expand_as(padded).clone()
+        padded[..., pad:-pad, pad:-pad] = both
     _, _, padded_height, padded_width = padded.shape
     # A row of the result is contiguous in memory: copying rows is many times as fast as gathering pixels.
     planes = images[:, None] * channels + torch.arange(channels, device=inputs.device)
