@@ -73,7 +73,7 @@ class Batch(NamedTuple):
             number in each further pass over it, and at each step for a rehearsed one.
         num_new: new samples, which come first; the rest, r of them, are rehearsed.
         rehearsed: what the agent stored of the rehearsed samples beside themselves, ``(r, ...)`` each, by name.
-        pass_index: 0-based pass over the new samples, of ``data.passes`` in a row.
+        passes_left: further passes over the new samples that follow this one, of ``data.passes`` in a row.
     """
 
     inputs: Tensor
@@ -85,7 +85,7 @@ class Batch(NamedTuple):
     draw_ids: Tensor
     num_new: int
     rehearsed: dict[str, Tensor] = {}  # never written to
-    pass_index: int = 0
+    passes_left: int = 0
 
 
 class Prediction(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dcl_lightning.data import transforms
 from dcl_lightning.data.images import AS_EVALUATED, ImageFiles, ReaderPool
-from dcl_lightning.data.loader import Inputs, PrefetchLoader, TaskLoader, for_all
+from dcl_lightning.data.loader import Inputs, PrefetchLoader, TaskLoader, draw_ids_of, for_all
 from dcl_lightning.data.scenarios import Label, TaskSplit, count_tasks, seed_of_run
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.continuum import splits_of_scenario
@@ -74,7 +74,7 @@ class ContinualDataModule(pl.LightningDataModule):
             (``fixed``), so that memories are disjoint.
         batch_size: training samples of a step and worker.
         passes: how many times in a row each training batch is trained on, as in online learning. Each pass has its own
-            random crops and its own representatives; the memory gets the samples in the first one.
+            random crops and its own representatives; the memory gets the samples after the last one.
         eval_batch_size: evaluation samples of a step and worker; ``batch_size``, but at least 256, if None.
         num_workers: processes of each worker that read image files; 0 reads in the training process; if None, one for
             each of the worker's cores, at most 8. Data sets of arrays need none.
@@ -479,7 +479,7 @@ class ContinualDataModule(pl.LightningDataModule):
         return Batch(inputs, none, none, none, torch.empty(0), torch.zeros(()), none, 0)
 
     def read_samples(self, ids: Tensor, epochs: Tensor) -> Tensor:
-        """Return the inputs of training samples as the loader gave them in earlier epochs.
+        """Return the inputs of training samples as the loader gave them in earlier epochs, in the last pass over them.
 
         Args:
             ids: ``(n,)`` int64 sample ids.
@@ -496,7 +496,9 @@ class ContinualDataModule(pl.LightningDataModule):
                 "row_format=inputs"
             )
         if isinstance(source, ImageFiles):
-            inputs = source.read(ids, epochs if self.augment else torch.full_like(ids, AS_EVALUATED), self.seed)
+            epochs = epochs if self.augment else torch.full_like(ids, AS_EVALUATED)
+            # The memory takes samples in the last pass over them.
+            inputs = source.read(ids, epochs, self.seed, draw_ids_of(ids, self.passes - 1))
         else:
             inputs = source[ids]
         return inputs.pin_memory() if self._on_gpu() else inputs

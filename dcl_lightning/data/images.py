@@ -183,20 +183,21 @@ class ImageFiles:
                 for part in parts:
                     part.cancel()
 
-    def read(self, rows: Tensor, epochs: Tensor, seed: int) -> Tensor:
+    def read(self, rows: Tensor, epochs: Tensor, seed: int, draw_ids: Tensor) -> Tensor:
         """Return images ``(n, 3, size, size)`` uint8 as they were in earlier epochs.
 
         Args:
             rows: ``(n,)`` int64.
             epochs: ``(n,)`` int64, the epoch of each random crop; ``AS_EVALUATED`` for evaluation's crop.
             seed: seed of the crops.
+            draw_ids: ``(n,)`` int64, by which each crop was drawn.
         """
         images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
         requests = []
         for epoch in epochs.unique().tolist():
             places = torch.nonzero(epochs == epoch).flatten()
             key = (seed, epoch) if epoch >= 0 and self.random_crop else None
-            requests.append((places, self._request(rows[places], rows[places], key)))
+            requests.append((places, self._request(rows[places], draw_ids[places], key)))
         for places, parts in requests:
             images[places] = torch.cat([self.reader_pool.result(part) for part in parts])
         return images

@@ -12,7 +12,7 @@ from dcl_lightning.data.images import ImageFiles
 from dcl_lightning.data.transforms import TransformedInputs
 from dcl_lightning.types import Batch, StateDict
 
-__all__ = ["Inputs", "PrefetchLoader", "TaskLoader", "for_all"]
+__all__ = ["Inputs", "PrefetchLoader", "TaskLoader", "draw_ids_of", "for_all"]
 
 
 Inputs = Tensor | ImageFiles | TransformedInputs
@@ -136,7 +136,7 @@ class TaskLoader:
             number, pass_index = divmod(step, self.passes)
             low = number * self.batch_size
             rows, *others = (column[low : low + self.batch_size] for column in columns)
-            draw_ids, num_new = rows + (pass_index << 48) if pass_index else rows, len(rows)
+            draw_ids, num_new = draw_ids_of(rows, pass_index), len(rows)
             in_step = float(num_new)
             if self.train:
                 in_step = sum(min(max(n - low, 0), self.batch_size) for n in counts) / self.size + self.num_rehearsed
@@ -159,7 +159,7 @@ class TaskLoader:
                 normalizer=normalizer,
                 draw_ids=draw_ids,
                 num_new=num_new,
-                pass_index=pass_index,
+                passes_left=self.passes - 1 - pass_index,
             )
 
     def _draw(self, step: int) -> Tensor:
@@ -174,6 +174,16 @@ class TaskLoader:
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue from a position of the current epoch; a position of another epoch means the beginning."""
         self._start = self._position = state_dict["position"] if state_dict["epoch"] == self.epoch else 0
+
+
+def draw_ids_of(rows: Tensor, pass_index: int) -> Tensor:
+    """Return what the augmentation of new samples is keyed by, ``(n,)`` int64.
+
+    Args:
+        rows: ``(n,)`` int64 sample ids.
+        pass_index: 0-based pass over them, of ``passes`` in a row.
+    """
+    return rows + (pass_index << 48) if pass_index else rows
 
 
 def _take(inputs: Tensor, rows: Tensor, pin_memory: bool) -> Tensor:

@@ -5,7 +5,7 @@ the slot that it would have taken, and if several took the same slot, the last o
 on its size and on the number of classes, not on the size of the memory. Two cases cost more: a new class under the
 adaptive quota redistributes all slots, and ``GreedyBalancing`` searches the whole memory for each row that it evicts.
 
-Each policy states what it does if a class comes again in a later task. Only ``Reservoir`` keeps samples of all tasks
+Each policy states what it does if a class comes again in a later task. Only the reservoirs keep samples of all tasks
 alike.
 """
 
@@ -24,8 +24,8 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.slots import Assignment, Integers, SlotState
 
 __all__ = [
-    "POLICIES", "ClassBalanced", "Fifo", "Greedy", "GreedyBalancing", "Nil", "Policy", "PolicyName", "Reservoir",
-    "make_policy", "policy_class",
+    "POLICIES", "ClassBalanced", "ClassReservoir", "Fifo", "Greedy", "GreedyBalancing", "Nil", "Policy", "PolicyName",
+    "Reservoir", "make_policy", "policy_class",
 ]  # fmt: skip
 
 
@@ -223,6 +223,37 @@ class Reservoir(Policy):
 
 
 @dataclass(frozen=True)
+class ClassReservoir(Policy):
+    """A reservoir for each class: each of its n samples seen so far is stored with probability R / n.
+
+    Exact under the adaptive quota, too, where a class loses random rows when others come: they are a reservoir of the
+    smaller size. A stored sample that comes again counts as seen and keeps its slot.
+
+    Source: Vitter, ACM TOMS 11 (1985), algorithm R, for each class; Avalanche's ``ClassBalancedBuffer`` (Carta et al.,
+    JMLR 24 (2023) 363), which keeps the samples of the largest random keys, has the same distribution.
+    """
+
+    candidates = None
+    offers_all: ClassVar[bool] = True
+    forgets: ClassVar[str | None] = None
+
+    def assign(self, state: SlotState, labels: Integers, ids: Integers | None, generator: Generator) -> Assignment:
+        """See :meth:`Policy.assign`."""
+        rows, stored, slots = _split(state, np.arange(labels.size), labels, ids)
+        order, _, position = _by_class(np.arange(labels.size), labels)
+        seen = np.empty_like(labels)  # of its class, up to each row
+        seen[order] = position + 1
+        seen += state.offered[labels]
+        rows, classes, rank = _by_class(rows, labels)
+        before, room = state.class_counts[classes] + rank, state.room[classes]
+        place = np.where(before < room, before, _below(seen[rows], generator))
+        offered = np.bincount(labels, minlength=state.num_classes)
+        rows, taken = _in_class(state, rows, classes, place, place < room)
+        rows, slots = _settle(rows, taken, stored, slots)
+        return Assignment(rows, slots, offered, None, labels.size)
+
+
+@dataclass(frozen=True)
 class Greedy(Policy):
     """Appends a sample if its class has room, and never overwrites.
 
@@ -322,6 +353,7 @@ PolicyName = Literal[
     "nil",
     "class_balanced",
     "reservoir",
+    "class_reservoir",
     "greedy",
     "fifo",
 ]
@@ -329,6 +361,7 @@ POLICIES: dict[str, type[Policy]] = {
     "nil": Nil,
     "class_balanced": ClassBalanced,
     "reservoir": Reservoir,
+    "class_reservoir": ClassReservoir,
     "greedy": Greedy,
     "fifo": Fifo,
 }

@@ -56,7 +56,7 @@ class Replay:
     # -- a step ------------------------------------------------------------------------------------
 
     def observe(self, batch: PyTree, epoch: int) -> None:
-        """Take the new samples of a step, as the memory shall store them; a further pass over them has none.
+        """Take the new samples of a step, as the memory shall store them; only the last pass over them has any.
 
         Args:
             batch: as the loader gave it, or as the network gets it.
@@ -66,7 +66,7 @@ class Replay:
             DataError: its rows are not like those of the memory.
         """
         self._batch = batch
-        if isinstance(batch, Batch) and batch.pass_index:
+        if isinstance(batch, Batch) and batch.passes_left:
             self._candidates = None
             return
         self._candidates = self.codec.encode(batch, epoch)

@@ -227,7 +227,7 @@ class BatchCodec(RowCodec):
             draw_ids=torch.cat([batch.draw_ids, ids + ((step + 1) << 32)]),
             num_new=batch.num_new,
             rehearsed={name: rows[name] for name in self.extra},
-            pass_index=batch.pass_index,
+            passes_left=batch.passes_left,
         )
 
     def _columns(self, batch: Batch, epoch: int) -> dict[str, Tensor]:

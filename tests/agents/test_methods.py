@@ -19,6 +19,7 @@ from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.backbones import MLP
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.functional import agem_projection, gem_projection, si_importance
+from dcl_lightning.memory.policies import POLICIES
 from tests.conformance.agents import make
 from tests.conformance.small_stream import make_data, make_trainer
 
@@ -406,7 +407,7 @@ def test_bic_takes_means_over_the_samples_that_train(loss, tmp_path):
 
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("row_format", ["inputs", "index", "augmented"])
-@pytest.mark.parametrize("policy", ["nil", "class_balanced", "reservoir", "greedy", "fifo"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_bic_is_fitted_to_all_stored_samples_that_are_held_out(policy, row_format, scope, tmp_path):
     memory = {"buffer_size": 30, "policy": policy, "row_format": row_format, "scope": scope, "quota": "fixed"}
     agent, _ = fit("bic", tmp_path, held_out=0.4, memory=memory)
@@ -560,6 +561,7 @@ def test_domains(name, tmp_path):
         ("fifo", {"scenario": "instance", "num_tasks": 2}, "overwrite its stored ones"),
         ("greedy", {"scenario": "domain", "num_tasks": 2}, "keeps the first samples of each class"),
         ("reservoir", {"scenario": "domain", "num_tasks": 2}, None),
+        ("class_reservoir", {"scenario": "domain", "num_tasks": 2}, None),
         ("nil", {}, None),
         ("nil", {"scenario": "domain", "num_tasks": 2, "concatenate_tasksets": True}, None),
     ],

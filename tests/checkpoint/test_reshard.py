@@ -165,11 +165,12 @@ def test_draws_are_unbiased_afterwards(size: int) -> None:
     assert again != make(24, size, 0, "class_balanced", "fixed").buffer.generator.bit_generator.state
 
 
-def test_a_reservoir_goes_on_as_one_over_all_samples_seen() -> None:
+@pytest.mark.parametrize("policy", ["reservoir", "class_reservoir"])
+def test_a_reservoir_goes_on_as_one_over_all_samples_seen(policy: str) -> None:
     """After dealing 2 -> 1 each of n samples is kept with capacity / n, the early and the late ones."""
     kept = Counter()
     for trial in range(400):
-        managers = [make(12, 2, rank, "reservoir", "adaptive") for rank in range(2)]
+        managers = [make(12, 2, rank, policy, "adaptive") for rank in range(2)]
         for rank, manager in enumerate(managers):
             manager.buffer.generator = np.random.default_rng((trial, rank))
         first = offer(managers, 5)

@@ -51,13 +51,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "arrays, global": {"execution": "blocking", "scope": "global"},
     "files, blocking": {"execution": "blocking", "policy": "reservoir"},
     "files, load": {"execution": "blocking", "prefetch": "batch", "policy": "class_balanced"},
+    "files, passes": {"execution": "blocking", "policy": "class_balanced"},
     "files, task end": {"update": "task_end", "draw_from": "past"},
 }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_references_are_rows_bit_for_bit(tmp_path: Path, pictures: Path, kind: str) -> None:
-    make = images if kind.startswith("arrays") else lambda: files(pictures)
+    passes = 3 if kind == "files, passes" else 1
+    make = images if kind.startswith("arrays") else lambda: files(pictures, passes=passes)
     rows, references = (fit(tmp_path / kept, make(), row_format=kept, **CONFIGS[kind]) for kept in ("inputs", "index"))
     assert_same_fit(references, rows)
     assert buffer_of(references[0]).state.size > 6

@@ -45,7 +45,7 @@ def test_each_batch_comes_as_often_in_a_row_and_any_place_resumes(
         assert len(walked) == len(several) == passes * len(plain)
         for step, batch in enumerate(several):
             number, index = divmod(step, passes)
-            assert batch.pass_index == index
+            assert batch.passes_left == passes - 1 - index
             for name in ("inputs", "targets", "task_ids", "sample_ids", "weights", "normalizer", "num_new"):
                 found, expected = getattr(batch, name), getattr(plain[number], name)
                 assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected)), name
@@ -140,14 +140,18 @@ def test_each_pass_draws_for_itself_and_the_memory_gets_the_batch_once(memory: d
     agent = make("er", data, memory=memory, epochs_per_task=2)
     seen = Recorder(agent)
     make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
-    assert [b.pass_index for b in seen.batches] == [0, 1, 2] * (len(seen.batches) // 3)
-    other = 0
+    assert [b.passes_left for b in seen.batches] == [2, 1, 0] * (len(seen.batches) // 3)
+    other, stored = 0, set()
     for first in range(0, len(seen.batches), 3):
         three = seen.batches[first : first + 3]
         new = [b.sample_ids[: b.num_new].tolist() for b in three]
         assert new[0] == new[1] == new[2]
         assert not torch.equal(three[0].inputs[: len(new[0])], three[1].inputs[: len(new[0])])
-        other += len({tuple(b.sample_ids[b.num_new :].tolist()) for b in three}) > 1
+        rehearsed = [b.sample_ids[b.num_new :].tolist() for b in three]
+        other += len(set(map(tuple, rehearsed))) > 1
+        # A batch is rehearsed from the next one's first pass on.
+        assert stored.issuperset(sample for ids in rehearsed for sample in ids)
+        stored |= set(new[0])
     assert other > 10
     buffer = agent.rehearsal.manager.buffer
     assert buffer.state.offers == len(seen.batches) // 3
@@ -155,20 +159,20 @@ def test_each_pass_draws_for_itself_and_the_memory_gets_the_batch_once(memory: d
     assert agent.rehearsal.manager.steps >= len(seen.batches) - 6  # each draws; an epoch's last step does not
 
 
-def test_what_an_agent_stores_is_of_the_first_pass(tmp_path: Path) -> None:
+def test_what_an_agent_stores_is_of_the_last_pass(tmp_path: Path) -> None:
     data = make_data(passes=3)
     agent = make("derpp", data, epochs_per_task=1)
     seen = Recorder(agent)
     make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
-    first: dict[int, Tensor] = {}
+    last: dict[int, Tensor] = {}
     for batch, logits in zip(seen.batches, seen.logits, strict=True):
-        if not batch.pass_index:
-            first |= dict(zip(batch.sample_ids[: batch.num_new].tolist(), logits[: batch.num_new], strict=True))
+        if not batch.passes_left:
+            last |= dict(zip(batch.sample_ids[: batch.num_new].tolist(), logits[: batch.num_new], strict=True))
     buffer = agent.rehearsal.manager.buffer
     rows = buffer.store.gather(buffer.slots_at(torch.arange(len(buffer))))
     assert len(rows["sample_ids"]) == 12
     for sample, logits in zip(rows["sample_ids"].tolist(), rows["logits"], strict=True):
-        assert torch.equal(first[sample], logits)
+        assert torch.equal(last[sample], logits)
 
 
 def test_limits_count_each_pass(tmp_path: Path) -> None:
@@ -176,7 +180,7 @@ def test_limits_count_each_pass(tmp_path: Path) -> None:
     agent = make("er", data, memory={"update": "task_end"}, epochs_per_task=1)
     seen = Recorder(agent)
     make_trainer(tmp_path, limit_val_batches=0, limit_train_batches=4).fit(agent, datamodule=data)
-    assert [b.pass_index for b in seen.batches] == [0, 1, 2, 0] * 3
+    assert [b.passes_left for b in seen.batches] == [2, 1, 0, 2] * 3
     # The pass over a task's samples at its end takes as many as the epoch did: two batches of five.
     assert int(agent.rehearsal.manager.buffer.offered.sum()) == 3 * 10
 
@@ -257,7 +261,7 @@ def test_with_another_batch_size_it_goes_on_with_a_whole_batch(batch_size: int, 
         first = 3 * (-(-14 // batch_size) + whole_batches)
         _, seen = fitted(tmp_path / "again", tmp_path / "s" / f"step={step}.ckpt", batch_size=batch_size, passes=3)
         found, expected = (
-            [(b.pass_index, b.sample_ids.tolist()) for b in batches] for batches in (seen.batches, wanted.batches)
+            [(b.passes_left, b.sample_ids.tolist()) for b in batches] for batches in (seen.batches, wanted.batches)
         )
         assert found == expected[first:], step
 

@@ -122,7 +122,7 @@ def test_a_saved_state_goes_on_alike(tmp_path, policy, quota):
         assert all(torch.equal(a, b) for a, b in zip(stored(first), stored(second), strict=True))
 
 
-@pytest.mark.parametrize("policy", ["nil", "class_balanced", "greedy", "fifo"])
+@pytest.mark.parametrize("policy", ["nil", "class_balanced", "class_reservoir", "greedy", "fifo"])
 def test_quotas(policy):
     fixed, adaptive = make(policy, "fixed", c=8), make(policy, "adaptive", c=8)
     for label, room in enumerate(([12], [6, 6], [4, 4, 4], [3, 3, 3, 3])):

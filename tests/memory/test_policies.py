@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -12,7 +12,16 @@ import torch
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory import policies
 from dcl_lightning.memory.buffer import RehearsalBuffer
-from dcl_lightning.memory.policies import ClassBalanced, Fifo, Greedy, GreedyBalancing, Nil, Reservoir, make_policy
+from dcl_lightning.memory.policies import (
+    ClassBalanced,
+    ClassReservoir,
+    Fifo,
+    Greedy,
+    GreedyBalancing,
+    Nil,
+    Reservoir,
+    make_policy,
+)
 from dcl_lightning.memory.slots import SlotState, class_quotas
 from dcl_lightning.memory.storage import RowStore
 
@@ -89,6 +98,111 @@ def test_reservoir_is_uniform_over_subsets(monkeypatch, capacity, steps):
     subsets = torch.combinations(torch.arange(count), size).shape[0]
     assert len(found) == subsets
     assert all(chance == pytest.approx(1 / subsets) for chance in found.values())
+
+
+class Choices:
+    """A generator and a ``_below`` that follow a path of choices; ``more`` ways to go on from its end, if any."""
+
+    def __init__(self, path):
+        self.path, self.weight, self.more = iter(path), 1.0, 0
+
+    def choose(self, number):
+        choice = next(self.path, None)
+        if choice is None:
+            self.more = self.more or number
+            return 0
+        self.weight /= number
+        return choice
+
+    def below(self, bounds, _generator):
+        return np.array([self.choose(max(bound, 1)) for bound in bounds.tolist()], dtype=np.int64)
+
+    def permutation(self, rows):
+        orders = list(permutations(rows.tolist()))
+        return np.array(orders[self.choose(len(orders))], dtype=np.int64)
+
+
+def adaptive_histories(monkeypatch, capacity, batches, num_classes):
+    """Exact distribution of the ids stored after each batch, under the adaptive quota."""
+    found: Counter = Counter()
+    paths = [()]
+    while paths:
+        path = paths.pop()
+        choices = Choices(path)
+        monkeypatch.setattr(policies, "_below", choices.below)
+        memory, history, first = Memory(ClassReservoir(), num_classes, capacity), [], 0
+        memory.state = SlotState(num_classes, capacity, np.zeros(num_classes, dtype=np.int64))
+        for labels in map(np.array, batches):
+            memory.state.admit(labels, choices, oldest_leave=False)
+            memory.content[memory.state.labels < 0] = -1
+            memory.add(np.arange(first, first + labels.size), labels)
+            first += labels.size
+            history.append(memory.stored())
+            if choices.more:
+                break
+        if choices.more:
+            paths += [(*path, choice) for choice in range(choices.more)]
+        else:
+            found[tuple(history)] += choices.weight
+    return found
+
+
+def histories_by_keys(capacity, batches):
+    """The same of Avalanche's ``ClassBalancedBuffer``, by its definition.
+
+    Each sample has a random key. A class keeps the samples of its largest keys, as many as its share of the capacity
+    among the classes met so far. After a batch its classes keep the best by their share before it, then all classes
+    the best by their share after it.
+    """
+    labels = [label for batch in batches for label in batch]
+    classes = sorted(set(labels))
+    orders = [list(permutations([i for i, label in enumerate(labels) if label == c])) for c in classes]
+    found: Counter = Counter()
+    for best_first in product(*orders):
+        rank = {i: place for order in best_first for place, i in enumerate(order)}
+        groups, shares, history, first = {}, {}, [], 0
+        for batch in batches:
+            new = {c: [first + k for k, label in enumerate(batch) if label == c] for c in sorted(set(batch))}
+            first += len(batch)
+            met = sorted(set(groups) | set(new))
+            share, rest = divmod(capacity, len(met))
+            sizes = {c: share + (place < rest) for place, c in enumerate(met)}
+            for c, samples in new.items():
+                whole = sorted(groups.get(c, []) + samples, key=rank.__getitem__)
+                groups[c] = whole[: shares.get(c, sizes[c])]
+            groups, shares = {c: kept[: sizes[c]] for c, kept in groups.items()}, sizes
+            history.append(tuple(sorted(i for kept in groups.values() for i in kept)))
+        found[tuple(history)] += 1
+    count = sum(found.values())
+    return {history: number / count for history, number in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("capacity", "batches"),
+    [
+        (2, [[0], [0], [0], [1], [0, 1]]),
+        (3, [[0, 0], [0], [0, 1], [1, 1]]),
+        (3, [[1, 1, 1], [1, 0], [0, 0]]),
+        (4, [[0, 0, 0, 0], [1, 2]]),
+        (4, [[0, 0], [0, 1, 0], [1, 2]]),
+        (2, [[2, 2], [0], [1, 2], [1, 0]]),
+        (1, [[1], [0, 1], [1, 0]]),
+        (5, [[0, 1, 0, 1], [1, 0, 1]]),
+    ],
+)
+def test_class_reservoir_stores_what_avalanches_class_balanced_buffer_does(monkeypatch, capacity, batches):
+    # What is stored after each batch, jointly: not only is each memory alike, but also the way from one to the next.
+    num_classes = 1 + max(label for batch in batches for label in batch)
+    found = adaptive_histories(monkeypatch, capacity, batches, num_classes)
+    wanted = histories_by_keys(capacity, batches)
+    assert set(found) == set(wanted)
+    assert all(chance == pytest.approx(wanted[history]) for history, chance in found.items())
+
+
+@pytest.mark.parametrize("steps", [[[0, 1, 2, 3]], [[0], [1, 2], [3]]])
+def test_class_reservoir_is_a_reservoir_of_each_class(monkeypatch, steps):
+    found = enumerated(monkeypatch, lambda: Memory(ClassReservoir(), 1, 2), steps)
+    assert sorted(found.values()) == [pytest.approx(1 / 6)] * 6
 
 
 @pytest.mark.parametrize(
@@ -182,7 +296,9 @@ def test_reservoir_by_simulation_keeps_one_of_two_half_the_time():
     assert abs(first - 500) < 4 * 250**0.5
 
 
-@pytest.mark.parametrize("policy", [ClassBalanced(4), Reservoir(), Fifo(4), Greedy(), GreedyBalancing()])
+@pytest.mark.parametrize(
+    "policy", [ClassBalanced(4), Reservoir(), ClassReservoir(), Fifo(4), Greedy(), GreedyBalancing()]
+)
 def test_a_stored_sample_is_refreshed(policy):
     memory = Memory(policy, 2, 8)
     memory.add([3, 3, 3], [1, 1, 1])
@@ -205,7 +321,7 @@ def test_rooms_share_with_what_is_left_in_a_fixed_order():
 
 
 def test_classes_without_room_store_nothing():
-    for policy in (Nil(6), ClassBalanced(4), Fifo(6), Greedy()):
+    for policy in (Nil(6), ClassBalanced(4), ClassReservoir(), Fifo(6), Greedy()):
         memory = Memory(policy, 3, 2)
         memory.add(range(6), [0, 1, 2] * 2)
         assert memory.state.class_counts.tolist() == [1, 1, 0]
@@ -298,6 +414,7 @@ AGAIN = [[k, k + 1] for k in range(10, 20, 2)]
         (ClassBalanced(20), 4 * (3 / 4) ** 10),
         (ClassBalanced(1), 4 * (1 - (1 / 2) / 4) ** 10),
         (Reservoir(), 4 * 4 / 14),
+        (ClassReservoir(), 4 * 4 / 14),
         (Fifo(2), 0),
         (Greedy(), 4),
         (GreedyBalancing(), 4),
@@ -312,9 +429,10 @@ def test_what_is_left_of_a_task_whose_class_comes_again(policy, left):
 def test_make_policy():
     assert make_policy("nil", 3) == Nil(3)
     assert make_policy("reservoir", None) == Reservoir()
+    assert make_policy("class_reservoir", None) == ClassReservoir()
     assert make_policy("greedy", None) == Greedy()
     assert make_policy("greedy", None, "adaptive") == GreedyBalancing()
-    for name in ("reservoir", "greedy"):
+    for name in ("reservoir", "class_reservoir", "greedy"):
         with pytest.raises(ConfigurationError, match="remove num_candidates=4"):
             make_policy(name, 4)
     for name, c in (("nil", None), ("fifo", 0), ("class_balanced", -1), ("ring", 1)):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dcl_lightning.agents import short_names
+from dcl_lightning.memory.policies import POLICIES
 
 Draw = dict[str, Any]
 
@@ -38,7 +39,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "size": ({"buffer_size": 9}, {"buffer_size": 16}, {"num_representatives": 2}, {"rehearsal_ratio": 0.3}),
     "num_samples": (3, 1, 5),
     "num_candidates": (None, 2, 4),
-    "policy": (None, "nil", "class_balanced", "reservoir", "greedy", "fifo"),
+    "policy": (None, "nil", "class_balanced", "reservoir", "class_reservoir", "greedy", "fifo"),
     "quota": (None, "fixed", "adaptive"),
     "update": (None, "step", "task_end"),
     "draw_from": (None, "seen", "past"),
@@ -88,6 +89,8 @@ OWN_AXES = ("head", "forward", "unmet_classes", "draws")
 MEMORY_AXES = ("num_samples", "num_candidates", "policy", "quota", "update", "draw_from", "loss", "weighting", "scope",
            "execution", "prefetch", "row_format", "storage")  # fmt: skip
 
+OFFERING_ALL = tuple(name for name, policy in POLICIES.items() if policy.offers_all)
+
 # How often an axis leaves its default; the others do so half of the time, those without a default always.
 _OFTEN = {
     "agent": 1.0, "second": 1.0, "seed": 1.0, "optimizer": 0.15, "policy": 0.4, "quota": 0.3, "update": 0.3,
@@ -133,7 +136,7 @@ def draw(seed: int, number: int) -> Draw:
                 found["validation"] = "every_second_batch"
         if found.get("prefetch") not in (None, "sample") and found.get("execution") in (None, "inline"):
             found["execution"] = "blocking"
-        if found.get("policy") in ("reservoir", "greedy"):
+        if found.get("policy") in OFFERING_ALL:
             found.pop("num_candidates", None)
             if agent.startswith("nil"):
                 found["weighting"] = "none"
@@ -151,7 +154,7 @@ def draw(seed: int, number: int) -> Draw:
         if agent in ICARL and found.get("execution") == "nonblocking":
             found.pop("execution")
         own = getattr(getattr(kind, "memory", None), "policy", None)
-        if found.get("policy", own) in ("reservoir", "greedy"):
+        if found.get("policy", own) in OFFERING_ALL:
             found.pop("num_candidates", None)
     applies = _applicable(agent)
     return {axis: value for axis, value in found.items() if applies(axis)}

@@ -42,7 +42,7 @@ def policy_counts(config: Any, truth: Truth, capacity: int, offers: list[list[in
     share, rest = divmod(capacity, max(int(classes.sum()), 1))
     room = torch.where(classes, share + (classes.cumsum(0) - 1 < rest).long(), 0)
     most = torch.minimum(room, of_class)
-    if config.policy in ("class_balanced", "greedy"):
+    if config.policy in ("class_balanced", "class_reservoir", "greedy"):
         # Every sample is offered, and a class with room takes it.
         return Counts(int(most.sum()), most, most)
     times = torch.bincount(truth.labels[torch.tensor([i for b in offers for i in b], dtype=torch.int64)],
