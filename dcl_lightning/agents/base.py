@@ -116,7 +116,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             weight decay, and with its own rate if it has one, as in ``partial(Adam, lr=0.001)``, and ``lr`` is None.
         optimizer_reset: whether each task starts with a fresh optimizer state and schedule.
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
-        train_classes: train the outputs of ``all`` classes, or only of those ``seen`` so far.
+        train_classes: train the outputs of ``all`` classes, or only of those ``seen`` so far: of the tasks that have
+            started, as a head does that gets outputs for a task's classes at its start.
         memory_format: order in which convolutions store weights and maps, PyTorch's ``contiguous`` or
             ``channels_last``, which is faster for small convolutions on a CPU and in 16-bit precision on a GPU.
         task_aware: whether to report also the accuracy with the task known: scores restricted to the

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP, CosineHead
 from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.types import Batch
 from tests.conformance.agents import NAMES, STREAMS, make
 from tests.conformance.rehearsal_runs import same
 from tests.conformance.small_stream import make_data, make_trainer
@@ -270,3 +271,70 @@ def test_streams_whose_classes_have_no_task_are_refused(stream, words, tmp_path:
     data = make_data(**stream)
     with pytest.raises(ConfigurationError, match=words):
         make_trainer(tmp_path).fit(make("base", data, head="per_task"), datamodule=data)
+
+
+class GrowingHead(nn.Module):
+    """A linear layer that gets an output for each class of a task when the task starts, as Avalanche's does.
+
+    Outputs of classes that are missing are -1000 for the loss. New ones begin as ``initial`` says, so that they begin
+    as those of a layer that has all of them from the start.
+    """
+
+    def __init__(self, initial: nn.Linear) -> None:
+        super().__init__()
+        self.initial, self.classifier = copy.deepcopy(initial), nn.Linear(initial.in_features, 0)
+        self.active = torch.zeros(initial.out_features, dtype=torch.bool)
+
+    @torch.no_grad()
+    def grow(self, classes: list[int]) -> None:
+        old, outputs = self.classifier, max([len(self.classifier.bias), *(c + 1 for c in classes)])
+        self.classifier = nn.Linear(old.in_features, outputs)
+        self.classifier.weight.copy_(torch.cat([old.weight, self.initial.weight[len(old.bias) : outputs]]))
+        self.classifier.bias.copy_(torch.cat([old.bias, self.initial.bias[len(old.bias) : outputs]]))
+        self.active[classes] = True
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(inputs)
+        return logits.masked_fill(~self.active[: logits.shape[1]], -1000.0)
+
+
+@pytest.mark.parametrize("name", ["base", "er", "er_ace"])
+def test_classes_seen_are_a_head_that_grows_by_tasks(name: str, tmp_path: Path) -> None:
+    """For new and rehearsed rows alike, the loss is among the classes of all tasks that have started."""
+    data = make_data(class_order=[3, 0, 5, 1, 4, 2], batch_size=4)
+    agent = make(name, data, train_classes="seen", momentum=0.0, optimizer_reset=False)
+    body, head = copy.deepcopy(agent.backbone), GrowingHead(agent.head)
+    steps: list[Batch] = []
+    inner = agent.training_loss
+
+    def training_loss(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        steps.append(batch)
+        return inner(batch)
+
+    agent.training_loss = training_loss
+    make_trainer(tmp_path, limit_val_batches=0).fit(agent, datamodule=data)
+    task = -1
+    for batch in steps:
+        new, targets = batch.num_new, batch.targets
+        if int(batch.task_ids[0]) != task:
+            task += 1
+            assert int(batch.task_ids[0]) == task
+            head.grow([2 * task, 2 * task + 1])
+        optimizer = torch.optim.SGD([*body.parameters(), *head.classifier.parameters()], 0.05)
+        logits = head(body(batch.inputs))
+        if name == "er_ace":
+            present = targets[:new].unique()
+            places = torch.searchsorted(present, targets[:new])
+            loss = nn.functional.cross_entropy(logits[:new][:, present], places)
+            if new < len(targets):
+                loss = loss + nn.functional.cross_entropy(logits[new:], targets[new:])
+        else:
+            loss = nn.functional.cross_entropy(logits, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert task == 2
+    torch.testing.assert_close(agent.head.weight, head.classifier.weight, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(agent.head.bias, head.classifier.bias, rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(agent.backbone.parameters(), body.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
