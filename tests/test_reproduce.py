@@ -178,6 +178,31 @@ def test_the_table_by_hand() -> None:
     ]
 
 
+def test_the_claim_has_its_runs_beside_each_other() -> None:
+    measured = PAPER._replace(figure="top5.pooled_accuracy", value=None, deviation=None, runs=0)
+    cases = [target(measured, seeds=(0,))._replace(name=name, title=name) for name in sorted(reproduce.CLAIM)]
+
+    def run(top5: float, top1: float, seconds: float, processor: str = "a GPU") -> dict[int, dict[str, Any]]:
+        figures = {"top5.pooled_accuracy": top5, "pooled_accuracy": top1}
+        times = {"train": seconds, "eval": 10.0, "all": seconds + 30}
+        return {0: {"figures": figures, "seconds": times, "processor": processor, "threads": 1}}
+
+    scratch, incremental, nil = reproduce.CLAIM
+    found = {scratch: run(80.0, 60.0, 400.0), incremental: run(30.0, 12.5, 160.0), nil: run(70.0, 50.0, 190.0)}
+    assert reproduce.claim([target(), *cases], found).splitlines()[2:] == [
+        f"| {scratch} (`{scratch}`) | a paper | 80.00 (1) | 60.00 (1) | 400 | 100 % | 0 | measured |",
+        f"| {incremental} (`{incremental}`) | a paper | 30.00 (1) | 12.50 (1) | 160 | 40 % | 0 | measured |",
+        f"| {nil} (`{nil}`) | a paper | 70.00 (1) | 50.00 (1) | 190 | 48 % | 0 | measured |",
+    ]
+    # Times of different machines are not compared, and a case that was not run has no figures.
+    found = {scratch: run(80.0, 60.0, 400.0), nil: run(70.0, 50.0, 190.0, "another")}
+    *_, second, third = reproduce.claim(cases, found).splitlines()
+    assert second.endswith(
+        f"| a paper |  |  |  |  |  | not yet run: `python benchmarks/reproduce.py --only {incremental}` |"
+    )
+    assert third.endswith("| 70.00 (1) | 50.00 (1) | 190 |  | 0 | measured |")
+
+
 def test_the_part_of_the_page_is_replaced_and_nothing_else() -> None:
     page = f"# Results\n\nFirst.\n\n{reproduce.HEADING}\n\nold\n\n## The quick check\n\nlast\n"
     new = f"{reproduce.HEADING}\n\nnew\n\n"

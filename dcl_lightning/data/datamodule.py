@@ -597,8 +597,8 @@ class ContinualDataModule(pl.LightningDataModule):
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         present = self._facts()
         # A checkpoint that was saved before an option existed is of a run with its default.
-        defaults = {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test", "passes": 1}
-        defaults |= {"transform": None, "eval_transform": None, "crop_fill": [0.0]}
+        defaults: dict[str, object] = {"transform": None, "eval_transform": None, "crop_fill": [0.0]}
+        defaults |= {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test", "passes": 1}
         saved = {**defaults, **state_dict["stream"]}
         same_data = saved["dataset"] == present["dataset"]
         names: tuple[str, ...] = ("class_order",)
