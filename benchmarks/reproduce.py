@@ -6,6 +6,10 @@ configuration has changed since is run anew. What a run found goes to ``benchmar
 and checkpoints below ``runs/reproduce``. The head of each configuration has the published numbers, which are read from
 there, and ``configs/reproduce/misses.txt`` the causes that were found of numbers that were missed.
 
+With ``--peer avalanche`` the runs are Avalanche's on the same images and seeds, for the configurations that
+``configs/reproduce/peers.txt`` names: ``reproduce_peer.py`` in place of ``cli.py``, which saves a state at the end of
+each task. They go to ``benchmarks/reproduced/avalanche-NAME-SEED.json`` and have rows of their own below ours.
+
 Several of these commands may run at once: a run belongs to the one that began it.
 """
 
@@ -16,6 +20,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -36,7 +41,8 @@ from scipy.stats import t as student
 
 ROOT = Path(__file__).parent.parent
 CONFIGS, FOUND, RUNS = ROOT / "configs" / "reproduce", ROOT / "benchmarks" / "reproduced", ROOT / "runs" / "reproduce"
-MISSES = CONFIGS / "misses.txt"
+MISSES, DIFFERENCES = CONFIGS / "misses.txt", CONFIGS / "peers.txt"
+PEER = "avalanche"
 RESULTS = ROOT / "RESULTS.md"
 HEADING = "## Published numbers"
 # One statement about three runs, in the order of its table: the first is what the others are compared with.
@@ -81,6 +87,7 @@ class Target(NamedTuple):
         seeds: of its runs.
         config: content of the file.
         digest: of that content, without comments.
+        peer: the library that runs it; ours if empty.
     """
 
     name: str
@@ -89,6 +96,17 @@ class Target(NamedTuple):
     seeds: tuple[int, ...]
     config: dict[str, Any]
     digest: str
+    peer: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name of its runs, without the seed."""
+        return f"{self.peer}-{self.name}" if self.peer else self.name
+
+    @property
+    def options(self) -> str:
+        """What its command has behind the name of the program."""
+        return f"{f'--peer {self.peer} ' if self.peer else ''}--only {self.name}"
 
 
 class Comparison(NamedTuple):
@@ -186,35 +204,48 @@ def compare(ours: Sequence[float], theirs: Published) -> Comparison:
     return Comparison(difference, difference - half, difference + half, difference + half >= 0)
 
 
-def verdict(target: Target, theirs: Published, runs: Mapping[int, Mapping[str, Any]], causes: Mapping[str, str]) -> str:
+def verdict(target: Target, theirs: Published, runs: Mapping[int, Mapping[str, Any]], notes: Mapping[str, str]) -> str:
     """Return what a row of the table says.
 
     Args:
         target: the configuration.
         theirs: the number.
         runs: what the runs of the target's seeds found, by seed.
-        causes: why numbers were missed, by the names of the configurations.
+        notes: by the names of the configurations why numbers were missed; for a peer how it differs.
     """
     if not runs:
-        return f"not yet run: `{COMMAND} --only {target.name}`"
+        return f"not yet run: `{COMMAND} {target.options}`"
     if len(runs) < len(target.seeds):
         return f"running: {len(runs)} of {len(target.seeds)}"
+    if target.peer:
+        return notes[target.name]
     if theirs.value is None:
         return "measured"
     if compare(_values(runs, theirs), theirs).reproduced:
         return "reproduced"
-    return f"missed: {causes.get(target.name, 'the cause is not known yet')}"
+    return f"missed: {notes.get(target.name, 'the cause is not known yet')}"
 
 
 def _values(runs: Mapping[int, Mapping[str, Any]], theirs: Published) -> list[float]:
     return [run["figures"][theirs.figure] for _, run in sorted(runs.items())]
 
 
-def read_causes(text: str) -> dict[str, str]:
-    """Return the causes of a text with a line ``NAME: cause`` for each; empty lines and those with # are left out."""
+def read_notes(file: Path) -> dict[str, str]:
+    """Return the notes of a file with a line ``NAME: note`` for each; empty lines and those with # are left out."""
+    text = file.read_text(encoding="utf-8")
     lines = (line.strip() for line in text.splitlines())
     pairs = (line.partition(":") for line in lines if line and not line.startswith("#"))
-    return {name.strip(): cause.strip() for name, _, cause in pairs}
+    return {name.strip(): note.strip() for name, _, note in pairs}
+
+
+def of_peer(chosen: Sequence[Target], differences: Mapping[str, str]) -> list[Target]:
+    """Return those of the configurations that the peer runs, as its own.
+
+    Args:
+        chosen: ours.
+        differences: how the peer differs, by the name of each that it runs.
+    """
+    return [target._replace(peer=PEER) for target in chosen if target.name in differences]
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
@@ -224,7 +255,7 @@ def found_of(target: Target) -> dict[int, dict[str, Any]]:
     """Return what the runs of a target's seeds found, by seed, without those of another configuration."""
     runs = {}
     for seed in target.seeds:
-        file = FOUND / f"{target.name}-{seed}.json"
+        file = FOUND / f"{target.label}-{seed}.json"
         run = json.loads(file.read_text()) if file.exists() else {}
         if run.get("digest") == target.digest:
             runs[seed] = run
@@ -232,26 +263,36 @@ def found_of(target: Target) -> dict[int, dict[str, Any]]:
 
 
 def table(
-    chosen: Sequence[Target], found: Mapping[str, Mapping[int, Mapping[str, Any]]], causes: Mapping[str, str]
+    chosen: Sequence[Target],
+    found: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    causes: Mapping[str, str],
+    differences: Mapping[str, str],
 ) -> str:
-    """Return the lines of the table, a row for each published number.
+    """Return the lines of the table: for each published number a row of ours, and of the peer where it runs, too.
 
     Args:
         chosen: the configurations.
-        found: what their runs found, by name and seed.
+        found: what their runs found, by label and seed.
         causes: why numbers were missed, by name.
+        differences: how the peer differs from the protocol, by name.
     """
     lines = [
-        "| target | source | theirs | ours | difference [95 %] | seeds | s a run | verdict |",
-        "|---|---|---|---|---|---|---|---|",
+        "| target | source | published | measured | difference [95 %] | forgetting | seeds | s a run | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for target in chosen:
-        runs = found.get(target.name, {})
         for theirs in target.published:
             title = target.title if len(target.published) == 1 else f"{target.title}: {_words(theirs.figure)}"
+            runs = found.get(target.label, {})
             cells = [f"{title} (`{target.name}`)", theirs.source, _theirs(theirs)]
-            cells += [*_ours(runs, theirs), verdict(target, theirs, runs, causes)]
+            cells += [*_measured(runs, theirs), verdict(target, theirs, runs, causes)]
             lines.append(f"| {' | '.join(cells)} |")
+            for peer in of_peer([target], differences):
+                runs = found.get(peer.label, {})
+                versions = sorted({run["versions"][peer.peer] for run in runs.values()})
+                cells = [" ".join([peer.peer.title(), *versions, "on the same"]), "", ""]
+                cells += [*_measured(runs, theirs), verdict(peer, theirs, runs, differences)]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -266,20 +307,27 @@ def _theirs(theirs: Published) -> str:
     return f"{theirs.value:.2f}{deviation} ({theirs.runs})"
 
 
-def _ours(runs: Mapping[int, Mapping[str, Any]], theirs: Published) -> tuple[str, str, str, str]:
-    """Return the cells with our mean, the difference, the seeds and the seconds; empty without runs."""
+def _measured(runs: Mapping[int, Mapping[str, Any]], theirs: Published) -> tuple[str, ...]:
+    """Return the cells with mean, difference, forgetting, seeds and seconds; empty without runs."""
     if not runs:
-        return "", "", "", ""
+        return ("",) * 5
     values = _values(runs, theirs)
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     difference = ""
     if theirs.value is not None:
         compared = compare(values, theirs)
         interval = "" if math.isnan(compared.low) else f" [{compared.low:+.2f}, {compared.high:+.2f}]"
         difference = f"{compared.difference:+.2f}{interval}"
+    forgotten = [run["figures"]["forgetting"] for run in runs.values()]
+    forgetting = "" if None in forgotten else _mean(forgotten)
     seconds = statistics.mean(run["seconds"]["all"] for run in runs.values())
-    ours = f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
-    return ours, difference, " ".join(map(str, sorted(runs))), f"{seconds:.0f}"
+    mean = f"{_mean(values)} ({len(values)})"
+    return mean, difference, forgetting, " ".join(map(str, sorted(runs))), f"{seconds:.0f}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Return the mean in words, of several values with their deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def claim(chosen: Sequence[Target], found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
@@ -301,7 +349,7 @@ def claim(chosen: Sequence[Target], found: Mapping[str, Mapping[int, Mapping[str
         (theirs,) = target.published
         runs = found.get(target.name, {})
         cells = [f"{target.title} (`{target.name}`)", theirs.source]
-        cells += [_ours(runs, theirs._replace(figure=name))[0] for name in (theirs.figure, "pooled_accuracy")]
+        cells += [_measured(runs, theirs._replace(figure=name))[0] for name in (theirs.figure, "pooled_accuracy")]
         cells += [f"{_training_s(runs):.0f}" if runs else "", _share_of_time(runs, scratch)]
         cells += [" ".join(map(str, sorted(runs))), verdict(target, theirs, runs, {})]
         lines.append(f"| {' | '.join(cells)} |")
@@ -321,19 +369,23 @@ def _share_of_time(runs: Mapping[int, Mapping[str, Any]], scratch: Mapping[int, 
 
 def section() -> str:
     """Return the part of RESULTS.md with the published numbers, from its heading to the empty line at its end."""
-    chosen = targets()
-    found = {target.name: found_of(target) for target in chosen}
-    causes = read_causes(MISSES.read_text(encoding="utf-8")) if MISSES.exists() else {}
+    chosen, differences = targets(), read_notes(DIFFERENCES)
+    found = {target.label: found_of(target) for target in [*chosen, *of_peer(chosen, differences)]}
     return f"""{HEADING}
 
 `{COMMAND}` runs the protocols of published numbers: each file of `configs/reproduce`
 has one, with its number, its source and the differences that stay in its head. Accuracies are in %, means ± standard
 deviations, with the number of runs in brackets. The interval of the difference is Welch's with both deviations. A
 number counts as reproduced if the interval holds 0 or lies above it; one value without a deviation, if ours lies within
-{ROUNDED:.0f} points of it. `benchmarks/reproduced` has a file for each run, with its accuracy matrix, versions,
-commits, processor and times.
+{ROUNDED:.0f} points of it. Forgetting, in points, is the mean over all tasks but the last of the best accuracy before
+the last task less that after it. Seconds are those of a run's process, from start to end. `benchmarks/reproduced` has a
+file for each run, with its accuracy matrix, versions, commits, processor and times.
 
-{table([target for target in chosen if target.name not in CLAIM], found, causes)}
+Rows of Avalanche have its own strategies on the same images, hold-outs, seeds, network and optimizer, as its users run
+them: `{COMMAND} --peer {PEER}`, with the extra `peers`. Their difference is that from the published number
+above them, their last column how they differ from its protocol.
+
+{table([target for target in chosen if target.name not in CLAIM], found, read_notes(MISSES), differences)}
 
 The claim of Bouvier et al. (CCGrid 2024) in small: with NIL, incremental training is nearly as accurate as training
 from scratch on all tasks so far, and takes about the time of incremental training without a memory.
@@ -382,6 +434,28 @@ def options_of(target: Target, run: str) -> dict[str, Any]:
     }
 
 
+def command_of(target: Target, seed: int, root: str | None, folder: Path) -> list[str]:
+    """Return the command of a run, which begins it or goes on with it.
+
+    Args:
+        target: the configuration.
+        seed: of the run.
+        root: folder of the data sets; the configuration's if None.
+        folder: of the run; gets a file with ``options_of`` if the run is ours.
+    """
+    config = str(CONFIGS / f"{target.name}.yaml")
+    if target.peer:
+        command = [sys.executable, str(ROOT / "benchmarks" / "reproduce_peer.py"), "--config", config]
+        command += ["--seed", str(seed), "--folder", str(folder)]
+        return command + ([] if root is None else ["--root", root])
+    options = folder / "options.yaml"
+    options.write_text(yaml.safe_dump(options_of(target, folder.name)))
+    command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", config, "--config", str(options)]
+    command += ["--seed_everything", str(seed)]
+    command += ["--data.root", root] if root is not None else []
+    return command + (["--ckpt_path", "last"] if any(folder.rglob("*.ckpt")) else [])
+
+
 def run_one(target: Target, seed: int, threads: int, root: str | None) -> str:
     """Run one seed, or go on with it; return what there is to say.
 
@@ -396,7 +470,7 @@ def run_one(target: Target, seed: int, threads: int, root: str | None) -> str:
     """
     if seed in found_of(target._replace(seeds=(seed,))):
         return "done"
-    name = f"{target.name}-{seed}"
+    name = f"{target.label}-{seed}"
     folder = RUNS / name
     RUNS.mkdir(parents=True, exist_ok=True)
     with _claimed(RUNS / f"{name}.lock") as lock:
@@ -407,13 +481,8 @@ def run_one(target: Target, seed: int, threads: int, root: str | None) -> str:
             shutil.rmtree(folder)  # of another configuration
         folder.mkdir(exist_ok=True)
         digest.write_text(target.digest)
-        options = folder / "options.yaml"
-        options.write_text(yaml.safe_dump(options_of(target, name)))
         if _report(folder) is None:
-            command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(CONFIGS / f"{target.name}.yaml")]
-            command += ["--config", str(options), "--seed_everything", str(seed)]
-            command += ["--data.root", root] if root is not None else []
-            command += ["--ckpt_path", "last"] if any(folder.rglob("*.ckpt")) else []
+            command = command_of(target, seed, root, folder)
             with (folder / "commits").open("a") as commits:
                 commits.write(f"{commit()}\n")
             _execute(command, folder, threads, lock)
@@ -483,7 +552,7 @@ def record(target: Target, seed: int, threads: int, report: Mapping[str, Any]) -
     """
     figures = dict.fromkeys([*FIGURES, *(theirs.figure for theirs in target.published)])
     return {
-        "name": target.name,
+        "name": target.label,
         "seed": seed,
         "digest": target.digest,
         "versions": report["versions"],
@@ -570,17 +639,25 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="in place of those in the head of each configuration")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--root", help="folder of the data sets (default: that of the configurations, datasets)")
+    parser.add_argument("--peer", choices=[PEER], default="", help="run this library in place of ours, where it can")
     parser.add_argument("--list", action="store_true", help="print the configurations and how far they are")
     parser.add_argument("--table", action="store_true", help="write the table into RESULTS.md from what was run so far")
     options = parser.parse_args()
     chosen = targets(options.only)
+    if options.peer:
+        differences = read_notes(DIFFERENCES)
+        chosen = of_peer(chosen, differences)
+        if not chosen:
+            parser.error(f"--peer {options.peer}: give --only one of {', '.join(differences)}")
     if options.list:
         for target in chosen:
-            print(f"{target.name}: {target.title}; {len(found_of(target))} of {len(target.seeds)} runs")
+            print(f"{target.label}: {target.title}; {len(found_of(target))} of {len(target.seeds)} runs")
     if options.table:
         RESULTS.write_text(with_section(RESULTS.read_text(encoding="utf-8"), section()), encoding="utf-8")
     if options.list or options.table:
         return 0
+    if options.peer and importlib.util.find_spec(options.peer) is None:
+        parser.error(f"--peer {options.peer}: it is not installed: pip install 'dcl-lightning[peers]'")
     check_data(chosen, options.root)
     failed = False
     for target in chosen:
@@ -589,7 +666,7 @@ def main() -> int:
                 said = run_one(target, seed, options.threads, options.root)
             except ChildProcessError as error:
                 said, failed = f"failed: {error}", True
-            print(f"{target.name}, seed {seed}: {said}", flush=True)
+            print(f"{target.label}, seed {seed}: {said}", flush=True)
     return int(failed)
 
 

@@ -1,4 +1,7 @@
-"""Published numbers: the comparison with them, the table, and runs that are left out, resumed and begun anew."""
+"""Published numbers: the comparison with them, the table, and runs that are left out, resumed and begun anew.
+
+Avalanche is not installed here: fakes stand for it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import reproduce
+import reproduce_peer
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +37,12 @@ def target(*published: Published, seeds: tuple[int, ...] = (0, 1, 2), **config: 
 
 def runs(*values: float, seconds: float = 60.0) -> dict[int, dict[str, Any]]:
     return {
-        seed: {"figures": {"average_accuracy": value}, "seconds": {"all": seconds}} for seed, value in enumerate(values)
+        seed: {
+            "figures": {"average_accuracy": value, "forgetting": 90.0 - value},
+            "seconds": {"all": seconds},
+            "versions": {"avalanche": "0.6.0"},
+        }
+        for seed, value in enumerate(values)
     }
 
 
@@ -92,9 +104,19 @@ def test_a_miss_without_a_cause_says_so_and_a_case_without_a_number_is_measured(
     assert reproduce.verdict(target(without), without, runs(1.0, 2.0, 3.0), {}) == "measured"
 
 
-def test_causes_are_lines_with_a_name() -> None:
-    text = "# of what was missed\n\nfirst: its head: grows\nsecond:no crop\n"
-    assert reproduce.read_causes(text) == {"first": "its head: grows", "second": "no crop"}
+def test_a_peer_is_said_how_to_run_and_then_how_it_differs() -> None:
+    [peer] = reproduce.of_peer([target()], {"case": "another loss"})
+    assert reproduce.verdict(peer, PAPER, runs(), {}) == (
+        "not yet run: `python benchmarks/reproduce.py --peer avalanche --only case`"
+    )
+    assert reproduce.verdict(peer, PAPER, runs(1.0), {}) == "running: 1 of 3"
+    assert reproduce.verdict(peer, PAPER, runs(1.0, 2.0, 3.0), {"case": "another loss"}) == "another loss"
+
+
+def test_notes_are_lines_with_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "misses.txt"
+    file.write_text("# of what was missed\n\nfirst: its head: grows\nsecond:no crop\n")
+    assert reproduce.read_notes(file) == {"first": "its head: grows", "second": "no crop"}
 
 
 # -- the heads of the configurations -------------------------------------------------------------------------------
@@ -147,7 +169,12 @@ def test_every_configuration_is_of_a_known_figure_and_writes_its_memory_out() ->
         memory = one.config["model"]["init_args"].get("rehearsal", {})
         if "policy" in memory:
             assert memory.keys() >= {"num_samples", "update", "draw_from", "loss", "weighting"}, one.name
-    assert reproduce.read_causes(reproduce.MISSES.read_text()).keys() <= {one.name for one in found}
+    names = {one.name for one in found}
+    assert reproduce.read_notes(reproduce.MISSES).keys() <= names
+    peers = reproduce.of_peer(found, reproduce.read_notes(reproduce.DIFFERENCES))
+    assert {one.name for one in peers} == reproduce.read_notes(reproduce.DIFFERENCES).keys()
+    assert {one.config["model"]["class_path"] for one in peers} == reproduce_peer.STRATEGIES.keys()
+    assert not {one.label for one in peers} & names
 
 
 def test_names_are_chosen_whole_or_by_their_beginnings() -> None:
@@ -169,10 +196,10 @@ def test_the_table_by_hand() -> None:
     found = {"case": runs(39.0, 40.0, 41.0), "two": {}}
     # Means 40 and 40, deviations 1 and 2 of three runs each: Welch's degrees of freedom are 50 / 17.
     half = float(stats.t.ppf(0.975, 50 / 17)) * (5 / 3) ** 0.5
-    waits = "|  |  |  |  | not yet run: `python benchmarks/reproduce.py --only two` |"
-    assert reproduce.table(cases, found, {}).splitlines()[2:] == [
+    waits = "|  |  |  |  |  | not yet run: `python benchmarks/reproduce.py --only two` |"
+    assert reproduce.table(cases, found, {}, {}).splitlines()[2:] == [
         f"| A case (`case`) | a paper | 40.00 ± 2.00 (3) | 40.00 ± 1.00 (3) | +0.00 [{-half:+.2f}, {half:+.2f}] "
-        "| 0 1 2 | 60 | reproduced |",
+        "| 50.00 ± 1.00 | 0 1 2 | 60 | reproduced |",
         f"| Two: average accuracy (`two`) | a table | 40.00 (1) {waits}",
         f"| Two: pooled accuracy (`two`) | a table | 40.00 (1) {waits}",
     ]
@@ -201,6 +228,25 @@ def test_the_claim_has_its_runs_beside_each_other() -> None:
         f"| a paper |  |  |  |  |  | not yet run: `python benchmarks/reproduce.py --only {incremental}` |"
     )
     assert third.endswith("| 70.00 (1) | 50.00 (1) | 190 |  | 0 | measured |")
+
+
+def test_a_peer_has_a_row_below_ours_with_its_own_runs() -> None:
+    cases = [target(ROUNDED), target(ROUNDED)._replace(name="two", title="Two")]
+    found = {
+        "case": runs(40.0, 41.0, 42.0),
+        "avalanche-case": runs(35.0, 36.0, 37.0, seconds=80.0),
+        "avalanche-two": runs(99.0),  # of a configuration that it runs no more
+    }
+    ours, peer, last = reproduce.table(cases, found, {}, {"case": "another loss"}).splitlines()[2:]
+    assert ours == (
+        "| A case (`case`) | a table | 40.00 (1) | 41.00 ± 1.00 (3) | +1.00 | 49.00 ± 1.00 | 0 1 2 | 60 | reproduced |"
+    )
+    assert peer == (
+        "| Avalanche 0.6.0 on the same |  |  | 36.00 ± 1.00 (3) | -4.00 | 54.00 ± 1.00 | 0 1 2 | 80 | another loss |"
+    )
+    assert last.startswith("| Two (`two`) |")
+    found["case"][0]["figures"]["forgetting"] = None  # of one task
+    assert "| +1.00 |  | 0 1 2 |" in reproduce.table(cases[:1], found, {}, {})
 
 
 def test_the_part_of_the_page_is_replaced_and_nothing_else() -> None:
@@ -304,6 +350,104 @@ def test_a_run_belongs_to_the_process_that_began_it(places: Path) -> None:
         assert reproduce.run_one(target(), 0, 1, None) == "another process runs it"
 
 
+# A peer's program that is killed at its first start, and ends at its second.
+PEER_KILLED_ONCE = f"""
+import json, os, sys
+from pathlib import Path
+args = sys.argv[1:]
+folder = Path(args[args.index("--folder") + 1])
+print(" ".join(args), os.environ["OMP_NUM_THREADS"], flush=True)
+if not (folder / "task_end.pt").exists():
+    (folder / "task_end.pt").write_text("")
+    os.kill(os.getpid(), 9)
+(folder / "version_0" / "report").mkdir(parents=True)
+(folder / "version_0" / "report" / "accuracy_matrix.json").write_text({json.dumps(REPORT)!r})
+"""
+
+
+def test_a_peers_run_is_resumed_and_left_out_beside_ours(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "commit", lambda: "abc")
+    monkeypatch.setattr(reproduce, "ROOT", places)
+    (places / "benchmarks").mkdir()
+    (places / "benchmarks" / "reproduce_peer.py").write_text(PEER_KILLED_ONCE)
+    ours = reproduce.read_target(write_config(places / "configs", GOOD))
+    [case] = reproduce.of_peer([ours], {"case": "another loss"})
+    with pytest.raises(ChildProcessError, match=r"avalanche-case-1: .*--seed 1 .* 1 \("):
+        reproduce.run_one(case, 1, 1, "/data")
+    assert reproduce.run_one(case, 1, 1, "/data") == "done now"
+    assert reproduce.run_one(case, 1, 1, "/data") == "done"
+    config, folder = places / "configs" / "case.yaml", places / "runs" / "avalanche-case-1"
+    said = f"--config {config} --seed 1 --folder {folder} --root /data 1"
+    assert (folder / "log.txt").read_text().splitlines() == [said, said]
+    found = json.loads((places / "found/avalanche-case-1.json").read_text())
+    assert (found["name"], found["digest"], found["commits"]) == ("avalanche-case", ours.digest, ["abc"])
+    assert not reproduce.found_of(ours)
+    assert list(reproduce.found_of(case)) == [1]
+
+
+def test_a_peer_is_chosen_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "--peer", "avalanche", *words])
+        with pytest.raises(SystemExit) as end:
+            reproduce.main()
+        assert end.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "give --only one of aml_er_cifar10_m100, " in say("--only", "aml_joint_cifar10")
+    monkeypatch.setattr(reproduce, "PEER", "not_installed_here")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--peer", "not_installed_here"])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    assert "it is not installed: pip install 'dcl-lightning[peers]'" in capsys.readouterr().err
+
+
+class FakeStrategy:
+    """Knows what it was trained on; its accuracy on a task is a random number of quarters."""
+
+    def __init__(self) -> None:
+        self.trained: list[int] = []
+
+    def train(self, experience: int, **options: Any) -> None:
+        self.trained.append(experience)
+
+    def eval(self, tests: Sequence[Any]) -> dict[str, float]:
+        name = "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp{:03d}"
+        return {name.format(task): torch.randint(5, ()).item() / 4 for task in range(len(tests))}
+
+
+class FakeStream:
+    """Three tasks, each tested on four samples."""
+
+    train_stream = (0, 1, 2)
+    test_stream = tuple(SimpleNamespace(dataset=range(4)) for _ in train_stream)
+
+
+def test_a_peer_goes_on_behind_the_last_task_with_the_same_random_numbers(tmp_path: Path) -> None:
+    def learn(folder: Path, killed_in: int) -> dict[str, Any]:
+        def experiences(task: int) -> Iterator[int]:
+            yield 2 * task
+            if task == killed_in:
+                raise ChildProcessError
+            yield 2 * task + 1
+
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(1)
+        return reproduce_peer.learn(FakeStrategy(), FakeStream(), experiences, folder)
+
+    whole = learn(tmp_path / "whole", -1)
+    with pytest.raises(ChildProcessError):
+        learn(tmp_path / "cut", 2)
+    resumed = learn(tmp_path / "cut", 0)  # the first tasks are not learnt again
+    assert resumed["matrix"] == whole["matrix"]
+    assert [sum(value is not None for value in row) for row in whole["matrix"]] == [1, 2, 3]
+    last = pytest.approx(statistics.mean(whole["matrix"][-1]))
+    assert (whole["average_accuracy"], whole["pooled_accuracy"]) == (last, last)
+    saved = torch.load(tmp_path / "cut" / reproduce_peer.STATE, weights_only=False)
+    assert saved["strategy"].trained == [0, 1, 2, 3, 4, 5]
+
+
 def test_missing_data_are_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,4 +483,4 @@ trainer:
     assert found["seconds"]["all"] == 1.5
     saved = {path.name.partition("-")[0] for path in places.rglob("*.ckpt")}
     assert saved == {"task"}  # no run of five minutes
-    assert reproduce.table([case], {case.name: {3: found}}, {}).endswith("| running: 1 of 3 |")
+    assert reproduce.table([case], {case.name: {3: found}}, {}, {}).endswith("| running: 1 of 3 |")
