@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "Comm",
@@ -21,6 +22,7 @@ __all__ = [
     "broadcast_buffers",
     "broadcast_tensors",
     "comm_of",
+    "gather_rows",
     "raise_together",
     "used_here",
 ]
@@ -345,6 +347,39 @@ def broadcast_tensors(tensors: Iterable[Tensor], comm: Comm) -> None:
         values = comm.broadcast(torch.cat([tensor.reshape(-1) for tensor in batch]))
         for tensor, value in zip(batch, values.split([tensor.numel() for tensor in batch]), strict=True):
             tensor.copy_(value.view(tensor.shape))
+
+
+def gather_rows(rows: Tensor, comm: Comm) -> tuple[Tensor, slice]:
+    """Return the rows of all workers, through which gradients reach the worker that a row is from.
+
+    Every worker calls it, and computes a gradient of its result. That of a row is the sum over the workers: where each
+    has a loss, the gradient is that of the sum of all losses.
+
+    Args:
+        rows: ``(n, ...)`` floating; only n may differ between workers.
+        comm: the cluster.
+
+    Returns:
+        The rows, worker 0's first, and which of them are this worker's.
+    """
+    if comm.size == 1:
+        return rows, slice(None)
+    gathered, first = _GatheredRows.apply(rows, comm)
+    return gathered, slice(first, first + len(rows))
+
+
+class _GatheredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, comm: Comm) -> tuple[Tensor, int]:
+        parts = comm.allgather(rows)
+        ctx.comm, ctx.first, ctx.count = comm, sum(map(len, parts[: comm.rank])), len(rows)
+        return torch.cat(parts), ctx.first
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: object) -> tuple[Tensor, None]:
+        # Before any gradient of a weight, all of which depend on it: their averaging has not begun.
+        return ctx.comm.allreduce(gradient).narrow(0, ctx.first, ctx.count), None
 
 
 def allgather_text(comm: Comm, text: str) -> list[str]:

@@ -74,6 +74,7 @@ class Batch(NamedTuple):
         num_new: new samples, which come first; the rest, r of them, are rehearsed.
         rehearsed: what the agent stored of the rehearsed samples beside themselves, ``(r, ...)`` each, by name.
         passes_left: further passes over the new samples that follow this one, of ``data.passes`` in a row.
+        plain: inputs of the same samples as evaluation sees them, in training of a module with ``two_views``.
     """
 
     inputs: Tensor
@@ -86,6 +87,7 @@ class Batch(NamedTuple):
     num_new: int
     rehearsed: dict[str, Tensor] = {}  # never written to
     passes_left: int = 0
+    plain: Tensor | None = None
 
 
 class Prediction(NamedTuple):

@@ -11,8 +11,10 @@ from dcl_lightning.agents.gem import AGEM, GEM
 from dcl_lightning.agents.icarl import ICaRL
 from dcl_lightning.agents.lwf import LwF
 from dcl_lightning.agents.mir import MIR
+from dcl_lightning.agents.nearest_mean import NearestMean, NearestMeanReplay
 from dcl_lightning.agents.nil import NIL
 from dcl_lightning.agents.replay import RehearsingAgent
+from dcl_lightning.agents.scr import SCR
 from dcl_lightning.agents.si import SI
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "GEM",
     "MIR",
     "NIL",
+    "SCR",
     "SI",
     "BiC",
     "ContinualAgent",
@@ -33,6 +36,8 @@ __all__ = [
     "GDumb",
     "ICaRL",
     "LwF",
+    "NearestMean",
+    "NearestMeanReplay",
     "RehearsingAgent",
 ]
 

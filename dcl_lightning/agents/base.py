@@ -54,7 +54,6 @@ from dcl_lightning.types import Batch, InputSpec, Prediction, StateDict, Task
 __all__ = ["ContinualAgent"]
 
 _ALL = slice(None)
-_SGD_LR = 0.05
 _HEAD_SCALE = 10.0  # of the program of ER-ACE
 # For each trainer, what removes the callbacks that an agent added; called when the agent's run ends.
 _CLEANUPS: WeakKeyDictionary[pl.Trainer, list[Callable[[], None]]] = WeakKeyDictionary()
@@ -148,8 +147,12 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     heads: ClassVar[tuple[str, ...]] = ("linear", "cosine")
     # Whether a method keeps past samples of its own.
     rehearses: ClassVar[bool] = False
+    # Whether a training batch also has its samples as evaluation sees them, batch.plain; any module may have it.
+    two_views: ClassVar[bool] = False
     # Whether the loss weighs rows by batch.weights, over batch.normalizer; any module may have this attribute.
     weighs_rows: ClassVar[bool] = True
+    # Rate of SGD if none is given.
+    sgd_lr: ClassVar[float] = 0.05
     # Of an agent of this package: its name on the command line, and the papers to cite by their keys in
     # report/references.bib.
     short_name: ClassVar[str]
@@ -197,7 +200,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
                 f"model.lr={lr} and model.optimizer.lr={own_lr} contradict each other: give one of them"
             )
         if lr is None:
-            lr = _SGD_LR if optimizer is None else own_lr
+            lr = self.sgd_lr if optimizer is None else own_lr
         if isinstance(lr, (int, float)):
             check_number("model.lr", lr, above=0)
             self.hparams["lr"] = lr
@@ -308,6 +311,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     def on_task_end(self, task: Task) -> None:
         """Hook called at the end of each task; does nothing by default."""
+
+    def before_evaluation(self) -> None:
+        """Hook called on every worker before each evaluation within a fit; does nothing by default."""
 
     # -- helpers for subclasses ---------------------------------------------------------------------
 
@@ -608,13 +614,15 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     # -- evaluation and prediction -----------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Refuse an agent whose network is not built; warn of random weights."""
+        """Refuse an agent whose network is not built; warn of random weights; get ready to evaluate."""
         self._refuse_unknown_sizes()
         if self.trainer.state.fn != TrainerFn.FITTING and not self.tasks_seen and not bool(self.seen_classes.any()):
             rank_zero_warn(
                 f"{type(self).__name__} was trained on no task and loaded from no checkpoint, its weights are random: "
                 "give --ckpt_path"
             )
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.before_evaluation()
 
     on_test_start = on_predict_start = on_validation_start
 

@@ -147,14 +147,8 @@ class BiC(RehearsingAgent):
 
     def _held_out_logits(self) -> tuple[Tensor, Tensor]:
         """Return logits ``(n, K)`` and labels of what is stored and held out, by ids, the same on all workers."""
-        manager, replay = self.rehearsal.manager, self.rehearsal.replay
-        assert manager is not None
-        if replay is not None:  # within a fit
-            replay.wait()
-        stored = manager.memory_rows()
-        assert stored is not None
-        ids = stored.sample_ids.cpu()
-        ids = torch.cat(self.comm.allgather(ids[self._held(ids)])).unique()
+        ids = self.stored_ids()
+        ids = ids[self._held(ids)]
         ids, logits = self.training_outputs(limited_ids(self.trainer, ids), self, self.num_classes)
         return logits.float(), datamodule_of(self.trainer).train_targets[ids]
 

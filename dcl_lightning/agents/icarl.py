@@ -11,16 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dcl_lightning._lightning import datamodule_of
-from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.agents.nearest_mean import NearestMean
 from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.backbones.short_names import Network
 from dcl_lightning.callbacks.evaluation import limited_ids
 from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
+from dcl_lightning.functional.herding import herd, nearest_to_mean
 from dcl_lightning.functional.losses import (
     distillation,
     icarl_loss,
@@ -36,7 +35,7 @@ __all__ = ["ICaRL"]
 _TEMPERATURE = 2.0  # of ``loss: ce``
 
 
-class ICaRL(ContinualAgent):
+class ICaRL(NearestMean):
     """Exemplars chosen by herding, sigmoid outputs taught by the previous network, nearest-mean prediction.
 
     The exemplars are part of every later task's training set. They are chosen for the whole job:
@@ -68,8 +67,6 @@ class ICaRL(ContinualAgent):
     short_name = "icarl"
     papers = ("rebuffi2017",)
 
-    means: Tensor
-    has_mean: Tensor
     has_teacher: Tensor
 
     def __init__(
@@ -106,11 +103,9 @@ class ICaRL(ContinualAgent):
         self._teaching = False  # ``has_teacher`` on the host, so that a step does not wait for the device
 
     def build(self) -> None:
-        """Make the teacher and the class means."""
+        """Make the teacher."""
         super().build()
         self.teacher = Teacher(self.backbone, self.head)
-        self.register_buffer("means", torch.zeros(self.num_classes, self.head.in_features))
-        self.register_buffer("has_mean", torch.zeros(self.num_classes, dtype=torch.bool))
         self.register_buffer("has_teacher", torch.zeros((), dtype=torch.bool))
 
     # -- learning ----------------------------------------------------------------------------------
@@ -177,7 +172,7 @@ class ICaRL(ContinualAgent):
         quota = self.capacity // int(self.seen_classes.sum())
         exemplars = {y: ids[:quota] for y, ids in self.exemplars.items()}
         own = limited_ids(self.trainer, data.train_indices(task.index))
-        ids, features = self._gather_features(torch.cat([own, *exemplars.values()]).unique())
+        ids, features = self.features_of(torch.cat([own, *exemplars.values()]).unique())
         if not bool(torch.isfinite(features).all()):
             raise ConfigurationError(
                 f"training has diverged in task {task.index}, its features are not finite: give a smaller "
@@ -193,13 +188,11 @@ class ICaRL(ContinualAgent):
                 order = choose(features[members], min(quota, len(members)))
                 chosen[y] = ids[members[order]]
         exemplars |= chosen
-        means = self._class_means(exemplars)
+        means = self.means_of(torch.cat([*exemplars.values()]), self.nme_flip)
         # All is known: nothing is changed before, so that a task's end that is broken off can be begun again.
         self.exemplars = exemplars
         self._chosen_at |= dict.fromkeys(chosen, self.trainer.global_step)
-        for y, mean in means.items():
-            self.means[y] = mean.to(self.means)
-            self.has_mean[y] = True
+        self.set_means(*means)
         self.teacher.renew(self.backbone, self.head)
         self.has_teacher.fill_(True)
         self._teaching = True
@@ -222,33 +215,6 @@ class ICaRL(ContinualAgent):
         chosen = torch.tensor([self._chosen_at[y] for y in sorted(self.exemplars) for _ in self.exemplars[y]])
         bytes_used = ids.numel() * ids.element_size() + self.means.numel() * self.means.element_size()
         return MemoryRows(self.capacity, bytes_used, ids, self.trainer.global_step - chosen.long(), None, shared=True)
-
-    # -- prediction --------------------------------------------------------------------------------
-
-    def evaluate(self, batch: Batch) -> Tensor:
-        """Return scores ``(B, K)``: negative distances to the class means; before any mean, the head's."""
-        if not bool(self.has_mean.any()):
-            return super().evaluate(batch)
-        return nearest_mean_scores(normalise(self.features(batch.inputs)), self.means, self.has_mean)
-
-    def _class_means(self, exemplars: dict[int, Tensor]) -> dict[int, Tensor]:
-        stored = torch.cat(list(exemplars.values())).unique()
-        ids, features = self._gather_features(stored)
-        mirrored = self._gather_features(stored, flip=True)[1] if self.nme_flip else None
-        means = {}
-        for y, chosen in exemplars.items():
-            rows = torch.searchsorted(ids, chosen)
-            mean = normalise(features[rows]).mean(0)
-            if mirrored is not None:
-                mean = (mean + normalise(mirrored[rows]).mean(0)) / 2
-            means[y] = F.normalize(mean, dim=0)
-        return means
-
-    def _gather_features(self, ids: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
-        def features(inputs: Tensor) -> Tensor:
-            return self.features(inputs.flip(-1) if flip else inputs)
-
-        return self.training_outputs(ids, features, self.head.in_features)
 
     @property
     def _data(self) -> Any:

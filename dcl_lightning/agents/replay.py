@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
@@ -66,15 +66,29 @@ class RehearsingAgent(ContinualAgent):
         self.rehearsal = Rehearsal(self._given)
         self._complete(self.rehearsal)
 
-    def outputs(self, batch: Batch) -> Tensor:
+    def outputs(self, batch: Batch, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return the logits ``(B, K)`` of a training batch, from one pass through the network or, by ``forward``, two.
 
         Every method that trains on both kinds of rows in one loss takes its logits from here.
+
+        Args:
+            batch: of training.
+            network: what makes outputs ``(B, d)`` of inputs, if not the agent itself.
         """
-        new = batch.num_new
+        new, network = batch.num_new, network or self
         if not self._two_passes or new == len(batch.targets):
-            return self(batch.inputs)
-        return torch.cat([self(batch.inputs[:new]), self(batch.inputs[new:])])
+            return network(batch.inputs)
+        return torch.cat([network(batch.inputs[:new]), network(batch.inputs[new:])])
+
+    def stored_ids(self) -> Tensor:
+        """Return the sample ids ``(n,)`` int64 of what all workers store, ascending; every worker calls it."""
+        manager, replay = self.rehearsal.manager, self.rehearsal.replay
+        assert manager is not None
+        if replay is not None:
+            replay.wait()
+        stored = manager.memory_rows()
+        assert stored is not None
+        return torch.cat(self.comm.allgather(stored.sample_ids.cpu())).unique()
 
     def setup(self, stage: str) -> None:
         """Refuse two passes where workers wait for each other in each: a worker without representatives makes only one.

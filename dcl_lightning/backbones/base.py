@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dcl_lightning.errors import ConfigurationError, check_number
 from dcl_lightning.types import InputSpec
 
-__all__ = ["Backbone", "CosineHead", "LinearHead"]
+__all__ = ["Backbone", "CosineHead", "LinearHead", "ProjectionHead"]
 
 # What a shorter vector is divided by. Half precision has no number as small as torch's default.
 _SHORTEST = 1e-5
@@ -134,3 +134,26 @@ class CosineHead(LinearHead):
         """Return logits ``(B, num_classes)`` of features ``(B, feature_dim)``."""
         directions = F.normalize(input, dim=1, eps=_SHORTEST), F.normalize(self.weight, dim=1, eps=_SHORTEST)
         return self.scale * F.linear(*directions)
+
+
+class ProjectionHead(LinearHead):
+    """Projections of norm 1 for a contrastive loss: by a hidden layer of ``feature_dim`` units, and a linear one.
+
+    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, section 3.1, with the hidden layer of the program of
+    SCR (Mai et al. 2021).
+
+    Args:
+        feature_dim: length of a feature vector, at least 1.
+        projection_dim: length of a projection, at least 1.
+
+    Raises:
+        ConfigurationError: if one of the two numbers is below 1.
+    """
+
+    def __init__(self, feature_dim: int, projection_dim: int) -> None:
+        super().__init__(feature_dim, projection_dim)
+        self.hidden = nn.Linear(feature_dim, feature_dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return projections ``(B, projection_dim)`` of features ``(B, feature_dim)``."""
+        return F.normalize(super().forward(self.hidden(input).relu()), dim=1, eps=_SHORTEST)

@@ -108,7 +108,7 @@ class TaskClock(pl.Callback):
 
     Every agent has one. For any other LightningModule, add one to the trainer's callbacks. Such a module may have the
     hooks ``on_task_start(task)`` and ``on_task_end(task)``. Its scores come from ``evaluate(batch)`` if it has that
-    method, else from ``forward(inputs)``.
+    method, else from ``forward(inputs)``; a method ``before_evaluation()`` is called before.
 
     The task is computed from the epoch number and never counted up by a hook, so that a checkpoint of any step resumes
     in the right task. An ``EarlyStopping`` ends the task instead of the fit; whatever else sets
@@ -555,6 +555,7 @@ class TaskClock(pl.Callback):
         data = datamodule_of(trainer)
         scores = self._scores
         assert scores is not None
+        getattr(pl_module, "before_evaluation", lambda: None)()
         counts = self.results.new_counts()
         for column, loader in enumerate(data.test_loaders(last_task)):
             for batch in evaluation_batches(pl_module, loader, trainer.limit_test_batches):

@@ -647,11 +647,15 @@ class ContinualDataModule(pl.LightningDataModule):
     def prepare_batch(self, batch: Batch, train: bool, epoch: int) -> Batch:
         """Return the batch with inputs as the network takes them, on the batch's device.
 
+        In training of a module whose attribute ``two_views`` is true, it also has ``plain`` inputs.
+
         Args:
             batch: as a loader yields it.
             train: whether to augment.
             epoch: epoch of the whole stream, which keys the draws.
         """
+        if train and self.trainer is not None and getattr(self.trainer.lightning_module, "two_views", False):
+            batch = batch._replace(plain=self.prepare_batch(batch, train=False, epoch=epoch).inputs)
         inputs, transform = batch.inputs, self._transforms[0 if train else 1]
         if transform is not None:
             key = (self.seed, epoch) if train else (0, 0)  # in evaluation each sample has the same draws each time

@@ -9,7 +9,8 @@ from dcl_lightning.functional.continual_metrics import (
     learning_accuracy,
     over_tasks,
 )
-from dcl_lightning.functional.herding import herd, nearest_mean_scores, nearest_to_mean, normalise
+from dcl_lightning.functional.contrastive import supervised_contrastive_losses
+from dcl_lightning.functional.herding import class_means, herd, nearest_mean_scores, nearest_to_mean, normalise
 from dcl_lightning.functional.losses import (
     asymmetric_cross_entropy,
     distillation,
@@ -36,9 +37,10 @@ from dcl_lightning.functional.scores import fitted_bias, restricted, top_k_hits
 
 __all__ = [
     "agem_projection", "asymmetric_cross_entropy", "average_accuracy", "average_incremental_accuracy",
-    "backward_transfer", "distillation", "distillation_share", "fitted_bias", "forgetting", "forward_transfer",
-    "gem_projection", "herd", "highest_of_parts", "icarl_loss", "icarl_targets", "interference", "learning_accuracy",
-    "logit_matching", "lr_factor", "lr_scale", "merged_fisher", "nearest_mean_scores", "nearest_to_mean", "nil_weights",
-    "normalise", "over_tasks", "parameter_groups", "quadratic_penalty", "quadratic_penalty_gradient", "restricted",
-    "si_importance", "si_path", "tempered_distillation", "top_k_hits", "warmup_divisor", "weighted_cross_entropy",
+    "backward_transfer", "class_means", "distillation", "distillation_share", "fitted_bias", "forgetting",
+    "forward_transfer", "gem_projection", "herd", "highest_of_parts", "icarl_loss", "icarl_targets", "interference",
+    "learning_accuracy", "logit_matching", "lr_factor", "lr_scale", "merged_fisher", "nearest_mean_scores",
+    "nearest_to_mean", "nil_weights", "normalise", "over_tasks", "parameter_groups", "quadratic_penalty",
+    "quadratic_penalty_gradient", "restricted", "si_importance", "si_path", "supervised_contrastive_losses",
+    "tempered_distillation", "top_k_hits", "warmup_divisor", "weighted_cross_entropy",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["herd", "nearest_mean_scores", "nearest_to_mean", "normalise"]
+__all__ = ["class_means", "herd", "nearest_mean_scores", "nearest_to_mean", "normalise"]
 
 
 def normalise(features: Tensor) -> Tensor:
@@ -62,6 +62,22 @@ def nearest_to_mean(features: Tensor, m: int) -> Tensor:
     """
     features = features.detach().double()
     return (features - features.mean(0)).norm(dim=1).argsort(stable=True)[:m]
+
+
+def class_means(features: Tensor, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of the features of each class, and which classes have any.
+
+    Args:
+        features: ``(n, d)`` of a floating dtype, which is kept.
+        targets: ``(n,)`` int64, in ``[0, K)``.
+        num_classes: K.
+
+    Returns:
+        ``(K, d)``, 0 for a class without features, and ``(K,)`` bool.
+    """
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, targets, features)
+    counts = torch.zeros_like(sums[:, 0]).index_add_(0, targets, torch.ones_like(features[:, 0]))
+    return sums / counts.clamp(min=1)[:, None], counts > 0
 
 
 def nearest_mean_scores(features: Tensor, means: Tensor, known: Tensor) -> Tensor:

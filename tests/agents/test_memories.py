@@ -41,6 +41,7 @@ OWN: dict[str, dict[str, Any]] = {
     "er": {},
     "er_ace": {"loss": "sum"},
     "mir": {"num_samples": 50, "loss": "sum"},
+    "scr": {"num_samples": 100},
     "der": {"loss": "sum"},
     "derpp": {"loss": "sum"},
     "derpp_task_end": PROJECTING | {"quota": "adaptive"},

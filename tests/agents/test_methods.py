@@ -543,7 +543,7 @@ def test_streams_that_a_method_cannot_learn_from_are_refused(name, stream, words
         make_trainer(tmp_path).fit(make(name, data), datamodule=data)
 
 
-@pytest.mark.parametrize("name", ["lwf", "agem", "gem", "der", "gdumb", "mir"])
+@pytest.mark.parametrize("name", ["lwf", "agem", "gem", "der", "gdumb", "mir", "scr"])
 def test_domains(name, tmp_path):
     data = make_data(scenario="domain", num_tasks=2, batch_size=7)
     memory = {"memory": {"policy": "class_balanced", "update": "task_end"}} if name in ("agem", "gem") else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcl_lightning.comm import Comm
+from dcl_lightning.comm import Comm, gather_rows
 
 DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
@@ -62,6 +62,16 @@ def check_contract(comm: Comm) -> None:
         # All workers see that rows do not fit together; the next operation works.
         with pytest.raises(ValueError, match="differ in dtype or shape"):
             comm.allgather(torch.zeros(1, 2 + r))
+
+    # gather_rows: of uneven rows, with the gradient of the sum of what all workers make of all rows
+    with torch.inference_mode(False), torch.enable_grad():
+        own = rows(r, r + 1, torch.float64).requires_grad_()
+        every, mine = gather_rows(own, comm)
+        same(every.detach(), torch.cat([rows(k, k + 1, torch.float64) for k in range(n)]))
+        same(every[mine].detach(), own.detach())
+        (every**2 * (r + 1)).sum().backward()
+        assert own.grad is not None
+        same(own.grad, 2 * total * own.detach())
 
     # broadcast, barrier
     for dtype in DTYPES:

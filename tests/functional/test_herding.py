@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcl_lightning.functional import herd, nearest_mean_scores, nearest_to_mean, normalise
+from dcl_lightning.functional import class_means, herd, nearest_mean_scores, nearest_to_mean, normalise
 
 
 def herd_by_hand(features, m):
@@ -71,3 +71,13 @@ def test_nearest_mean_scores():
     means = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 4.0]])
     scores = nearest_mean_scores(features, means, torch.tensor([True, True, False]))
     assert scores.tolist() == [[0.0, -3.0, -float("inf")], [-5.0, -4.0, -float("inf")]]
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(0, 4), max_size=15), st.integers(1, 4))
+def test_class_means_against_numpy(seed, labels, width):
+    features = np.random.default_rng(seed).normal(size=(len(labels), width))
+    means, known = class_means(torch.from_numpy(features), torch.tensor(labels, dtype=torch.int64), 6)
+    for y in range(6):
+        rows = [feature for feature, label in zip(features, labels, strict=True) if label == y]
+        assert bool(known[y]) == bool(rows)
+        np.testing.assert_allclose(means[y], np.mean(rows, axis=0) if rows else np.zeros(width), atol=1e-12)

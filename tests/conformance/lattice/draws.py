@@ -84,7 +84,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
 }
 
 # Arguments of agents as they are; not all agents have each.
-OWN_AXES = ("head", "forward", "unmet_classes", "draws")
+OWN_AXES = ("head", "forward", "unmet_classes", "draws", "train_classes")
 
 MEMORY_AXES = ("num_samples", "num_candidates", "policy", "quota", "update", "draw_from", "loss", "weighting", "scope",
            "execution", "prefetch", "row_format", "storage")  # fmt: skip

@@ -49,8 +49,8 @@ def make_agent(drawn: Draw, truth: Truth, folder: Path, seed: int = 0) -> Any:
     name = get("agent")
     options: dict[str, Any] = {
         "epochs_per_task": get("epochs_per_task"), "lr": 0.05, "momentum": get("momentum"),
-        "optimizer_reset": get("optimizer_reset"), "train_classes": get("train_classes"),
-        "task_aware": get("task_aware"), "future_tasks": get("future_tasks"),
+        "optimizer_reset": get("optimizer_reset"), "task_aware": get("task_aware"),
+        "future_tasks": get("future_tasks"),
     }  # fmt: skip
     options |= {axis: drawn[axis] for axis in OWN_AXES if axis in drawn}
     if get("epochs_per_task") == "unequal":

@@ -19,7 +19,7 @@ from tests.distributed.programs.place import elastic_ddp, flat
 
 NAMES = (
     "base", "icarl", "icarl_v1", "nil", "nil_v1", "nil_v3", "nil_v4", "nil_global", "derpp", "agem", "gem", "si", "bic",
-    "mir",
+    "mir", "scr",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def fit(folder: Path, name: str, strategy: str | Strategy, sizes: bool) -> tuple
     g = torch.Generator().manual_seed(0)
     y = torch.arange(6).repeat(9)
     x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, generator=g)
-    data = ContinualDataModule((x, y, x.clone(), y.clone()), increment=2, batch_size=4, seed=0)
+    data = ContinualDataModule((x, y, x.clone(), y.clone()), increment=2, batch_size=4, seed=0, augment=name == "scr")
     kind = getattr(short_names, name)
     options: dict[str, Any] = {"num_classes": data.num_classes, "input_spec": data.input_spec} if sizes else {}
     if kind.rehearses:

@@ -19,7 +19,7 @@ from dcl_lightning.callbacks import TaskReport
 from dcl_lightning.types import Batch
 from tests.distributed.toy import trainer
 
-NAMES = ("er", "er_ace", "mir", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
+NAMES = ("er", "er_ace", "mir", "scr", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
 # Agent, values of its memory, and of itself.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *((name, {}, {}) for name in NAMES),
@@ -98,7 +98,11 @@ def fit(
     # One sample more in the first task: of it the workers' memories hold different numbers.
     y = torch.cat([torch.arange(6).repeat(9), torch.tensor([0])])
     x = torch.randn(6, 1, 4, 4, generator=g)[y] * 2 + torch.randn(len(y), 1, 4, 4, generator=g)
-    data = ContinualDataModule((x, y, x.clone(), y.clone()), increment=2, batch_size=8 // workers, seed=0)
+    own = own or {}
+    # Without augmentation both views of SCR would be the same.
+    data = ContinualDataModule(
+        (x, y, x.clone(), y.clone()), increment=2, batch_size=8 // workers, seed=0, augment=name == "scr"
+    )
     kind = getattr(short_names, name)
     options: dict[str, Any] = {"epochs_per_task": 2}
     if kind.rehearses:
@@ -106,7 +110,7 @@ def fit(
         options = {"epochs_per_task": 1, "rehearsal": {"buffer_size": 216, "num_samples": 108} | memory}
     if name == "mir":
         options["num_rehearsed"] = 6 // workers
-    agent = kind(MLP([8]), data.num_classes, lr=0.05, input_spec=data.input_spec, **options | (own or {}))
+    agent = kind(MLP([8]), data.num_classes, lr=0.05, input_spec=data.input_spec, **options | own)
     inner, rehearsed = agent.training_loss, 0
 
     def labelled(batch: Batch) -> tuple[Tensor, Tensor]:
