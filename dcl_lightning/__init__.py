@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         GDumb,
         ICaRL,
         LwF,
+        OnlineICaRL,
         RehearsingAgent,
     )
     from dcl_lightning.callbacks import Rehearsal, TaskClock, TaskReport
@@ -60,6 +61,7 @@ __all__ = [
     "HorovodStrategy",
     "ICaRL",
     "LwF",
+    "OnlineICaRL",
     "Rehearsal",
     "RehearsalConfig",
     "RehearsingAgent",

@@ -9,6 +9,7 @@ from dcl_lightning.agents.finetuning import FineTuning
 from dcl_lightning.agents.gdumb import GDumb
 from dcl_lightning.agents.gem import AGEM, GEM
 from dcl_lightning.agents.icarl import ICaRL
+from dcl_lightning.agents.icarl_online import OnlineICaRL
 from dcl_lightning.agents.lwf import LwF
 from dcl_lightning.agents.mir import MIR
 from dcl_lightning.agents.nearest_mean import NearestMean, NearestMeanReplay
@@ -38,6 +39,7 @@ __all__ = [
     "LwF",
     "NearestMean",
     "NearestMeanReplay",
+    "OnlineICaRL",
     "RehearsingAgent",
 ]
 

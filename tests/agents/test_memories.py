@@ -42,6 +42,7 @@ OWN: dict[str, dict[str, Any]] = {
     "er_ace": {"loss": "sum"},
     "mir": {"num_samples": 50, "loss": "sum"},
     "scr": {"num_samples": 100},
+    "icarl_online": {"draw_from": "past", "loss": "sum"},
     "der": {"loss": "sum"},
     "derpp": {"loss": "sum"},
     "derpp_task_end": PROJECTING | {"quota": "adaptive"},

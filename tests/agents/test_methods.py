@@ -350,7 +350,7 @@ def padded(batch, target):
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "nil", "er", "er_ace", "mir", "der", "derpp", "agem", "gem", "bic", "lwf", "icarl"]
+    "name", ["base", "nil", "er", "er_ace", "mir", "der", "derpp", "agem", "gem", "bic", "lwf", "icarl", "icarl_online"]
 )
 def test_rows_that_pad_a_share_change_no_loss(name, tmp_path):
     agent, seen = fit(name, tmp_path)

@@ -107,12 +107,13 @@ def test_every_method_honours_it(name: str, tmp_path: Path) -> None:
     sizes: list[int] = []
     agent.backbone.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     agent.training_loss(batch)
-    assert sizes == [batch.num_new, len(batch.targets) - batch.num_new]
+    views = 1 + agent.two_views
+    assert sizes == [batch.num_new, len(batch.targets) - batch.num_new] * views
     assert sizes[1] > 1
     for batch in without[:1]:
         sizes.clear()
         agent.training_loss(batch)
-        assert sizes == [len(batch.targets)]
+        assert sizes == [len(batch.targets)] * views
 
 
 def test_resumed_equals_uninterrupted_and_blocking_equals_inline(tmp_path: Path) -> None:

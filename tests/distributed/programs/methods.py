@@ -19,7 +19,10 @@ from dcl_lightning.callbacks import TaskReport
 from dcl_lightning.types import Batch
 from tests.distributed.toy import trainer
 
-NAMES = ("er", "er_ace", "mir", "scr", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "lwf", "ewc", "si")
+NAMES = (
+    "er", "er_ace", "mir", "scr", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "icarl_online", "lwf",
+    "ewc", "si",
+)  # fmt: skip
 # Agent, values of its memory, and of itself.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *((name, {}, {}) for name in NAMES),
