@@ -14,6 +14,7 @@ from dcl_lightning.agents.lwf import LwF
 from dcl_lightning.agents.mir import MIR
 from dcl_lightning.agents.nearest_mean import NearestMean, NearestMeanReplay
 from dcl_lightning.agents.nil import NIL
+from dcl_lightning.agents.pcr import PCR
 from dcl_lightning.agents.replay import RehearsingAgent
 from dcl_lightning.agents.scr import SCR
 from dcl_lightning.agents.si import SI
@@ -28,6 +29,7 @@ __all__ = [
     "MIR",
     "NIL",
     "SCR",
+    "PCR",
     "SI",
     "BiC",
     "ContinualAgent",

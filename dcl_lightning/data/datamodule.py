@@ -270,6 +270,11 @@ class ContinualDataModule(pl.LightningDataModule):
         """Mean and deviation of each channel that normalise images; None for data that are not normalised."""
         return self._normalisation
 
+    @property
+    def augments(self) -> bool:
+        """Whether training sees images in another way than evaluation: by ``augment`` or by ``transform``."""
+        return self.augment or self._transforms[0] is not None
+
     def _own_normalisation(self) -> Normalisation | None:
         return None if self._source is None else (self._source.mean, self._source.std)
 

@@ -19,6 +19,7 @@ from dcl_lightning.functional.losses import (
     icarl_targets,
     logit_matching,
     nil_weights,
+    proxy_contrastive,
     tempered_distillation,
     weighted_cross_entropy,
 )
@@ -40,7 +41,7 @@ __all__ = [
     "backward_transfer", "class_means", "distillation", "distillation_share", "fitted_bias", "forgetting",
     "forward_transfer", "gem_projection", "herd", "highest_of_parts", "icarl_loss", "icarl_targets", "interference",
     "learning_accuracy", "logit_matching", "lr_factor", "lr_scale", "merged_fisher", "nearest_mean_scores",
-    "nearest_to_mean", "nil_weights", "normalise", "over_tasks", "parameter_groups", "quadratic_penalty",
-    "quadratic_penalty_gradient", "restricted", "si_importance", "si_path", "supervised_contrastive_losses",
+    "nearest_to_mean", "nil_weights", "normalise", "over_tasks", "parameter_groups", "proxy_contrastive",
+    "quadratic_penalty", "quadratic_penalty_gradient", "restricted", "si_importance", "si_path", "supervised_contrastive_losses",
     "tempered_distillation", "top_k_hits", "warmup_divisor", "weighted_cross_entropy",
 ]  # fmt: skip

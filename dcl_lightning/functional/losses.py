@@ -22,6 +22,7 @@ __all__ = [
     "icarl_targets",
     "logit_matching",
     "nil_weights",
+    "proxy_contrastive",
     "tempered_distillation",
     "weighted_cross_entropy",
 ]
@@ -101,6 +102,32 @@ def asymmetric_cross_entropy(
     # A row of weight 0 needs its own class for a finite loss: 0 times infinity is NaN.
     scored = classes | F.one_hot(targets, logits.shape[1]).bool()
     return weighted_cross_entropy(logits.masked_fill(~scored, -float("inf")), targets, weights, normalizer)
+
+
+def proxy_contrastive(
+    logits: Tensor, targets: Tensor, counts: Tensor, weights: Tensor, normalizer: Tensor | float
+) -> Tensor:
+    r"""Return PCR's loss, 0-dim: each sample is drawn to the vector of its class, its proxy, among those of the batch.
+
+    .. math:: -\frac{1}{n} \sum_i w_i \log \frac{e^{z_{i y_i}}}{\sum_k m_k e^{z_{ik}}}
+
+    Lin, Zhang, Feng, Li and Ye, CVPR 2023, arXiv 2304.04408, as their program computes it: the denominator has the
+    proxy of each sample of the batch, that of the anchor too, and so the proxy of a class as often as it has samples.
+    Classes without samples are not pushed down.
+
+    Args:
+        logits: ``(B, K)`` z, floating: cosines between the features and the proxies, over the temperature.
+        targets: ``(B,)`` y, int64.
+        counts: ``(K,)`` m, samples of each class in the batch, over all workers.
+        weights: ``(B,)`` w, float32.
+        normalizer: n, 0-dim float32.
+    """
+    # A row of weight 0 is not counted: it needs its own class for a finite loss, as 0 times infinity is NaN.
+    scored = torch.maximum(counts, F.one_hot(targets, logits.shape[1]))
+    shares = scored.to(torch.promote_types(logits.dtype, torch.float32)).log()
+    # The cross entropy of the logits and shares has the share of a sample's own class in its numerator, too.
+    constant = (weights * shares.gather(1, targets[:, None])[:, 0]).sum() / normalizer
+    return weighted_cross_entropy(logits + shares, targets, weights, normalizer) + constant
 
 
 def logit_matching(logits: Tensor, stored: Tensor, weights: Tensor, normalizer: Tensor | float) -> Tensor:

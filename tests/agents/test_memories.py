@@ -43,6 +43,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mir": {"num_samples": 50, "loss": "sum"},
     "scr": {"num_samples": 100},
     "icarl_online": {"draw_from": "past", "loss": "sum"},
+    "pcr": {"num_samples": 10},
     "der": {"loss": "sum"},
     "derpp": {"loss": "sum"},
     "derpp_task_end": PROJECTING | {"quota": "adaptive"},

@@ -350,7 +350,8 @@ def padded(batch, target):
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "nil", "er", "er_ace", "mir", "der", "derpp", "agem", "gem", "bic", "lwf", "icarl", "icarl_online"]
+    "name",
+    ["base", "nil", "er", "er_ace", "mir", "pcr", "der", "derpp", "agem", "gem", "bic", "lwf", "icarl", "icarl_online"],
 )
 def test_rows_that_pad_a_share_change_no_loss(name, tmp_path):
     agent, seen = fit(name, tmp_path)
@@ -543,7 +544,7 @@ def test_streams_that_a_method_cannot_learn_from_are_refused(name, stream, words
         make_trainer(tmp_path).fit(make(name, data), datamodule=data)
 
 
-@pytest.mark.parametrize("name", ["lwf", "agem", "gem", "der", "gdumb", "mir", "scr"])
+@pytest.mark.parametrize("name", ["lwf", "agem", "gem", "der", "gdumb", "mir", "scr", "pcr"])
 def test_domains(name, tmp_path):
     data = make_data(scenario="domain", num_tasks=2, batch_size=7)
     memory = {"memory": {"policy": "class_balanced", "update": "task_end"}} if name in ("agem", "gem") else {}

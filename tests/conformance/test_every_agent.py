@@ -135,7 +135,7 @@ def test_a_fit_leaves_no_trace(name: str, tmp_path: Path) -> None:
     assert all(now[key] is known[key] or now[key] == known[key] for key in now if "_reader_pool" not in key)
 
 
-@pytest.mark.parametrize("name", ["derpp", "derpp_task_end", "agem", "gdumb", "mir", "scr"])
+@pytest.mark.parametrize("name", ["derpp", "derpp_task_end", "agem", "gdumb", "mir", "scr", "pcr"])
 def test_blocking_equals_inline_bit_for_bit_under_either_scope(name: str, tmp_path: Path) -> None:
     found = []
     fixed = {"quota": "fixed"}  # under which rows stay, as a global draw needs

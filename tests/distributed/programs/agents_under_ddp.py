@@ -19,7 +19,7 @@ from tests.distributed.programs.place import elastic_ddp, flat
 
 NAMES = (
     "base", "icarl", "icarl_v1", "nil", "nil_v1", "nil_v3", "nil_v4", "nil_global", "derpp", "agem", "gem", "si", "bic",
-    "mir", "scr", "icarl_online",
+    "mir", "scr", "pcr", "icarl_online",
 )  # fmt: skip
 
 

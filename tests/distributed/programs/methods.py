@@ -20,7 +20,7 @@ from dcl_lightning.types import Batch
 from tests.distributed.toy import trainer
 
 NAMES = (
-    "er", "er_ace", "mir", "scr", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "icarl_online", "lwf",
+    "er", "er_ace", "mir", "scr", "pcr", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "icarl_online", "lwf",
     "ewc", "si",
 )  # fmt: skip
 # Agent, values of its memory, and of itself.
@@ -104,8 +104,9 @@ def fit(
     own = own or {}
     # Without augmentation both views of SCR would be the same.
     data = ContinualDataModule(
-        (x, y, x.clone(), y.clone()), increment=2, batch_size=8 // workers, seed=0, augment=name == "scr"
-    )
+        (x, y, x.clone(), y.clone()), increment=2, batch_size=8 // workers, seed=0,
+        augment=name in ("scr", "pcr"),  # which makes two views of each sample
+    )  # fmt: skip
     kind = getattr(short_names, name)
     options: dict[str, Any] = {"epochs_per_task": 2}
     if kind.rehearses:
