@@ -149,8 +149,8 @@ class ContinualDataModule(pl.LightningDataModule):
         if not isinstance(normalize, Mapping):
             words["normalize"] = normalize
         check_words("data", get_type_hints(ContinualDataModule.__init__), words)
-        for key, value in (("evaluate_on", evaluate_on), ("validate_on", validate_on)):
-            if value == "held_out" and not val_ratio:
+        for key, samples in (("evaluate_on", evaluate_on), ("validate_on", validate_on)):
+            if samples == "held_out" and not val_ratio:
                 raise ConfigurationError(
                     f"data.{key}=held_out with data.val_ratio=0: nothing is held out to {key.removesuffix('_on')} on; "
                     f"give data.val_ratio above 0, the share of each class, or data.{key}=test"
@@ -159,7 +159,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self.concatenate_tasksets, self.select_on_test = concatenate_tasksets, select_on_test
         self.val_ratio, self.evaluate_on = val_ratio, evaluate_on
         self.validate_on: Literal["held_out", "test"] | None = validate_on
-        if validate_on is None and (evaluate_on == "test" and val_ratio > 0 or select_on_test):
+        if validate_on is None and ((evaluate_on == "test" and val_ratio > 0) or select_on_test):
             self.validate_on = "held_out" if val_ratio > 0 else "test"
         self.batch_size, self.passes = batch_size, passes
         self.eval_batch_size = eval_batch_size or max(batch_size, 256)

@@ -42,6 +42,6 @@ __all__ = [
     "forward_transfer", "gem_projection", "herd", "highest_of_parts", "icarl_loss", "icarl_targets", "interference",
     "learning_accuracy", "logit_matching", "lr_factor", "lr_scale", "merged_fisher", "nearest_mean_scores",
     "nearest_to_mean", "nil_weights", "normalise", "over_tasks", "parameter_groups", "proxy_contrastive",
-    "quadratic_penalty", "quadratic_penalty_gradient", "restricted", "si_importance", "si_path", "supervised_contrastive_losses",
-    "tempered_distillation", "top_k_hits", "warmup_divisor", "weighted_cross_entropy",
+    "quadratic_penalty", "quadratic_penalty_gradient", "restricted", "si_importance", "si_path",
+    "supervised_contrastive_losses", "tempered_distillation", "top_k_hits", "warmup_divisor", "weighted_cross_entropy",
 ]  # fmt: skip

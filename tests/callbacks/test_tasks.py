@@ -327,5 +327,7 @@ def test_an_agent_that_learnt_nothing_takes_any_labels(tmp_path: Path) -> None:
     data = make_data(validate_on="test")
     agent = make_agent("base", data)
     with pytest.raises(ConfigurationError):
-        make_trainer(tmp_path, max_epochs=4).fit(agent, datamodule=make_data(validate_on="test", class_order=[5, 4, 3, 2, 1, 0]))
+        make_trainer(tmp_path, max_epochs=4).fit(
+            agent, datamodule=make_data(validate_on="test", class_order=[5, 4, 3, 2, 1, 0])
+        )
     make_trainer(tmp_path).fit(agent, datamodule=data)

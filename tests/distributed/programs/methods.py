@@ -20,8 +20,8 @@ from dcl_lightning.types import Batch
 from tests.distributed.toy import trainer
 
 NAMES = (
-    "er", "er_ace", "mir", "scr", "pcr", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "icarl_online", "lwf",
-    "ewc", "si",
+    "er", "er_ace", "mir", "scr", "pcr", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "icarl_online",
+    "lwf", "ewc", "si",
 )  # fmt: skip
 # Agent, values of its memory, and of itself.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
