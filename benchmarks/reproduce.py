@@ -277,7 +277,7 @@ def table(
         differences: how the peer differs from the protocol, by name.
     """
     lines = [
-        "| target | source | published | measured | difference [95 %] | forgetting | seeds | s a run | verdict |",
+        "| target | source | published | measured | difference [95 %] | forgetting | seeds | seconds | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for target in chosen:
@@ -319,9 +319,9 @@ def _measured(runs: Mapping[int, Mapping[str, Any]], theirs: Published) -> tuple
         difference = f"{compared.difference:+.2f}{interval}"
     forgotten = [run["figures"]["forgetting"] for run in runs.values()]
     forgetting = "" if None in forgotten else _mean(forgotten)
-    seconds = statistics.mean(run["seconds"]["all"] for run in runs.values())
+    train, test = (statistics.mean(run["seconds"][part] for run in runs.values()) for part in ("train", "eval"))
     mean = f"{_mean(values)} ({len(values)})"
-    return mean, difference, forgetting, " ".join(map(str, sorted(runs))), f"{seconds:.0f}"
+    return mean, difference, forgetting, " ".join(map(str, sorted(runs))), f"{train:.0f} + {test:.0f}"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -378,12 +378,13 @@ has one, with its number, its source and the differences that stay in its head. 
 deviations, with the number of runs in brackets. The interval of the difference is Welch's with both deviations. A
 number counts as reproduced if the interval holds 0 or lies above it; one value without a deviation, if ours lies within
 {ROUNDED:.0f} points of it. Forgetting, in points, is the mean over all tasks but the last of the best accuracy before
-the last task less that after it. Seconds are those of a run's process, from start to end. `benchmarks/reproduced` has a
-file for each run, with its accuracy matrix, versions, commits, processor and times.
+the last task less that after it. Seconds of training and of evaluation are means over the runs; they depend on the
+machine and its other load. `benchmarks/reproduced` has a file for each run, with its accuracy matrix, versions,
+commits, processor and times.
 
 Rows of Avalanche have its own strategies on the same images, hold-outs, seeds, network and optimizer, as its users run
-them: `{COMMAND} --peer {PEER}`, with the extra `peers`. Their difference is that from the published number
-above them, their last column how they differ from its protocol.
+them: `{COMMAND} --peer {PEER}`, with the extra `peers`. Their difference is that from the
+published number above them; their last column says how they differ from its protocol.
 
 {table([target for target in chosen if target.name not in CLAIM], found, read_notes(MISSES), differences)}
 

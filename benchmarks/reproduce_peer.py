@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--root", help="folder of the data sets (default: that of the configuration)")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    warnings.showwarning = lambda *_, **__: None  # Avalanche switches its own on at every step
     pl.seed_everything(options.seed, verbose=False)
     config = yaml.safe_load(options.config.read_text())
     data_options = config["data"]["init_args"] | ({} if options.root is None else {"root": options.root})

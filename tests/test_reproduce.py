@@ -39,7 +39,7 @@ def runs(*values: float, seconds: float = 60.0) -> dict[int, dict[str, Any]]:
     return {
         seed: {
             "figures": {"average_accuracy": value, "forgetting": 90.0 - value},
-            "seconds": {"all": seconds},
+            "seconds": {"train": seconds, "eval": 5.0, "all": 2 * seconds},
             "versions": {"avalanche": "0.6.0"},
         }
         for seed, value in enumerate(values)
@@ -199,7 +199,7 @@ def test_the_table_by_hand() -> None:
     waits = "|  |  |  |  |  | not yet run: `python benchmarks/reproduce.py --only two` |"
     assert reproduce.table(cases, found, {}, {}).splitlines()[2:] == [
         f"| A case (`case`) | a paper | 40.00 ± 2.00 (3) | 40.00 ± 1.00 (3) | +0.00 [{-half:+.2f}, {half:+.2f}] "
-        "| 50.00 ± 1.00 | 0 1 2 | 60 | reproduced |",
+        "| 50.00 ± 1.00 | 0 1 2 | 60 + 5 | reproduced |",
         f"| Two: average accuracy (`two`) | a table | 40.00 (1) {waits}",
         f"| Two: pooled accuracy (`two`) | a table | 40.00 (1) {waits}",
     ]
@@ -239,10 +239,12 @@ def test_a_peer_has_a_row_below_ours_with_its_own_runs() -> None:
     }
     ours, peer, last = reproduce.table(cases, found, {}, {"case": "another loss"}).splitlines()[2:]
     assert ours == (
-        "| A case (`case`) | a table | 40.00 (1) | 41.00 ± 1.00 (3) | +1.00 | 49.00 ± 1.00 | 0 1 2 | 60 | reproduced |"
+        "| A case (`case`) | a table | 40.00 (1) | 41.00 ± 1.00 (3) | +1.00 | 49.00 ± 1.00 | 0 1 2 | 60 + 5 "
+        "| reproduced |"
     )
     assert peer == (
-        "| Avalanche 0.6.0 on the same |  |  | 36.00 ± 1.00 (3) | -4.00 | 54.00 ± 1.00 | 0 1 2 | 80 | another loss |"
+        "| Avalanche 0.6.0 on the same |  |  | 36.00 ± 1.00 (3) | -4.00 | 54.00 ± 1.00 | 0 1 2 | 80 + 5 "
+        "| another loss |"
     )
     assert last.startswith("| Two (`two`) |")
     found["case"][0]["figures"]["forgetting"] = None  # of one task
