@@ -43,5 +43,5 @@ def supervised_contrastive_losses(
     others = (labels >= 0) & (places[anchors, None] != places)
     positives = others & (labels[anchors, None] == labels)
     # The lowest number in place of -inf, whose gradient would be NaN where nothing else is left.
-    shares = similar - similar.masked_fill(~others, torch.finfo(dtype).min).logsumexp(1, keepdim=True)
-    return -shares.masked_fill(~positives, 0.0).sum(1) / positives.sum(1).clamp(min=1)
+    losses = similar.masked_fill(~others, torch.finfo(dtype).min).logsumexp(1, keepdim=True) - similar
+    return losses.masked_fill(~positives, 0.0).sum(1) / positives.sum(1).clamp(min=1)

@@ -162,9 +162,7 @@ def test_selection_on_the_reported_hold_outs_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigurationError, match=r"select on the hold-outs that the report is of: .*evaluate_on=test"):
         fit("refused", **HELD, validate_on="held_out")
-    with pytest.raises(
-        ConfigurationError, match=r"nothing to validate on: give data\.evaluate_on=test, .*select_on"
-    ):
+    with pytest.raises(ConfigurationError, match=r"nothing to validate on: give data\.evaluate_on=test, .*select_on"):
         fit("refused", **HELD)
     assert fit("knowingly", **HELD, select_on_test=True) == "held_out"
     assert fit("apart", val_ratio=0.3) == "validation"
