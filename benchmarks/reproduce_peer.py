@@ -49,7 +49,7 @@ def _replay(common: dict[str, Any], memory: dict[str, Any]) -> Any:
     from avalanche.training.storage_policy import ClassBalancedBuffer, ReservoirSamplingBuffer
     from avalanche.training.supervised import Naive
 
-    policies = {"class_balanced": ClassBalancedBuffer, "reservoir": ReservoirSamplingBuffer}
+    policies = {"class_reservoir": ClassBalancedBuffer, "reservoir": ReservoirSamplingBuffer}
     size, policy = memory["buffer_size"], policies[memory["policy"]]
     plugin = ReplayPlugin(size, batch_size_mem=memory["num_samples"], storage_policy=policy(size))
     return Naive(**common, plugins=[plugin])

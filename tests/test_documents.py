@@ -250,7 +250,11 @@ def test_every_file_that_a_document_names_exists() -> None:
 
 def test_every_benchmark_is_in_the_table_of_what_was_measured() -> None:
     page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
-    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"common.py", "plain.py", "reproduce_peer.py"}
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {
+        "common.py",
+        "plain.py",
+        "reproduce_peer.py",
+    }
     assert {name for name in scripts if f"`python benchmarks/{name}`" not in page} == set()
 
 

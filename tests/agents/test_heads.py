@@ -189,7 +189,7 @@ class Layers(nn.Module):
 
 @pytest.mark.parametrize("name", ["base", "er", "nil"])
 def test_each_row_trains_and_is_evaluated_by_its_tasks_layer(name: str, tmp_path: Path) -> None:
-    data = make_data(batch_size=7)
+    data = make_data(batch_size=7, validate_on="test")
     agent = make(name, data, momentum=0.0, head="per_task")
     start, batches, inner = Layers(agent), [], agent.training_loss
 

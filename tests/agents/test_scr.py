@@ -194,7 +194,7 @@ class Looks(pl.Callback):
 def test_every_evaluation_is_by_the_means_of_what_is_stored_then(
     boundaries: str, memory: dict[str, Any], tmp_path: Path
 ) -> None:
-    looks, stream = Looks(), {"boundaries": boundaries}
+    looks, stream = Looks(), {"boundaries": boundaries, "validate_on": "test"}
     trainer = {"callbacks": [looks], "limit_val_batches": 1.0, "val_check_interval": 1, "num_sanity_val_steps": 2}
     agent, _ = fit(tmp_path, stream=stream, backbone=Normed(), memory=memory, trainer=trainer, future_tasks=True)
     assert looks.count == 12 + 3
@@ -209,7 +209,9 @@ def test_every_evaluation_is_by_the_means_of_what_is_stored_then(
 
 
 def test_the_loss_of_validation_is_finite_where_a_class_is_not_stored(tmp_path: Path) -> None:
-    agent, _ = fit(tmp_path, memory={"buffer_size": 2}, trainer={"limit_val_batches": 1.0})
+    agent, _ = fit(
+        tmp_path, memory={"buffer_size": 2}, stream={"validate_on": "test"}, trainer={"limit_val_batches": 1.0}
+    )
     assert int(agent.has_mean.sum()) <= 2
     assert torch.isfinite(agent.trainer.callback_metrics["val/loss"])
 

@@ -112,7 +112,7 @@ class Rounding(FineTuning):
 
 @pytest.mark.parametrize(("precision", "right"), [("bf16-mixed", 1.0), ("32-true", 0.0)])
 def test_the_matrix_is_of_the_precision_that_is_trained_in(tmp_path: Path, precision: str, right: float) -> None:
-    data = make_data()
+    data = make_data(validate_on="test")
     agent = Rounding(MLP([8]), data.num_classes, data.input_spec, future_tasks=True)
     trainer = make_trainer(tmp_path, precision=precision)
     trainer.fit(agent, datamodule=data)
@@ -234,7 +234,7 @@ def test_limits_of_test_batches_hold_for_the_matrix(tmp_path: Path, option, rows
                 passed.append(len(batch.targets))
             return super().evaluate(batch)
 
-    data = make_data(eval_batch_size=3)
+    data = make_data(eval_batch_size=3, validate_on="test")
     agent = Counting(MLP([8]), data.num_classes, data.input_spec)
     trainer = make_trainer(tmp_path, **option)
     trainer.fit(agent, datamodule=data)

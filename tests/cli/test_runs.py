@@ -87,6 +87,7 @@ def test_monitors_of_lightning_and_the_default_checkpoint_beside_callbacks_of_a_
     (tmp_path / "c.yaml").write_text("trainer:\n  callbacks:\n    - {class_path: LearningRateMonitor}\n")
     args = [*SMALL, "--model", "nil", "--config", "c.yaml", "--trainer.callbacks+=DeviceStatsMonitor"]
     args += ["--trainer.callbacks.cpu_stats", "false", "--model.rehearsal.buffer_size", "40"]
+    args += ["--data.validate_on", "test"]
     assert cli.main(args) == 0
     folder = tmp_path / "runs" / "dcl" / "version_0"
     header = next(csv.reader((folder / "metrics.csv").open()))
@@ -124,7 +125,7 @@ def test_tensorboard_beside_csv_has_the_same_names_and_the_matrix_as_a_picture(t
         for name in ("CSVLogger", "TensorBoardLogger")
     ]
     (tmp_path / "l.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
-    assert cli.main([*SMALL, "--config", "l.yaml"]) == 0
+    assert cli.main([*SMALL, "--config", "l.yaml", "--data.validate_on", "test"]) == 0
     folder = tmp_path / "runs" / "both" / "version_0"
     header = {*next(csv.reader((folder / "metrics.csv").open()))} - {"step"}
     tags = events(folder)

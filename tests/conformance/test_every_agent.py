@@ -69,7 +69,7 @@ def predictions(agent, data, folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_resume_equals_uninterrupted_and_the_memory_works(name: str, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    data, watch = data_of(name), Watch()
+    data, watch = data_of(name, validate_on="test"), Watch()
     agent = make(name, data)
     trainer = make_trainer(tmp_path, [watch, saver])
     trainer.fit(agent, datamodule=data)

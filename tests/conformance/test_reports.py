@@ -116,7 +116,7 @@ def test_a_task_without_test_samples(tmp_path: Path) -> None:
 def test_nothing_is_carried_from_one_evaluation_to_the_next(tmp_path: Path) -> None:
     """A network that always says class 0, with validations before training, within tasks and at their ends."""
     x, y, _, _ = arrays(num_classes=4)
-    data = ContinualDataModule((x, y, x, y), increment=2, batch_size=5, seed=0)
+    data = ContinualDataModule((x, y, x, y), increment=2, batch_size=5, validate_on="test", seed=0)
     agent = make_agent("base", data)
     agent.evaluate = lambda batch: torch.eye(4).to(batch.targets.device)[torch.zeros_like(batch.targets)]
     logged: list[float] = []

@@ -187,7 +187,7 @@ def test_limits_count_each_pass(tmp_path: Path) -> None:
 
 def test_an_interval_of_validation_counts_each_pass(tmp_path: Path) -> None:
     def fit(passes: int) -> None:
-        data = make_data(passes=passes)
+        data = make_data(passes=passes, validate_on="test")
         trainer = make_trainer(tmp_path, val_check_interval=8)
         trainer.fit(make_agent("base", data, epochs_per_task=1), datamodule=data)
 

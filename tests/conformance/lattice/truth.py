@@ -94,6 +94,7 @@ class Truth:
             class_order=list(range(self.num_classes)),
             seed=seed,
             eval_batch_size=6,
+            validate_on=None if value_of(drawn, "val_ratio") else "test",
             **{
                 name: value_of(drawn, name)
                 for name in ("boundaries", "batch_size", "val_ratio", "sharding", "concatenate_tasksets", "augment")

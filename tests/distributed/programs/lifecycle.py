@@ -207,7 +207,7 @@ class Looking(ICaRL):
 
 def statistics() -> None:
     """They are each worker's own in training, and worker 0's as soon as they are used."""
-    data = ContinualDataModule("digits", increment=5, batch_size=32)
+    data = ContinualDataModule("digits", increment=5, batch_size=32, validate_on="test")
     agent = Looking(Normed([8]), data.num_classes, input_spec=data.input_spec, epochs_per_task=1)
     t = trainer("horovod", max_epochs=-1, num_sanity_val_steps=0)
     t.fit(agent, datamodule=data)

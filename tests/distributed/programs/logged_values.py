@@ -120,7 +120,8 @@ def agent_run(strategy: str, folder: Path, batch_size: int) -> tuple[AccuracyMat
     train = torch.tensor([0] + [1] * 2 + [2] * 9)
     test = torch.tensor([0] + [1] * 2 + [2] * 5)
     pictures = torch.randn(20, 1, 2, 2, generator=torch.Generator().manual_seed(6))
-    data = ContinualDataModule((pictures[:12], train, pictures[12:], test), increment=1, batch_size=batch_size)
+    splits = pictures[:12], train, pictures[12:], test
+    data = ContinualDataModule(splits, increment=1, batch_size=batch_size, validate_on="test")
     torch.manual_seed(0)
     agent = FineTuning(MLP([4]), data.num_classes, input_spec=data.input_spec, epochs_per_task=2)
     t = trainer(strategy, max_epochs=-1, num_sanity_val_steps=2, default_root_dir=folder)
