@@ -210,7 +210,7 @@ def test_the_claim_has_its_runs_beside_each_other() -> None:
     cases = [target(measured, seeds=(0,))._replace(name=name, title=name) for name in sorted(reproduce.CLAIM)]
 
     def run(top5: float, top1: float, seconds: float, processor: str = "a GPU") -> dict[int, dict[str, Any]]:
-        figures = {"top5.pooled_accuracy": top5, "pooled_accuracy": top1}
+        figures = {"top5.pooled_accuracy": top5, "pooled_accuracy": top1, "forgetting": 10.0}
         times = {"train": seconds, "eval": 10.0, "all": seconds + 30}
         return {0: {"figures": figures, "seconds": times, "processor": processor, "threads": 1}}
 

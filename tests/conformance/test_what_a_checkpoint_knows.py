@@ -83,7 +83,7 @@ def test_validation_after_a_fit_and_of_another_agent_on_its_data(tmp_path: Path)
 
 
 def test_sanity_checking_is_of_the_first_task(tmp_path: Path) -> None:
-    data = make_data()
+    data = make_data(validate_on="test")
     seen: list[int] = []
 
     class Spy(pl.Callback):

@@ -36,7 +36,7 @@ def in_trainer(data, epoch: int, rank: int = 0, size: int = 1, training: bool = 
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(
         current_epoch=epoch, global_rank=rank, world_size=size, training=training, strategy=strategy,
-        precision_plugin=Precision(), state=SimpleNamespace(fn=TrainerFn.FITTING), num_devices=1,
+        precision_plugin=Precision(), state=SimpleNamespace(fn=TrainerFn.FITTING), num_devices=1, lightning_module=None,
     )  # fmt: skip
     return data
 
