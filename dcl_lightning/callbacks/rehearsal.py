@@ -150,7 +150,7 @@ class Rehearsal(pl.Callback):
             self.config.check_without_agent(self.label is not None, stream is not None)
         if stream is not None:
             self.manager = None  # the stream begins, or a checkpoint brings its memory
-            self.config.check_stream(stream.classes_come_again, data.boundaries)
+            self.config.check_stream(stream.classes_come_again, data.boundaries, data.scenario)
             if not data.concatenate_tasksets:
                 self._warn_of_forgotten_tasks(stream)
         if self.config.prefetch == "batch":

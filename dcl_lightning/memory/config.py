@@ -222,20 +222,21 @@ class ResolvedConfig(RehearsalConfig):
         """Return how the memory forgets tasks whose classes come again, see ``Policy.forgets``; None if it does not."""
         return policy_class(self.policy, self.quota).forgets
 
-    def check_stream(self, classes_come_again: bool, boundaries: str) -> None:
+    def check_stream(self, classes_come_again: bool, boundaries: str, scenario: str) -> None:
         """Refuse values that a stream of tasks does not support.
 
         Args:
             classes_come_again: whether a class comes in several tasks.
             boundaries: whether the tasks' starts and ends are ``known`` or ``hidden``.
+            scenario: what the stream is made by, for messages.
 
         Raises:
             ConfigurationError: with the remedy.
         """
         if self.draw_from == "past" and self.update == "step" and classes_come_again:
             raise ConfigurationError(
-                "rehearsal.draw_from=past tells tasks apart by their classes, but a class comes in several tasks: give "
-                "rehearsal.update=task_end"
+                f"rehearsal.draw_from=past tells tasks apart by their classes, but with data.scenario={scenario} a "
+                "class comes in several tasks: give rehearsal.update=task_end"
             )
         for name, value, remedy in (
             ("update", self.update == "task_end" and self.update, "update=step"),
