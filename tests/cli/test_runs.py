@@ -145,7 +145,7 @@ def test_selection_within_each_task_on_hold_outs_and_none_on_test_data(
     args = [*SMALL, "--data.increment", "4", "--model.epochs_per_task", "5", "--config", "s.yaml"]
     assert cli.main(args) == 2
     error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
-    assert "would select on test data" in error
+    assert "there is nothing to validate on" in error
     assert "data.val_ratio" in error
     assert not list(tmp_path.rglob("*.ckpt"))
     assert cli.main([*args, "--data.val_ratio", "0.2"]) == 0
