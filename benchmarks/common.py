@@ -9,9 +9,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,6 +22,8 @@ from dcl_lightning.callbacks import TaskReport
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.manager import MemoryManager
 from dcl_lightning.types import InputSpec
+
+Name = TypeVar("Name", bound=Hashable)
 
 WARM_UP = 4
 CLASSES = 100
@@ -144,9 +146,10 @@ def stream(samples: int, pixels: int, batch_size: int) -> ContinualDataModule:
     return ContinualDataModule(splits, scenario="none", batch_size=batch_size, augment=True)
 
 
-def rounds_of(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def rounds_of(sides: dict[Name, Callable[[], float]], rounds: int) -> dict[Name, list[float]]:
     """Run all sides in each round, in an order that rotates."""
-    names, measured = list(sides), {name: [] for name in sides}
+    names = list(sides)
+    measured: dict[Name, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
