@@ -7,11 +7,14 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import random
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import convnet
 import end_to_end
 import peers
 import plain
@@ -23,8 +26,8 @@ import search
 import torch
 from common import quiet_trainer
 
-from dcl_lightning import ContinualDataModule, FineTuning
-from dcl_lightning.backbones import MLP
+from dcl_lightning import ContinualDataModule, FineTuning, ICaRL
+from dcl_lightning.backbones import MLP, ResNet
 from dcl_lightning.functional.losses import nil_weights
 from dcl_lightning.memory.exchange import plan_draws, plan_of
 
@@ -45,6 +48,7 @@ def as_before() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "options", "count"),
     [
+        ("convnet", ["--rounds", "1"], 6),
         ("cost", [], 6),
         # The steps of the residual network are those of the perceptron, and take a minute.
         ("end_to_end", ["--only", "mcsb"], 13),
@@ -59,6 +63,7 @@ def test_a_quick_run_writes_its_rows(
     file = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--json", str(file), *options])
     monkeypatch.setattr(end_to_end, "has_avalanche", lambda: False)
+    monkeypatch.setattr(convnet, "THREADS", (1,))  # several wait for each other where other tests use the cores
     importlib.import_module(name).main()
     rows = json.loads(file.read_text())
     assert len({row["name"] for row in rows}) == count
@@ -98,6 +103,96 @@ def test_the_memory_by_hand_keeps_its_labels_and_weighs_as_ours() -> None:
     expected = nil_weights(memory.offered, labels, 30, plain.NEW, plain.CANDIDATES)
     assert expected.max() > 1
     torch.testing.assert_close(weights, expected)
+
+
+# -- convolutional networks ------------------------------------------------------------------------
+
+
+def test_icarl_by_hand_learns_what_ours_learns(tmp_path: Path) -> None:
+    """One batch an epoch: the order of its samples is the only difference, and the crops are of the same draws."""
+    data = convnet.read(convnet.SMALL.icarl, str(tmp_path), batch_size=64)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+    common = {"num_classes": data.num_classes, "input_spec": data.input_spec, "epochs_per_task": 2, "nme_flip": True}
+    agent = ICaRL(ResNet(20, width=4), rehearsal={"buffer_size": 8}, **common, **options)
+    before = torch.nn.utils.parameters_to_vector(agent.parameters()).clone()
+    network = torch.nn.Sequential(*copy.deepcopy([agent.backbone, agent.head]))
+    rehearsed = convnet.Counted(agent.backbone), convnet.Counted(network[0])
+    quiet_trainer(str(tmp_path)).fit(agent, datamodule=data)
+    accuracy = plain.icarl_by_hand(network, data, 2, 8, partial(torch.optim.SGD, **options))
+    # 20 images and, in the second task, 4 of each of 2 classes, for 2 epochs.
+    assert [counted.images for counted in rehearsed] == [2 * (20 + 28)] * 2
+    ours, theirs = (
+        torch.nn.utils.parameters_to_vector([*part[0].parameters(), *part[1].parameters()])
+        for part in ((agent.backbone, agent.head), network)
+    )
+    assert (ours - before[: len(ours)]).abs().max() > 1e-2
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+    assert accuracy == pytest.approx(float(agent.clock.matrix.pooled[-1]))
+
+
+def test_the_reservoir_by_hand_keeps_each_row_as_often() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    kept, runs = torch.zeros(6), 600
+    for _ in range(runs):
+        reservoir = plain.Reservoir(torch.zeros(1, 1), stored=2, drawn=5)
+        assert len(reservoir.draw()[1]) == 0
+        for targets in torch.arange(6).split(3):
+            reservoir.add(targets[:, None].float(), targets)
+        rows, labels, weights, slots = reservoir.draw()
+        assert rows[:, 0].tolist() == labels.tolist()
+        assert weights.tolist() == [1.0, 1.0]
+        assert sorted(slots.tolist()) == [0, 1]
+        kept[labels] += 1
+    # Each with probability 1/3: 200 with a deviation of 11.5.
+    assert (kept - runs / 3).abs().max() < 50
+
+
+def test_images_of_workers_are_as_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The side that runs on a GPU only."""
+    monkeypatch.setattr(convnet, "WORKERS", 0)
+    setting, images = convnet.Setting(1, "contiguous"), convnet.SMALL.online._replace(per_class=5)
+    online = convnet.Online(convnet.read(images, str(tmp_path), convnet.NEW), images.stored)
+    monkeypatch.setattr(online, "backbone", lambda: ResNet(20, width=4))
+    monkeypatch.setattr(convnet, "present", lambda *sides: {"workers": sides[-1]})
+    assert online.rates(setting)["workers"]() > 0  # which refuses other numbers
+    exemplars = convnet.Exemplars(convnet.read(images, str(tmp_path), convnet.BATCH), 4, epochs=1)
+    network = setting.network(ResNet(20, width=4), exemplars.data)
+    counted = convnet.Counted(network[0])
+    assert 0 <= exemplars.one_by_one(setting, network) <= 1
+    assert counted.images == 10 + 10 + 4
+
+
+def test_the_target_of_steps_is_that_of_the_fastest_order(capsys: pytest.CaptureFixture[str]) -> None:
+    orders = [convnet.Setting(1, order) for order in convnet.ORDERS]
+    milliseconds = dict(zip(orders, (3.0, 2.0), strict=True))
+    rows = convnet.rows_of(
+        "step", "ms", [orders], 2,
+        lambda setting: {"ours": lambda: 4.0, "loop": lambda: milliseconds[setting]},
+        {"loop": "<= 1.05"}, of_the_fastest="loop",
+    )  # fmt: skip
+    assert [row["ratio"] for row in rows] == [pytest.approx(4 / 3), 2.0]
+    slow, fast = capsys.readouterr().out.splitlines()
+    assert "| reported |" in slow
+    assert "channels_last" in fast
+    assert "| <= 1.05 |" in fast
+
+
+def test_what_convnet_lacks_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(end_to_end, "has_avalanche", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["convnet", "--root", str(tmp_path)])
+    convnet.main()
+    printed = capsys.readouterr().out
+    assert all(f"Left out ({part}): " in printed for part in "fsi")
+    assert "cifar100" in printed
+    assert "Avalanche is not installed" in printed
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["convnet", "--gpu"])
+    with pytest.raises(SystemExit, match="2"):
+        convnet.main()
+    assert "--gpu needs a GPU" in capsys.readouterr().err
 
 
 NETWORK = scale.Network(spread=0.0, latency=0.001, bandwidth=1000.0, classes=0)
