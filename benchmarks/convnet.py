@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -55,6 +56,7 @@ from common import HEADER, QUIET, WARM_UP, Size, report, rounds_of, step_ms
 from end_to_end import Counted
 from PIL import Image
 from plain import LR, Batches, Reservoir, Shuffled, by_hand, icarl_by_hand, now_of, plain_network
+from reproduce_peer import STRATEGIES, experiences_of, stream_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -174,6 +176,7 @@ def present(setting: Setting, loop: Train, avalanche: Train, one_by_one: Train) 
     """Return those sides of whole fits beside ours that there are: one only where it is installed, one on a GPU."""
     found = {LOOP: loop}
     if end_to_end.has_avalanche():
+        importlib.import_module("avalanche.training.supervised")  # else within the time of its first fit
         found[AVALANCHE] = avalanche
     if setting.precision is not None:
         found[ONE_BY_ONE] = one_by_one
@@ -337,8 +340,6 @@ class Online:
 
     def avalanche(self, setting: Setting, network: nn.Sequential) -> None:
         """Train Avalanche's strategy."""
-        from reproduce_peer import STRATEGIES, experiences_of, stream_of
-
         common = avalanche_options(self.data, setting, torch.optim.SGD(network.parameters(), LR))
         common |= {"criterion": nn.CrossEntropyLoss(), "model": network}
         memory = {"buffer_size": self.stored, "policy": "reservoir", "num_samples": DRAWN}
@@ -414,13 +415,17 @@ class Exemplars:
     def __init__(self, data: ContinualDataModule, stored: int, epochs: int) -> None:
         self.data, self.stored, self.epochs = data, stored, epochs
 
+    def backbone(self) -> ResNet:
+        """Return the network without its head."""
+        return ResNet(32)
+
     def agent(self, setting: Setting) -> ContinualAgent:
         """Return ours."""
         order: Any = setting.order
         known = {"num_classes": self.data.num_classes, "input_spec": self.data.input_spec}
-        memory, backbone = {"buffer_size": self.stored}, ResNet(32)
+        memory = {"buffer_size": self.stored}
         options: dict[str, Any] = {"nme_flip": True, "epochs_per_task": self.epochs, **known, **ICARL}
-        return ICaRL(backbone, rehearsal=memory, memory_format=order, **options)
+        return ICaRL(self.backbone(), rehearsal=memory, memory_format=order, **options)
 
     def loop(self, setting: Setting, network: nn.Sequential, batches: Batches | None = None) -> float:
         """Train and evaluate in a loop by hand; return the accuracy at the end."""
@@ -441,7 +446,6 @@ class Exemplars:
     def avalanche(self, setting: Setting, network: nn.Sequential) -> None:
         """Train and evaluate Avalanche's iCaRL, whose exemplars are cropped and mirrored, too."""
         from avalanche.training import supervised
-        from reproduce_peer import stream_of
 
         optimizer = torch.optim.SGD(network.parameters(), **ICARL)
         strategy = supervised.ICaRL(
@@ -462,7 +466,7 @@ class Exemplars:
         """Return the sides of whole fits, each of which returns its seconds."""
 
         def another(train: Train) -> float:
-            network = setting.network(ResNet(32), self.data)
+            network = setting.network(self.backbone(), self.data)
             started = now_of(network)
             train(setting, network)
             return now_of(network) - started

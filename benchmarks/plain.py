@@ -316,10 +316,11 @@ def icarl_by_hand(
                 descent.step()
         network.eval()
         old += len(classes)
-        quota, found = stored // old, features(inputs[own])
+        quota, found = stored // old, features(inputs[own]).cpu()  # one exemplar after the other: a GPU would wait
         exemplars = {y: rows[:quota] for y, rows in exemplars.items()}
         for y in classes:
-            exemplars[y] = own[targets[own] == y][herding.herd(found[targets[own] == y], quota)]
+            mine = targets[own] == y
+            exemplars[y] = own[mine][herding.herd(found[mine.cpu()], quota).to(device)]
         rows = torch.cat([*exemplars.values()])
         means = sum(
             herding.class_means(features(inputs[rows], mirrored), targets[rows], data.num_classes)[0]

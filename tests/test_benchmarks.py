@@ -45,6 +45,15 @@ def as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks and one thread for ``convnet``: several wait for each other where other tests use the cores."""
+    for sides in (convnet.Online, convnet.Exemplars):
+        monkeypatch.setattr(sides, "backbone", lambda self: ResNet(20, width=4))
+    monkeypatch.setattr(convnet, "THREADS", (1,))
+
+
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("name", "options", "count"),
     [
@@ -63,7 +72,6 @@ def test_a_quick_run_writes_its_rows(
     file = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--json", str(file), *options])
     monkeypatch.setattr(end_to_end, "has_avalanche", lambda: False)
-    monkeypatch.setattr(convnet, "THREADS", (1,))  # several wait for each other where other tests use the cores
     importlib.import_module(name).main()
     rows = json.loads(file.read_text())
     assert len({row["name"] for row in rows}) == count
@@ -148,16 +156,16 @@ def test_the_reservoir_by_hand_keeps_each_row_as_often() -> None:
     assert (kept - runs / 3).abs().max() < 50
 
 
+@pytest.mark.usefixtures("narrow")
 def test_images_of_workers_are_as_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The side that runs on a GPU only."""
     monkeypatch.setattr(convnet, "WORKERS", 0)
     setting, images = convnet.Setting(1, "contiguous"), convnet.SMALL.online._replace(per_class=5)
     online = convnet.Online(convnet.read(images, str(tmp_path), convnet.NEW), images.stored)
-    monkeypatch.setattr(online, "backbone", lambda: ResNet(20, width=4))
     monkeypatch.setattr(convnet, "present", lambda *sides: {"workers": sides[-1]})
     assert online.rates(setting)["workers"]() > 0  # which refuses other numbers
     exemplars = convnet.Exemplars(convnet.read(images, str(tmp_path), convnet.BATCH), 4, epochs=1)
-    network = setting.network(ResNet(20, width=4), exemplars.data)
+    network = setting.network(exemplars.backbone(), exemplars.data)
     counted = convnet.Counted(network[0])
     assert 0 <= exemplars.one_by_one(setting, network) <= 1
     assert counted.images == 10 + 10 + 4
