@@ -172,7 +172,8 @@ class ICaRL(NearestMean):
         quota = self.capacity // int(self.seen_classes.sum())
         exemplars = {y: ids[:quota] for y, ids in self.exemplars.items()}
         own = limited_ids(self.trainer, data.train_indices(task.index))
-        ids, features = self.features_of(torch.cat([own, *exemplars.values()]).unique())
+        came_again = [exemplars[y] for y in task.classes if y in exemplars]
+        ids, features = self.features_of(torch.cat([own, *came_again]).unique())
         if not bool(torch.isfinite(features).all()):
             raise ConfigurationError(
                 f"training has diverged in task {task.index}, its features are not finite: give a smaller "

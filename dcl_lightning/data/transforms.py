@@ -159,6 +159,7 @@ def augment(
     if len(set(fill)) > 1:
         padded = _per_channel(fill, inputs.device).expand_as(padded).clone()
         padded[..., pad:-pad, pad:-pad] = both
+    padded = padded.contiguous()  # also of a batch in channels_last
     _, _, padded_height, padded_width = padded.shape
     # A row of the result is contiguous in memory: copying rows is many times as fast as gathering pixels.
     planes = images[:, None] * channels + torch.arange(channels, device=inputs.device)

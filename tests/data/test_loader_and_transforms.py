@@ -106,6 +106,13 @@ def test_augmentation_of_other_shapes_is_torchvisions_too(shape, dtype) -> None:
             assert torch.equal(out[i], tv.hflip(expected) if flips[i] else expected)
 
 
+@pytest.mark.parametrize("fill", [(0.0,), (0.2, 0.0, 0.9)])
+def test_augmentation_does_not_depend_on_the_order_in_memory(fill: tuple[float, ...]) -> None:
+    images, ids = torch.randint(0, 256, (5, 3, 6, 7), dtype=torch.uint8), torch.arange(5)
+    found = transforms.augment(images.to(memory_format=torch.channels_last), ids, 0, 1, pad=2, fill=fill)
+    assert torch.equal(found, transforms.augment(images, ids, 0, 1, pad=2, fill=fill))
+
+
 def test_normalisation_is_torchvisions_and_leaves_its_input_alone() -> None:
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     pixels = torch.randint(0, 256, (4, 3, 5, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
