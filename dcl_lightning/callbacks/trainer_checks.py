@@ -45,13 +45,11 @@ def _refuse_validation_of_nothing(trainer: pl.Trainer, data: ContinualDataModule
     remedy = "set data.val_ratio above 0 to hold samples out"
     if data.evaluate_on == "held_out":
         remedy = "give data.evaluate_on=test"
-    for callback in callbacks_of(trainer):
-        monitored = monitored_by(callback)
-        if monitored.startswith("val/"):
-            raise ConfigurationError(
-                f"{type(callback).__name__}(monitor='{monitored}') watches figures of validation, and there is nothing "
-                f"to validate on: {remedy}, or data.select_on_test=true to select on what the report is of"
-            )
+    for watcher in _watchers_of_validation(trainer):
+        raise ConfigurationError(
+            f"{watcher} watches figures of validation, and there is nothing to validate on: {remedy}, or "
+            "data.select_on_test=true to select on what the report is of"
+        )
     if not trainer.enable_validation:
         return
     for key, value, default in (
@@ -72,13 +70,16 @@ def _refuse_selection_on_test(trainer: pl.Trainer, data: ContinualDataModule) ->
     what = "test data: set data.val_ratio above 0 to hold samples out"
     if data.evaluate_on == "held_out":
         what = "the hold-outs that the report is of: give data.evaluate_on=test"
+    for watcher in _watchers_of_validation(trainer):
+        raise ConfigurationError(f"{watcher} would select on {what}, or data.select_on_test=true to do it knowingly")
+
+
+def _watchers_of_validation(trainer: pl.Trainer) -> Iterator[str]:
+    """Yield the name and the monitor of each callback that watches a validation figure, for messages."""
     for callback in callbacks_of(trainer):
         monitored = monitored_by(callback)
         if monitored.startswith("val/"):
-            raise ConfigurationError(
-                f"{type(callback).__name__}(monitor='{monitored}') would select on {what}, or "
-                "data.select_on_test=true to do it knowingly"
-            )
+            yield f"{type(callback).__name__}(monitor='{monitored}')"
 
 
 def _refuse_early_stopping(trainer: pl.Trainer) -> None:
