@@ -83,10 +83,7 @@ class ERACE(RehearsingAgent):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of both cross entropies, each a mean over the samples of all workers, and the logits."""
         logits, new = self.outputs(batch), slice(batch.num_new)
-        # Rows of weight 0 only pad this worker's share: their classes need not be among the step's.
-        samples = batch.weights.new_zeros(self.num_classes)
-        samples = self.comm.allreduce(samples.index_add_(0, batch.targets[new], batch.weights[new]))
-        scored = samples > 0
+        scored = self.class_counts(batch, new) > 0
         if self.unmet_classes == "open":
             self.met_classes |= scored
             trained = self.trained_columns()

@@ -79,10 +79,7 @@ class PCR(RehearsingAgent):
         if self._views_differ:
             batch = _both_views(batch)
         logits = self.outputs(batch)
-        # Rows of weight 0 only pad this worker's share.
-        counts = batch.weights.new_zeros(self.num_classes)
-        counts = self.comm.allreduce(counts.index_add_(0, batch.targets, (batch.weights > 0).to(counts)))
-        loss = proxy_contrastive(logits, batch.targets, counts, batch.weights, batch.normalizer)
+        loss = proxy_contrastive(logits, batch.targets, self.class_counts(batch), batch.weights, batch.normalizer)
         return loss, torch.cat([logits[:new], logits[batch.num_new :][:old]])
 
 

@@ -80,6 +80,16 @@ class RehearsingAgent(ContinualAgent):
             return network(batch.inputs)
         return torch.cat([network(batch.inputs[:new]), network(batch.inputs[new:])])
 
+    def class_counts(self, batch: Batch, rows: slice = slice(None)) -> Tensor:
+        """Return the samples ``(K,)`` of each class in a batch on all workers; every worker calls it.
+
+        Args:
+            batch: of training; rows of weight 0 only pad this worker's share and do not count.
+            rows: those of the batch that count.
+        """
+        counts = batch.weights.new_zeros(self.num_classes)
+        return self.comm.allreduce(counts.index_add_(0, batch.targets[rows], (batch.weights[rows] > 0).to(counts)))
+
     def stored_ids(self) -> Tensor:
         """Return the sample ids ``(n,)`` int64 of what all workers store, ascending; every worker calls it."""
         manager, replay = self.rehearsal.manager, self.rehearsal.replay

@@ -514,18 +514,21 @@ class ContinualDataModule(pl.LightningDataModule):
         Outside a fit they are of the tasks that the module was trained on, or of all tasks if their number is unknown,
         and without ``validate_on`` of the hold-outs if there are any.
         """
-        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fits and self.validate_on is None:
+        if self._fits and self.validate_on is None:
             return []
-        last = self.task_id if fits else self._last_seen_task()
+        last = self._last_seen_task()
         if self.validate_on == "test" or self.val_ratio == 0:
             rows = [self.stream.test_indices(t) for t in range(last + 1)]
             return for_all([self._test_loader(indices) for indices in rows])
         held = [self.stream.held_indices(t) for t in range(last + 1)]
         return for_all([self.train_eval_loader(indices) for indices in held])
 
+    @property
+    def _fits(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
     def _last_seen_task(self) -> int:
-        if self.trainer is None:
+        if self.trainer is None or self._fits:
             return self.task_id
         seen = getattr(self.trainer.lightning_module, "tasks_seen", self._tasks_seen)
         return min(seen or self.num_tasks, self.num_tasks) - 1
@@ -599,8 +602,7 @@ class ContinualDataModule(pl.LightningDataModule):
             ConfigurationError: data set, scenario, class order, tasks, hold-outs, normalisation, transforms, passes or
                 what is evaluated differ; the message names both.
         """
-        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        present = self._facts()
+        fits, present = self._fits, self._facts()
         # A checkpoint that was saved before an option existed is of a run with its default.
         defaults: dict[str, object] = {"transform": None, "eval_transform": None, "crop_fill": [0.0]}
         defaults |= {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test", "passes": 1}
