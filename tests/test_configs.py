@@ -26,8 +26,9 @@ from tests.data import small_sets
 
 ROOT = Path(__file__).parent.parent
 
-# A sweep is no configuration of a fit.
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.stem.startswith("sweep_"))
+# A sweep is no configuration of a fit, and what makes a fit fast on a GPU follows one.
+GPU = ROOT / "configs" / "gpu.yaml"
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.stem.startswith("sweep_") and p != GPU)
 REGIMES = ROOT / "configs" / "regimes"
 # Protocols of published numbers.
 REPRODUCED = ROOT / "configs" / "reproduce"
@@ -271,3 +272,30 @@ def test_nil_on_imagenet_is_the_published_run() -> None:
         assert other["model"]["init_args"] == shared | own
         assert other["data"]["init_args"] == data | ({} if twin == "base" else {"concatenate_tasksets": True})
         assert other["trainer"]["precision"] == "bf16-mixed"
+
+
+# -- what follows any configuration ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["icarl_digits", "icarl_cifar100"])
+def test_what_is_fast_on_a_gpu_changes_how_a_fit_computes_and_nothing_else(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ROOT / "configs" / f"{name}.yaml"
+    plain = yaml.safe_load(print_config(config, capsys))
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", str(config), "--config", str(GPU), "--print_config"])
+    fast = yaml.safe_load(capsys.readouterr().out)
+    expected = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "benchmark": True}
+    assert plain["model"]["init_args"].pop("compile") is False
+    assert fast["model"]["init_args"].pop("compile") == "default"
+    assert fast["trainer"] == plain["trainer"] | expected
+    assert {key: value for key, value in fast.items() if key != "trainer"} == {
+        key: value for key, value in plain.items() if key != "trainer"
+    }
+
+
+def test_a_dict_of_arguments_for_the_compiler_comes_through_the_command_line(tmp_path: Path) -> None:
+    flags = ["--model", "base", "--data.dataset", "digits", "--data.increment", "5", "--trainer.max_steps", "2"]
+    flags += ["--model.compile", "{backend: eager, dynamic: true}", "--trainer.logger.save_dir", str(tmp_path / "runs")]
+    assert cli.main(["fit", *flags, "--trainer.accelerator", "cpu"]) == 0

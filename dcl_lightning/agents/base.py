@@ -31,6 +31,13 @@ from dcl_lightning._lightning import (
     set_callbacks,
     trainer_of,
 )
+from dcl_lightning.agents.computation import (
+    Compile,
+    MemoryFormat,
+    compile_arguments,
+    compile_networks,
+    set_memory_format,
+)
 from dcl_lightning.agents.optimization import KeepUnseenRows, build_optimizer, rate_of
 from dcl_lightning.agents.prediction import Inference
 from dcl_lightning.backbones import Backbone, CosineHead, LinearHead
@@ -117,8 +124,11 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
         train_classes: train the outputs of ``all`` classes, or only of those ``seen`` so far: of the tasks that have
             started, as a head does that gets outputs for a task's classes at its start.
-        memory_format: order in which convolutions store weights and maps, PyTorch's ``contiguous`` or
-            ``channels_last``, which is faster for small convolutions on a CPU and in 16-bit precision on a GPU.
+        memory_format: order in which convolutions store weights and maps: PyTorch's ``contiguous``,
+            ``channels_last``, or ``auto``, the faster of both for the device and the precision of a trainer, see
+            ``set_memory_format``.
+        compile: mode in which ``torch.compile`` makes few kernels of backbone and head for a fit: ``default``,
+            ``reduce-overhead`` (CUDA graphs) or ``max-autotune``; or a dict of its arguments.
         task_aware: whether to report also the accuracy with the task known: scores restricted to the
             classes of the sample's task (task-IL), under names that end in ``task_aware``.
         future_tasks: whether tasks not learnt yet are evaluated too, for forward transfer.
@@ -151,6 +161,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     two_views: ClassVar[bool] = False
     # Whether the loss weighs rows by batch.weights, over batch.normalizer; any module may have this attribute.
     weighs_rows: ClassVar[bool] = True
+    # Whether a step goes back through one forward pass several times.
+    keeps_graph: ClassVar[bool] = False
     # Rate of SGD if none is given.
     sgd_lr: ClassVar[float] = 0.05
     # Of an agent of this package: its name on the command line, and the papers to cite by their keys in
@@ -182,7 +194,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         optimizer_reset: bool = True,
         reset_state_dict: bool = False,
         train_classes: Literal["all", "seen"] = "all",
-        memory_format: Literal["contiguous", "channels_last"] = "contiguous",
+        memory_format: MemoryFormat = "auto",
+        compile: Compile = False,
         task_aware: bool = False,
         future_tasks: bool = False,
         head: Literal["linear", "cosine", "per_task"] = "linear",
@@ -241,7 +254,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         self.scale_lr: ScaleLR = scale_lr
         self.optimizer_factory = optimizer
         self.reset_state_dict = reset_state_dict
-        self.train_classes, self.memory_format = train_classes, memory_format
+        self.train_classes = train_classes
+        self.memory_format: MemoryFormat = memory_format
+        self._compile = compile_arguments(compile)
         self._head_scale = (head_scale or _HEAD_SCALE) if head == "cosine" else None
         if "head_scale" in self.hparams:  # else a subclass has left it out
             self.hparams["head_scale"] = self._head_scale
@@ -397,9 +412,6 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             kept = {key: size for key, size in sizes.items() if key in self.hparams}
             self.save_hyperparameters(kept, logger=self._log_hyperparams)
             self.build()
-            if self.memory_format == "channels_last":
-                # Convolutions take the format of their weights, whatever that of their inputs.
-                self.to(memory_format=torch.channels_last)
 
     @property
     def _feature_dim(self) -> int | None:
@@ -423,6 +435,12 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             self._refuse_unknown_sizes()
         # Lightning does so only after it has loaded a checkpoint, whose double precision would be lost.
         self.trainer.precision_plugin.convert_module(self)
+        device = self.trainer.strategy.root_device
+        if self.is_built:
+            set_memory_format(self, self.memory_format, device, str(self.trainer.precision))
+        if stage == "fit" and self._compile is not None:
+            parts = self.backbone, self.head
+            compile_networks(self, parts, self._compile, device.type == "cpu", self.keeps_graph)
         if stage != "fit":
             if not self.inference.labels:
                 self.inference.note(data)

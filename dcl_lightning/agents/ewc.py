@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dcl_lightning._lightning import datamodule_of
 from dcl_lightning.agents.base import ContinualAgent
+from dcl_lightning.agents.computation import eager
 from dcl_lightning.agents.optimization import fit_vectors, flat_weights, sum_dtype, trained_parameters, trained_part
 from dcl_lightning.callbacks.evaluation import evaluation_batches, limited_ids
 from dcl_lightning.errors import check_number
@@ -129,7 +130,8 @@ class EWC(ContinualAgent):
         # At the weights from which the next task goes on, and which the penalty holds on to.
         for batch in evaluation_batches(self, data.train_eval_loader(ids), averaged=False):
             for inputs, targets in zip(batch.inputs.split(_CHUNK), batch.targets.split(_CHUNK), strict=True):
-                total += self._squares(inputs, targets)
+                with eager():
+                    total += self._squares(inputs, targets)
         self.fisher.copy_(merged_fisher(self.fisher, self.comm.allreduce(total) / len(ids), self.decay))
         self.anchor.copy_(flat_weights(self.parameters()).detach())
 

@@ -102,6 +102,7 @@ class GEM(RehearsingAgent):
 
     fixed_arguments = ("forward",)
     heads = ("linear", "cosine", "per_task")
+    keeps_graph = True
     short_name = "gem"
     papers = ("lopezpaz2017",)
     memory = _MEMORY

@@ -1,4 +1,4 @@
-"""``memory_format``: convolutions in channels_last learn what contiguous ones learn, and resume bit for bit."""
+"""``memory_format``: convolutions in channels_last learn what contiguous ones learn, and resume alike; ``auto``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from dcl_lightning import FineTuning
 from dcl_lightning.agents import short_names
+from dcl_lightning.agents.computation import set_memory_format
 from dcl_lightning.backbones import ResNet
+from dcl_lightning.errors import ConfigurationError
 from tests.conformance.agents import KEEPING
 from tests.conformance.small_stream import make_data, make_trainer, weights
 
@@ -33,7 +36,8 @@ def fit(name: str, folder: Path, memory_format: str, sizes: bool = True, **resum
 
 def formats(agent: nn.Module) -> set[bool]:
     """Whether the 3x3 convolutions of several channels are in channels_last."""
-    kernels = [m.weight for m in agent.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1]
+    convolutions = [m for m in agent.modules() if isinstance(m, nn.Conv2d)]
+    kernels = [m.weight for m in convolutions if m.in_channels > 1 and m.kernel_size == (3, 3)]
     assert kernels
     return {kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels}
 
@@ -52,3 +56,44 @@ def test_sizes_left_out_and_a_resumed_run_keep_the_format(name: str, tmp_path: P
     rest = fit(name, tmp_path / "rest", "channels_last", sizes=False, ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
     assert formats(rest) == {True}
     assert torch.equal(weights(rest), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "network", "expected"),
+    [
+        ("cpu", "32-true", ResNet(20, width=2, input_size=8, in_channels=3), True),
+        ("cpu", "bf16-mixed", ResNet(20, width=2, input_size=8, in_channels=3), True),
+        ("cpu", "64-true", ResNet(20, width=2, input_size=8, in_channels=3), False),
+        ("cuda", "32-true", ResNet(20, width=2, input_size=8, in_channels=3), False),
+        ("cuda", "bf16-mixed", ResNet(20, width=2, input_size=8, in_channels=3), True),
+        ("mps", "16-mixed", ResNet(20, width=2, input_size=8, in_channels=3), False),
+        # The strided shortcuts of narrow networks are not safe on a CPU.
+        ("cpu", "32-true", ResNet(18, width=15, input_size=8, in_channels=3), False),
+        ("cpu", "32-true", ResNet(18, width=16, input_size=8, in_channels=3), True),
+        ("cuda", "16-mixed", ResNet(18, width=15, input_size=8, in_channels=3), True),
+    ],
+)
+def test_auto_is_the_faster_format(device: str, precision: str, network: nn.Module, expected: bool) -> None:
+    for wanted, found in (("auto", expected), ("contiguous", False)):
+        set_memory_format(network, wanted, torch.device(device), precision)
+        assert formats(network) == {found}
+
+
+def test_auto_leaves_the_format_of_a_users_network() -> None:
+    network = ResNet(20, width=2, input_size=8, in_channels=3).to(memory_format=torch.channels_last)
+    set_memory_format(network, "auto", torch.device("cuda"), "32-true")
+    assert formats(network) == {True}
+
+
+def test_an_unsafe_network_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    data = make_data()
+    agent = FineTuning(ResNet(18, width=4), memory_format="channels_last")
+    with pytest.raises(ConfigurationError, match="a strided 1x1 convolution of 4 channels needs at least 16"):
+        make_trainer(tmp_path).fit(agent, datamodule=data)
+
+
+def test_a_fit_chooses_the_format_of_its_device(tmp_path: Path) -> None:
+    data = make_data()
+    agent = FineTuning(ResNet(20, width=2))
+    make_trainer(tmp_path, accelerator="cpu").fit(agent, datamodule=data)
+    assert formats(agent) == {True}

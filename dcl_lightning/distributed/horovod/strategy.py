@@ -56,8 +56,8 @@ class HorovodStrategy(ParallelStrategy):
     Under ``horovodrun`` and ``mpirun`` each process is one worker; under plain ``python`` with ``devices`` above 1 the
     strategy starts the other workers itself. Gradients are averaged when ``backward()`` returns, as with ddp.
 
-    Lightning refuses a compiled LightningModule here: compile the backbone within it, in place, by
-    ``backbone.compile()`` in ``configure_model``.
+    Lightning refuses a compiled LightningModule here. Agents have ``model.compile``; in another module compile the
+    network within it, in place, by ``network.compile()`` in ``configure_model``.
 
     Args:
         accelerator: set by the trainer.
