@@ -105,6 +105,7 @@ def _rehearsing(
     rows: int,
     steps: int,
     trainer: dict[str, Any] | None = None,
+    compile: Any = False,
     **options: Any,
 ) -> Callable[[], float]:
     """Return what trains with a memory that is full from the start; options are the memory's."""
@@ -114,7 +115,7 @@ def _rehearsing(
     spec = InputSpec(*data.train_inputs.shape[1:])
 
     def run() -> float:
-        agent = NIL(backbone(), CLASSES, config, input_spec=spec)
+        agent = NIL(backbone(), CLASSES, config, input_spec=spec, compile=compile)
         return step_ms(agent, data, steps, filled, **(trainer or {}))
 
     return run
@@ -142,30 +143,51 @@ def against_plain(name: str, backbone: Callable[[], nn.Module], size: Size, targ
     ]
 
 
-def against_plain_on_gpu(pixels: int, size: Size) -> list[dict[str, Any]]:
-    """Return the rows of a ResNet-18 in bfloat16, with the memory on the host and on the GPU."""
+def against_plain_on_gpu(pixels: int, size: Size, width: int = 64) -> list[dict[str, Any]]:
+    """Return the rows of a ResNet-18 in bfloat16, with the memory on the host and on the GPU, eager and compiled.
+
+    Without a GPU they show that everything runs.
+    """
     samples = (WARM_UP + size.steps + 2) * (NEW + DRAWN)
     plain, ours = stream(samples, pixels, NEW + DRAWN), stream(samples // 2, pixels, NEW)
-    on_gpu: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "benchmark": True}
+    gpu = torch.cuda.is_available()
+    trainer: dict[str, Any] = {"accelerator": "auto", "devices": 1, "precision": "bf16-mixed", "benchmark": gpu}
     spec = InputSpec(3, pixels, pixels)
 
-    def rehearse(**options: Any) -> Callable[[], float]:
-        return _rehearsing(lambda: ResNet(18), ours, CLASSES * PER_CLASS, size.steps, on_gpu, **options)
+    def backbone() -> nn.Module:
+        return ResNet(18, width=width)
 
-    measured = rounds_of(
-        {
-            "plain": lambda: step_ms(FineTuning(ResNet(18), CLASSES, input_spec=spec), plain, size.steps, **on_gpu),
-            "blocking": rehearse(execution="blocking", prefetch="device"),
-            "blocking, stored on the GPU": rehearse(execution="blocking", prefetch="device", storage="cuda"),
-            "inline": rehearse(execution="inline"),
-        },
-        size.rounds,
-    )
-    return [
-        report(f"ResNet-18 bf16, {pixels} px, {side}, {size.steps} steps", "ms", values, measured["plain"], "<= 1.02")
-        for side, values in measured.items()
-        if side != "plain"
+    def plainly(compile: Any = False) -> Callable[[], float]:
+        def run() -> float:
+            agent = FineTuning(backbone(), CLASSES, input_spec=spec, compile=compile)
+            return step_ms(agent, plain, size.steps, **trainer)
+
+        return run
+
+    def rehearse(execution: str = "blocking", **options: Any) -> Callable[[], float]:
+        options |= {"execution": execution} | ({"prefetch": "device"} if execution == "blocking" else {})
+        return _rehearsing(backbone, ours, CLASSES * PER_CLASS, size.steps, trainer, **options)
+
+    sides = {
+        "plain": plainly(),
+        "blocking": rehearse(),
+        "blocking, stored on the GPU": rehearse(storage="cuda" if gpu else "cpu"),
+        "inline": rehearse("inline"),
+    }
+    for mode in ("default", "reduce-overhead"):
+        compile: Any = mode if gpu else {"backend": "aot_eager"}
+        sides |= {f"plain, {mode}": plainly(compile), f"blocking, {mode}": rehearse(compile=compile)}
+    measured = rounds_of(sides, size.rounds)
+    name = f"ResNet-18 bf16, {pixels} px"
+    rows = [
+        report(f"{name}, {side}, {size.steps} steps", "ms", measured[side], measured["plain"], "<= 1.02")
+        for side in ("blocking", "blocking, stored on the GPU", "inline")
     ]
+    for mode in ("default", "reduce-overhead"):
+        compiled, rehearsing = measured[f"plain, {mode}"], measured[f"blocking, {mode}"]
+        rows.append(report(f"{name}, {mode} over eager, plain", "ms", compiled, measured["plain"], "5 ms at 32 px"))
+        rows.append(report(f"{name}, {mode}, blocking over plain", "ms", rehearsing, compiled, "<= 1.02"))
+    return rows
 
 
 def million_over_thousand(size: Size) -> dict[str, Any]:
@@ -201,9 +223,10 @@ def main() -> None:
         "r": lambda: against_plain("ResNet-32", lambda: ResNet(32), size(7, 6), "<= 1.05"),
     }
     if options.gpu:
+        width = 8 if options.quick else 64
         parts = {
-            "a": lambda: against_plain_on_gpu(32, size(9, 200)),
-            "b": lambda: against_plain_on_gpu(224, size(5, 60)),
+            "a": lambda: against_plain_on_gpu(32, size(9, 200), width),
+            "b": lambda: against_plain_on_gpu(224, size(5, 60), width),
         }
     print(HEADER)
     rows = [row for key, part in parts.items() if not options.only or key in options.only for row in part()]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import convnet
 import end_to_end
+import gpu_day
 import peers
 import plain
 import protocol
@@ -78,6 +79,23 @@ def test_a_quick_run_writes_its_rows(
     assert all(row["value"] > 0 and row["ratio"] > 0 and row["unit"] for row in rows)
     printed = capsys.readouterr().out
     assert all(f"| {row['name']} | " in printed for row in rows)
+
+
+def test_the_parts_for_a_gpu_name_what_there_is(tmp_path: Path) -> None:
+    for part in gpu_day.parts(tmp_path):
+        for command in (*part.commands, *part.small):
+            files = [word for word in command if word.endswith((".py", ".yaml"))]
+            assert files
+            assert all((gpu_day.ROOT / file).is_file() for file in files), part.name
+
+
+def test_a_part_for_a_gpu_ends_at_its_limit_and_leaves_what_it_has_found(tmp_path: Path) -> None:
+    says = "print('found', flush=True); import time; time.sleep(60)"
+    part = gpu_day.Part("slow", 5, [["-c", says], ["-c", "raise SystemExit(3)"]], [])
+    shown = gpu_day.show(part, tmp_path, 6, small=False)
+    assert shown["codes"] == [-15, 3]
+    assert shown["seconds"] < 30
+    assert (tmp_path / "slow-0.log").read_text() == "found\n"
 
 
 def test_the_sides_of_a_step_train_to_the_same_weights(tmp_path: Path) -> None:
