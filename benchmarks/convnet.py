@@ -364,7 +364,7 @@ class Online:
         def ours() -> float:
             agent = self.agent(setting)
             counted = Counted(agent.backbone)
-            return rate(our_seconds(agent, self.data, setting) - agent.clock.wall_time["eval"], counted)
+            return rate(our_seconds(agent, self.data, setting) - agent.clock.wall_time["evaluate"], counted)
 
         def another(train: Train) -> float:
             network = setting.network(self.backbone(), self.data)

@@ -133,7 +133,7 @@ def our_fit(data: ContinualDataModule, stored: int) -> tuple[int, float]:
         trainer = pl.Trainer(callbacks=[TaskReport(pictures=False)], default_root_dir=folder, **QUIET)
         started = time.perf_counter()
         trainer.fit(agent, datamodule=data)
-        return counted.images, time.perf_counter() - started - agent.clock.wall_time["eval"]
+        return counted.images, time.perf_counter() - started - agent.clock.wall_time["evaluate"]
 
 
 def plain_fit(data: ContinualDataModule, work: Work, stored: int, lightning: bool) -> tuple[int, float]:

@@ -551,6 +551,7 @@ def record(target: Target, seed: int, threads: int, report: Mapping[str, Any]) -
         threads: of the process.
         report: content of its ``accuracy_matrix.json``.
     """
+    training = training_seconds(report["wall_time_s"])
     figures = dict.fromkeys([*FIGURES, *(theirs.figure for theirs in target.published)])
     return {
         "name": target.label,
@@ -560,12 +561,17 @@ def record(target: Target, seed: int, threads: int, report: Mapping[str, Any]) -
         "processor": processor(on_gpu=report["peak_device_bytes"] is not None),
         "threads": threads,
         "seconds": {
-            "train": report["wall_time_s"]["train"],
-            "eval": report["wall_time_s"]["eval"] + report["wall_time_s"]["select"],
+            "train": training,
+            "eval": sum(report["wall_time_s"].values()) - training,
         },
         "figures": {figure: _percent(report, figure) for figure in figures},
         "matrix": [[None if value is None else 100 * value for value in row] for row in report["matrix"]],
     }
+
+
+def training_seconds(wall_time: Mapping[str, float]) -> float:
+    """Return the seconds of a fit's training: without those of validation, of a task's end and of its evaluation."""
+    return sum(seconds for phase, seconds in wall_time.items() if phase not in ("task_end", "select", "evaluate"))
 
 
 def _percent(report: Mapping[str, Any], figure: str) -> float | None:

@@ -139,7 +139,7 @@ def learn(strategy: Any, stream: Any, experiences: Callable[[Any], Iterable[Any]
     """
     file = folder / STATE
     matrix = AccuracyMatrix(len(stream.train_stream))
-    wall_time, first = {"train": 0.0, "select": 0.0, "eval": 0.0}, 0
+    wall_time, first = {"train": 0.0, "evaluate": 0.0}, 0
     if file.exists():
         saved = torch.load(file, weights_only=False)
         strategy, matrix, wall_time, first = saved["strategy"], saved["matrix"], saved["wall_time"], saved["tasks"]
@@ -151,7 +151,7 @@ def learn(strategy: Any, stream: Any, experiences: Callable[[Any], Iterable[Any]
         trained = time.perf_counter()
         told = strategy.eval(stream.test_stream[: task + 1])
         wall_time["train"] += trained - started
-        wall_time["eval"] += time.perf_counter() - trained
+        wall_time["evaluate"] += time.perf_counter() - trained
         for column in range(task + 1):
             total = len(stream.test_stream[column].dataset)
             share = told[f"Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp{column:03d}"]

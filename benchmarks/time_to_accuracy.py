@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 import torch
 from common import HEADER, QUIET, report
 from protocol import CASES, Case
+from reproduce import training_seconds
 
 from dcl_lightning import ContinualDataModule
 from dcl_lightning.callbacks import TaskReport
@@ -58,7 +59,7 @@ class Watch(pl.Callback):
 
     def on_task_end(self, trainer: pl.Trainer, agent: Any, task: Any) -> None:
         """Read the clock, which has stopped."""
-        self.seconds.append(agent.clock.wall_time["train"])
+        self.seconds.append(training_seconds(agent.clock.wall_time))
 
 
 def learn(case: Case, seed: int, increment: int, epochs: int | None) -> list[TaskEnd]:

@@ -22,7 +22,8 @@ __all__ = [
     "datamodule_of", "dev_run_batches", "has_version", "log_interval", "loggers_write", "monitored_by",
     "optimizers_to_device", "overfit_batches", "reload_loaders_each_epoch", "reload_training_data",
     "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open",
-    "synchronises_batchnorm", "trainer_of", "validates_by_time", "wrap_srun_check", "wrapped_io",
+    "synchronises_batchnorm", "trainer_of", "validates_by_time", "wrap_fetching", "wrap_save", "wrap_srun_check",
+    "wrapped_io",
 ]  # fmt: skip
 
 
@@ -119,6 +120,48 @@ def replace_save(trainer: pl.Trainer, save: Callable[..., None]) -> None:
 def restore_save(trainer: pl.Trainer) -> None:
     """Undo ``replace_save``; safe to repeat."""
     vars(trainer).pop("save_checkpoint", None)
+
+
+def wrap_save(trainer: pl.Trainer, wrapper: Callable[[Any], Callable[..., None]]) -> Callable[[], None]:
+    """Put a function around ``trainer.save_checkpoint`` of this trainer.
+
+    Args:
+        trainer: the trainer.
+        wrapper: takes the function and returns what is called in its place.
+
+    Returns:
+        What undoes this, unless ``replace_save`` or ``restore_save`` has done so before.
+    """
+    wrapped = wrapper(trainer.save_checkpoint)
+    replace_save(trainer, wrapped)
+
+    def undo() -> None:
+        if vars(trainer).get("save_checkpoint") is wrapped:
+            restore_save(trainer)
+
+    return undo
+
+
+def wrap_fetching(trainer: pl.Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
+    """Call functions before and after a fit waits for its next training batch; return what undoes this."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    own_before, own_after = loop._on_before_fetch, loop._on_after_fetch
+
+    def start() -> None:
+        before()
+        own_before()
+
+    def stop() -> None:
+        own_after()
+        after()
+
+    vars(loop).update(_on_before_fetch=start, _on_after_fetch=stop)
+
+    def undo() -> None:
+        for name in ("_on_before_fetch", "_on_after_fetch"):
+            vars(loop).pop(name, None)
+
+    return undo
 
 
 def log_interval(trainer: pl.Trainer) -> int:

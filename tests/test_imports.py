@@ -16,11 +16,13 @@ import dcl_lightning
 PACKAGE = Path(__file__).parent.parent / "dcl_lightning"
 # Each may import those that stand before it.
 ORDER = [
-    "_version", "types", "errors", "paths", "screen", "_lightning", "comm", "functional", "metrics", "backbones",
-    "memory", "checkpoint", "distributed", "data", "report", "callbacks", "agents", "tools", "cli", "studies",
-    "__init__", "__main__",
+    "_version", "types", "errors", "paths", "screen", "stopwatch", "_lightning", "comm", "functional", "metrics",
+    "backbones", "memory", "checkpoint", "distributed", "data", "report", "callbacks", "agents", "tools", "cli",
+    "studies", "__init__", "__main__",
 ]  # fmt: skip
-WITHOUT_LIGHTNING = {"types", "errors", "paths", "comm", "functional", "metrics", "backbones", "memory", "studies"}
+WITHOUT_LIGHTNING = {
+    "types", "errors", "paths", "stopwatch", "comm", "functional", "metrics", "backbones", "memory", "studies",
+}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

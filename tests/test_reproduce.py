@@ -279,8 +279,12 @@ def test_runs_of_another_configuration_do_not_count(tmp_path: Path, monkeypatch:
 
 REPORT = {
     "average_accuracy": 0.5, "pooled_accuracy": 0.5, "average_incremental_accuracy": 0.75, "forgetting": None,
-    "matrix": [[1.0, None], [0.25, 0.75]], "wall_time_s": {"train": 3.0, "select": 1.0, "eval": 2.0},
+    "matrix": [[1.0, None], [0.25, 0.75]],
     "versions": {"torch": "2", "lightning": "2", "dcl_lightning": "1", "python": "3"}, "peak_device_bytes": None,
+    "wall_time_s": {
+        "train": 1.0, "data": 0.5, "rehearse": 0.25, "checkpoint": 1.25, "task_end": 0.5, "select": 1.0,
+        "evaluate": 1.5,
+    },
 }  # fmt: skip
 # A command line that is killed after its first checkpoint, and ends when it goes on from there.
 KILLED_ONCE = f"""

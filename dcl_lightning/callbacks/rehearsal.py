@@ -17,6 +17,7 @@ from torch import Tensor
 from dcl_lightning._lightning import datamodule_of, log_interval, step_is_open
 from dcl_lightning.callbacks.evaluation import evaluation_batches, limited_ids, loader_batches, within_class
 from dcl_lightning.callbacks.hooks import pass_through
+from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.checkpoint.buffer_files import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.checkpoint.io import keep_side_files
 from dcl_lightning.comm import comm_of
@@ -338,7 +339,14 @@ class Rehearsal(pl.Callback):
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, codec: RowCodec) -> None:
         assert self.manager is not None
-        self.replay = Replay(self.manager, codec, exclude=lambda: self._present_classes(trainer), agent=module)
+        clock = TaskClock.of(trainer)
+        self.replay = Replay(
+            self.manager,
+            codec,
+            exclude=lambda: self._present_classes(trainer),
+            agent=module,
+            stopwatch=None if clock is None else clock.stopwatch,
+        )
         self.replay.resume(self._drawn)
         self._drawn = None
 

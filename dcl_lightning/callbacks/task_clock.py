@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,8 @@ from dcl_lightning._lightning import (
     restore_save,
     set_callbacks,
     validates_by_time,
+    wrap_fetching,
+    wrap_save,
 )
 from dcl_lightning.callbacks.evaluation import average_only_network, evaluation_batches, scores_of, update_averages
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
@@ -41,6 +42,7 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.evaluation import EvaluationCounts, StreamResults
 from dcl_lightning.report.counts import SampleCounts
+from dcl_lightning.stopwatch import Stopwatch
 from dcl_lightning.types import Batch, StateDict, Task
 
 __all__ = ["TaskClock", "TaskSchedule", "write_rates"]
@@ -48,6 +50,9 @@ __all__ = ["TaskClock", "TaskSchedule", "write_rates"]
 Hook = Callable[[pl.Trainer, pl.LightningModule], None]
 # Values of ``max_epochs`` that mean "not chosen by the user": Lightning's own default and no limit.
 _UNSET_MAX_EPOCHS = (None, -1, 1000)
+# Phases of a fit: training, in which the others lie; waiting for a training batch; waiting for the memory, or doing its
+# work; the work of the methods at a task's end; validation; test sets; checkpoints.
+_PHASES = ("train", "data", "rehearse", "task_end", "select", "evaluate", "checkpoint")
 
 
 @dataclass
@@ -133,7 +138,7 @@ class TaskClock(pl.Callback):
             ``agent.results``.
         tasks: the stream, known after ``setup``.
         schedule: which epochs belong to which task, and how far the fit has come.
-        wall_time: seconds spent in ``train``, ``select`` (validation) and ``eval`` (test sets).
+        stopwatch: runs from the start of training to the end of the fit.
     """
 
     def __init__(
@@ -159,10 +164,9 @@ class TaskClock(pl.Callback):
         self._samples = SampleCounts()
         self._comm: Comm = SingleProcessComm()
         self._scores: Callable[[Batch], Tensor] | None = None
-        self.wall_time = {"train": 0.0, "select": 0.0, "eval": 0.0}
+        self.stopwatch = Stopwatch(_PHASES)
         self._hidden = False
         self._optimizer_snapshot: StateDict | None = None
-        self._lap_start = 0.0
         self._fitting = self._fit_started = self._rates_adopted = False
         self._min_epochs = 0
         # ``max_steps`` and ``should_stop`` while a resumed run does what its checkpoint left undone.
@@ -191,6 +195,17 @@ class TaskClock(pl.Callback):
     def has_started(self) -> bool:
         """Whether the first task has started."""
         return self.schedule.started > 0
+
+    @property
+    def wall_time(self) -> dict[str, float]:
+        """Seconds of this worker's main thread, of the whole run, whose parts add up to the time of the fit so far.
+
+        They are spent in ``train``, ``data`` (waiting for a training batch), ``rehearse`` (waiting for the memory; its
+        whole work with ``execution: inline``), ``task_end`` (``on_task_end`` hooks), ``select`` (validation),
+        ``evaluate`` (test sets) and ``checkpoint`` (saving). Work that a GPU has been given and not finished counts
+        where the host waits for it.
+        """
+        return self.stopwatch.seconds
 
     @property
     def samples_seen(self) -> dict[str, int]:
@@ -233,7 +248,7 @@ class TaskClock(pl.Callback):
         self.schedule = TaskSchedule.of(epochs[:num_tasks])
         self.results = StreamResults([task.tested for task in stream], data.num_classes, self.task_aware)
         self._samples = SampleCounts()
-        self.wall_time = dict.fromkeys(self.wall_time, 0.0)
+        self.stopwatch.reset()
         self._optimizer_snapshot = None
         self._fit_started = False
         self._stops_task = self._stops_fit = False
@@ -270,10 +285,17 @@ class TaskClock(pl.Callback):
         if stoppers:  # Lightning calls this hook of theirs after everyone's but those that save
             self._undo.append(wrap_hook(stoppers[-1], "on_train_epoch_end", self._wrap_to_end_task))
         self._undo.append(wrap_hook(trainer.fit_loop, "setup_data", partial(self._wrap_to_suspend_limits, trainer)))
+        watch = self.stopwatch
+        self._undo += [
+            wrap_fetching(trainer, lambda: watch.enter("data"), lambda: watch.leave("data")),
+            wrap_hook(trainer.fit_loop.epoch_loop.val_loop, "run", watch.phase("select")),
+            wrap_save(trainer, watch.phase("checkpoint")),
+        ]
         data.attach_clock(self)
         self._undo.append(lambda: data.attach_clock(None))
 
     def _release(self) -> None:
+        self.stopwatch.stop()
         while self._undo:
             self._undo.pop()()
         self._fitting = False
@@ -328,7 +350,7 @@ class TaskClock(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the work that a resumed run's checkpoint left unfinished."""
-        self._lap_start = time.monotonic()
+        self.stopwatch.start("train")
         self._rates_adopted = self._before_training = False
         if trainer.fit_loop.restarted_on_epoch_end:
             self._leave_epoch(trainer)
@@ -453,22 +475,16 @@ class TaskClock(pl.Callback):
         # Exemplars that are part of a task's training set come among the new samples.
         self._samples.add(batch, data.task_id if data.replays_in_task else None)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the time until here as training."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._lap("train")
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task if an ``EarlyStopping`` stopped at the end of this epoch."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._lap("select")
-            if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-                self._end_stopped_task(trainer, pl_module)
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._end_stopped_task(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add up the samples of all workers."""
         self._samples.settle(self._comm)
-        self._lap("train")
 
     def _wrap_to_stop_task_only(self, check: Hook) -> Hook:
         """Wrap a hook of an ``EarlyStopping``: it ends the task where the callback would end the fit."""
@@ -513,10 +529,9 @@ class TaskClock(pl.Callback):
     def _run_task_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task, resumed: bool = False
     ) -> None:
-        self._lap("train")
         # A resumed run does the work that a signal leaves undone.
-        through_signals(trainer, pl_module, lambda: self._task_end_work(trainer, pl_module, task), save=not resumed)
-        self._lap("eval")
+        with self.stopwatch.phase("task_end"):
+            through_signals(trainer, pl_module, lambda: self._task_end_work(trainer, pl_module, task), save=not resumed)
 
     # An early stop may end a task within Lightning's validation, which is in inference mode.
     @torch.inference_mode(False)
@@ -527,7 +542,8 @@ class TaskClock(pl.Callback):
             if not self._hidden:
                 call_task_hook("on_task_end", trainer, pl_module, task, self.schedule.ended_by)
             self.schedule.ended, self.schedule.ended_by = task.index + 1, []
-        self._evaluate(trainer, pl_module, task)
+        with self.stopwatch.phase("evaluate"):
+            self._evaluate(trainer, pl_module, task)
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -542,13 +558,12 @@ class TaskClock(pl.Callback):
 
     def _measure_baseline(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the network before it has learnt anything."""
-        self._lap("train")
         untrained = StreamResults(self.results.tested, self.results.num_classes)
         last = len(self.tasks) - 1
-        counts = through_signals(trainer, pl_module, lambda: self._row_counts(trainer, pl_module, last), save=False)
-        untrained.add(0, counts, self._comm.allreduce)
+        with self.stopwatch.phase("evaluate"):
+            counts = through_signals(trainer, pl_module, lambda: self._row_counts(trainer, pl_module, last), save=False)
+            untrained.add(0, counts, self._comm.allreduce)
         self.results.baseline = untrained.matrix.values[0]
-        self._lap("eval")
 
     def _row_counts(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last_task: int) -> EvaluationCounts:
         """Count this worker's hits on the test sets of tasks 0..last_task; the host does not wait for a batch."""
@@ -562,12 +577,6 @@ class TaskClock(pl.Callback):
                 counts.add(column, scores(batch), batch.targets)
         return counts
 
-    def _lap(self, phase: str) -> None:
-        """Add the time since the last call to a phase."""
-        now = time.monotonic()
-        self.wall_time[phase] += now - self._lap_start
-        self._lap_start = now
-
     # -- checkpoint ------------------------------------------------------------------------------
 
     def state_dict(self) -> StateDict:
@@ -576,7 +585,7 @@ class TaskClock(pl.Callback):
             "schedule": asdict(self.schedule),
             "results": self.results.state_dict(),
             "samples_seen": dict(self.samples_seen),
-            "wall_time": dict(self.wall_time),
+            "wall_time": self.wall_time,
             "snapshot": copy.deepcopy(self._optimizer_snapshot),
         }
 
@@ -603,7 +612,10 @@ class TaskClock(pl.Callback):
             )
         self.schedule = schedule
         self.results.load_state_dict(state["results"])
-        self._samples.seen, self.wall_time = dict(state["samples_seen"]), dict(state["wall_time"])
+        self._samples.seen, wall_time = dict(state["samples_seen"]), dict(state["wall_time"])
+        if "eval" in wall_time:  # a checkpoint of before evaluation and the work at a task's end were told apart
+            wall_time["evaluate"] = wall_time.pop("eval")
+        self.stopwatch.reset(wall_time)
         self._optimizer_snapshot = copy.deepcopy(state["snapshot"])
 
 

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from dcl_lightning.stopwatch import Stopwatch
+
 __all__ = ["MemoryEngine", "nvtx_range"]
 
 
@@ -40,6 +42,8 @@ class MemoryEngine(Generic[Result]):
     Args:
         background: whether jobs run in a thread; otherwise within ``submit``.
         device: of this worker.
+        stopwatch: of the calling thread, whose phase ``rehearse`` is its time for the memory: that of jobs within
+            ``submit``, and that of waiting.
 
     Attributes:
         stream: of the jobs; None on a CPU, or without a background thread.
@@ -47,13 +51,16 @@ class MemoryEngine(Generic[Result]):
         staleness: steps since the result that ``latest`` returned last was new.
     """
 
-    def __init__(self, background: bool, device: torch.device | None = None) -> None:
+    def __init__(
+        self, background: bool, device: torch.device | None = None, stopwatch: Stopwatch | None = None
+    ) -> None:
         on_gpu = device is not None and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if on_gpu and background else None
         self._jobs: queue.SimpleQueue[_Job[Result] | None] = queue.SimpleQueue()
         self._pending: list[_Job[Result]] = []
         self._last: Result | None = None
         self._thread: threading.Thread | None = None
+        self._stopwatch = stopwatch or Stopwatch(["rehearse"])
         self.wait_s = 0.0
         self.staleness = 0
         if background:
@@ -72,7 +79,8 @@ class MemoryEngine(Generic[Result]):
             job.ready = torch.cuda.current_stream().record_event()
         self._pending.append(job)
         if self._thread is None:
-            self._execute(job)
+            with self._stopwatch.phase("rehearse"):
+                self._execute(job)
         else:
             self._jobs.put(job)
 
@@ -86,7 +94,8 @@ class MemoryEngine(Generic[Result]):
             return None
         job = self._pending.pop(0)
         started = time.perf_counter()
-        job.done.wait()
+        with self._stopwatch.phase("rehearse"):
+            job.done.wait()
         self.wait_s += time.perf_counter() - started
         return self._finish(job)
 

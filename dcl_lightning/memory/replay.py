@@ -12,6 +12,7 @@ from dcl_lightning.memory.manager import MemoryManager
 from dcl_lightning.memory.prefetch import MemoryEngine, nvtx_range
 from dcl_lightning.memory.pytree import flatten, map_tensors
 from dcl_lightning.memory.rows import BatchBuffer, BatchCodec, Candidates, NestCodec, Representatives, RowCodec
+from dcl_lightning.stopwatch import Stopwatch
 from dcl_lightning.types import Batch, PyTree, StoresExtraColumns
 
 __all__ = ["Replay"]
@@ -34,6 +35,7 @@ class Replay:
         codec: turns batches into rows and back.
         exclude: returns the classes ``(K,)`` bool that the next draw leaves out; None for a draw from all.
         agent: gives the extra columns of a step, if the codec has any.
+        stopwatch: of the calling thread, with the phase ``rehearse``; see ``MemoryEngine``.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class Replay:
         codec: RowCodec,
         exclude: Callable[[], Tensor | None] = lambda: None,
         agent: object = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.manager, self.codec, self.config = manager, codec, manager.config
         self._exclude, self._agent = exclude, agent
         self._in_background = self.config.execution != "inline"
-        self._engine: MemoryEngine[_Prepared | None] = MemoryEngine(self._in_background, manager.device)
+        self._engine: MemoryEngine[_Prepared | None] = MemoryEngine(self._in_background, manager.device, stopwatch)
         self._prepared: _Prepared | None = None
         self._batch: PyTree = None
         self._candidates: Candidates | None = None

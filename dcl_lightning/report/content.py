@@ -34,15 +34,17 @@ class StreamRecord(Protocol):
         results: counts of every evaluation.
         tasks: those of the fit.
         samples_seen: ``new`` and ``rehearsed`` training samples.
-        wall_time: seconds spent in ``train``, ``select`` and ``eval``.
+        wall_time: seconds of each phase of the fit.
     """
 
     results: StreamResults
     tasks: list[Task]
-    wall_time: dict[str, float]
 
     @property
     def samples_seen(self) -> dict[str, int]: ...  # noqa: D102 (described above)
+
+    @property
+    def wall_time(self) -> dict[str, float]: ...  # noqa: D102 (described above)
 
 
 def content_of(

@@ -150,7 +150,8 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
     lines += ["", "| | |", "|---|---|"]
     for key, name in _DETAILS.items():
         if content.get(key) is not None:
-            lines.append(f"| {name} | {_escape(_words(content[key]))} |")
+            words = (_seconds if key == "wall_time_s" else _words)(content[key])
+            lines.append(f"| {name} | {_escape(words)} |")
     if content["references"]:
         lines += ["", f"To cite (`{content['cite']}` prints BibTeX):", ""]
         lines += [f"- {reference}" for reference in content["references"]]
@@ -181,6 +182,12 @@ def _words(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
     return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _seconds(phases: Mapping[str, float]) -> str:
+    """Return the sum of all phases, and those that took any time worth a digit."""
+    shown = {phase.replace("_", " "): value for phase, value in phases.items() if value >= 0.05}
+    return f"{sum(phases.values()):.1f}" + (f": {_words(shown)}" if shown else "")
 
 
 def _escape(text: str) -> str:

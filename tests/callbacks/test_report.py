@@ -55,7 +55,7 @@ class Clock(TaskClock):
         self.results = StreamResults([(2 * t, 2 * t + 1) for t in range(num_tasks)], 2 * num_tasks)
         self.schedule.evaluated = rows
         self.tasks = [Task(t, num_tasks, (2 * t, 2 * t + 1), (f"a{t}", f"b|{t}"), 50, 2) for t in range(num_tasks)]
-        self.wall_time = {"train": 1.5, "select": 0.0, "eval": 0.25}
+        self.stopwatch.reset({"train": 1.5, "data": 0.01, "task_end": 0.5, "evaluate": 0.7})
         self._samples.seen = {"new": 100, "rehearsed": 0}
         self._scores = lambda batch: batch
         for i in range(rows):
@@ -123,6 +123,7 @@ def test_files_and_facts(tmp_path, capsys):
     assert rows[0] == ["after_task", "task_0", "task_1", "task_2"]
     assert rows[2] == ["1", "0.8", "1.0", ""]
     summary = (tmp_path / "report/summary.md").read_text()
+    assert "| seconds | 2.7: train 1.5, task end 0.5, evaluate 0.7 |" in summary
     assert "| task 2 | 60.0 | 80.0 | 100.0 |" in summary
     assert r"b\|1" in summary
     assert (tmp_path / "report/accuracy_matrix.png").read_bytes().startswith(b"\x89PNG")

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment, TorchCheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import AsyncCheckpointIO, LayerSync
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
@@ -73,6 +74,7 @@ MEMBERS = {
     SLURMEnvironment: ["detect", "job_name", "validate_settings"],
     _SignalConnector: ["register_signal_handlers", "_has_already_handler", "_slurm_sigusr_handler_fn"],
     ModelCheckpoint: ["on_exception", "format_checkpoint_name", "CHECKPOINT_NAME_LAST"],
+    _TrainingEpochLoop: ["_on_before_fetch", "_on_after_fetch"],
     pl.Trainer: ["save_checkpoint", "early_stopping_callbacks", "checkpoint_callbacks", "num_training_batches"],
 }
 
@@ -112,6 +114,10 @@ CALLS = {
     "a step's values are written when the connector says so": (
         _LoggerConnector.should_update_logs.fget,
         "loop.epoch_loop._batches_that_stepped + 1",
+    ),
+    "the fetcher calls the loop before and after it waits": (
+        _TrainingEpochLoop.on_run_start,
+        r"_start_profiler = self\._on_before_fetch\s+\w+\._stop_profiler = self\._on_after_fetch",
     ),
     "pre_backward comes before backward": (ParallelStrategy.backward, "self.pre_backward(closure_loss)"),
 }
