@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
     "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
-    "datamodule_of", "dev_run_batches", "has_version", "log_interval", "loggers_write", "monitored_by",
-    "optimizers_to_device", "overfit_batches", "reload_loaders_each_epoch", "reload_training_data",
+    "datamodule_of", "dev_run_batches", "has_progress_bar", "has_version", "log_interval", "loggers_write",
+    "monitored_by", "optimizers_to_device", "overfit_batches", "reload_loaders_each_epoch", "reload_training_data",
     "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open",
     "synchronises_batchnorm", "trainer_of", "validates_by_time", "wrap_fetching", "wrap_save", "wrap_srun_check",
     "wrapped_io",
@@ -98,6 +98,12 @@ def dev_run_batches(trainer: pl.Trainer) -> int:
     """Return the batches of each epoch under ``fast_dev_run``; 0 without."""
     untyped: Any = trainer
     return int(untyped.fast_dev_run)
+
+
+def has_progress_bar(trainer: pl.Trainer) -> bool:
+    """Return whether a progress bar is shown."""
+    bar: Any = trainer.progress_bar_callback
+    return bar is not None and bool(getattr(bar, "is_enabled", True))
 
 
 def validates_by_time(trainer: pl.Trainer) -> bool:

@@ -26,11 +26,13 @@ COMMANDS = {
     "sweep": "studies.sweep",
     "cite": "cli.cite",
     "run": "cli.supervisor",
+    "profile": "cli.profile",
 }
 _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of tasks, as in
 `fit --model nil --data.dataset digits --data.increment 2`. Studies of several runs: `compare RUN RUN ...`,
 `repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `run --max-restarts 3 -- fit ...` restarts a
-lost job from its latest checkpoint. `cite --model NAME --data.dataset NAME` prints BibTeX."""
+lost job from its latest checkpoint. `profile -- fit ...` shows where the time of a step goes.
+`cite --model NAME --data.dataset NAME` prints BibTeX."""
 # Lightning's messages about what is normal here.
 _EXPECTED_WARNINGS = (
     r".*treespec, LeafSpec.*",  # between Lightning and torch
@@ -59,7 +61,9 @@ def main(args: Sequence[str] | None = None) -> int:
         try:
             if given and given[0] in COMMANDS:
                 return int(importlib.import_module(f"dcl_lightning.{COMMANDS[given[0]]}").main(expanded(given[1:])))
-            _run(None if args is None else given)
+            # The other commands do not need it, which takes seconds to import.
+            program = importlib.import_module("dcl_lightning.cli.program")
+            program.run_program(None if args is None else given, description=_DESCRIPTION)
         except Exception as error:
             reason = _user_error(error)
             if reason is None:
@@ -76,27 +80,6 @@ def main(args: Sequence[str] | None = None) -> int:
                 return 130
             raise
     return 0
-
-
-def _run(args: list[str] | None) -> None:
-    # The other commands do not need these, which take seconds to import.
-    from dcl_lightning.agents import ContinualAgent
-    from dcl_lightning.cli.program import ContinualCLI
-    from dcl_lightning.cli.run_dir import SaveConfig
-    from dcl_lightning.data import ContinualDataModule
-
-    ContinualCLI(
-        ContinualAgent,
-        ContinualDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        parser_kwargs={"description": _DESCRIPTION},
-        args=args,
-    )
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

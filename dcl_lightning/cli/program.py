@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from argparse import Action
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
@@ -36,7 +36,7 @@ from dcl_lightning.memory.config import MemorySize, RehearsalConfig
 from dcl_lightning.paths import absolute, expanded
 from dcl_lightning.screen import tolerant
 
-__all__ = ["AGENTS", "BACKBONES", "ContinualCLI", "ContinualParser", "HelpFormatter", "memory_help"]
+__all__ = ["AGENTS", "BACKBONES", "ContinualCLI", "ContinualParser", "HelpFormatter", "memory_help", "run_program"]
 
 AGENTS = tuple(dcl_lightning.agents.short_names.__all__)
 BACKBONES = tuple(dcl_lightning.backbones.short_names.__all__)
@@ -51,6 +51,30 @@ _HELP = {
     "`--data.dataset NAME` is all that is needed.",
     "seed_everything": "Seed of all random numbers, or true for a random one.",
 }
+
+
+def run_program(
+    args: Sequence[str] | None, kind: Callable[..., ContinualCLI] | None = None, description: str | None = None
+) -> None:
+    """Run a command line.
+
+    Args:
+        args: from the subcommand on; those of the process if None.
+        kind: its class, or what makes one; ``ContinualCLI`` if None.
+        description: shown by ``--help``.
+    """
+    (kind or ContinualCLI)(
+        ContinualAgent,
+        ContinualDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        parser_kwargs={"description": description},
+        args=None if args is None else list(args),
+    )
 
 
 class ContinualCLI(LightningCLI):

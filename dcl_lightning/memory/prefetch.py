@@ -96,8 +96,8 @@ class MemoryEngine(Generic[Result]):
         started = time.perf_counter()
         with self._stopwatch.phase("rehearse"):
             job.done.wait()
-        self.wait_s += time.perf_counter() - started
-        return self._finish(job)
+            self.wait_s += time.perf_counter() - started
+            return self._finish(job)
 
     def latest(self) -> Result | None:
         """Return the newest finished result without waiting, possibly the same one as before."""
