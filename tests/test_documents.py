@@ -148,7 +148,7 @@ def parse(command: Command) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             assert study.main([*args[1:], "--out", folder], lambda fit: fits.append(fit) or 130) == 130
         args = fits[0]
-    if args[0] == "run":
+    if args[0] in ("run", "profile"):
         args = args[args.index("fit") :]
     if args[:2] == ["fit", "--config"] and len(args) == 3 and args[2].startswith("configs/"):
         assert (ROOT / args[2]).is_file(), command.line  # tests/test_configs.py runs it

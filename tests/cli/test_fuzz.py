@@ -161,6 +161,7 @@ def test_odd_arguments_of_every_command_are_refused_in_three_lines(
     commands += [["cite", f"--data.dataset={word}"] for word in ODD]
     commands += [["run", f"--max-restarts={word}", "--", "fit"] for word in ODD]
     commands += [["run", f"--min-workers={word}", "--", "fit"] for word in ODD]
+    commands += [["profile", f"--steps={word}", "--", "fit", "--trainer.fast_dev_run=1"] for word in ODD]
     commands += [["test", *QUICK, f"--ckpt_path={word}"] for word in ("best", "last", "hpc", "registry", "registry:x")]
     outcomes = judged(commands, place, capsys, f"{len(ODD)} words")
     assert refused(outcomes) >= 0.9 * len(outcomes)
