@@ -600,8 +600,12 @@ class TaskClock(pl.Callback):
             self._restore(state_dict)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
-        """Add the samples of all workers: every worker calls this hook, unlike ``state_dict``."""
-        checkpoint["callbacks"][self.state_key]["samples_seen"] = dict(self._samples.settle(self._comm))
+        """Add the samples of all workers: every worker calls this hook, unlike ``state_dict``.
+
+        The seconds are those until here: other callbacks have written the memories meanwhile.
+        """
+        samples = dict(self._samples.settle(self._comm))
+        checkpoint["callbacks"][self.state_key] |= {"samples_seen": samples, "wall_time": self.wall_time}
 
     def _restore(self, state: StateDict) -> None:
         schedule = TaskSchedule(**state["schedule"])

@@ -142,6 +142,8 @@ def test_the_phases_add_up_to_the_fit_and_a_slow_memory_in_a_thread_is_waited_fo
 
 def test_a_resumed_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {phase: times for _, phase, times in SLOW.values()}
+    # A checkpoint cannot know the end of its own saving.
+    lost = {"whole": 0, "resumed": 1}
     for place, ckpt_path in (("whole", None), ("resumed", tmp_path / f"whole/step={2 * STEPS}.ckpt")):
         agent, data = er("inline")
         agent.clock.stopwatch = Stopwatch(PHASES, still := Time())
@@ -149,7 +151,7 @@ def test_a_resumed_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             for slow, _, _ in SLOW.values():
                 slow(patch, agent, still.pause)
             _, clock = run(tmp_path / place, agent, data, ckpt_path)
-        assert clock.wall_time == times
+        assert clock.wall_time == times | {"checkpoint": TASKS - lost[place]}
 
 
 def test_each_fit_begins_at_zero_and_nothing_stays_wrapped(tmp_path: Path) -> None:
