@@ -151,7 +151,9 @@ def against_plain_on_gpu(pixels: int, size: Size, width: int = 64) -> list[dict[
     samples = (WARM_UP + size.steps + 2) * (NEW + DRAWN)
     plain, ours = stream(samples, pixels, NEW + DRAWN), stream(samples // 2, pixels, NEW)
     gpu = torch.cuda.is_available()
-    trainer: dict[str, Any] = {"accelerator": "auto", "devices": 1, "precision": "bf16-mixed", "benchmark": gpu}
+    trainer: dict[str, Any] = {"accelerator": "auto", "devices": 1}
+    if gpu:
+        trainer |= {"precision": "bf16-mixed", "benchmark": True}
     spec = InputSpec(3, pixels, pixels)
 
     def backbone() -> nn.Module:

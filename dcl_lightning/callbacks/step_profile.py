@@ -310,7 +310,9 @@ def _remedy(part: Part, parts: Mapping[str, float], trainer: pl.Trainer) -> str 
             return "--trainer.precision bf16-mixed"
         convolves = any(isinstance(layer, nn.Conv2d) for layer in agent.modules())
         if convolves and getattr(agent, "memory_format", "") == "contiguous":
-            return "--model.memory_format channels_last"
+            return "--model.memory_format auto"
+        if agent.hparams.get("compile") is False:
+            return "--model.compile default"
     if part == "callbacks" and has_progress_bar(trainer):
         return "--trainer.enable_progress_bar false"
     return None
