@@ -49,6 +49,9 @@ def print_config(config: Path, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_print_config_round_trips(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = print_config(config, capsys)
+    if config.parent == REPRODUCED:  # of many that differ in a few values, that they are valid is enough
+        assert read(config)["trainer"]["logger"]["init_args"]["name"] == config.stem
+        return
     (tmp_path / "printed.yaml").write_text(first)
     assert yaml.safe_load(first) == yaml.safe_load(print_config(tmp_path / "printed.yaml", capsys))
     if config.parent != REGIMES:
