@@ -208,6 +208,23 @@ def test_another_agent_after_a_config_keeps_only_what_is_shared(tmp_path: Path) 
     assert "model.train_classes" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("agent", "size"), [("nil_global", {"buffer_size": 60}), ("icarl", {"buffer_size": 60}), ("base", None)]
+)
+def test_the_memory_keeps_its_size_for_another_agent(
+    agent: str, size: dict[str, int] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = {"buffer_size": 60, "num_samples": 3, "policy": "reservoir", "weighting": "none"}
+    model = {"class_path": "nil", "init_args": {"backbone": "mlp", "lr": 0.3, "rehearsal": memory}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": model}))
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", str(tmp_path / "a.yaml"), "--model", agent, "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    given = found.get("rehearsal")
+    assert (given and {key: value for key, value in given.items() if value is not None}) == size
+    assert found["lr"] == 0.3
+
+
 def test_bare_name_quoted_lists_and_numbers_in_yaml(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "model: icarl\ndata: {class_path: ContinualDataModule, init_args: {class_order: '[1,0,2,3,4,5,6,7,8,9]'}}\n"

@@ -31,6 +31,7 @@ from dcl_lightning._lightning import (
     wrap_fetching,
     wrap_save,
 )
+from dcl_lightning.callbacks.agreement import refuse_disagreement
 from dcl_lightning.callbacks.evaluation import average_only_network, evaluation_batches, scores_of, update_averages
 from dcl_lightning.callbacks.hooks import call_callbacks, call_task_hook, wrap_hook
 from dcl_lightning.callbacks.trainer_checks import refuse_contradictions, refuse_tuning_on_resume
@@ -230,6 +231,8 @@ class TaskClock(pl.Callback):
             raise ConfigurationError(
                 "TaskClock needs a ContinualDataModule: call trainer.fit(agent, datamodule=ContinualDataModule(...))"
             )
+        is_own = vars(pl_module).get("clock") is self  # a foreign module may have hyperparameters for each worker
+        refuse_disagreement(trainer, pl_module if is_own else None, data, comm_of(trainer.strategy))
         self._hidden = data.boundaries == "hidden"
         num_tasks = data.num_tasks
         epochs = self._epochs(num_tasks)

@@ -16,7 +16,7 @@ from dcl_lightning.types import StateDict
 __all__ = ["BEYOND_ANY_EPOCH", "move_loop_progress", "name_of", "refuse_another_run"]
 
 # Hyperparameters that do not change the training, and the memory's, which the memory compares or iCaRL adopts.
-_HARMLESS = ("input_spec", "rehearsal", "execution", "_instantiator")
+_HARMLESS = ("input_spec", "rehearsal", "execution", "memory_format", "compile", "_instantiator")
 # A number of batches by which Lightning considers an epoch over, whatever number the next one has.
 BEYOND_ANY_EPOCH = 2**60
 

@@ -15,13 +15,14 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
 from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.memory.config import SIZES
 
 __all__ = ["last_model", "refuse_nulls", "with_one_optimizer", "without_other_agent"]
 
 # How a network is built and optimized, whichever agent trains it.
 _SHARED_KEYS = {
-    "backbone", "decay_biases_and_norms", "epochs_per_task", "gamma", "lr", "milestones", "momentum", "optimizer",
-    "optimizer_reset", "scale_lr", "warmup_epochs", "weight_decay",
+    "backbone", "compile", "decay_biases_and_norms", "epochs_per_task", "gamma", "lr", "memory_format", "milestones",
+    "momentum", "optimizer", "optimizer_reset", "scale_lr", "warmup_epochs", "weight_decay",
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def without_other_agent(args: Sequence[str]) -> list[str]:
     """Return the arguments without the values in configuration files that belong to another agent.
 
     After ``--config icarl.yaml --model base`` the parser would keep every value of iCaRL's that the new class accepts.
-    Only the backbone and how it is optimized are kept; the rest is dropped with a notice.
+    Only the backbone, how it is optimized, and the memory's size are kept; the rest is dropped with a notice.
 
     Args:
         args: arguments of the command line.
@@ -72,11 +73,23 @@ def _shared_config(path: str, name: str) -> str | None:
     if not isinstance(model, dict) or str(model.get("class_path")).split(".")[-1] == name.split(".")[-1]:
         return None
     values = model.get("init_args") or {}
-    dropped = sorted(set(values) - _SHARED_KEYS)
+    kept = {key: value for key, value in values.items() if key in _SHARED_KEYS}
+    dropped = set(values) - _SHARED_KEYS
+    memory = values.get("rehearsal")
+    if isinstance(memory, dict) and _keeps_samples(name):
+        kept["rehearsal"] = {key: value for key, value in memory.items() if key in SIZES}
+        others = {f"rehearsal.{key}" for key, value in memory.items() if key not in SIZES and value is not None}
+        dropped = dropped - {"rehearsal"} | others
     if dropped:
-        rank_zero_info(f"{path}: model.{', model.'.join(dropped)} belonged to {model['class_path']} and are dropped")
-    model = {"class_path": name, "init_args": {k: v for k, v in values.items() if k in _SHARED_KEYS}}
-    return yaml.safe_dump({**config, "model": model}, sort_keys=False)
+        said = ", model.".join(sorted(dropped))
+        rank_zero_info(f"{path}: model.{said} belonged to {model['class_path']} and are dropped")
+    return yaml.safe_dump({**config, "model": {"class_path": name, "init_args": kept}}, sort_keys=False)
+
+
+def _keeps_samples(name: str) -> bool:
+    """Return whether an agent, by its short name or class path, has a memory whose size can be given."""
+    short = importlib.import_module("dcl_lightning.agents.short_names")
+    return bool(getattr(vars(short).get(name) or _class_at(name), "rehearses", False))
 
 
 def with_one_optimizer(args: Sequence[str]) -> list[str]:

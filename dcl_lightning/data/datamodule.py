@@ -590,7 +590,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> StateDict:
         """Return the seed, the number of tasks seen, and what must not change when the run is resumed."""
-        return {"seed": self.seed, "stream": self._facts(), "tasks_seen": self._tasks_seen}
+        return {"seed": self.seed, "stream": self.facts(), "tasks_seen": self._tasks_seen}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the run's seed, and refuse another stream than the run's.
@@ -602,7 +602,7 @@ class ContinualDataModule(pl.LightningDataModule):
             ConfigurationError: data set, scenario, class order, tasks, hold-outs, normalisation, transforms, passes or
                 what is evaluated differ; the message names both.
         """
-        fits, present = self._fits, self._facts()
+        fits, present = self._fits, self.facts()
         # A checkpoint that was saved before an option existed is of a run with its default.
         defaults: dict[str, object] = {"transform": None, "eval_transform": None, "crop_fill": [0.0]}
         defaults |= {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test", "passes": 1}
@@ -622,7 +622,8 @@ class ContinualDataModule(pl.LightningDataModule):
         self._tasks_seen = state_dict.get("tasks_seen", 0)
         self._take_seed(state_dict["seed"])
 
-    def _facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, object]:
+        """Return what must not change when a run is resumed, by name, in plain types."""
         return {
             **self.stream.facts(self.dataset_name),
             "concatenate_tasksets": self.concatenate_tasksets,
