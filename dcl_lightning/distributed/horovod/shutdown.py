@@ -573,6 +573,9 @@ class _Requeue(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(self._signum)):
             self._handler = signal.signal(self._signum, self._note)
+        # The first until here, before others begin long work; from now on the last, so that a step is saved when all
+        # callbacks are done with it.
+        set_callbacks(trainer, [*(c for c in callbacks_of(trainer) if c is not self), self])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int

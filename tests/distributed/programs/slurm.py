@@ -87,4 +87,5 @@ def requeue_with_memory(folder: Path, strategy: str) -> None:
     assert later == steps[saved:]
     assert torch.equal(weights(straight), weights(again))
     assert torch.equal(matrix(straight).nan_to_num(-1), matrix(again).nan_to_num(-1))
+    assert straight.clock.samples_seen == again.clock.samples_seen
     assert same(memory_state(straight.rehearsal.manager), memory_state(again.rehearsal.manager))
