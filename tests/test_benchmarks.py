@@ -204,6 +204,21 @@ def test_the_target_of_steps_is_that_of_the_fastest_order(capsys: pytest.Capture
     assert "| <= 1.05 |" in fast
 
 
+def test_avalanche_as_it_comes_meets_ours_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    orders = [convnet.Setting(1, order) for order in convnet.ORDERS]
+    ours, theirs = ({order: value[k] for k, order in enumerate(orders)} for value in ((30.0, 40.0), (20.0, 25.0)))
+    rows = convnet.rows_of(
+        "fit", "images/s", [orders], 2,
+        lambda setting: {"ours": lambda: ours[setting], convnet.AVALANCHE: lambda: theirs[setting]},
+        {convnet.AVALANCHE: ">= 1.5"},
+    )  # fmt: skip
+    assert [row["ratio"] for row in rows] == [2.0, pytest.approx(1.6)]
+    as_they_come, in_one_order = capsys.readouterr().out.splitlines()
+    assert "ours over Avalanche in its contiguous | 40.000" in as_they_come
+    assert "| >= 1.5 |" in as_they_come
+    assert "| reported |" in in_one_order
+
+
 def test_what_convnet_lacks_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
