@@ -124,9 +124,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
         train_classes: train the outputs of ``all`` classes, or only of those ``seen`` so far: of the tasks that have
             started, as a head does that gets outputs for a task's classes at its start.
-        memory_format: order in which convolutions store weights and maps: PyTorch's ``contiguous``,
-            ``channels_last``, or ``auto``, the faster of both for the device and the precision of a trainer, see
-            ``set_memory_format``.
+        memory_format: order in which convolutions compute: PyTorch's ``contiguous``, ``channels_last``, or ``auto``,
+            the faster of both for the device and the precision of a trainer, see ``set_memory_format``.
         compile: mode in which ``torch.compile`` makes few kernels of backbone and head for a fit: ``default``,
             ``reduce-overhead`` (CUDA graphs) or ``max-autotune``; or a dict of its arguments.
         task_aware: whether to report also the accuracy with the task known: scores restricted to the
@@ -159,6 +158,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     rehearses: ClassVar[bool] = False
     # Whether a training batch also has its samples as evaluation sees them, batch.plain; any module may have it.
     two_views: ClassVar[bool] = False
+    # Whether images come in PyTorch's ``channels_last`` format; any module may have it.
+    takes_channels_last: bool = False
     # Whether the loss weighs rows by batch.weights, over batch.normalizer; any module may have this attribute.
     weighs_rows: ClassVar[bool] = True
     # Whether a step goes back through one forward pass several times.
@@ -437,7 +438,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         self.trainer.precision_plugin.convert_module(self)
         device = self.trainer.strategy.root_device
         if self.is_built:
-            set_memory_format(self, self.memory_format, device, str(self.trainer.precision))
+            precision = str(self.trainer.precision)
+            self.takes_channels_last = set_memory_format(self, self.memory_format, device, precision)
         if stage == "fit" and self._compile is not None:
             parts = self.backbone, self.head
             compile_networks(self, parts, self._compile, device.type == "cpu", self.keeps_graph)

@@ -28,17 +28,20 @@ _KEYS = tuple(name for name in inspect.signature(torch.compile).parameters if na
 _SAFE_CHANNELS = 16
 
 
-def set_memory_format(network: nn.Module, wanted: MemoryFormat, device: torch.device, precision: str) -> None:
-    """Store the weights of a network so that its convolutions are fast: they compute in the format of their weights.
+def set_memory_format(network: nn.Module, wanted: MemoryFormat, device: torch.device, precision: str) -> bool:
+    """Choose the order in which a network's convolutions compute, which is that of their inputs or their weights.
 
-    ``auto`` is ``channels_last`` in single or half precision on a CPU and in half precision on a GPU, and leaves other
-    networks as they are.
+    ``auto`` is ``channels_last`` in single or half precision on a CPU, and in half precision on a GPU. On a CPU it is
+    enough that inputs, of several channels, are in this format; on a GPU the weights would be converted in each step.
 
     Args:
-        network: the network.
+        network: the network; its weights may be converted.
         wanted: the format.
         device: on which it will compute.
         precision: of the trainer, as ``32-true`` or ``bf16-mixed``.
+
+    Returns:
+        Whether its inputs shall be in ``channels_last``.
 
     Raises:
         ConfigurationError: ``channels_last``, with which this network is not safe on a CPU.
@@ -50,11 +53,16 @@ def set_memory_format(network: nn.Module, wanted: MemoryFormat, device: torch.de
             f"model.memory_format=channels_last: on a CPU a strided 1x1 convolution of {unsafe.in_channels} channels "
             f"needs at least {_SAFE_CHANNELS} in this format: give contiguous or auto, or a wider network"
         )
+    if wanted == "contiguous":
+        network.to(memory_format=torch.contiguous_format)
+        return False
     if wanted == "auto":
         fast = not precision.startswith("64") if device.type == "cpu" else device.type == "cuda" and "16" in precision
         if not convolutions or not fast or unsafe is not None:
-            return
-    network.to(memory_format=torch.contiguous_format if wanted == "contiguous" else torch.channels_last)
+            return False
+    if wanted == "channels_last" or device.type != "cpu":
+        network.to(memory_format=torch.channels_last)
+    return True
 
 
 def _is_unsafe(convolution: nn.Conv2d) -> bool:

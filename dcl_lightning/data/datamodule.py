@@ -676,6 +676,8 @@ class ContinualDataModule(pl.LightningDataModule):
             inputs = transforms.normalise(inputs, *self.normalisation)
         if self.trainer is not None:  # Lightning converts batches before these are floats
             inputs = self.trainer.precision_plugin.convert_input(inputs)
+            if inputs.ndim == 4 and getattr(self.trainer.lightning_module, "takes_channels_last", False):
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
         return batch._replace(inputs=inputs)
 
 
