@@ -49,8 +49,9 @@ def fit(folder: Path, strategy: str, model: dict[str, Any], data: dict[str, Any]
     x[0, 0, 0, 0] = data.pop("pixel", 0.0)
     y[0] = data.pop("label", 0)
     pl.seed_everything(0, verbose=False)
-    stream = ContinualDataModule((x, y, x.clone(), y.clone()), **({"increment": 3, "batch_size": 3} | data))
-    agent = NIL(MLP([4]), **({"lr": 0.1, "rehearsal": {"buffer_size": 12}} | model))
+    data, model = {"increment": 3, "batch_size": 3} | data, {"lr": 0.1, "rehearsal": {"buffer_size": 12}} | model
+    stream = ContinualDataModule((x, y, x.clone(), y.clone()), **data)
+    agent = NIL(MLP([4]), **model)
     pl.Trainer(
         accelerator="cpu", strategy="horovod" if strategy == "horovod" else elastic_ddp(), devices=2, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
