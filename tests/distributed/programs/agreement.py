@@ -49,7 +49,8 @@ def fit(folder: Path, strategy: str, model: dict[str, Any], data: dict[str, Any]
     x[0, 0, 0, 0] = data.pop("pixel", 0.0)
     y[0] = data.pop("label", 0)
     pl.seed_everything(0, verbose=False)
-    data, model = {"increment": 3, "batch_size": 3} | data, {"lr": 0.1, "rehearsal": {"buffer_size": 12}} | model
+    data = {"increment": 3, "batch_size": 3, **data}
+    model = {"lr": 0.1, "rehearsal": {"buffer_size": 12}, **model}
     stream = ContinualDataModule((x, y, x.clone(), y.clone()), **data)
     agent = NIL(MLP([4]), **model)
     pl.Trainer(
