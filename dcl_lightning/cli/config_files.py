@@ -204,7 +204,7 @@ def refuse_nulls(config: object, key: str = "") -> None:
                 _refuse_null(kind, name, f"{key}.{name}")
     for name, value in entries.items():
         inner = "" if name in ("class_path", "init_args") else name
-        refuse_nulls(value, ".".join(part for part in (key, inner) if part))
+        refuse_nulls(value, ".".join(part for part in (key, str(inner)) if part))
 
 
 def _entries(level: Mapping[str, object] | Namespace) -> Mapping[str, object]:
