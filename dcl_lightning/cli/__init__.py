@@ -37,6 +37,7 @@ lost job from its latest checkpoint. `profile -- fit ...` shows where the time o
 _EXPECTED_WARNINGS = (
     r".*treespec, LeafSpec.*",  # between Lightning and torch
     r".*in eval mode at the start of training.*",  # a teacher
+    r"Grad strides do not match bucket view strides.*",  # of 1x1 convolutions in channels_last: the same memory
     r".*is smaller than the logging interval.*",  # small tasks
     r".*It is recommended to use `self.log\('val/.*",  # the logged values are already those of all workers
 )
