@@ -26,6 +26,7 @@ from dcl_lightning._lightning import (
     callbacks_of,
     datamodule_of,
     dev_run_batches,
+    has_progress_bar,
     loggers_write,
     monitored_by,
     set_callbacks,
@@ -753,8 +754,7 @@ class _StepLog:
 
     def start(self, trainer: pl.Trainer) -> None:
         """Look for a progress bar: only for one are values logged as for a bar, which makes the host wait each time."""
-        bar = trainer.progress_bar_callback
-        self.is_shown = bar is not None and bool(getattr(bar, "is_enabled", True))
+        self.is_shown = has_progress_bar(trainer)
 
     def is_due(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         """Return whether the present step's values are logged."""

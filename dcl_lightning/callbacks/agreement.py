@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -21,11 +22,6 @@ from dcl_lightning.errors import ConfigurationError
 __all__ = ["differences", "refuse_disagreement"]
 
 _PACKAGES = ("torch", "lightning", "torchvision", "numpy")
-_TRAINER = (
-    "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision", "max_epochs", "max_steps",
-    "min_epochs", "limit_train_batches", "limit_val_batches", "limit_test_batches", "val_check_interval",
-    "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs", "overfit_batches", "fast_dev_run",
-)  # fmt: skip
 # What a host may have of its own.
 _OWN = ("root", "download", "stage_to", "num_workers")
 _PLAIN = (str, bool, int, float, list, tuple, type(None))
@@ -85,9 +81,7 @@ def _description(
         except PackageNotFoundError:
             yield package, None
     yield "dcl_lightning", __version__
-    for name in _TRAINER:
-        if hasattr(trainer, name):
-            yield f"trainer.{name}", str(getattr(trainer, name))
+    yield from _plain("trainer", _limits_and_steps(trainer))
     if module is not None:
         yield "model", type(module).__name__
         yield from _plain("model", dict(module.hparams))
@@ -98,6 +92,25 @@ def _description(
     if isinstance(data.train_inputs, Tensor):
         rows = torch.linspace(0, len(data.train_inputs) - 1, _LOOKED_AT).long()
         yield "the images of the data", _digest(data.train_inputs[rows])
+
+
+def _limits_and_steps(trainer: Any) -> dict[str, object]:
+    return {
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
+        "precision": trainer.precision,
+        "max_epochs": trainer.max_epochs,
+        "max_steps": trainer.max_steps,
+        "min_epochs": trainer.min_epochs,
+        "limit_train_batches": trainer.limit_train_batches,
+        "limit_val_batches": trainer.limit_val_batches,
+        "limit_test_batches": trainer.limit_test_batches,
+        "val_check_interval": trainer.val_check_interval,
+        "check_val_every_n_epoch": trainer.check_val_every_n_epoch,
+        "overfit_batches": trainer.overfit_batches,
+        "fast_dev_run": trainer.fast_dev_run,
+    }
 
 
 def _plain(prefix: str, values: Mapping[str, object]) -> Iterator[tuple[str, object]]:

@@ -12,13 +12,12 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from torch import nn
 
-from dcl_lightning._lightning import datamodule_of, has_progress_bar
+from dcl_lightning._lightning import callbacks_of, datamodule_of, has_progress_bar
 from dcl_lightning.callbacks.hooks import wrap_hook
 from dcl_lightning.callbacks.rehearsal import Rehearsal
 from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.data.images import ImageFiles
 from dcl_lightning.errors import ConfigurationError
-from dcl_lightning.memory.config import ResolvedConfig
 from dcl_lightning.screen import show
 from dcl_lightning.stopwatch import Stopwatch
 from dcl_lightning.types import Batch
@@ -232,11 +231,11 @@ class StepProfile(pl.Callback):
         while self._undo:
             self._undo.pop()()
 
-    def _what_was_measured(self, trainer: pl.Trainer, agent: pl.LightningModule) -> str:
+    def _what_was_measured(self, trainer: pl.Trainer, agent: Any) -> str:
         clock, steps = TaskClock.of(trainer), self.profiler.measured
         assert clock is not None
         new, rehearsed = (sum(counts[:steps]) / steps for counts in zip(*self._images, strict=True))
-        network = getattr(agent, "backbone", agent)
+        network: nn.Module = agent.backbone
         millions = sum(p.numel() for p in network.parameters()) / 1e6
         device = agent.device
         place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -292,8 +291,7 @@ def _remedy(part: Part, parts: Mapping[str, float], trainer: pl.Trainer) -> str 
     """Return what may make a part shorter by an option of ours that leaves the method as it is; None for nothing."""
     agent: Any = trainer.lightning_module
     data, on_gpu = datamodule_of(trainer), agent.device.type == "cuda"
-    rehearsal = getattr(agent, "rehearsal", None)
-    memory: ResolvedConfig | None = rehearsal.config if isinstance(rehearsal, Rehearsal) else None
+    memory = next((c.config for c in callbacks_of(trainer) if isinstance(c, Rehearsal)), None)
     if part == "data" and isinstance(data.train_inputs, ImageFiles):
         return f"more processes that read images: --data.num_workers (now {data.train_inputs.reader_pool.num_workers})"
     if part == "data" and memory is not None and memory.prefetch != "batch":
@@ -309,7 +307,7 @@ def _remedy(part: Part, parts: Mapping[str, float], trainer: pl.Trainer) -> str 
         if on_gpu and trainer.precision == "32-true":
             return "--trainer.precision bf16-mixed"
         convolves = any(isinstance(layer, nn.Conv2d) for layer in agent.modules())
-        if convolves and getattr(agent, "memory_format", "") == "contiguous":
+        if convolves and agent.memory_format == "contiguous":
             return "--model.memory_format auto"
         if agent.hparams.get("compile") is False:
             return "--model.compile default"

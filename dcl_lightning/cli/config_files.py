@@ -88,8 +88,10 @@ def _shared_config(path: str, name: str) -> str | None:
 
 def _keeps_samples(name: str) -> bool:
     """Return whether an agent, by its short name or class path, has a memory whose size can be given."""
-    short = importlib.import_module("dcl_lightning.agents.short_names")
-    return bool(getattr(vars(short).get(name) or _class_at(name), "rehearses", False))
+    from dcl_lightning.agents import ContinualAgent, short_names
+
+    kind = vars(short_names).get(name) or _class_at(name)
+    return isinstance(kind, type) and issubclass(kind, ContinualAgent) and kind.rehearses
 
 
 def with_one_optimizer(args: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from dcl_lightning.callbacks.step_profile import WARM_UP, StepProfile
@@ -69,7 +70,7 @@ class ProfilingCLI(ContinualCLI):
         for key in ("trainer.profiler", "trainer.fast_dev_run", "ckpt_path"):
             value = self.config[f"fit.{key}"]
             if value:
-                name = getattr(value, "class_path", value)
+                name = value.class_path if isinstance(value, Namespace) else value
                 raise ConfigurationError(
                     f"profile: {key}={name}: leave it out; profile sets the profiler and the length of the fit, which "
                     "begins anew"
