@@ -7,14 +7,13 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dcl_lightning._version import __version__
+from dcl_lightning._version import __version__, version_of
 from dcl_lightning.comm import Comm, allgather_text
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.errors import ConfigurationError
@@ -76,10 +75,7 @@ def _description(
     trainer: pl.Trainer, module: pl.LightningModule | None, data: ContinualDataModule
 ) -> Iterator[tuple[str, object]]:
     for package in _PACKAGES:
-        try:
-            yield package, version(package).partition("+")[0]  # hosts may have builds for other devices
-        except PackageNotFoundError:
-            yield package, None
+        yield package, (version_of(package) or "").partition("+")[0]  # hosts may have builds for other devices
     yield "dcl_lightning", __version__
     yield from _plain("trainer", _limits_and_steps(trainer))
     if module is not None:

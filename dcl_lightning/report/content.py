@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of, monitored_by
-from dcl_lightning._version import __version__
+from dcl_lightning._version import version_of
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix
@@ -88,7 +86,7 @@ def content_of(
         "config_hash": _hash(folder / "config.yaml"),
         **_citations(type(agent), data.dataset_name),
         "versions": {
-            **{name: _version(name) for name in ("torch", "lightning", "dcl_lightning")},
+            **{name: version_of(name) for name in ("torch", "lightning", "dcl_lightning")},
             "python": platform.python_version(),
         },
     }
@@ -172,12 +170,3 @@ def _hash(path: Path) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return None
-
-
-@functools.cache
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        # The package runs from a checkout that was not installed.
-        return __version__ if name == "dcl_lightning" else None
