@@ -17,16 +17,17 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimi
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as Launcher
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
-    "Launcher", "average_model_of", "averaging_callbacks", "callbacks_of", "choose_version", "cluster_environment_of",
-    "datamodule_of", "dev_run_batches", "has_progress_bar", "has_version", "log_interval", "loggers_write",
-    "monitored_by", "optimizers_to_device", "overfit_batches", "reload_loaders_each_epoch", "reload_training_data",
-    "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open",
-    "synchronises_batchnorm", "trainer_of", "validates_by_time", "wrap_fetching", "wrap_hpc_choice", "wrap_save",
-    "wrap_srun_check", "wrapped_io",
+    "Launcher", "average_model_of", "averaging_callbacks", "bring_environment", "callbacks_of", "choose_version",
+    "cluster_environment_of", "datamodule_of", "dev_run_batches", "has_progress_bar", "has_version",
+    "log_interval", "loggers_write", "monitored_by", "optimizers_to_device", "overfit_batches",
+    "reload_loaders_each_epoch", "reload_training_data", "reload_validation_data", "replace_save", "restore_save",
+    "set_callbacks", "set_wrapped_io", "step_is_open", "synchronises_batchnorm", "trainer_of", "validates_by_time",
+    "wrap_fetching", "wrap_hpc_choice", "wrap_save", "wrap_srun_checks", "wrapped_io",
 ]  # fmt: skip
 
 
@@ -238,18 +239,36 @@ def choose_version(logger: CSVLogger | TensorBoardLogger, choose: Callable[[Call
     vars(logger)["_get_next_version"] = lambda: choose(own)
 
 
-def wrap_srun_check(unless: Callable[[], bool]) -> None:
-    """Skip Lightning's check of the variables that ``srun`` sets if ``unless()`` holds. Safe to repeat."""
-    check = SLURMEnvironment._validate_srun_variables
-    if check.__module__ == __name__:
-        return
+def wrap_srun_checks(unless: Callable[[], bool]) -> None:
+    """Skip Lightning's advice to use ``srun``, and its check of what ``srun`` sets, if ``unless()``. Safe to repeat."""
+    untyped: Any = SLURMEnvironment
+    used, variables = SLURMEnvironment._validate_srun_used, SLURMEnvironment._validate_srun_variables
+    if used.__module__ != __name__:
+        untyped._validate_srun_used = staticmethod(_skipped(used, unless))
+        untyped._validate_srun_variables = staticmethod(_skipped(variables, unless))
 
-    def validate() -> None:
-        if not unless():
+
+def _skipped(check: Callable[[], None], skip: Callable[[], bool]) -> Callable[[], None]:
+    def checked() -> None:
+        if not skip():
             check()
 
-    untyped: Any = SLURMEnvironment
-    untyped._validate_srun_variables = staticmethod(validate)
+    return checked
+
+
+def bring_environment(strategy: str, environment: Callable[[], ClusterEnvironment]) -> None:
+    """Let a trainer that is given a strategy's name take its cluster environment, and detect none. Safe to repeat.
+
+    Args:
+        strategy: the name.
+        environment: makes the cluster environment.
+    """
+    untyped: Any = _AcceleratorConnector
+    detect = untyped._choose_and_init_cluster_environment
+    if detect.__module__ != __name__:
+        untyped._choose_and_init_cluster_environment = lambda connector: (
+            environment() if connector._strategy_flag == strategy else detect(connector)
+        )
 
 
 def wrap_hpc_choice(takes: Callable[[Path], bool]) -> None:

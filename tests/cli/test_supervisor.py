@@ -140,7 +140,7 @@ def test_signals_reach_the_job_and_end_the_run(place: Path, signum: int) -> None
         out, err = process.communicate(timeout=60)
     assert out == f"got {int(signum)}\n"
     assert err == ""
-    assert process.returncode == (0 if signum == signal.SIGUSR1 else 9)
+    assert process.returncode == (0 if signum == signal.SIGUSR1 else 143)
 
 
 def test_the_job_ends_with_its_supervisor(place: Path) -> None:

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dcl_lightning._lightning import optimizers_to_device, wrap_srun_check
+from dcl_lightning._lightning import bring_environment, optimizers_to_device, wrap_srun_checks
 from dcl_lightning.comm import Comm, ReduceOp, SingleProcessComm, broadcast_buffers, broadcast_tensors
 from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.cpu_binding import bind_worker
@@ -32,6 +32,7 @@ from dcl_lightning.distributed.horovod.comm import HorovodComm, attach_metrics
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment, check_srun, horovod_environment
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
+from dcl_lightning.distributed.horovod.relay import SignalListener
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_workers
 from dcl_lightning.distributed.horovod.shutdown import (
     guard_failures,
@@ -126,6 +127,7 @@ class HorovodStrategy(ParallelStrategy):
         self._averager = GradientAverager(op, compression, gradient_predivide_factor, find_unused_parameters)
         self._start_timeout, self._collective_timeout = start_timeout, collective_timeout or math.inf
         self._watchdog: Watchdog | None = None
+        self._listener = SignalListener()
         self._comm: Comm = SingleProcessComm()
         self._failed = False
         set_rank_from_environment()
@@ -306,6 +308,15 @@ class HorovodStrategy(ParallelStrategy):
             self._watchdog.stop()
             self._watchdog = None
 
+    def on_train_start(self) -> None:
+        """Let the job's supervisor signal worker 0, now that signals are acted on between two steps."""
+        if self.global_rank == 0:
+            self._listener.start()
+
+    def on_train_end(self) -> None:
+        """Leave the supervisor's signals to the launcher."""
+        self._listener.stop()
+
     def on_validation_start(self) -> None:
         """Evaluate with worker 0's running statistics on all workers."""
         if self.lightning_module is not None:
@@ -316,6 +327,7 @@ class HorovodStrategy(ParallelStrategy):
         if self._failed:
             return
         self._failed = True
+        self._listener.stop()
         self._stop_watching()
         self._averager.detach()
         if isinstance(self._launcher, HorovodLauncher):
@@ -454,8 +466,10 @@ def _counted(count: int, noun: str) -> str:
 
 # On import, before Horovod runs, so that Lightning prints its first messages only once.
 set_rank_from_environment()
-# Given a strategy's name, Lightning makes a SLURMEnvironment before the strategy can bring its own, and that refuses
-# ``sbatch --ntasks`` without ``--ntasks-per-node``, which is right only for tasks that ``srun`` starts.
-wrap_srun_check(unless=launched_by_horovod)
+# Given a strategy's name, Lightning detects a cluster environment before the strategy can bring its own: in an
+# allocation one that refuses ``sbatch --ntasks`` without ``--ntasks-per-node``, which is right only for tasks that
+# ``srun`` starts; elsewhere it advises to use ``srun`` wherever that is installed, as it does at each fit.
+wrap_srun_checks(unless=launched_by_horovod)
+bring_environment(HorovodStrategy.strategy_name, horovod_environment)
 if HorovodStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(HorovodStrategy.strategy_name, HorovodStrategy, "Data-parallel training over Horovod")
