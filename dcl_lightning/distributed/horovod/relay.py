@@ -39,7 +39,7 @@ class SignalRelay:
 
     def __init__(self) -> None:
         self._server = _Server(("", 0), _Handler)
-        threading.Thread(target=self._server.serve_forever, name="signal-relay", daemon=True).start()
+        threading.Thread(target=self._serve, name="signal-relay", daemon=True).start()
 
     def variables(self, hosts: Iterable[str]) -> dict[str, str]:
         """Return the environment variables by which workers find this relay.
@@ -62,6 +62,11 @@ class SignalRelay:
             Whether it was sent, or is held.
         """
         return signum in _SIGNALS and self._server.send(signum, hold)
+
+    def _serve(self) -> None:
+        # A signal is to interrupt what the main thread waits for. Threads for the connections inherit this.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*_SIGNALS, signal.SIGHUP))
+        self._server.serve_forever(poll_interval=0.1)
 
     def close(self) -> None:
         """Stop listening."""
@@ -153,10 +158,11 @@ class SignalListener:
         if connection.recv(1) != _GREETING:
             return
         _probe(connection)
+        main = threading.main_thread().ident or 0
         while not ended.is_set() and (received := connection.recv(1)):
             # A signal that nothing here acts on would kill the worker.
             if received[0] in _SIGNALS and signal.getsignal(received[0]) is not signal.SIG_DFL:
-                os.kill(os.getpid(), received[0])
+                signal.pthread_kill(main, received[0])
 
 
 def own_address(host: str) -> str:
