@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment, TorchCheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import AsyncCheckpointIO, LayerSync
 from lightning.pytorch.strategies import ParallelStrategy
@@ -59,9 +60,9 @@ KNOWN = """
 STRATEGY = """
     _configure_launcher setup_environment setup setup_optimizers setup_precision_plugin
     model_to_device on_exception teardown block_backward_sync barrier broadcast reduce all_gather
-    reduce_boolean_decision on_train_batch_start on_validation_start pre_backward process_dataloader
-    handles_gradient_accumulation optimizers accelerator precision_plugin lightning_module model launcher
-    global_rank local_rank node_rank world_size is_global_zero distributed_sampler_kwargs
+    reduce_boolean_decision on_train_start on_train_batch_start on_train_end on_validation_start pre_backward
+    process_dataloader handles_gradient_accumulation optimizers accelerator precision_plugin lightning_module model
+    launcher global_rank local_rank node_rank world_size is_global_zero distributed_sampler_kwargs
 """
 ENVIRONMENT = """
     creates_processes_externally main_address main_port detect world_size set_world_size
@@ -71,7 +72,8 @@ MEMBERS = {
     ParallelStrategy: STRATEGY.split(),
     ClusterEnvironment: ENVIRONMENT.split(),
     LayerSync: ["apply", "revert"],
-    SLURMEnvironment: ["detect", "job_name", "validate_settings"],
+    SLURMEnvironment: ["detect", "job_name", "validate_settings", "_validate_srun_used", "_validate_srun_variables"],
+    _AcceleratorConnector: ["_choose_and_init_cluster_environment"],
     _SignalConnector: ["register_signal_handlers", "_has_already_handler", "_slurm_sigusr_handler_fn"],
     ModelCheckpoint: ["on_exception", "format_checkpoint_name", "CHECKPOINT_NAME_LAST"],
     _TrainingEpochLoop: ["_on_before_fetch", "_on_after_fetch"],
@@ -81,6 +83,14 @@ MEMBERS = {
 # What Lightning does by itself, and the strategy counts on; with words of its source that show it.
 CALLS = {
     "the connector keeps our environment": (_AcceleratorConnector._lazy_init_strategy, "strategy.cluster_environment"),
+    "the connector knows the strategy before the environment": (
+        _AcceleratorConnector.__init__,
+        r"self\._strategy_flag[\s\S]*self\.cluster_environment: \w+ = self\._choose_and_init_cluster_environment\(\)",
+    ),
+    "workers listen to the supervisor after callbacks act on signals": (
+        _FitLoop.on_run_start,
+        r'_call_callback_hooks\(trainer, "on_train_start"\)[\s\S]*_call_strategy_hook\(trainer, "on_train_start"\)',
+    ),
     "the connector sets num_nodes": (_AcceleratorConnector._lazy_init_strategy, "self.strategy.num_nodes ="),
     "the connector hands sync_batchnorm over": (
         _AcceleratorConnector._lazy_init_strategy,

@@ -39,6 +39,8 @@ def stored(checkpoint: Path) -> Counter[int]:
     [
         ("local", [(2, "horovod", 13), (3, "ddp", 20), (1, "auto", 0)]),
         pytest.param("global", [(2, "horovod", 20), (2, "ddp", 33), (1, "auto", 0)], marks=pytest.mark.exhaustive),
+        pytest.param("local", [(1, "auto", 25), (2, "horovod", 33), (1, "auto", 0)], marks=pytest.mark.exhaustive),
+        pytest.param("global", [(1, "horovod", 45), (3, "horovod", 0)], marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_job_goes_on_with_other_workers(tmp_path: Path, scope: str, jobs: list[tuple[int, str, int]]) -> None:
@@ -70,7 +72,7 @@ def check_jobs(tmp_path: Path, scope: str, jobs: list[tuple[int, str, int]]) -> 
         capacities = [c for _, _, c, *_ in ran]
         assert max(capacities) - min(capacities) <= 1
         capacity = capacity or sum(capacities)
-        assert sum(capacities) == capacity == 3 * 6 * 2
+        assert sum(capacities) == capacity == 3 * 6 * jobs[0][0]
         steps = ran[0][3]
         assert len({json.dumps(worker[4:]) for worker in ran}) == 1
         if ckpt:

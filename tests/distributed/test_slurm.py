@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -82,6 +83,24 @@ def test_several_tasks_of_srun_that_do_not_know_of_each_other_are_refused(alloca
         pl.Trainer(strategy=HorovodStrategy(), accelerator="cpu", devices=1, logger=False)
     allocation.setenv("OMPI_COMM_WORLD_RANK", "0")
     assert pl.Trainer(strategy=HorovodStrategy(), accelerator="cpu", devices=1, logger=False).world_size == 1
+
+
+@pytest.mark.parametrize("strategy", ["horovod", HorovodStrategy])
+def test_where_srun_is_installed_it_is_not_advised(
+    strategy: str | type[HorovodStrategy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").touch(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*srun")
+        given = strategy if isinstance(strategy, str) else strategy()
+        pl.Trainer(strategy=given, accelerator="cpu", devices=2, logger=False)
+        monkeypatch.setenv("HOROVOD_RANK", "0")
+        SLURMEnvironment.detect()  # as Lightning does at each fit
+    monkeypatch.delenv("HOROVOD_RANK")
+    with pytest.warns(UserWarning, match="prepend your python command with `srun`"):
+        pl.Trainer(accelerator="cpu", devices=1, logger=False)
 
 
 def test_a_signal_to_one_worker_saves_and_requeues_once_and_the_job_goes_on_from_there(
