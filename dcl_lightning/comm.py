@@ -24,6 +24,7 @@ __all__ = [
     "comm_of",
     "gather_rows",
     "raise_together",
+    "sum_async",
     "used_here",
 ]
 
@@ -77,7 +78,7 @@ class Comm(Protocol):
         Only rows travel, because all counts are known beforehand.
 
         Args:
-            tensor: contiguous uint8 ``(n, row bytes)``, the rows for worker 0 first; unchanged until ``wait``.
+            tensor: contiguous uint8 ``(n, row bytes)``, the rows for worker 0 first; unchanged from now on.
             splits: one count per worker, adding up to n.
             received: one count per worker, equal to the number of rows that it sends to this worker.
             name: the same at every step and on every worker; at most one operation of a name may be pending. Under
@@ -347,6 +348,20 @@ def broadcast_tensors(tensors: Iterable[Tensor], comm: Comm) -> None:
         values = comm.broadcast(torch.cat([tensor.reshape(-1) for tensor in batch]))
         for tensor, value in zip(batch, values.split([tensor.numel() for tensor in batch]), strict=True):
             tensor.copy_(value.view(tensor.shape))
+
+
+def sum_async(tensor: Tensor, comm: Comm, name: str) -> Callable[[], Tensor]:
+    """Start to add up a small tensor over the workers; return what waits for the sum, the same bits on all workers.
+
+    Args:
+        tensor: same shape and dtype on all workers.
+        comm: the cluster.
+        name: as for ``Comm.alltoall_async``.
+    """
+    sent = tensor.contiguous().view(-1).view(torch.uint8)[None].repeat(comm.size, 1)
+    one_each = [1] * comm.size
+    pending = comm.alltoall_async(sent, one_each, one_each, name)
+    return lambda: pending.wait().contiguous().view(tensor.dtype).view(comm.size, *tensor.shape).sum(0)
 
 
 def gather_rows(rows: Tensor, comm: Comm) -> tuple[Tensor, slice]:

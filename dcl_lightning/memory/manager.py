@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcl_lightning.comm import Comm, SingleProcessComm, raise_together
+from dcl_lightning.comm import Comm, SingleProcessComm, raise_together, sum_async
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.buffer import RehearsalBuffer, split_total
 from dcl_lightning.memory.config import ResolvedConfig
@@ -136,7 +136,7 @@ class MemoryManager:
         weights = self._weights(labels, None, None)
         total = _sum(weights)
         if self.comm.size > 1 and self._shares_weights:
-            total = self._sum_over_workers(total)
+            total = float(sum_async(torch.tensor(total, dtype=torch.float64), self.comm, "weights")())
         return Representatives(self.buffer.store.gather(slots), labels, weights, total / self.comm.size)
 
     def _draw_global(self, exchange: GlobalExchange, candidates: Candidates | None) -> Representatives:
@@ -166,12 +166,6 @@ class MemoryManager:
         if self.config.weighting == "none":
             return torch.ones(len(labels), dtype=torch.float32)
         return self.buffer.weights(labels, self.batch_size, offered, stored)
-
-    def _sum_over_workers(self, value: float) -> float:
-        sent = torch.tensor([value], dtype=torch.float64).view(torch.uint8)[None].repeat(self.comm.size, 1)
-        one_each = [1] * self.comm.size
-        received = self.comm.alltoall_async(sent, one_each, one_each, name="weights").wait()
-        return float(received.contiguous().view(torch.float64).sum())
 
     def memory_rows(self) -> MemoryRows | None:
         """Return the contents of this worker's memory, for reports; None if its rows have no sample ids."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from dcl_lightning.comm import RowComm, used_here
+from dcl_lightning.distributed.horovod.mesh import Mesh
 
 __all__ = ["HorovodComm", "attach_metrics"]
 
@@ -21,14 +22,15 @@ class HorovodComm(RowComm):
 
     Args:
         stream: prefix of the names; two streams may be in use by two threads at once.
+        mesh: direct connections, over which asynchronous operations travel whose rows are not on a GPU.
     """
 
-    def __init__(self, stream: str = "comm") -> None:
+    def __init__(self, stream: str = "comm", mesh: Mesh | None = None) -> None:
         import horovod.torch as hvd
 
         super().__init__(int(hvd.rank()), int(hvd.size()))
         self._hvd = hvd
-        self._stream = stream
+        self._stream, self._mesh = stream, mesh
 
     def _reduce(self, flat: Tensor, op: str) -> Tensor:
         kinds = {"sum": self._hvd.Sum, "min": self._hvd.Min, "max": self._hvd.Max}
@@ -40,6 +42,10 @@ class HorovodComm(RowComm):
             return self._hvd.allgather(sent, name=f"{self._stream}.allgather")
 
     def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
+        mesh = self._mesh
+        if mesh is not None and data.device.type == "cpu":
+            mesh.send(name, data.split(splits))
+            return lambda: _rows(mesh.receive(name), received, data.shape[1], name)
         counts = torch.tensor(splits, dtype=torch.int32)
         with _usable_by_horovod(data) as sent:
             handle = self._hvd.alltoall_async(sent, splits=counts, name=f"{self._stream}.{name}")
@@ -48,8 +54,7 @@ class HorovodComm(RowComm):
             with _usable_by_horovod(sent):
                 rows, found = self._hvd.synchronize(handle)
             used_here(rows)
-            if found.tolist() != received:
-                raise RuntimeError(f"{name}: received {found.tolist()} rows from the workers, expected {received}")
+            _check_counts(found.tolist(), received, name)
             return rows.view(-1, sent.shape[1])
 
         return finish
@@ -61,6 +66,17 @@ class HorovodComm(RowComm):
     def barrier(self) -> None:
         """Return once every worker has called it."""
         self._hvd.barrier()
+
+
+def _rows(parts: list[Tensor], received: list[int], width: int, name: str) -> Tensor:
+    _check_counts([len(part) // width for part in parts], received, name)
+    with torch.inference_mode(False):
+        return torch.cat(parts).view(-1, width)
+
+
+def _check_counts(found: list[int], expected: list[int], name: str) -> None:
+    if found != expected:
+        raise RuntimeError(f"{name}: received {found} rows from the workers, expected {expected}")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,39 @@ from dcl_lightning.errors import ConfigurationError
 __all__ = ["FIND_UNUSED", "GradientAverager"]
 
 FIND_UNUSED = "set find_unused_parameters=true of strategy=horovod"
-_PREFIX = "gradient."
+_BUCKET_BYTES = 25 << 20  # as ddp's
+_MAX_NAMED = 8
+
+
+class _Bucket:
+    """Gradients that travel in one message, always in the same order, so that their sums are always the same.
+
+    Behind the gradients is a flag for each: whether it has changed on this worker.
+
+    Args:
+        parameters: on one device.
+        dtype: of the message.
+        flagged: whether there are flags.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype, flagged: bool) -> None:
+        self.parameters = parameters
+        self.waiting = set(parameters)  # for their gradients in this pass
+        self.handle: int | None = None  # Horovod's, once the message is on its way
+        shapes = [torch.view_as_real(p).shape if p.is_complex() else p.shape for p in parameters]
+        sizes = [shape.numel() for shape in shapes]
+        self.message = torch.zeros(sum(sizes) + flagged * len(parameters), dtype=dtype, device=parameters[0].device)
+        *parts, self.flags = self.message.split([*sizes, self.message.numel() - sum(sizes)])
+        self.parts = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        self.changed: list[bool] = []  # the flags of this worker
 
 
 class GradientAverager:
-    """Starts a named asynchronous allreduce for each gradient that is ready, and waits for all when backward ends.
+    """Combines gradients in messages of up to 25 MB while backward runs, and waits for all of them when it ends.
 
     ``horovod.torch.DistributedOptimizer`` is not used, because it synchronizes before Lightning's closure has run the
-    backward pass, and so trains on wrong gradients without an error.
+    backward pass, and so trains on wrong gradients without an error. Horovod's own fusion puts into a message what is
+    ready when it looks, so that on more than two workers the order of a sum, and its last bits, depend on the time.
 
     A gradient is unsynchronized from the moment it changes on this worker until it is combined with the others'. What
     accumulates in passes without synchronization is therefore combined in the next pass that has it, even if the
@@ -34,7 +58,7 @@ class GradientAverager:
             synchronized pass: accumulate with ``accumulate_grad_batches``, not by several passes within a step.
         compression: ``none``, ``fp16`` or ``bf16``.
         predivide: factor f of ``average``: gradients are divided by f before the sum and by workers / f after it.
-        find_unused: in each backward pass, agree on the parameters that have a gradient on some worker.
+        find_unused: allow a gradient that has changed on some workers only; otherwise all or none must have it.
 
     Raises:
         ConfigurationError: ``predivide`` is given without ``average``.
@@ -47,10 +71,10 @@ class GradientAverager:
         self._names: dict[nn.Parameter, str] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._unsynchronized: dict[nn.Parameter, None] = {}  # an ordered set
-        self._pending: list[tuple[nn.Parameter, int]] = []  # with Horovod's handles
+        self._plans: dict[tuple[bool, ...], list[_Bucket]] = {}  # by which parameters are not frozen
+        self._buckets: list[_Bucket] = []  # of the present pass
+        self._bucket_of: dict[nn.Parameter, _Bucket] = {}
         self._attached = self._paused = self._queued = False
-        self._passes = self._history = 0
-        self._without: dict[int, list[str]] = {}
 
     def attach(self, module: nn.Module) -> None:
         """Hook every trainable parameter of a module.
@@ -66,7 +90,6 @@ class GradientAverager:
         self._hvd = hvd
         self._ops = {"average": hvd.Sum, "sum": hvd.Sum, "adasum": hvd.Adasum}
         self._attached = True
-        self._passes, self._history, self._without = 0, 0, {}
         self.include(module)
 
     def include(self, module: nn.Module) -> list[nn.Parameter]:
@@ -78,7 +101,8 @@ class GradientAverager:
         known = self._names
         if not self._attached or all(p in known for p in module.parameters() if p.requires_grad):
             return []
-        self._names = {p: f"{_PREFIX}{name}" for name, p in module.named_parameters() if p.requires_grad or p in known}
+        self._names = {p: name for name, p in module.named_parameters() if p.requires_grad or p in known}
+        self._plans = {}
         for gone in known.keys() - self._names.keys():
             self._hooks.pop(gone).remove()
             self._unsynchronized.pop(gone, None)
@@ -95,25 +119,13 @@ class GradientAverager:
         """Remove all hooks, and forget what a failed backward pass left behind."""
         for hook in self._hooks.values():
             hook.remove()
-        self._names, self._hooks, self._unsynchronized, self._pending = {}, {}, {}, []
+        self._names, self._hooks, self._unsynchronized, self._plans, self._buckets = {}, {}, {}, {}, []
         self._attached = self._queued = False
 
-    def history(self) -> int:
-        """Return a hash below 2**20 of which parameters had no gradient in the passes since the last call.
-
-        If it differs between workers, gradients of different passes were combined.
-        """
-        history, self._history = self._history % (1 << 20), 0
-        return history
-
-    def without_gradient(self) -> dict[int, list[str]]:
-        """Return the trainable parameters without a gradient here, for the last two synchronized passes by number."""
-        return dict(self._without)
-
-    def waited_for(self) -> tuple[int, list[str]]:
-        """Return the number of the present synchronized pass, and the parameters whose gradients it waits for."""
+    def waited_for(self) -> list[str]:
+        """Return the parameters whose gradients are on their way."""
         names = self._names
-        return self._passes, [names[p].removeprefix(_PREFIX) for p, _ in list(self._pending) if p in names]
+        return [names[p] for b in list(self._buckets) if b.handle is not None for p in b.parameters if p in names]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -131,70 +143,132 @@ class GradientAverager:
             return
         if not self._queued:
             self._queued = True
+            self._begin_pass()
             # The engine calls it at the end of this backward pass; ddp's reducer is built on the same function.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        if not self.find_unused:
-            self._start(parameter)
-
-    def _start(self, parameter: nn.Parameter) -> None:
-        self._unsynchronized.pop(parameter, None)
-        gradient = _real(parameter, self._names[parameter])
-        if not gradient.numel():
+        bucket = self._bucket_of.get(parameter)
+        if bucket is None or self.op == "adasum":
             return
-        sent = gradient.contiguous()
+        if bucket.handle is not None:
+            raise ConfigurationError(
+                f"the gradient of {self._names[parameter]} came twice in one backward pass: "
+                "torch.utils.checkpoint needs use_reentrant=False"
+            )
+        bucket.waiting.discard(parameter)
+        if not bucket.waiting:
+            self._start(bucket)
+
+    def _begin_pass(self) -> None:
+        trained = tuple(p.requires_grad for p in self._names)
+        if trained not in self._plans:
+            self._plans[trained] = self._plan([p for p in self._names if p.requires_grad])
+        self._buckets = self._plans[trained]
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
+        for bucket in self._buckets:
+            bucket.waiting = set(bucket.parameters)
+
+    def _plan(self, parameters: list[nn.Parameter]) -> list[_Bucket]:
+        """Return the messages of a pass: as ddp's, in the order in which backward reaches the parameters."""
+        filled: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        buckets: list[_Bucket] = []
+        for p in reversed(parameters):
+            key = self._wire_dtype(p), p.device
+            group = filled.setdefault(key, [])
+            full = sum(q.numel() for q in group) * key[0].itemsize > _BUCKET_BYTES
+            if group and (full or self.op == "adasum"):  # whose result depends on which values are one tensor
+                buckets.append(_Bucket(group, key[0], self.op != "adasum"))
+                group = filled[key] = []
+            group.append(p)
+        return buckets + [_Bucket(group, key[0], self.op != "adasum") for key, group in filled.items()]
+
+    def _wire_dtype(self, parameter: nn.Parameter) -> torch.dtype:
         if self.compression == "fp16":
-            sent = sent.to(torch.float16)
-        elif self.compression == "bf16" or sent.dtype == torch.bfloat16:
-            # Horovod has no bfloat16: values of that precision travel as float32.
-            sent = sent.to(torch.bfloat16).to(torch.float32)
+            return torch.float16
+        # Horovod has no bfloat16: values of that precision travel as float32.
+        if self.compression == "bf16" or parameter.dtype == torch.bfloat16:
+            return torch.float32
+        return parameter.dtype.to_real()
+
+    def _start(self, bucket: _Bucket) -> None:
+        bucket.changed = [p in self._unsynchronized for p in bucket.parameters]
+        here = [(p, part) for p, part in zip(bucket.parameters, bucket.parts, strict=True) if p.grad is not None]
+        if len(here) < len(bucket.parts):
+            bucket.message.zero_()
+        torch._foreach_copy_([part for _, part in here], [_real(p, self._names[p]) for p, _ in here])
+        if self.compression == "bf16":
+            bucket.message.copy_(bucket.message.bfloat16())
+        if bucket.flags.numel():
+            bucket.flags.copy_(torch.tensor(bucket.changed))
+        for p in bucket.parameters:
+            self._unsynchronized.pop(p, None)
         before, after = (1 / self.predivide, self.predivide / self._hvd.size()) if self.op == "average" else (1.0, 1.0)
-        handle = self._hvd.allreduce_async_(
-            sent,
-            name=self._names[parameter],
+        bucket.handle = self._hvd.allreduce_async_(
+            bucket.message,
+            name=f"gradient.{self._names[bucket.parameters[0]]}",
             op=self._ops[self.op],
             prescale_factor=before,
             postscale_factor=after,
         )
-        self._pending.append((parameter, handle))
 
     def _finish(self) -> None:
         self._queued = False
         # A parameter frozen by ``toggle_model`` waits for a pass of its own; a gradient set to None is dropped.
         self._unsynchronized = {p: None for p in self._unsynchronized if p.grad is not None}
-        due = {p for p in self._unsynchronized if p.requires_grad}
-        if self.find_unused:
-            mine = torch.tensor([p in due for p in self._names], dtype=torch.int32)
-            used = self._hvd.allreduce(mine, op=self._hvd.Max, name="gradient.used").tolist()
-            due = {p for p, somewhere in zip(self._names, used, strict=True) if somewhere}
-        for parameter in [p for p in self._names if p in due]:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            self._start(parameter)
-        if not self.find_unused:
-            self._note_without()
+        partly: dict[nn.Parameter, bool] = {}  # changed on some workers only: whether here
         try:
-            while self._pending:
-                parameter, handle = self._pending[0]
-                result = self._hvd.synchronize(handle)
-                del self._pending[0]
-                gradient = _real(parameter)
-                if result.data_ptr() != gradient.data_ptr():
-                    gradient.copy_(result)
+            for bucket in self._buckets if self.op != "adasum" else self._somewhere_changed():
+                if bucket.handle is None:
+                    self._start(bucket)
+            for bucket in self._buckets:
+                if bucket.handle is not None:
+                    self._hvd.synchronize(bucket.handle)
+                    bucket.handle = None
+                    partly |= self._take(bucket)
         finally:
-            self._pending = []
+            for bucket in self._buckets:
+                bucket.handle = None
+            self._buckets = []
+        if partly and not self.find_unused:
+            self._refuse(partly)
 
-    def _note_without(self) -> None:
-        started = {parameter for parameter, _ in self._pending}
-        without = [
-            name.removeprefix(_PREFIX)
-            for p, name in self._names.items()
-            if p not in started and p.requires_grad and p.numel()
-        ]
-        self._passes += 1
-        # The previous pass stays too, because another worker may still wait in it.
-        self._without = {self._passes: without} | {k: v for k, v in self._without.items() if k == self._passes - 1}
-        if without:
-            self._history = crc32("\n".join([str(self._history), *without]).encode())
+    def _somewhere_changed(self) -> list[_Bucket]:
+        """Return the messages of gradients that have changed on some worker, which cannot have flags with them."""
+        mine = [bucket.parameters[0] in self._unsynchronized for bucket in self._buckets]
+        counts = self._hvd.allreduce(torch.tensor(mine, dtype=torch.int32), op=self._hvd.Sum, name="gradient.changed")
+        partly = {b.parameters[0]: here for b, here, n in zip(self._buckets, mine, counts.tolist(), strict=True)
+                  if 0 < n < self._hvd.size()}  # fmt: skip
+        if partly and not self.find_unused:
+            self._refuse(partly)
+        return [bucket for bucket, count in zip(self._buckets, counts.tolist(), strict=True) if count]
+
+    def _take(self, bucket: _Bucket) -> dict[nn.Parameter, bool]:
+        """Write the combined gradients; return the parameters that have one on some workers only, and whether here."""
+        workers = self._hvd.size()
+        # An average leaves the share of the workers.
+        counts = (bucket.flags.float() * (workers if self.op == "average" else 1)).round().int().tolist()
+        received: list[tuple[Tensor, Tensor]] = []
+        for p, part, count in zip(bucket.parameters, bucket.parts, counts or [1] * len(bucket.parts), strict=True):
+            if count:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                received.append((_real(p), part))
+        torch._foreach_copy_([gradient for gradient, _ in received], [part for _, part in received])
+        found = zip(bucket.parameters, bucket.changed, counts, strict=False)
+        return {p: changed for p, changed, count in found if 0 < count < workers}
+
+    def _refuse(self, partly: dict[nn.Parameter, bool]) -> None:
+        """Name, on all workers alike, gradients that have changed on some of them only."""
+        partly = {p: partly[p] for p in self._names if p in partly}
+        mine = torch.tensor([[*partly.values()]], dtype=torch.int32)
+        table = self._hvd.allgather(mine, name="gradient.partly").bool()
+        without = int((~table).any(1).nonzero()[0])  # the first worker that has not all of them
+        names = [self._names[p] for p, has in zip(partly, table[without].tolist(), strict=True) if not has]
+        other = int(table[:, int((~table[without]).nonzero()[0])].nonzero()[0])
+        more = " and others" if len(names) > _MAX_NAMED else ""
+        raise ConfigurationError(
+            f"worker {without}'s backward pass gave no gradient to {', '.join(names[:_MAX_NAMED])}{more}, and worker "
+            f"{other}'s did: {FIND_UNUSED}"
+        )
 
 
 def _real(parameter: nn.Parameter, name: str = "") -> Tensor:

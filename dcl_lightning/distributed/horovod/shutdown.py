@@ -23,6 +23,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from dcl_lightning._lightning import (
     callbacks_of,
@@ -32,10 +33,9 @@ from dcl_lightning._lightning import (
     restore_save,
     set_callbacks,
 )
-from dcl_lightning.comm import Comm, SingleProcessComm
-from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
+from dcl_lightning.comm import Comm, SingleProcessComm, sum_async
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
-from dcl_lightning.errors import ConfigurationError, DataError
+from dcl_lightning.errors import DataError
 from dcl_lightning.types import Clock
 
 __all__ = [
@@ -149,26 +149,26 @@ class _SignalExchange:
 
     Args:
         name: prefix of the names of its operations, the same on all workers and unique among exchanges.
-        alone: whether this process is the only worker, which exchanges nothing.
+        comm: the cluster; a process alone exchanges nothing.
     """
 
-    def __init__(self, name: str, alone: bool = False) -> None:
-        self._step_op, self._between_op, self._alone = name, f"{name} between steps", alone
-        self._handles: dict[str, int] = {}  # of Horovod's pending operations, by name
+    def __init__(self, name: str, comm: Comm) -> None:
+        self._step_op, self._between_op, self._comm = name, f"{name} between steps", comm
+        self._pending: dict[str, Callable[[], Tensor]] = {}  # what waits for the sums, by operation
 
     def begin_step(self, values: Sequence[int]) -> None:
         """Send this worker's flags, and other values, as many as every worker sends."""
-        if not self._alone:
+        if self._comm.size > 1:
             self._receive(self._step_op)  # of a batch that the module skipped
             self._send(self._step_op, values)
 
     def end_step(self, flags: Sequence[int] = ()) -> list[int]:
         """Return the sums of what was sent when the step began, if anything; a process alone returns its flags."""
-        return list(flags) if self._alone else self._receive(self._step_op)
+        return list(flags) if self._comm.size == 1 else self._receive(self._step_op)
 
     def ask(self, flags: Sequence[int]) -> list[int]:
         """Between steps, send flags, and return the sums of the previous call; a process alone returns its flags."""
-        if self._alone:
+        if self._comm.size == 1:
             return list(flags)
         sums = self._receive(self._between_op)
         self._send(self._between_op, flags)
@@ -180,20 +180,14 @@ class _SignalExchange:
 
     def forget(self) -> None:
         """Drop what is on its way, after a failure."""
-        self._handles.clear()
+        self._pending.clear()
 
     def _send(self, name: str, values: Sequence[int]) -> None:
-        import horovod.torch as hvd
-
-        mine = torch.tensor(values, dtype=torch.int32)
-        self._handles[name] = hvd.allreduce_async_(mine, op=hvd.Sum, name=name)
+        self._pending[name] = sum_async(torch.tensor(values), self._comm, name)
 
     def _receive(self, name: str) -> list[int]:
-        if name not in self._handles:
-            return []
-        import horovod.torch as hvd
-
-        return hvd.synchronize(self._handles.pop(name)).tolist()
+        pending = self._pending.pop(name, None)
+        return [] if pending is None else pending().tolist()
 
 
 def _ends_a_step(trainer: pl.Trainer, began_at: int) -> bool:
@@ -215,10 +209,10 @@ def guard_failures(trainer: pl.Trainer) -> _FailureGuard:
     return guard
 
 
-def synchronize_stops(trainer: pl.Trainer, comm: Comm, gradients: GradientAverager) -> None:
+def synchronize_stops(trainer: pl.Trainer, comm: Comm) -> None:
     """Let the workers stop and fail together; called before the trainer's set-up hooks."""
     guard = guard_failures(trainer)
-    guard.comm, guard.stops = comm, _StopSynchronization(comm, gradients)
+    guard.comm, guard.stops = comm, _StopSynchronization(comm)
     guard.place_first_and_last(trainer)
 
 
@@ -296,24 +290,23 @@ class _FailureGuard(pl.Callback):
 
 
 class _StopSynchronization(pl.Callback):
-    """The last callback: exchanges signals, last batches and gradient histories in a small message each step.
+    """The last callback: exchanges signals and last batches in a small message each step.
 
     The message is sent when a step begins and read at its end, when the gradients' allreduces have ended.
     """
 
-    def __init__(self, comm: Comm, gradients: GradientAverager) -> None:
+    def __init__(self, comm: Comm) -> None:
         self._comm = comm
-        self._gradients = gradients
-        self._history = self._began_at = 0
-        self._exchange = _SignalExchange("together")
+        self._began_at = 0
+        self._exchange = _SignalExchange("together", comm)
         self._signalled: list[int] = []
         self.signals = _SignalRecorder()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        self._history, self._began_at = self._gradients.history(), trainer.global_step
-        self._exchange.begin_step([self._history, int(_is_last(trainer, batch_idx)), *self.signals.flags()])
+        self._began_at = trainer.global_step
+        self._exchange.begin_step([int(_is_last(trainer, batch_idx)), *self.signals.flags()])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
@@ -321,8 +314,7 @@ class _StopSynchronization(pl.Callback):
         sums = self._exchange.end_step()
         if not sums:
             return
-        history, last, *signals = sums
-        self._compare(history)
+        last, *signals = sums
         if 0 < last < self._comm.size:
             # Raised on all workers, before one goes on alone.
             ends = [k for k, end in enumerate(self._comm.allgather(torch.tensor(_is_last(trainer, batch_idx)))) if end]
@@ -346,10 +338,8 @@ class _StopSynchronization(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act on a signal that came after the last step."""
         self._exchange.drop_question()
-        self._history = self._gradients.history()
-        history, *signals = self._comm.allreduce(torch.tensor([self._history, *self.signals.flags()])).tolist()
+        signals = self._comm.allreduce(torch.tensor(self.signals.flags())).tolist()
         self.signals.restore()
-        self._compare(history)
         if any(signals):
             _note_stop(trainer, _signal_to_report(signals))
             raise StoppedBySignal(_signal_to_report(signals))
@@ -360,16 +350,6 @@ class _StopSynchronization(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.signals.restore()
-
-    def _compare(self, histories: int) -> None:
-        """Raise, on at least one worker, if the sum of histories shows that gradients of two passes were combined."""
-        if histories != self._comm.size * self._history:
-            without = [name for names in self._gradients.without_gradient().values() for name in names]
-            mine = f"none to {', '.join(dict.fromkeys(without))}" if without else "all"
-            raise ConfigurationError(
-                f"the last backward passes gave gradients to other parameters on worker {self._comm.rank} ({mine}) "
-                f"than on another worker: {FIND_UNUSED}"
-            )
 
     def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, signum: int, save: bool = True) -> None:
         stopped = StoppedBySignal(signum)
@@ -535,13 +515,13 @@ def write_stderr(text: str) -> None:
 # -- SLURM: save and requeue between two steps ---------------------------------------------------------
 
 
-def requeue_together(trainer: pl.Trainer, environment: ClusterEnvironment) -> None:
+def requeue_together(trainer: pl.Trainer, comm: Comm, environment: ClusterEnvironment) -> None:
     """Let all workers save and requeue after the same step when SLURM signals that the job's time is over.
 
     Lightning would save at once, in the signal's handler, while the other workers wait for this one's gradients. Called
     before the trainer's set-up hooks.
     """
-    _install_requeue(trainer, environment, alone=False)
+    _install_requeue(trainer, comm, environment)
 
 
 def requeue_alone(trainer: pl.Trainer) -> None:
@@ -551,21 +531,21 @@ def requeue_alone(trainer: pl.Trainer) -> None:
     enter the memory twice. Called by set-up hooks; does nothing after ``requeue_together``.
     """
     if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
-        _install_requeue(trainer, cluster_environment_of(trainer), alone=True)
+        _install_requeue(trainer, SingleProcessComm(), cluster_environment_of(trainer))
 
 
-def _install_requeue(trainer: pl.Trainer, environment: ClusterEnvironment | None, alone: bool) -> None:
+def _install_requeue(trainer: pl.Trainer, comm: Comm, environment: ClusterEnvironment | None) -> None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
         others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _Requeue)]
-        set_callbacks(trainer, [_Requeue(environment.requeue_signal, alone), *others])
+        set_callbacks(trainer, [_Requeue(environment.requeue_signal, comm), *others])
 
 
 class _Requeue(pl.Callback):
     """Notes SLURM's signal in place of Lightning's handler, and calls that handler at the end of a step."""
 
-    def __init__(self, signum: signal.Signals, alone: bool) -> None:
+    def __init__(self, signum: signal.Signals, comm: Comm) -> None:
         self._signum = signum
-        self._exchange = _SignalExchange("requeue", alone)
+        self._exchange = _SignalExchange("requeue", comm)
         self._began_at = 0
         self._handler: Handler = None
         self._received = self._due = False

@@ -32,6 +32,7 @@ from dcl_lightning.distributed.horovod.comm import HorovodComm, attach_metrics
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment, check_srun, horovod_environment
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
+from dcl_lightning.distributed.horovod.mesh import connect_workers, disconnect_workers
 from dcl_lightning.distributed.horovod.relay import SignalListener
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_workers
 from dcl_lightning.distributed.horovod.shutdown import (
@@ -218,7 +219,9 @@ class HorovodStrategy(ParallelStrategy):
         hvd.init()
         poll_while_waiting()
         self._failed = False
-        self._comm = HorovodComm() if hvd.size() > 1 else SingleProcessComm()
+        self._comm = SingleProcessComm()
+        if hvd.size() > 1:
+            self._comm = HorovodComm(mesh=connect_workers(HorovodComm(), first, self._start_timeout))
         set_rank_from_environment()
         if first and hvd.size() > 1:
             threads = bind_worker(self._bind, self._comm)
@@ -231,8 +234,8 @@ class HorovodStrategy(ParallelStrategy):
                     flush=True,
                 )
         if trainer is not None and self._comm.size > 1:
-            synchronize_stops(trainer, self._comm, self._averager)
-            requeue_together(trainer, self.environment)
+            synchronize_stops(trainer, self._comm)
+            requeue_together(trainer, self._comm, self.environment)
         super().setup_environment()
         reset_seed()
 
@@ -244,6 +247,8 @@ class HorovodStrategy(ParallelStrategy):
         """
         given = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "0")
         os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(int(given), int(self._start_timeout), _CONNECT_S))
+        # Gradients come in messages of their own; fused as they come, their sums would depend on the time.
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         if ranks.world_size() == 1:
             return
         if trainer is not None:
@@ -335,6 +340,7 @@ class HorovodStrategy(ParallelStrategy):
         if self._comm.size > 1:
             import horovod.torch as hvd
 
+            disconnect_workers()
             if hvd.is_initialized():
                 hvd.shutdown()
 

@@ -20,19 +20,18 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from dcl_lightning.comm import Comm
-from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
+from dcl_lightning.distributed.horovod import mesh
+from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous
 from dcl_lightning.distributed.horovod.shutdown import current_task, write_stderr
 from dcl_lightning.distributed.horovod.worker_process import launching_process
-from dcl_lightning.errors import ConfigurationError
 
 __all__ = ["Watchdog", "poll_while_waiting"]
 
 # Without these sleeps a job of two workers took 1.5 times as long on two cores that had other work, too.
 _POLL_INTERVAL_S = 2e-5
 _MAX_SHOWN = 8  # workers or parameters named one by one
-_reason: str | None = None  # why no operation will complete
 
 
 class _State(TypedDict):
@@ -41,7 +40,6 @@ class _State(TypedDict):
     waited: float
     looks: int
     place: str
-    without: dict[str, list[str]]  # see GradientAverager.without_gradient
 
 
 class _Verdict(TypedDict):
@@ -49,7 +47,7 @@ class _Verdict(TypedDict):
     late: list[int]
 
 
-_UNKNOWN: _State = {"waited": 0.0, "looks": 0, "place": "a place that it has not reported", "without": {}}
+_UNKNOWN: _State = {"waited": 0.0, "looks": 0, "place": "a place that it has not reported"}
 
 
 def poll_while_waiting() -> None:
@@ -61,7 +59,6 @@ def poll_while_waiting() -> None:
     import horovod.torch as hvd
     from horovod.torch import mpi_ops
 
-    _set_reason(None)
     wait = mpi_ops.synchronize
     if wait.__code__.co_filename == __file__:
         return
@@ -69,22 +66,14 @@ def poll_while_waiting() -> None:
     def synchronize(handle: int) -> Tensor | None:
         try:
             # Horovod's own function handles handles that were waited for before.
-            while handle in mpi_ops._handle_map and not mpi_ops.poll(handle) and _reason is None:
+            while handle in mpi_ops._handle_map and not mpi_ops.poll(handle):
                 time.sleep(_POLL_INTERVAL_S)
         finally:
             # Also if a signal handler raises during the sleep, so that no operation is left behind.
-            result = None if _reason is not None else wait(handle)
-        if _reason is not None:
-            raise ConfigurationError(_reason)
+            result = wait(handle)
         return result
 
     mpi_ops.synchronize = hvd.synchronize = synchronize
-
-
-def _set_reason(reason: str | None) -> None:
-    """Make all waits raise with this message, because their operations will never complete; None undoes it."""
-    global _reason
-    _reason = reason
 
 
 class Watchdog:
@@ -145,27 +134,10 @@ class Watchdog:
         if self._meeting is None:
             return self._judge_alone("MPI has no rendezvous at which to ask them", waited)
         self._looks += 1
-        without = {str(number): names for number, names in self._gradients.without_gradient().items()}
-        state: _State = {"waited": waited, "looks": self._looks, "place": self._place(), "without": without}
+        state: _State = {"waited": waited, "looks": self._looks, "place": self._place()}
         self._meeting.put(f"state.{self._rank}", state)
-        if waited > self._interval / 2:  # seen at two looks: no step takes so long
-            self._look_for_unused(self._meeting)
         verdict: _Verdict | None = self._meeting.get("verdict")
         return self._judge(self._meeting) if verdict is None and waited > self._timeout else verdict
-
-    def _look_for_unused(self, meeting: Rendezvous) -> None:
-        """End this worker's wait for gradients that another worker's backward pass, already over, did not produce."""
-        number, names = self._gradients.waited_for()
-        if not names:
-            return
-        for k, state in self._states(meeting).items():
-            lacking = [name for name in state["without"].get(str(number), []) if name in names]
-            if lacking and self._gradients.waited_for()[0] == number:
-                _set_reason(
-                    f"worker {k}'s backward pass gave no gradient to {_shown(lacking)}, and worker {self._rank} waits "
-                    f"for it: {FIND_UNUSED}"
-                )
-                return
 
     def _judge(self, meeting: Rendezvous) -> _Verdict | None:
         # The states are read twice: a worker that has not looked in between has stopped reporting.
@@ -236,9 +208,9 @@ class Watchdog:
         if frame is not None:
             code = frame.f_code
             words.append(f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})")
-        names = self._gradients.waited_for()[1]
+        names = self._gradients.waited_for()
         if names:
-            words.append(f"for the gradient of {names[0]} (if some worker's steps do without it, {FIND_UNUSED})")
+            words.append(f"for the gradient of {names[0]}")
         return ", ".join(words)
 
 
@@ -249,18 +221,18 @@ def _shown(names: list[str]) -> str:
 def _is_within_wait(frame: FrameType) -> bool:
     """Return whether a frame belongs to Horovod, or to the wait for it, and so says nothing about a worker's place."""
     package = frame.f_globals.get("__name__", "").partition(".")[0]
-    return package == "horovod" or frame.f_code.co_filename == __file__
+    return package == "horovod" or frame.f_code.co_filename in (__file__, mesh.__file__)
 
 
 def _waits() -> Iterator[tuple[int, int]]:
-    """Yield thread and handle of each wait for one of Horovod's operations; the handle is -1 if it is not known."""
+    """Yield thread and handle of each wait for other workers; the handle is -1 if it is not known."""
     mpi_ops = sys.modules.get("horovod.torch.mpi_ops")
-    files = {__file__, mpi_ops.__file__ if mpi_ops else None}
+    waits = {(__file__, "synchronize"), (mpi_ops and mpi_ops.__file__, "synchronize"), (mesh.__file__, "receive")}
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = top
         while frame is not None:
             code = frame.f_code
-            if code.co_name == "synchronize" and code.co_filename in files:
+            if (code.co_filename, code.co_name) in waits:
                 yield thread, int(frame.f_locals.get("handle", -1))
                 break
             frame = frame.f_back

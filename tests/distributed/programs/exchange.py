@@ -11,12 +11,14 @@ import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from scipy.stats import chi2
 from torch import Tensor
 
 from dcl_lightning.agents import NIL
 from dcl_lightning.comm import Comm, Pending, TorchDistributedComm
 from dcl_lightning.distributed.horovod.comm import HorovodComm
+from dcl_lightning.distributed.horovod.mesh import Mesh, connect_workers
 from dcl_lightning.memory.buffer import RehearsalBuffer
 from dcl_lightning.memory.config import RehearsalConfig, resolve
 from dcl_lightning.memory.exchange import HEADER_BYTES, GlobalExchange, RowLayout, SentRows
@@ -29,10 +31,43 @@ R, HALF = 4, 250
 
 
 def horovod_draws() -> None:
-    """The memory has a process set of its own."""
+    """The memory's rows travel over direct connections; where there are none, as Horovod's own operations."""
     hvd.init()
-    check_draws(HorovodComm(), HorovodComm("memory"))
+    check_operation(HorovodComm(), HorovodComm("memory"))
+    mesh = connect_workers(HorovodComm(), anew=True, timeout=30)
+    assert mesh is not None
+    check_draws(HorovodComm(), HorovodComm("memory", mesh))
+    check_mesh(mesh)
     hvd.shutdown()
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """A large message beside small ones, what an earlier fit left, and the end of a worker in a wait."""
+
+    def parts(size: int, value: int = 0) -> list[Tensor]:
+        return [torch.full((size,), 16 * mesh.rank + k + value, dtype=torch.uint8) for k in range(mesh.size)]
+
+    mesh.send("large", parts(20_000_000))
+    for step in range(50):
+        mesh.send("small", parts(5, step))
+        assert [part.tolist() for part in mesh.receive("small")] == [
+            [16 * k + mesh.rank + step] * 5 for k in range(mesh.size)
+        ]
+    assert [(len(part), part.unique().tolist()) for part in mesh.receive("large")] == [
+        (20_000_000, [16 * k + mesh.rank]) for k in range(mesh.size)
+    ]
+    mesh.send("small", parts(1, 100))
+    hvd.barrier()
+    mesh.begin_fit()
+    mesh.send("small", parts(0))
+    assert [len(part) for part in mesh.receive("small")] == [0] * mesh.size
+    hvd.barrier()
+    if mesh.rank == 1:
+        time.sleep(0.3)
+        mesh.close()
+    with pytest.raises(HorovodInternalError, match="has left the job"):
+        mesh.receive("what worker 1 does not send")
+    mesh.close()
 
 
 def torch_draws() -> None:
