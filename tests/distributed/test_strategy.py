@@ -17,7 +17,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from dcl_lightning.distributed import HorovodStrategy
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError
-from tests.distributed.programs import strategy
+from tests.distributed.programs import fixed_order, strategy
 from tests.distributed.workers import assert_ended_well, environment, run_script, run_workers
 
 
@@ -123,3 +123,8 @@ def test_a_plain_script_starts_its_workers_once(tmp_path: Path) -> None:
 def threads() -> str:
     count = int(os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // 2)))
     return "1 thread" if count == 1 else f"{count} threads"
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_sums_do_not_depend_on_when_gradients_come(count: int) -> None:
+    assert_ended_well(run_workers(fixed_order.same_bits, count, count))

@@ -198,7 +198,7 @@ def _message(name: str, part: Tensor) -> Iterator[memoryview]:
     head = name.encode()
     yield memoryview(_HEAD.pack(len(head), part.numel()) + head)
     if part.numel():
-        yield memoryview(part.numpy()).cast("B")
+        yield part.numpy().data.cast("B")
 
 
 _mesh: Mesh | None = None

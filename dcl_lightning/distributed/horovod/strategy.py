@@ -70,9 +70,8 @@ class HorovodStrategy(ParallelStrategy):
         op: how gradients are combined.
         compression: data type in which gradients travel.
         gradient_predivide_factor: factor f, above 0; averages divide by f before the sum and by workers / f after it.
-        find_unused_parameters: allow parameters that take no part in some worker's step, at the cost of a small
-            message each step. Without it a parameter takes part on all workers or on none, else the job ends with
-            an error that names it.
+        find_unused_parameters: allow parameters that take no part in some worker's step. Without it a parameter takes
+            part on all workers or on none, else the job ends with an error that names it.
         bind: cores of each worker: ``none``, all available ones; ``core``, its share of the host's cores; ``numa``,
             the cores of its share of the NUMA nodes. The number of threads follows, unless OMP_NUM_THREADS is set.
         start_timeout: seconds, at least 1, that workers wait for each other at the start.
