@@ -16,7 +16,7 @@ from dcl_lightning.checkpoint.io import FORMAT, KEY, keep_side_files
 from dcl_lightning.checkpoint.resume import move_loop_progress, name_of, saved_by_this_job, slurm_job
 from dcl_lightning.comm import comm_of
 from dcl_lightning.data import ContinualDataModule
-from dcl_lightning.distributed.horovod.shutdown import requeue_alone
+from dcl_lightning.distributed.horovod.shutdown import requeue_between_steps
 from dcl_lightning.types import StateDict
 
 __all__ = ["ResumableCheckpoints", "scale_rates"]
@@ -38,7 +38,7 @@ class ResumableCheckpoints(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the strategy check what it loads and take side files along, and SLURM's signal wait for a step's end."""
         keep_side_files(trainer.strategy)
-        requeue_alone(trainer)
+        requeue_between_steps(trainer)
         self._step_in_epoch = None
         if dev_run_batches(trainer):
             # Lightning saves nothing then but ``last.ckpt`` at the end.

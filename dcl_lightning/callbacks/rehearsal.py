@@ -26,7 +26,7 @@ from dcl_lightning.data.images import AS_EVALUATED
 from dcl_lightning.data.scenarios import seed_of_run
 from dcl_lightning.data.stream import Stream
 from dcl_lightning.distributed import ranks
-from dcl_lightning.distributed.horovod.shutdown import requeue_alone
+from dcl_lightning.distributed.horovod.shutdown import requeue_between_steps
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.memory.config import RehearsalConfig, ResolvedConfig, resolve
 from dcl_lightning.memory.manager import MemoryManager, build_manager
@@ -135,7 +135,7 @@ class Rehearsal(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what does not fit together; with ``prefetch: batch`` let the data module prepare batches ahead."""
         keep_side_files(trainer.strategy)
-        requeue_alone(trainer)
+        requeue_between_steps(trainer)
         if stage != "fit":
             return
         if getattr(pl_module, "rehearsal", None) is not self:

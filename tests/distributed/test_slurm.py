@@ -111,7 +111,7 @@ def test_a_signal_to_one_worker_saves_and_requeues_once_and_the_job_goes_on_from
     assert [file.name for file in tmp_path.glob("**/*.ckpt")] == ["hpc_ckpt_1.ckpt"]
 
 
-@pytest.mark.parametrize(("workers", "strategy"), [(1, "auto"), (2, "horovod")])
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "auto"), (2, "horovod"), (2, "ddp")])
 def test_a_requeued_job_with_a_memory_ends_as_one_that_was_not(
     workers: int, strategy: str, tmp_path: Path, requeued: Path
 ) -> None:

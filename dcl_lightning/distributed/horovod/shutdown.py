@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -33,14 +32,14 @@ from dcl_lightning._lightning import (
     restore_save,
     set_callbacks,
 )
-from dcl_lightning.comm import Comm, SingleProcessComm, sum_async
+from dcl_lightning.comm import Comm, SingleProcessComm, comm_of, sum_async
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.errors import DataError
 from dcl_lightning.types import Clock
 
 __all__ = [
     "StoppedBySignal", "break_off_if_signalled", "current_task", "guard_failures", "remove_stop_callbacks",
-    "requeue_alone", "requeue_together", "synchronize_stops", "through_signals", "write_stderr",
+    "requeue_between_steps", "synchronize_stops", "through_signals", "write_stderr",
 ]  # fmt: skip
 
 R = TypeVar("R")
@@ -515,29 +514,19 @@ def write_stderr(text: str) -> None:
 # -- SLURM: save and requeue between two steps ---------------------------------------------------------
 
 
-def requeue_together(trainer: pl.Trainer, comm: Comm, environment: ClusterEnvironment) -> None:
+def requeue_between_steps(trainer: pl.Trainer) -> None:
     """Let all workers save and requeue after the same step when SLURM signals that the job's time is over.
 
-    Lightning would save at once, in the signal's handler, while the other workers wait for this one's gradients. Called
-    before the trainer's set-up hooks.
+    Lightning would save at once, in the signal's handler, while the other workers wait for this one's gradients; the
+    unfinished step would count as done, or its samples would enter the memory twice. Safe to repeat within a fit.
+
+    Args:
+        trainer: whose strategy has joined the workers.
     """
-    _install_requeue(trainer, comm, environment)
-
-
-def requeue_alone(trainer: pl.Trainer) -> None:
-    """Let a worker save and requeue after the step in which SLURM signals that the job's time is over.
-
-    Lightning would save at once, in the signal's handler: the unfinished step would count as done, or its samples would
-    enter the memory twice. Called by set-up hooks; does nothing after ``requeue_together``.
-    """
-    if not any(isinstance(callback, _Requeue) for callback in callbacks_of(trainer)):
-        _install_requeue(trainer, SingleProcessComm(), cluster_environment_of(trainer))
-
-
-def _install_requeue(trainer: pl.Trainer, comm: Comm, environment: ClusterEnvironment | None) -> None:
+    environment = vars(trainer.strategy).get("cluster_environment") or cluster_environment_of(trainer)
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
         others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _Requeue)]
-        set_callbacks(trainer, [_Requeue(environment.requeue_signal, comm), *others])
+        set_callbacks(trainer, [_Requeue(environment.requeue_signal, comm_of(trainer.strategy)), *others])
 
 
 class _Requeue(pl.Callback):

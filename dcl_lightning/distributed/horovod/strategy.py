@@ -38,7 +38,7 @@ from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_wo
 from dcl_lightning.distributed.horovod.shutdown import (
     guard_failures,
     remove_stop_callbacks,
-    requeue_together,
+    requeue_between_steps,
     synchronize_stops,
 )
 from dcl_lightning.distributed.horovod.watchdog import Watchdog, poll_while_waiting
@@ -234,7 +234,7 @@ class HorovodStrategy(ParallelStrategy):
                 )
         if trainer is not None and self._comm.size > 1:
             synchronize_stops(trainer, self._comm)
-            requeue_together(trainer, self._comm, self.environment)
+            requeue_between_steps(trainer)
         super().setup_environment()
         reset_seed()
 

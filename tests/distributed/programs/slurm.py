@@ -10,6 +10,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from tests.conformance.agents import make
@@ -55,6 +57,16 @@ def requeue(folder: Path) -> None:
     assert torch.equal(both[0], both[1])
 
 
+def srun_ddp() -> DDPStrategy:
+    """Return Lightning's ``ddp`` on these workers, as srun would have started them."""
+    os.environ |= {
+        "SLURM_NTASKS": str(size()), "SLURM_NTASKS_PER_NODE": str(size()), "SLURM_NNODES": "1",
+        "SLURM_PROCID": str(rank()), "SLURM_LOCALID": str(rank()), "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["TORCH_PORT"],
+    }  # fmt: skip
+    return DDPStrategy(cluster_environment=SLURMEnvironment(), process_group_backend="gloo")
+
+
 class SignalAt(pl.Callback):
     """Signals the last worker at a step, and records the steps."""
 
@@ -74,7 +86,8 @@ def requeue_with_memory(folder: Path, strategy: str) -> None:
     def fit(step: int | None) -> tuple[Any, list[int]]:
         data = make_data(batch_size=2)
         agent, at = make("nil_global", data), SignalAt(step)
-        trainer = make_trainer(folder, [at], strategy=strategy, enable_checkpointing=False, limit_val_batches=0)
+        way = {"strategy": srun_ddp(), "devices": size()} if strategy == "ddp" else {"strategy": strategy}
+        trainer = make_trainer(folder, [at], enable_checkpointing=False, limit_val_batches=0, **way)
         trainer.fit(agent, data)
         return agent, at.steps
 
