@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -34,18 +35,20 @@ from dcl_lightning._lightning import (
 )
 from dcl_lightning.comm import Comm, SingleProcessComm
 from dcl_lightning.distributed.horovod.gradients import FIND_UNUSED, GradientAverager
-from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
+from dcl_lightning.distributed.horovod.launcher import ECHOES, HorovodLauncher
+from dcl_lightning.distributed.horovod.peers import SILENT, Peers
 from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.types import Clock
 
 __all__ = [
     "StoppedBySignal", "break_off_if_signalled", "current_task", "guard_failures", "remove_stop_callbacks",
-    "requeue_alone", "requeue_together", "synchronize_stops", "through_signals", "write_stderr",
+    "report_end", "requeue_alone", "requeue_together", "synchronize_stops", "through_signals", "write_stderr",
 ]  # fmt: skip
 
 R = TypeVar("R")
 Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ENDING_S = 2.0  # from the failure of an operation until the process that caused it has ended
 _SAME_PRESS_S = 1.0  # a terminal and a launcher may both deliver one Ctrl-C
 
 
@@ -220,6 +223,46 @@ def synchronize_stops(trainer: pl.Trainer, comm: Comm, gradients: GradientAverag
     guard = guard_failures(trainer)
     guard.comm, guard.stops = comm, _StopSynchronization(comm, gradients)
     guard.place_first_and_last(trainer)
+
+
+def report_end(peers: Peers, exception: BaseException) -> None:
+    """Tell the other workers why this one ends; if another is the cause, one worker says which, before all else.
+
+    Args:
+        peers: the workers.
+        exception: with which this worker ends.
+    """
+    if isinstance(exception, StoppedBySignal):
+        return
+    echo = type(exception).__name__ in ECHOES
+    peers.tell(f"end.{peers.rank}", "" if echo else _reason_of(exception))
+    end, ends = time.monotonic() + _ENDING_S, dict[int, str]()
+    while echo and not ends and time.monotonic() < end:
+        time.sleep(0.1)
+        for k, answer in peers.ask("state").items():
+            told = peers.get(f"end.{k}")
+            if told:
+                ends[k] = f"ended with {told}"
+            elif told is None and answer.kind == "gone" and _was_orderly(exception):
+                ends[k] = "has ended"
+            elif told is None and answer.kind == "gone":
+                ends[k] = f"was killed (SIGKILL: from outside, or out of memory); {SILENT['gone']}"
+            elif told is None and answer.kind == "unreachable":
+                ends[k] = f"does not answer; {SILENT['unreachable']}"
+    if min(set(range(peers.size)) - ends.keys()) == peers.rank:
+        for k, words in ends.items():
+            write_stderr(f"horovod: {peers.name(k)} {words}")
+
+
+def _reason_of(exception: BaseException) -> str:
+    if isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
+        return _name(signal.SIGINT if isinstance(exception, KeyboardInterrupt) else signal.SIGTERM)
+    return f"{type(exception).__name__}: {str(exception).partition(chr(10))[0]}"
+
+
+def _was_orderly(exception: BaseException) -> bool:
+    """Return whether an operation failed because a worker left Horovod, as at the end of a process, not suddenly."""
+    return "has been shut down" in str(exception)
 
 
 def remove_stop_callbacks(trainer: pl.Trainer) -> None:
@@ -529,7 +572,8 @@ def _name(signum: int) -> str:
 
 def write_stderr(text: str) -> None:
     """Write a line to stderr, bypassing ``sys.stderr``, whose lock a signal handler or hanging thread may hold."""
-    os.write(2, f"{text}\n".encode())
+    with suppress(OSError):  # a launcher that is gone reads no more
+        os.write(2, f"{text}\n".encode())
 
 
 # -- SLURM: save and requeue between two steps ---------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -32,21 +32,25 @@ from dcl_lightning.distributed.horovod.comm import HorovodComm, attach_metrics
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment, check_srun, horovod_environment
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
+from dcl_lightning.distributed.horovod.peers import Peers, meet_peers
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_workers
 from dcl_lightning.distributed.horovod.shutdown import (
     guard_failures,
     remove_stop_callbacks,
+    report_end,
     requeue_together,
     synchronize_stops,
 )
-from dcl_lightning.distributed.horovod.watchdog import Watchdog, poll_while_waiting
-from dcl_lightning.distributed.ranks import launched_by_horovod, mpi_runs, set_rank_from_environment
+from dcl_lightning.distributed.horovod.watchdog import Watchdog, limited_start, poll_while_waiting
+from dcl_lightning.distributed.horovod.worker_process import launching_process
+from dcl_lightning.distributed.ranks import launched_by_horovod, mpi_runs, running_horovod, set_rank_from_environment
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError, check_words
 
 __all__ = ["HorovodStrategy", "fork_hazard"]
 
 T = TypeVar("T")
 _CONNECT_S = 120  # to connect once all workers have arrived; horovodrun's 30 s are too few on busy machines
+_GLOO_LONGEST_S = 864_000  # Gloo counts milliseconds in 32 bits
 _REDUCE_OPS: dict[str, ReduceOp] = {"sum": "sum", "mean": "mean", "avg": "mean", "min": "min", "max": "max"}
 
 
@@ -126,6 +130,7 @@ class HorovodStrategy(ParallelStrategy):
         self._averager = GradientAverager(op, compression, gradient_predivide_factor, find_unused_parameters)
         self._start_timeout, self._collective_timeout = start_timeout, collective_timeout or math.inf
         self._watchdog: Watchdog | None = None
+        self._peers: Peers | None = None
         self._comm: Comm = SingleProcessComm()
         self._failed = False
         set_rank_from_environment()
@@ -213,11 +218,13 @@ class HorovodStrategy(ParallelStrategy):
         first = not hvd.is_initialized()
         if first:
             self._wait_for_workers(trainer)
-        hvd.init()
+        with self._limited_start():
+            hvd.init()
         poll_while_waiting()
         self._failed = False
         self._comm = HorovodComm() if hvd.size() > 1 else SingleProcessComm()
         set_rank_from_environment()
+        self._peers = meet_peers(self._comm, first) if hvd.size() > 1 else None
         if first and hvd.size() > 1:
             threads = bind_worker(self._bind, self._comm)
             if "OMP_NUM_THREADS" not in os.environ:
@@ -241,7 +248,9 @@ class HorovodStrategy(ParallelStrategy):
             WorkerError: workers did not arrive in time.
         """
         given = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "0")
-        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(int(given), int(self._start_timeout), _CONNECT_S))
+        # It holds for every operation, and names nobody: the watchdog, which asks who is silent, speaks before.
+        limit = min(max(self._start_timeout, self._collective_timeout) + _CONNECT_S, _GLOO_LONGEST_S)
+        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(int(given), math.ceil(limit)))
         if ranks.world_size() == 1:
             return
         if trainer is not None:
@@ -250,6 +259,17 @@ class HorovodStrategy(ParallelStrategy):
         if meeting is not None:
             failed = self._launcher.failed_workers if isinstance(self._launcher, HorovodLauncher) else list
             wait_for_workers(meeting, ranks.rank(), ranks.world_size(), self._start_timeout, failed)
+
+    def _limited_start(self) -> AbstractContextManager[None]:
+        """Limit the start within the block; under Gloo all workers have arrived, and have yet to connect."""
+        if ranks.world_size() == 1 or running_horovod() is not None:
+            return nullcontext()
+        if Rendezvous.of_job() is None:
+            remedy = "mpirun -mca btl_tcp_if_include NAME -mca oob_tcp_if_include NAME"
+            return limited_start(self._start_timeout, remedy, self._launcher)
+        return limited_start(
+            max(self._start_timeout, _CONNECT_S), "horovodrun --network-interfaces NAME", self._launcher
+        )
 
     def model_to_device(self) -> None:
         """Move the module to this worker's device."""
@@ -295,8 +315,8 @@ class HorovodStrategy(ParallelStrategy):
     def _watch(self, trainer: pl.Trainer) -> None:
         """Start the watchdog and the log files, now that data is prepared, a download by one worker included."""
         self._stop_watching()
-        if self._comm.size > 1:
-            self._watchdog = Watchdog(trainer, self._collective_timeout, self._comm, self._launcher, self._averager)
+        if self._peers is not None:
+            self._watchdog = Watchdog(trainer, self._collective_timeout, self._peers, self._launcher, self._averager)
         folder = None if trainer.logger is None else trainer.logger.log_dir
         if isinstance(self._launcher, HorovodLauncher) and folder is not None:
             self._launcher.log_to(Path(folder) / "logs")
@@ -320,6 +340,8 @@ class HorovodStrategy(ParallelStrategy):
         self._averager.detach()
         if isinstance(self._launcher, HorovodLauncher):
             self._launcher.note_failure(exception)
+        elif self._peers is not None and launching_process() is None:  # otherwise the local launcher reports
+            report_end(self._peers, exception)
         if self._comm.size > 1:
             import horovod.torch as hvd
 
