@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
@@ -17,6 +18,8 @@ __all__ = ["SILENT", "Answer", "Peers", "addresses_here", "host_name", "meet_pee
 
 _CONNECT_S = 3.0
 _AT_ONCE = 32
+_REPORTERS = 4  # the lowest ranks, of which the first that has not ended reports
+_ENDED = "the end of its script, while others still wait for it"
 Kind: TypeAlias = Literal["answers", "frozen", "gone", "unreachable"]
 SILENT: dict[Kind, str] = {
     "frozen": "its host accepts connections, but the process is frozen",
@@ -65,6 +68,7 @@ class Peers:
             "root": self._server.root,
         }
         self._places: list[_Place] = [json.loads(text) for text in allgather_text(comm, json.dumps(place))]
+        atexit.register(self._leave)
         self._several_hosts = len({place["host"] for place in self._places}) > 1
 
     def name(self, rank: int) -> str:
@@ -88,9 +92,24 @@ class Peers:
         """Store a value at every other worker that answers."""
         self._each([k for k in range(self.size) if k != self.rank], key, value)
 
+    def part(self, word: str) -> None:
+        """Tell every other worker why this one ends: a cause, or an empty text if another worker is the cause."""
+        atexit.unregister(self._leave)
+        self.tell(f"end.{self.rank}", word)
+
+    def word_of(self, rank: int) -> str | None:
+        """Return what another worker has told by ``part``, or None: who is killed tells nothing."""
+        return self.get(f"end.{rank}")
+
     def stop(self) -> None:
         """Close the listener."""
+        atexit.unregister(self._leave)
         self._server.stop()
+
+    def _leave(self) -> None:
+        """At the end of the process, tell those who would report that it has ended by itself; starts no thread."""
+        for k in [k for k in range(min(self.size, _REPORTERS)) if k != self.rank]:
+            self._request(self._places[k], f"end.{self.rank}", _ENDED)
 
     def _each(self, others: list[int], key: str, value: object) -> dict[int, Answer]:
         with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(others)))) as pool:

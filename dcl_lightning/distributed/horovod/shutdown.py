@@ -235,16 +235,14 @@ def report_end(peers: Peers, exception: BaseException) -> None:
     if isinstance(exception, StoppedBySignal):
         return
     echo = type(exception).__name__ in ECHOES
-    peers.tell(f"end.{peers.rank}", "" if echo else _reason_of(exception))
+    peers.part("" if echo else _reason_of(exception))
     end, ends = time.monotonic() + _ENDING_S, dict[int, str]()
     while echo and not ends and time.monotonic() < end:
         time.sleep(0.1)
         for k, answer in peers.ask("state").items():
-            told = peers.get(f"end.{k}")
+            told = peers.word_of(k)
             if told:
                 ends[k] = f"ended with {told}"
-            elif told is None and answer.kind == "gone" and _was_orderly(exception):
-                ends[k] = "has ended"
             elif told is None and answer.kind == "gone":
                 ends[k] = f"was killed (SIGKILL: from outside, or out of memory); {SILENT['gone']}"
             elif told is None and answer.kind == "unreachable":
@@ -258,11 +256,6 @@ def _reason_of(exception: BaseException) -> str:
     if isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
         return _name(signal.SIGINT if isinstance(exception, KeyboardInterrupt) else signal.SIGTERM)
     return f"{type(exception).__name__}: {str(exception).partition(chr(10))[0]}"
-
-
-def _was_orderly(exception: BaseException) -> bool:
-    """Return whether an operation failed because a worker left Horovod, as at the end of a process, not suddenly."""
-    return "has been shut down" in str(exception)
 
 
 def remove_stop_callbacks(trainer: pl.Trainer) -> None:
