@@ -6,7 +6,6 @@ import atexit
 import json
 import os
 import socket
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
@@ -19,7 +18,7 @@ __all__ = ["SILENT", "Answer", "Peers", "addresses_here", "host_name", "meet_pee
 _CONNECT_S = 3.0
 _AT_ONCE = 32
 _REPORTERS = 4  # the lowest ranks, of which the first that has not ended reports
-_ENDED = "the end of its script, while others still wait for it"
+_ENDED = "its script is over, while others still wait for it"
 Kind: TypeAlias = Literal["answers", "frozen", "gone", "unreachable"]
 SILENT: dict[Kind, str] = {
     "frozen": "its host accepts connections, but the process is frozen",
@@ -83,14 +82,13 @@ class Peers:
         """Return what this worker or another has stored here, or None."""
         return self._server.get(key)
 
-    def ask(self, key: str, of: Collection[int] | None = None) -> dict[int, Answer]:
-        """Ask other workers, all by default, for a value; takes at most some seconds, whoever is silent."""
-        others = [k for k in (range(self.size) if of is None else of) if k != self.rank]
-        return self._each(others, key, None)
+    def ask(self, key: str) -> dict[int, Answer]:
+        """Ask all other workers for a value; takes some seconds at most, whoever is silent."""
+        return self._each(key, None)
 
     def tell(self, key: str, value: object) -> None:
         """Store a value at every other worker that answers."""
-        self._each([k for k in range(self.size) if k != self.rank], key, value)
+        self._each(key, value)
 
     def part(self, word: str) -> None:
         """Tell every other worker why this one ends: a cause, or an empty text if another worker is the cause."""
@@ -111,8 +109,9 @@ class Peers:
         for k in [k for k in range(min(self.size, _REPORTERS)) if k != self.rank]:
             self._request(self._places[k], f"end.{self.rank}", _ENDED)
 
-    def _each(self, others: list[int], key: str, value: object) -> dict[int, Answer]:
-        with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(others)))) as pool:
+    def _each(self, key: str, value: object) -> dict[int, Answer]:
+        others = [k for k in range(self.size) if k != self.rank]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
             answers = pool.map(lambda k: self._request(self._places[k], key, value), others)
             return dict(zip(others, answers, strict=True))
 

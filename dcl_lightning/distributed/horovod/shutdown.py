@@ -226,7 +226,7 @@ def synchronize_stops(trainer: pl.Trainer, comm: Comm, gradients: GradientAverag
 
 
 def report_end(peers: Peers, exception: BaseException) -> None:
-    """Tell the other workers why this one ends; if another is the cause, one worker says which, before all else.
+    """Tell the user and the other workers why this one ends; if another is the cause, one worker says which.
 
     Args:
         peers: the workers.
@@ -236,18 +236,20 @@ def report_end(peers: Peers, exception: BaseException) -> None:
         return
     echo = type(exception).__name__ in ECHOES
     peers.part("" if echo else _reason_of(exception))
+    if not echo:
+        write_stderr(f"horovod: {peers.name(peers.rank)} ends: {_reason_of(exception)}")
     end, ends = time.monotonic() + _ENDING_S, dict[int, str]()
     while echo and not ends and time.monotonic() < end:
         time.sleep(0.1)
         for k, answer in peers.ask("state").items():
             told = peers.word_of(k)
             if told:
-                ends[k] = f"ended with {told}"
+                ends[k] = f"ended: {told}"
             elif told is None and answer.kind == "gone":
                 ends[k] = f"was killed (SIGKILL: from outside, or out of memory); {SILENT['gone']}"
             elif told is None and answer.kind == "unreachable":
                 ends[k] = f"does not answer; {SILENT['unreachable']}"
-    if min(set(range(peers.size)) - ends.keys()) == peers.rank:
+    if min(set(range(peers.size)) - ends.keys()) == peers.rank:  # all workers know the same
         for k, words in ends.items():
             write_stderr(f"horovod: {peers.name(k)} {words}")
 

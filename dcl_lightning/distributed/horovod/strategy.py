@@ -77,9 +77,10 @@ class HorovodStrategy(ParallelStrategy):
             an error that names it.
         bind: cores of each worker: ``none``, all available ones; ``core``, its share of the host's cores; ``numa``,
             the cores of its share of the NUMA nodes. The number of threads follows, unless OMP_NUM_THREADS is set.
-        start_timeout: seconds, at least 1, that workers wait for each other at the start.
-        collective_timeout: seconds that a worker may wait within one operation before the job ends, showing the
-            stacks of the workers that hang; 0 for no limit.
+        start_timeout: seconds, at least 1, that workers wait for each other at the start; later operations have only
+            ``collective_timeout``.
+        collective_timeout: seconds that a worker may wait within one operation before the job ends, naming the workers
+            that hang, with their stacks, are gone, or are on a host that does not answer; 0 for no limit.
 
     Raises:
         HorovodNotFoundError: Horovod is not installed, or without PyTorch support.

@@ -43,6 +43,7 @@ class Collector(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.trainer = trainer
+        say(f"CLOCK {time.time()}")
         say(f"PID {os.getpid()}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
