@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +17,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimi
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as Launcher
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
@@ -22,8 +25,8 @@ __all__ = [
     "datamodule_of", "dev_run_batches", "has_progress_bar", "has_version", "log_interval", "loggers_write",
     "monitored_by", "optimizers_to_device", "overfit_batches", "reload_loaders_each_epoch", "reload_training_data",
     "reload_validation_data", "replace_save", "restore_save", "set_callbacks", "set_wrapped_io", "step_is_open",
-    "synchronises_batchnorm", "trainer_of", "validates_by_time", "wrap_fetching", "wrap_save", "wrap_srun_check",
-    "wrapped_io",
+    "synchronises_batchnorm", "trainer_of", "validates_by_time", "wrap_fetching", "wrap_hpc_choice", "wrap_save",
+    "wrap_srun_check", "wrapped_io",
 ]  # fmt: skip
 
 
@@ -247,3 +250,27 @@ def wrap_srun_check(unless: Callable[[], bool]) -> None:
 
     untyped: Any = SLURMEnvironment
     untyped._validate_srun_variables = staticmethod(validate)
+
+
+def wrap_hpc_choice(takes: Callable[[Path], bool]) -> None:
+    """Let a function say which checkpoints of SLURM's signal Lightning may resume from by itself. Safe to repeat.
+
+    Args:
+        takes: called with the ``hpc_ckpt_N.ckpt`` of the trainer's folder, the latest first; the first that it takes
+            is used.
+    """
+    untyped: Any = _CheckpointConnector
+    own = untyped._hpc_resume_path
+    if own.fget.__module__ == __name__:
+        return
+
+    def choose(connector: _CheckpointConnector) -> str | None:
+        folder = str(connector.trainer.default_root_dir)
+        if "://" in folder:
+            remote: str | None = own.fget(connector)
+            return remote
+        numbered = {file: re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", file.name) for file in Path(folder).glob("hpc_ckpt_*")}
+        found = [(int(match[1]), file) for file, match in numbered.items() if match]
+        return next((str(file) for _, file in sorted(found, reverse=True) if takes(file)), None)
+
+    untyped._hpc_resume_path = property(choose)

@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dcl_lightning._lightning import datamodule_of, dev_run_batches
+from dcl_lightning._lightning import datamodule_of, dev_run_batches, wrap_hpc_choice
 from dcl_lightning.callbacks.task_clock import TaskClock, TaskSchedule, write_rates
 from dcl_lightning.checkpoint.directory import ClaimedFolders
 from dcl_lightning.checkpoint.io import FORMAT, KEY, keep_side_files
-from dcl_lightning.checkpoint.resume import move_loop_progress, name_of
+from dcl_lightning.checkpoint.resume import move_loop_progress, name_of, saved_by_this_job, slurm_job
 from dcl_lightning.comm import comm_of
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.distributed.horovod.shutdown import requeue_alone
@@ -74,9 +74,9 @@ class ResumableCheckpoints(pl.Callback):
                 counts.ready = counts.started = counts.processed + 1
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
-        """Record the format, the agent, and how many samples a step has."""
+        """Record the format, the agent, how many samples a step has, and SLURM's job."""
         ours = checkpoint.setdefault(KEY, {"format": FORMAT})
-        ours |= {"agent": name_of(pl_module), "step_samples": _step_samples(trainer)}
+        ours |= {"agent": name_of(pl_module), "step_samples": _step_samples(trainer), "slurm_job": slurm_job()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: StateDict) -> None:
         """Convert the step within the epoch if a step has another number of samples now."""
@@ -128,3 +128,7 @@ def scale_rates(checkpoint: StateDict, clock: str, factor: float) -> None:
         group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
     for state in [*checkpoint["lr_schedulers"], *snapshot["schedules"]]:
         state |= {name: [r * factor for r in state[name]] for name in ("base_lrs", "_last_lr") if name in state}
+
+
+# In a SLURM job Lightning resumes from the latest checkpoint of SLURM's signal in the folder, whoever has saved it.
+wrap_hpc_choice(saved_by_this_job)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -14,12 +15,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dcl_lightning._lightning import datamodule_of, dev_run_batches
 from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.comm import comm_of
+from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.metrics.drawing import in_style, refuse_unknown_style
 from dcl_lightning.paths import replacing
 from dcl_lightning.report.content import content_of
 from dcl_lightning.report.counts import MemoryLog, rows_of
-from dcl_lightning.report.figures import can_draw, figures_of, log_figure, matrix_figure, png, takes_figures
+from dcl_lightning.report.figures import can_draw, figures_of, file_of, log_figure, matrix_figure, takes_figures
 from dcl_lightning.report.paths import begin_run, run_folder
-from dcl_lightning.report.text import SAMPLES, matrix_csv, metrics_csv, progress_text, summary_text, table_text
+from dcl_lightning.report.text import (
+    SAMPLES,
+    matrix_csv,
+    metrics_csv,
+    progress_text,
+    summary_text,
+    table_text,
+    title_text,
+)
 from dcl_lightning.screen import show
 from dcl_lightning.types import StateDict, Task
 
@@ -38,10 +49,26 @@ class TaskReport(pl.Callback):
     Args:
         show_table: whether to print the table after each task.
         pictures: whether to draw pictures where matplotlib is installed, which takes about a second.
+        style: of the pictures: ``colour``; ``print``, shades of grey; or a style of matplotlib's by its name or the
+            path of its file.
+        formats: of the pictures' files, one or several.
+
+    Raises:
+        ConfigurationError: there is no such style, or no format.
     """
 
-    def __init__(self, show_table: bool = True, pictures: bool = True) -> None:
+    def __init__(
+        self,
+        show_table: bool = True,
+        pictures: bool = True,
+        style: str = "colour",
+        formats: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
+    ) -> None:
+        refuse_unknown_style(style, "TaskReport.style")
+        if not formats or not set(formats) <= {"png", "pdf", "svg"}:
+            raise ConfigurationError(f"TaskReport.formats={list(formats)}: give one or several of png, pdf, svg")
         self.show_table, self.pictures = show_table, pictures
+        self.style, self.formats = style, tuple(formats)
         self.memory = MemoryLog()
         self._written = False
 
@@ -73,7 +100,7 @@ class TaskReport(pl.Callback):
             return
         if self.pictures and can_draw():
             for logger in filter(takes_figures, trainer.loggers):
-                with _decorating("the picture of the matrix"):
+                with _decorating("the picture of the matrix"), in_style(self.style):
                     figure = matrix_figure(matrix, SAMPLES[data.evaluate_on])
                     log_figure(logger, "cl/accuracy_matrix", figure, trainer.global_step)
         if self.show_table:
@@ -131,11 +158,13 @@ class TaskReport(pl.Callback):
         if self.pictures and not can_draw():
             rank_zero_info("TaskReport: no pictures without matplotlib: pip install 'dcl-lightning[plot]'")
         elif self.pictures:
-            samples = SAMPLES[content["evaluated_on"]]
-            for name, draw in figures_of(results, self.memory, labels, samples).items():
-                with _decorating(f"{name}.png"):
-                    _replace(report / f"{name}.png", png(draw()))
-                    pictures.append(f"{name}.png")
+            samples, title = SAMPLES[content["evaluated_on"]], title_text(content)
+            for name, draw in figures_of(results, self.memory, labels, samples, title).items():
+                with _decorating(f"the picture {name}"), in_style(self.style):
+                    figure = draw()
+                    for kind in self.formats:
+                        _replace(report / f"{name}.{kind}", file_of(figure, kind))
+                    pictures.append(f"{name}.{self.formats[0]}")
         _replace(report / "summary.md", summary_text(content, [*files], pictures).encode())
 
     # -- checkpoint ------------------------------------------------------------------------------

@@ -1,19 +1,24 @@
-"""Checks that a run is resumed with its own configuration, and finds its step when a step has another size."""
+"""Checks that a run is resumed by its own job and configuration, and finds its step if a step has another size."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dcl_lightning._lightning import trainer_of
+from dcl_lightning.checkpoint.directory import problem_of
 from dcl_lightning.checkpoint.io import KEY
 from dcl_lightning.errors import CheckpointError, ConfigurationError
 from dcl_lightning.types import StateDict
 
-__all__ = ["BEYOND_ANY_EPOCH", "move_loop_progress", "name_of", "refuse_another_run"]
+__all__ = ["BEYOND_ANY_EPOCH", "move_loop_progress", "name_of", "refuse_another_run", "saved_by_this_job", "slurm_job"]
 
 # Hyperparameters that do not change the training, and the memory's, which the memory compares or iCaRL adopts.
 _HARMLESS = ("input_spec", "rehearsal", "execution", "memory_format", "compile", "_instantiator")
@@ -78,6 +83,35 @@ def move_loop_progress(loop: StateDict, before: int, now: int, passes: int = 1) 
         if "position" in loader:
             loader["position"] = steps
     return 0 if over else steps
+
+
+def slurm_job() -> str | None:
+    """Return the number of this process's SLURM job, the same after a requeue; None outside SLURM.
+
+    A task of a job array has the array's number and its own, ``7_3``.
+    """
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+def saved_by_this_job(path: Path) -> bool:
+    """Return whether a requeued SLURM job may go on from a checkpoint; warn if it may not.
+
+    It may if the job has saved the checkpoint itself before it was requeued, and nothing is wrong with it. Where a
+    checkpoint does not record its job, or no job runs here, any will do.
+
+    Args:
+        path: a checkpoint that was saved on SLURM's signal.
+    """
+    problem, job = problem_of(path), slurm_job()
+    if not problem and job is not None:
+        saved: StateDict = torch.load(path, map_location="meta", weights_only=True)
+        saver = saved.get(KEY, {}).get("slurm_job")
+        if saver not in (None, job):
+            problem = f"{path} is of SLURM job {saver}, and this is job {job}: to resume from it, give it as ckpt_path"
+    if problem:
+        rank_zero_warn(f"passed over: {problem}")
+    return not problem
 
 
 def _refuse_another_network(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:

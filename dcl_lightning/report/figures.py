@@ -1,4 +1,4 @@
-"""The report's figures as PNG files, and the one that goes to loggers."""
+"""The report's figures as files, and the one that goes to loggers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["can_draw", "figures_of", "log_figure", "matrix_figure", "png", "takes_figures"]
+__all__ = ["can_draw", "figures_of", "file_of", "log_figure", "matrix_figure", "takes_figures"]
 
 P = ParamSpec("P")
 
@@ -29,15 +29,16 @@ _MAX_CLASSES = 200  # of the figures with a row for each class: beyond, a row is
 
 
 def figures_of(
-    results: StreamResults, memory: MemoryLog, labels: Sequence[object], samples: str = "test samples"
+    results: StreamResults, memory: MemoryLog, labels: Sequence[object], samples: str = "test samples", title: str = ""
 ) -> Mapping[str, Callable[[], Figure]]:
-    """Return a function that draws each figure, by the name of its file without ``.png``.
+    """Return a function that draws each figure, by the name of its file without the ending.
 
     Args:
         results: of the stream so far.
         memory: what the memories held; an empty log has no figures.
         labels: original labels in the order of the model ids.
         samples: what was evaluated, in words.
+        title: above each figure.
     """
     matrix, names = results.matrix, [str(label) for label in labels]
     size = len(matrix.evaluated)
@@ -66,7 +67,14 @@ def figures_of(
         figures["buffer_fill"] = partial(new_figure, drawing.CURVE_SIZE, drawing.draw_fill, rows.sum(1), memory.nominal)
         if few:
             figures["buffer_classes"] = partial(new_figure, by_class, drawing.draw_rows, rows, names)
-    return figures
+    return {name: partial(_titled, draw, title) for name, draw in figures.items()}
+
+
+def _titled(draw: Callable[[], Figure], title: str) -> Figure:
+    figure = draw()
+    if title:
+        figure.suptitle(title, fontsize=9, wrap=True)
+    return figure
 
 
 def matrix_figure(matrix: AccuracyMatrix, samples: str = "test samples") -> Figure:
@@ -92,10 +100,15 @@ def new_figure(
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as the content of a PNG file."""
+def file_of(figure: Figure, kind: str = "png") -> bytes:
+    """Return a figure as the content of a file.
+
+    Args:
+        figure: the figure.
+        kind: ``png``, ``pdf`` or ``svg``.
+    """
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=_DPI)
+    figure.savefig(out, format=kind, dpi=_DPI)
     return out.getvalue()
 
 

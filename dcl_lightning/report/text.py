@@ -15,7 +15,9 @@ from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import StateDict
 
-__all__ = ["SAMPLES", "csv_text", "matrix_csv", "metrics_csv", "progress_text", "summary_text", "table_text"]
+__all__ = [
+    "SAMPLES", "csv_text", "matrix_csv", "metrics_csv", "progress_text", "summary_text", "table_text", "title_text",
+]  # fmt: skip
 
 # What figures are of, by ``data.evaluate_on``.
 SAMPLES = {"test": "test samples", "held_out": "held-out training samples"}
@@ -38,6 +40,17 @@ _DETAILS = {
     "config_hash": "SHA-256 of config.yaml",
     "versions": "versions",
 }
+
+
+def title_text(content: StateDict) -> str:
+    """Return the title of a report's pictures: agent, data set, and the average accuracy.
+
+    Args:
+        content: of ``accuracy_matrix.json``.
+    """
+    accuracy = content["average_accuracy"]
+    headline = "" if accuracy is None else f": {100 * accuracy:.1f} % average accuracy"
+    return f"{content['agent']} on {content['dataset']}{headline}"
 
 
 def table_text(matrix: Tensor, num_tasks: int, evaluated_on: str = "test") -> str:

@@ -12,6 +12,8 @@ import numpy as np
 
 from dcl_lightning.cli.messages import CommandParser
 from dcl_lightning.functional.continual_metrics import FORMULAS
+from dcl_lightning.metrics import drawing
+from dcl_lightning.metrics.drawing import refuse_unknown_style
 from dcl_lightning.paths import replacing
 from dcl_lightning.report.text import SAMPLES, csv_text
 from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
@@ -21,6 +23,7 @@ __all__ = ["Estimate", "between", "estimate", "latex", "main", "markdown", "pair
 K = TypeVar("K")
 Rows = Sequence[Sequence[str]]
 
+_ON_ONE_PAIR_OF_AXES = 6  # curves: beyond, each has axes of its own
 # Metrics of the tables; the CSV file has all.
 _SHOWN = {
     "average_accuracy": "average accuracy",
@@ -36,12 +39,14 @@ def main(args: Sequence[str]) -> int:
     parser = CommandParser("compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run, or of a study with several.")
     parser.add_argument("--out", help="Folder to write comparison.csv, .md, .tex and .png to; none by default.")
+    parser.add_argument("--style", default="colour", help="Of the picture: colour, print, or a style of matplotlib.")
     given = parser.parse_args(args)
+    refuse_unknown_style(given.style, "compare: --style")
     runs, notes = one_each(find_runs(given.runs))
     groups = grouped(runs)
     print("\n".join([text_of(groups), *notes]))
     if given.out:
-        write_comparison(groups, Path(given.out))
+        write_comparison(groups, Path(given.out), given.style)
         print(f"Comparison: {given.out}")
     return 0
 
@@ -60,12 +65,13 @@ def text_of(groups: dict[str, list[Run]]) -> str:
     return "\n".join([*parts, *_held_out(groups)])
 
 
-def write_comparison(groups: dict[str, list[Run]], folder: Path) -> None:
+def write_comparison(groups: dict[str, list[Run]], folder: Path, style: str = "colour") -> None:
     """Write ``comparison.csv``, ``.md``, ``.tex`` and, with matplotlib, ``.png``.
 
     Args:
         groups: runs by configuration.
         folder: is created if it does not exist.
+        style: of the picture, see ``drawing.in_style``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     head, rows = _table(groups)
@@ -80,7 +86,7 @@ def write_comparison(groups: dict[str, list[Run]], folder: Path) -> None:
     if find_spec("matplotlib") is not None:
         contents["md"] += "\n![accuracy over tasks](comparison.png)\n"
         with replacing(folder / "comparison.png") as draft:
-            draft.write_bytes(_figure(groups))
+            draft.write_bytes(_figure(groups, style))
     for ending, content in contents.items():
         with replacing(folder / f"comparison.{ending}") as draft:
             draft.write_text(content, encoding="utf-8")
@@ -128,26 +134,31 @@ def _numbers(groups: dict[str, list[Run]]) -> str:
     return csv_text(["configuration", "folder", "seed", "order", *names], rows)
 
 
-def _figure(groups: dict[str, list[Run]]) -> bytes:
+def _figure(groups: dict[str, list[Run]], style: str) -> bytes:
     """Return the accuracy over all samples seen after each task as a PNG: means, and bars of one deviation."""
     from matplotlib.figure import Figure
 
-    from dcl_lightning.metrics import drawing
-    from dcl_lightning.report.figures import png
+    from dcl_lightning.report.figures import file_of
 
-    figure = Figure(figsize=drawing.CURVE_SIZE, layout="constrained")
-    ax = figure.subplots()
-    curves = {}
+    curves, deviations = {}, {}
     for name, runs in groups.items():
         rows = [run.facts["pooled_accuracy_after_task"] for run in runs]
         rows = [row for row in rows if len(row) == len(rows[0])]
         values = np.array([[math.nan if v is None else v for v in row] for row in rows], dtype=np.float64)
-        curves[drawing.shortened(name) + f", {len(rows)} runs"] = values.mean(0)
+        label = drawing.shortened(name) + f", {len(rows)} runs"
+        curves[label] = values.mean(0)
         if len(rows) > 1:
-            bars = 100 * values.std(0, ddof=1)
-            ax.errorbar(range(len(bars)), 100 * values.mean(0), bars, fmt="none", ecolor="0.5", capsize=2, lw=0.8)
-    drawing.draw_curves(ax, curves, "accuracy over all samples seen (%)")
-    return png(figure)
+            deviations[label] = values.std(0, ddof=1)
+    several = len(curves) > _ON_ONE_PAIR_OF_AXES
+    size = drawing.multiples_size(len(curves)) if several else drawing.CURVE_SIZE
+    with drawing.in_style(style):
+        figure = Figure(figsize=size, layout="constrained")
+        what = "accuracy over all samples seen (%)"
+        if several:
+            drawing.draw_multiples(figure, curves, what, deviations)
+        else:
+            drawing.draw_curves(figure.subplots(), curves, what, deviations)
+        return file_of(figure)
 
 
 def _value(run: Run, key: str) -> float:

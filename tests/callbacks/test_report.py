@@ -11,6 +11,7 @@ from torch import nn
 
 from dcl_lightning.callbacks import TaskClock
 from dcl_lightning.callbacks.report import TaskReport
+from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics.evaluation import StreamResults
 from dcl_lightning.report.text import table_text
 from dcl_lightning.types import Task
@@ -179,6 +180,29 @@ def test_without_matplotlib_no_picture(tmp_path, monkeypatch):
     TaskReport().on_train_end(make_trainer(tmp_path, Clock()), FakeAgent())
     assert {p.suffix for p in (tmp_path / "report").iterdir()} == {".json", ".csv", ".md"}
     assert "png" not in (tmp_path / "report/summary.md").read_text()
+
+
+def test_pictures_in_another_style_and_format(tmp_path):
+    TaskReport(style="print", formats=["svg", "pdf"]).on_train_end(make_trainer(tmp_path, Clock()), FakeAgent())
+    report = tmp_path / "report"
+    assert not list(report.glob("*.png"))
+    assert {p.stem for p in report.glob("*.svg")} == {p.stem for p in report.glob("*.pdf")} >= {"accuracy_matrix"}
+    assert "](accuracy_matrix.svg)" in (report / "summary.md").read_text()
+    assert " on " in (report / "accuracy_of_tasks.svg").read_text()
+    assert (report / "accuracy_of_tasks.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"style": "colourful"}, "TaskReport.style=colourful: give colour, print,"),
+        ({"formats": ["gif"]}, r"TaskReport.formats=\['gif'\]: give one or several of png, pdf, svg"),
+        ({"formats": []}, r"TaskReport.formats=\[\]"),
+    ],
+)
+def test_an_unknown_style_or_format_is_refused(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        TaskReport(**options)
 
 
 @pytest.mark.parametrize(

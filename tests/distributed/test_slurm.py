@@ -10,11 +10,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from torch import Tensor
 
 from dcl_lightning import HorovodStrategy
 from dcl_lightning.distributed.horovod.environment import HorovodEnvironment, HorovodSLURMEnvironment
 from dcl_lightning.errors import ConfigurationError
+from tests.conformance.small_stream import make_agent, make_data, make_trainer, weights
 from tests.distributed.programs import slurm
 from tests.distributed.workers import assert_ended_well, environment, run_workers
 
@@ -96,3 +99,41 @@ def test_a_requeued_job_with_a_memory_ends_as_one_that_was_not(
     assert_ended_well(run_workers(slurm.requeue_with_memory, workers, tmp_path, strategy))
     assert requeued.read_text() == "requeue 123\n"
     assert len(list(tmp_path.glob("hpc_ckpt_1.ckpt.memory/*/rank_*"))) == workers
+
+
+def test_a_job_goes_on_from_its_own_checkpoint_alone(
+    tmp_path: Path, requeued: Path, allocation: pytest.MonkeyPatch
+) -> None:
+    """Jobs and tasks of a job array that share a folder, with a seed of their own each."""
+    allocation.setenv("SLURM_NTASKS", "1")
+
+    def fit(seed: int, saves_at: int | None = None, **kwargs: str) -> tuple[list[int], Tensor]:
+        data, at = make_data(), slurm.SignalAt(saves_at)
+        agent = make_agent("finetuning", data, seed)
+        trainer = make_trainer(tmp_path, [at], enable_checkpointing=False, limit_val_batches=0)
+        trainer.fit(agent, data, **kwargs)
+        return at.steps, weights(agent)
+
+    steps, first = fit(1, saves_at=3)
+    allocation.setenv("SLURM_JOB_ID", "124")
+    with pytest.warns(UserWarning, match="hpc_ckpt_1.ckpt is of SLURM job 123, and this is job 124: to resume"):
+        assert fit(2, saves_at=5)[0] == steps
+    assert fit(2)[0] == steps[6:]
+    allocation.setenv("SLURM_JOB_ID", "123")
+    with pytest.warns(UserWarning, match="hpc_ckpt_2.ckpt is of SLURM job 124"):
+        later, again = fit(9)
+    assert later == steps[4:]
+    assert torch.equal(first, again)
+    allocation.setenv("SLURM_JOB_ID", "125")
+    assert fit(9, ckpt_path=str(tmp_path / "hpc_ckpt_1.ckpt"))[0] == steps[4:]
+    with pytest.raises(ValueError, match="no HPC checkpoint was found"):
+        fit(9, ckpt_path="hpc")
+    for name, value in (("ARRAY_JOB_ID", "123"), ("ARRAY_TASK_ID", "7"), ("JOB_ID", "123")):
+        allocation.setenv(f"SLURM_{name}", value)
+    assert fit(3, saves_at=8)[0] == steps
+    assert fit(9)[0] == steps[9:]
+    with (tmp_path / "hpc_ckpt_3.ckpt").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.warns(UserWarning, match="passed over: .*hpc_ckpt_3.ckpt is damaged"):
+        assert fit(3)[0] == steps
+    assert requeued.read_text() == "requeue 123\nrequeue 124\nrequeue 123_7\n"

@@ -10,9 +10,11 @@ import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix, ClassAccuracy, Forgetting, drawing
 
 matplotlib.use("Agg")
@@ -78,7 +80,7 @@ def test_accuracy_matrix(size):
 def test_curves_of_tasks(size):
     texts = check(figure_with(drawing.CURVE_SIZE, lambda ax: drawing.draw_task_curves(ax, triangle(size))))
     assert "accuracy on the task (%)" in texts
-    assert ("task (dark: late)" if size > 8 else f"task {size - 1}") in texts
+    assert ("task" if size > 8 else f"task {size - 1}") in texts
 
 
 @pytest.mark.parametrize("size", [1, 20, 50])
@@ -127,25 +129,94 @@ def test_long_names_stay_different_and_formulas_text():
     assert drawing.shortened("$a$") == r"\$a\$"
 
 
-def test_what_was_not_evaluated_differs_from_zero():
+@pytest.mark.parametrize("style", ["colour", "print"])
+def test_what_was_not_evaluated_differs_from_zero(style):
     values = np.array([[0.0, np.nan], [0.0, 1.0]])
-    figure = figure_with((3, 3), lambda ax: drawing.draw_matrix(ax, values))
+    with drawing.in_style(style):
+        figure = figure_with((3, 3), lambda ax: drawing.draw_matrix(ax, values))
     image = figure.axes[0].images[0]
-    shades = image.to_rgba(image.get_array())[..., :3].mean(-1)
+    shades = luminance(image.to_rgba(image.get_array()))
     assert shades[0, 0] < 0.97
     assert image.to_rgba(image.get_array())[0, 1, 3] == 0  # white paper shows through
-    assert shades[1, 1] < 0.3
+    assert abs(shades[1, 1] - shades[0, 0]) > 0.5
 
 
-def test_no_colour_is_needed():
-    figure = figure_with(drawing.CURVE_SIZE, lambda ax: drawing.draw_task_curves(ax, triangle(8)))
-    lines = figure.axes[0].lines[:8]
-    looks = {(line.get_linestyle(), line.get_marker()) for line in lines}
-    assert len(looks) == 8
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+def test_print_has_no_colour_and_needs_none():
+    with drawing.in_style("print"):
+        figure = figure_with(drawing.CURVE_SIZE, lambda ax: drawing.draw_task_curves(ax, triangle(8)))
+        lines = figure.axes[0].lines[:8]
+        looks = {(line.get_linestyle(), line.get_marker()) for line in lines}
+        assert len(looks) == 8
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
     assert (pixels.max(-1) - pixels.min(-1)).max() <= 3
+
+
+def luminance(colours):
+    return np.asarray(colours)[..., :3] @ [0.299, 0.587, 0.114]
+
+
+# Viénot, Brettel and Mollon (1999): what who lacks the long or the medium cones sees of a linear RGB colour.
+LACKING = {
+    "none": np.eye(3),
+    "long": np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]),
+    "medium": np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]),
+}
+
+
+def seen(colour, lacking):
+    linear = np.asarray(colour[:3]) ** 2.2
+    return np.clip(LACKING[lacking] @ linear, 0, 1) ** (1 / 2.2)
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_curves_are_told_apart_by_everybody(lacking):
+    with drawing.in_style("colour"):
+        figure = figure_with(drawing.CURVE_SIZE, lambda ax: drawing.draw_task_curves(ax, triangle(8)))
+    lines = figure.axes[0].lines[:8]
+    looks = [(seen(to_rgb(line.get_color()), lacking), line.get_marker(), line.get_linestyle()) for line in lines]
+    for (one, *marks), (other, *others) in combinations(looks, 2):
+        assert marks != others or np.abs(one - other).max() > 0.15
+    assert all(luminance(to_rgb(line.get_color())) < 0.75 for line in lines)
+
+
+@pytest.mark.parametrize("style", ["colour", "print", "dark_background", "ggplot"])
+def test_numbers_can_be_read_in_every_cell_and_later_is_another_shade(style):
+    values = np.linspace(0, 1, 100).reshape(10, 10)
+    with drawing.in_style(style):
+        figure = figure_with(drawing.matrix_size(10), lambda ax: drawing.draw_matrix(ax, values))
+        check(figure)
+    image = figure.axes[0].images[0]
+    shades = luminance(image.to_rgba(image.get_array()))
+    for text in figure.axes[0].texts:
+        j, i = text.get_position()
+        assert abs(luminance(to_rgb(text.get_color())) - shades[i, j]) >= 0.45
+    steps = np.diff(shades.ravel())
+    assert (steps > 0).all() or (steps < 0).all()  # as even in a grey print
+
+
+@pytest.mark.parametrize("count", [7, 12, 30])
+def test_many_runs_are_small_multiples(count):
+    curves = {drawing.shortened(f"a run with a long name {k}") + ", 3 runs": triangle(5)[:, 0] for k in range(count)}
+    assert len(curves) == count
+    bars = {name: curve / 20 for name, curve in curves.items()}
+    figure = Figure(figsize=drawing.multiples_size(count), layout="constrained")
+    drawing.draw_multiples(figure, curves, "accuracy (%)", bars)
+    assert set(curves) <= set(check(figure))
+
+
+def test_an_unknown_style_is_refused(tmp_path):
+    for style in ("colour", "print", "ggplot"):
+        drawing.refuse_unknown_style(style, "style")
+    with pytest.raises(ConfigurationError, match=r"style=ggplott: give colour, print, .* did you mean 'ggplot'"):
+        drawing.refuse_unknown_style("ggplott", "style")
+    own = tmp_path / "own.mplstyle"
+    own.write_text("image.cmap: magma\n")
+    drawing.refuse_unknown_style(str(own), "style")
+    with drawing.in_style(str(own)):
+        assert matplotlib.rcParams["image.cmap"] == "magma"
+    assert matplotlib.rcParams["image.cmap"] != "magma"
 
 
 def test_metrics_plot_themselves():

@@ -64,7 +64,7 @@ class SignalAt(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         self.steps.append(trainer.global_step)
-        if trainer.global_step == self.step and rank() == size() - 1:
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
