@@ -212,6 +212,7 @@ def test_a_killed_worker_is_named_by_mpirun(start: Start, python_with_mpi: Path)
     job.wait_for("FAULT AT")
     job.fault()
     assert job.end() != 0, job.text
+    assert job.error.startswith("horovod: worker 1 on host2 was killed (SIGKILL: from outside"), job.text
     assert re.search(r"process rank 1 with PID \d+ on node host2 exited on signal 9", job.text), job.text
     job.row("worker killed under mpirun", job.check_saved())
 

@@ -236,8 +236,8 @@ class HorovodStrategy(ParallelStrategy):
                     f"{_counted(torch.get_num_threads(), 'thread')} each",
                     flush=True,
                 )
-        if trainer is not None and self._comm.size > 1:
-            synchronize_stops(trainer, self._comm, self._averager)
+        if trainer is not None and self._peers is not None:
+            synchronize_stops(trainer, self._comm, self._peers, self._averager)
             requeue_together(trainer, self.environment)
         super().setup_environment()
         reset_seed()
