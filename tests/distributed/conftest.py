@@ -1,4 +1,4 @@
-"""A SLURM allocation whose variables are set by hand, and a ``scontrol`` that records what it is asked for."""
+"""A SLURM allocation whose variables are set by hand, a ``scontrol`` that records its calls; a Horovod with MPI."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.mpi import install_with_mpi
 
 
 @pytest.fixture
@@ -27,3 +29,9 @@ def requeued(tmp_path: Path, allocation: pytest.MonkeyPatch) -> Path:
     command.chmod(0o755)
     allocation.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
     return file
+
+
+@pytest.fixture(scope="session")
+def python_with_mpi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with a Horovod for MPI: five minutes unless its wheel is cached."""
+    return install_with_mpi(tmp_path_factory.mktemp("mpi"))

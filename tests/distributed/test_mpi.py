@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.jobs import Job
-from tests.distributed.workers import ROOT, SCRIPTS, environment
+from tests.distributed.mpi import needs_mpi, run
+from tests.distributed.workers import ROOT, SCRIPTS
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        shutil.which("mpicxx") is None or shutil.which("mpirun") is None,
-        reason="no MPI on this machine: `apt-get install libopenmpi-dev openmpi-bin`",
-    ),
-]
-
-
-def run(*command: str | Path, cwd: Path, timeout: float = 300) -> str:
-    done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(1800), needs_mpi]
 
 
 MPIRUN = ("mpirun", "--oversubscribe", "--allow-run-as-root", "-np", "2")
@@ -42,23 +25,6 @@ def mpirun(python: Path, *arguments: str | Path, cwd: Path) -> str:
     return run(*MPIRUN, python, *arguments, cwd=cwd, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with all packages of this one but its Horovod, and with one for MPI."""
-    folder = tmp_path_factory.mktemp("mpi")
-    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
-    links = folder / "packages"
-    links.mkdir()
-    for package in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not package.name.startswith(("horovod", "pip", "__pycache__")):
-            (links / package.name).symlink_to(package)
-    site = next((folder / "venv" / "lib").glob("python*/site-packages"))
-    (site / "packages.pth").write_text(f"{links}\n")
-    interpreter = folder / "venv" / "bin" / "python"
-    run(interpreter, "-m", "dcl_lightning.tools.install_horovod", "--mpi", "on", "--gpu", "cpu", cwd=ROOT, timeout=1500)
-    return interpreter
-
-
 def matrix(folder: Path) -> list[list[float]]:
     report = next((folder / "runs").glob("*/version_0")) / "report" / "accuracy_matrix.json"
     found = json.loads(report.read_text())
@@ -66,26 +32,26 @@ def matrix(folder: Path) -> list[list[float]]:
     return found["matrix"]
 
 
-def test_the_command_line_under_mpirun_gives_the_matrix_of_gloo(python: Path, tmp_path: Path) -> None:
+def test_the_command_line_under_mpirun_gives_the_matrix_of_gloo(python_with_mpi: Path, tmp_path: Path) -> None:
     arguments = ["fit", "--config", ROOT / "configs/icarl_digits.yaml", "--trainer.strategy", "horovod"]
     arguments += ["--data.init_args.batch_size", "8"]
     gloo, mpi = tmp_path / "gloo", tmp_path / "mpi"
     gloo.mkdir()
     mpi.mkdir()
     run(sys.executable, ROOT / "cli.py", *arguments, "--trainer.devices", "2", cwd=gloo)
-    mpirun(python, ROOT / "cli.py", *arguments, cwd=mpi)
+    mpirun(python_with_mpi, ROOT / "cli.py", *arguments, cwd=mpi)
     assert matrix(mpi) == matrix(gloo)
 
 
-def test_adasum_adds_orthogonal_gradients_keeps_equal_ones_and_trains(python: Path, tmp_path: Path) -> None:
-    assert mpirun(python, SCRIPTS / "adasum.py", cwd=tmp_path).count("ADASUM DONE") == 2
+def test_adasum_adds_orthogonal_gradients_keeps_equal_ones_and_trains(python_with_mpi: Path, tmp_path: Path) -> None:
+    assert mpirun(python_with_mpi, SCRIPTS / "adasum.py", cwd=tmp_path).count("ADASUM DONE") == 2
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_mpirun_stops_all_workers_after_the_same_step_and_saves(
-    python: Path, tmp_path: Path, signum: signal.Signals
+    python_with_mpi: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    job = Job(tmp_path, "signal", "0", launcher=MPIRUN, python=str(python))
+    job = Job(tmp_path, "signal", "0", launcher=MPIRUN, python=str(python_with_mpi))
     try:
         job.wait_for("PID", 2)
         time.sleep(1)
@@ -99,8 +65,8 @@ def test_a_signal_to_mpirun_stops_all_workers_after_the_same_step_and_saves(
         job.kill()
 
 
-def test_a_worker_that_hangs_ends_the_job_under_mpirun(python: Path, tmp_path: Path) -> None:
-    job = Job(tmp_path, "hang", "1", launcher=MPIRUN, python=str(python))
+def test_a_worker_that_hangs_ends_the_job_under_mpirun(python_with_mpi: Path, tmp_path: Path) -> None:
+    job = Job(tmp_path, "hang", "1", launcher=MPIRUN, python=str(python_with_mpi))
     try:
         job.wait_for("FAULT AT")
         assert job.end() != 0

@@ -22,13 +22,13 @@ from dcl_lightning.distributed.horovod.worker_process import WorkerProcess
 from dcl_lightning.distributed.ranks import running_horovod, worker_threads
 from dcl_lightning.errors import ConfigurationError, WorkerError
 
-__all__ = ["HorovodLauncher"]
+__all__ = ["ECHOES", "HorovodLauncher"]
 
 R = TypeVar("R")
 _GRACE_S = 3.0  # for worker 0 to notice another's failure by itself
 _LAST_RESORT_S = 10.0  # for worker 0 to end once its operations fail
 _PATIENCE_S = 30.0  # for the others to end after worker 0 has ended well, or after all have stopped
-_ECHOES = ("HorovodInternalError", "WorkerError")  # errors that another worker's failure causes
+ECHOES = ("HorovodInternalError", "WorkerError")  # errors that another worker's failure causes
 _POLL_INTERVAL_S = 0.05
 
 
@@ -85,7 +85,7 @@ class HorovodLauncher(Launcher):
     def note_failure(self, exception: BaseException) -> None:
         """Note that worker 0 ends with an exception: a cause, or the echo of another worker's failure."""
         self._failing = True
-        self._own_failure = type(exception).__name__ not in _ECHOES
+        self._own_failure = type(exception).__name__ not in ECHOES
         if self._own_failure:
             # The others' tracebacks, which echo this failure, would interleave with worker 0's.
             for worker in self._workers:
@@ -160,7 +160,7 @@ class HorovodLauncher(Launcher):
 
     def _cause_of(self, exception: Exception) -> WorkerProcess | None:
         """Return the worker whose failure this exception echoes."""
-        if self._signal or type(exception).__name__ not in _ECHOES:
+        if self._signal or type(exception).__name__ not in ECHOES:
             return None
         # The other workers' operations fail before the process that caused it has ended.
         end = time.monotonic() + (0.0 if isinstance(exception, WorkerError) else _LAST_RESORT_S)

@@ -32,16 +32,38 @@ class RendezvousServer:
     Horovod's server listens on every network address and answers any client. This one listens on 127.0.0.1, and every
     request must begin with the job's secret, which the workers find in their environment. It also deletes a worker's
     address once that worker has met the others, so workers that meet again never connect to closed ports.
+
+    Args:
+        address: at which it listens.
     """
 
-    def __init__(self) -> None:
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self._server = _Server((address, 0), _Handler)
         threading.Thread(target=self._server.serve_forever, name="rendezvous", daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """Its port."""
+        return int(self._server.server_address[1])
+
+    @property
+    def root(self) -> str:
+        """The prefix of its paths, with the secret."""
+        return f"/{self._server.root}"
+
+    def put(self, key: str, value: object) -> None:
+        """Store a value, as ``Rendezvous.put`` does from elsewhere."""
+        self._server.values[f"{_SCOPE}/{key}"] = json.dumps(value).encode()
+
+    def get(self, key: str) -> Any:
+        """Return a value, or None, as ``Rendezvous.get`` does from elsewhere."""
+        body = self._server.values.get(f"{_SCOPE}/{key}")
+        return None if body is None else json.loads(body)
 
     @property
     def variables(self) -> dict[str, str]:
         """Environment variables by which Horovod and ``Rendezvous.of_job`` find the server."""
-        port = self._server.server_address[1]
+        port = self.port
         # Horovod requests http://ADDRESS:PORT/scope/key, so that what follows the slash becomes the start of the path.
         return {_ADDRESS: f"127.0.0.1:{port}/{self._server.secret}", _PORT: str(port)}
 

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -33,18 +34,21 @@ from dcl_lightning._lightning import (
     set_callbacks,
 )
 from dcl_lightning.comm import Comm, SingleProcessComm, comm_of, sum_async
-from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
-from dcl_lightning.errors import DataError
+from dcl_lightning.distributed.horovod.launcher import ECHOES, HorovodLauncher
+from dcl_lightning.distributed.horovod.peers import SILENT, Peers
+from dcl_lightning.distributed.horovod.worker_process import launching_process
+from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError
 from dcl_lightning.types import Clock
 
 __all__ = [
     "StoppedBySignal", "break_off_if_signalled", "current_task", "guard_failures", "remove_stop_callbacks",
-    "requeue_between_steps", "synchronize_stops", "through_signals", "write_stderr",
+    "report_end", "requeue_between_steps", "synchronize_stops", "through_signals", "write_stderr",
 ]  # fmt: skip
 
 R = TypeVar("R")
 Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ENDING_S = 2.0  # from the failure of an operation until the process that caused it has ended
 _SAME_PRESS_S = 1.0  # a terminal and a launcher may both deliver one Ctrl-C
 
 
@@ -208,11 +212,58 @@ def guard_failures(trainer: pl.Trainer) -> _FailureGuard:
     return guard
 
 
-def synchronize_stops(trainer: pl.Trainer, comm: Comm) -> None:
+def synchronize_stops(trainer: pl.Trainer, comm: Comm, peers: Peers) -> None:
     """Let the workers stop and fail together; called before the trainer's set-up hooks."""
     guard = guard_failures(trainer)
-    guard.comm, guard.stops = comm, _StopSynchronization(comm)
+    guard.comm, guard.stops = comm, _StopSynchronization(comm, peers)
     guard.place_first_and_last(trainer)
+
+
+def report_end(peers: Peers, exception: BaseException) -> None:
+    """Tell the user and the other workers why this one ends; if another is the cause, one worker says which.
+
+    Args:
+        peers: the workers.
+        exception: with which this worker ends.
+    """
+    if isinstance(exception, StoppedBySignal):
+        return
+    echo = type(exception).__name__ in ECHOES
+    peers.part("" if echo else _reason_of(exception))
+    if not echo and not isinstance(exception, (CheckpointError, ConfigurationError, DataError)):  # told by themselves
+        write_stderr(f"horovod: {peers.name(peers.rank)} ends: {_reason_of(exception)}")
+    end, ends = time.monotonic() + _ENDING_S, dict[int, str]()
+    while echo and not ends and time.monotonic() < end:
+        ends = _ends(peers)
+        time.sleep(0.0 if ends else 0.1)
+    _report(peers, ends)
+
+
+def _ends(peers: Peers) -> dict[int, str]:
+    """Return, in words, how other workers have ended that did not end because of another."""
+    ends: dict[int, str] = {}
+    for k, answer in peers.ask("state").items():
+        told = peers.word_of(k)
+        if told:
+            ends[k] = f"ended: {told}"
+        elif told is None and answer.kind == "gone":
+            ends[k] = f"was killed (SIGKILL: from outside, or out of memory); {SILENT['gone']}"
+        elif told is None and answer.kind == "unreachable":
+            ends[k] = f"does not answer; {SILENT['unreachable']}"
+    return ends
+
+
+def _report(peers: Peers, ends: dict[int, str]) -> None:
+    """Write how others have ended, on the first worker that has not: all know the same."""
+    if min(set(range(peers.size)) - ends.keys()) == peers.rank:
+        for k, words in ends.items():
+            write_stderr(f"horovod: {peers.name(k)} {words}")
+
+
+def _reason_of(exception: BaseException) -> str:
+    if isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
+        return _name(signal.SIGINT if isinstance(exception, KeyboardInterrupt) else signal.SIGTERM)
+    return f"{type(exception).__name__}: {str(exception).partition(chr(10))[0]}"
 
 
 def remove_stop_callbacks(trainer: pl.Trainer) -> None:
@@ -294,12 +345,12 @@ class _StopSynchronization(pl.Callback):
     The message is sent when a step begins and read at its end, when the gradients' allreduces have ended.
     """
 
-    def __init__(self, comm: Comm) -> None:
+    def __init__(self, comm: Comm, peers: Peers) -> None:
         self._comm = comm
         self._began_at = 0
         self._exchange = _SignalExchange("together", comm)
         self._signalled: list[int] = []
-        self.signals = _SignalRecorder()
+        self.signals = _SignalRecorder(peers)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -371,9 +422,13 @@ class _SignalRecorder:
     """Records SIGINT and SIGTERM during training: the first is noted, a second one ends the job at once.
 
     A thread reads them, because Python runs no handler while the main thread waits within Horovod.
+
+    Args:
+        peers: the workers, because a launcher also sends a signal when one of them was killed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
         self._seen: dict[int, float] = {}
         self._before: dict[int, Handler] = {}
         self._pipe: tuple[int, int] | None = None
@@ -415,6 +470,9 @@ class _SignalRecorder:
     def _note(self, signum: int, launcher: object) -> None:
         now = time.monotonic()
         if not self._seen:
+            self._seen[signum] = now  # before the others are asked, which may take a while
+            if launching_process() is None and not isinstance(launcher, HorovodLauncher):
+                _report(self._peers, _ends(self._peers))
             name = _name(signum)
             write_stderr(f"horovod: {name}: all workers stop after this step; a second signal ends them at once")
         elif now - max(self._seen.values()) > _SAME_PRESS_S:
@@ -508,7 +566,8 @@ def _name(signum: int) -> str:
 
 def write_stderr(text: str) -> None:
     """Write a line to stderr, bypassing ``sys.stderr``, whose lock a signal handler or hanging thread may hold."""
-    os.write(2, f"{text}\n".encode())
+    with suppress(OSError):  # a launcher that is gone reads no more
+        os.write(2, f"{text}\n".encode())
 
 
 # -- SLURM: save and requeue between two steps ---------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -33,22 +33,26 @@ from dcl_lightning.distributed.horovod.environment import HorovodEnvironment, ch
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.mesh import connect_workers, disconnect_workers
+from dcl_lightning.distributed.horovod.peers import Peers, meet_peers
 from dcl_lightning.distributed.horovod.relay import SignalListener
 from dcl_lightning.distributed.horovod.rendezvous import Rendezvous, wait_for_workers
 from dcl_lightning.distributed.horovod.shutdown import (
     guard_failures,
     remove_stop_callbacks,
+    report_end,
     requeue_between_steps,
     synchronize_stops,
 )
-from dcl_lightning.distributed.horovod.watchdog import Watchdog, poll_while_waiting
-from dcl_lightning.distributed.ranks import launched_by_horovod, mpi_runs, set_rank_from_environment
+from dcl_lightning.distributed.horovod.watchdog import Watchdog, limited_start, poll_while_waiting
+from dcl_lightning.distributed.horovod.worker_process import launching_process
+from dcl_lightning.distributed.ranks import launched_by_horovod, mpi_runs, running_horovod, set_rank_from_environment
 from dcl_lightning.errors import ConfigurationError, HorovodNotFoundError, check_words
 
 __all__ = ["HorovodStrategy", "fork_hazard"]
 
 T = TypeVar("T")
 _CONNECT_S = 120  # to connect once all workers have arrived; horovodrun's 30 s are too few on busy machines
+_GLOO_LONGEST_S = 864_000  # Gloo counts milliseconds in 32 bits
 _REDUCE_OPS: dict[str, ReduceOp] = {"sum": "sum", "mean": "mean", "avg": "mean", "min": "min", "max": "max"}
 
 
@@ -74,9 +78,10 @@ class HorovodStrategy(ParallelStrategy):
             part on all workers or on none, else the job ends with an error that names it.
         bind: cores of each worker: ``none``, all available ones; ``core``, its share of the host's cores; ``numa``,
             the cores of its share of the NUMA nodes. The number of threads follows, unless OMP_NUM_THREADS is set.
-        start_timeout: seconds, at least 1, that workers wait for each other at the start.
-        collective_timeout: seconds that a worker may wait within one operation before the job ends, showing the
-            stacks of the workers that hang; 0 for no limit.
+        start_timeout: seconds, at least 1, that workers wait for each other at the start; later operations have only
+            ``collective_timeout``.
+        collective_timeout: seconds that a worker may wait within one operation before the job ends, naming the workers
+            that hang, with their stacks, are gone, or are on a host that does not answer; 0 for no limit.
 
     Raises:
         HorovodNotFoundError: Horovod is not installed, or without PyTorch support.
@@ -128,6 +133,7 @@ class HorovodStrategy(ParallelStrategy):
         self._start_timeout, self._collective_timeout = start_timeout, collective_timeout or math.inf
         self._watchdog: Watchdog | None = None
         self._listener = SignalListener()
+        self._peers: Peers | None = None
         self._comm: Comm = SingleProcessComm()
         self._failed = False
         set_rank_from_environment()
@@ -215,13 +221,15 @@ class HorovodStrategy(ParallelStrategy):
         first = not hvd.is_initialized()
         if first:
             self._wait_for_workers(trainer)
-        hvd.init()
+        with self._limited_start():
+            hvd.init()
         poll_while_waiting()
         self._failed = False
         self._comm = SingleProcessComm()
         if hvd.size() > 1:
             self._comm = HorovodComm(mesh=connect_workers(HorovodComm(), first, self._start_timeout))
         set_rank_from_environment()
+        self._peers = meet_peers(self._comm, first) if hvd.size() > 1 else None
         if first and hvd.size() > 1:
             threads = bind_worker(self._bind, self._comm)
             if "OMP_NUM_THREADS" not in os.environ:
@@ -232,8 +240,8 @@ class HorovodStrategy(ParallelStrategy):
                     f"{_counted(torch.get_num_threads(), 'thread')} each",
                     flush=True,
                 )
-        if trainer is not None and self._comm.size > 1:
-            synchronize_stops(trainer, self._comm)
+        if trainer is not None and self._peers is not None:
+            synchronize_stops(trainer, self._comm, self._peers)
             requeue_between_steps(trainer)
         super().setup_environment()
         reset_seed()
@@ -245,7 +253,9 @@ class HorovodStrategy(ParallelStrategy):
             WorkerError: workers did not arrive in time.
         """
         given = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "0")
-        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(int(given), int(self._start_timeout), _CONNECT_S))
+        # It holds for every operation, and names nobody: the watchdog, which asks who is silent, speaks before.
+        limit = min(max(self._start_timeout, self._collective_timeout) + _CONNECT_S, _GLOO_LONGEST_S)
+        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(int(given), math.ceil(limit)))
         # Gradients come in messages of their own; fused as they come, their sums would depend on the time.
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         if ranks.world_size() == 1:
@@ -256,6 +266,17 @@ class HorovodStrategy(ParallelStrategy):
         if meeting is not None:
             failed = self._launcher.failed_workers if isinstance(self._launcher, HorovodLauncher) else list
             wait_for_workers(meeting, ranks.rank(), ranks.world_size(), self._start_timeout, failed)
+
+    def _limited_start(self) -> AbstractContextManager[None]:
+        """Limit the start within the block; under Gloo all workers have arrived, and have yet to connect."""
+        if ranks.world_size() == 1 or running_horovod() is not None:
+            return nullcontext()
+        if Rendezvous.of_job() is None:
+            remedy = "mpirun -mca btl_tcp_if_include NAME -mca oob_tcp_if_include NAME"
+            return limited_start(self._start_timeout, remedy, self._launcher)
+        return limited_start(
+            max(self._start_timeout, _CONNECT_S), "horovodrun --network-interfaces NAME", self._launcher
+        )
 
     def model_to_device(self) -> None:
         """Move the module to this worker's device."""
@@ -301,8 +322,8 @@ class HorovodStrategy(ParallelStrategy):
     def _watch(self, trainer: pl.Trainer) -> None:
         """Start the watchdog and the log files, now that data is prepared, a download by one worker included."""
         self._stop_watching()
-        if self._comm.size > 1:
-            self._watchdog = Watchdog(trainer, self._collective_timeout, self._comm, self._launcher, self._averager)
+        if self._peers is not None:
+            self._watchdog = Watchdog(trainer, self._collective_timeout, self._peers, self._launcher, self._averager)
         folder = None if trainer.logger is None else trainer.logger.log_dir
         if isinstance(self._launcher, HorovodLauncher) and folder is not None:
             self._launcher.log_to(Path(folder) / "logs")
@@ -336,6 +357,8 @@ class HorovodStrategy(ParallelStrategy):
         self._averager.detach()
         if isinstance(self._launcher, HorovodLauncher):
             self._launcher.note_failure(exception)
+        elif self._peers is not None and launching_process() is None:  # otherwise the local launcher reports
+            report_end(self._peers, exception)
         if self._comm.size > 1:
             import horovod.torch as hvd
 

@@ -11,23 +11,24 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from dcl_lightning.comm import Comm
+from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.horovod import mesh
 from dcl_lightning.distributed.horovod.gradients import GradientAverager
 from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
-from dcl_lightning.distributed.horovod.rendezvous import Rendezvous
+from dcl_lightning.distributed.horovod.peers import SILENT, Answer, Peers, addresses_here, host_name
 from dcl_lightning.distributed.horovod.shutdown import current_task, write_stderr
 from dcl_lightning.distributed.horovod.worker_process import launching_process
 
-__all__ = ["Watchdog", "poll_while_waiting"]
+__all__ = ["Watchdog", "limited_start", "poll_while_waiting"]
 
 # Without these sleeps a job of two workers took 1.5 times as long on two cores that had other work, too.
 _POLL_INTERVAL_S = 2e-5
@@ -35,19 +36,15 @@ _MAX_SHOWN = 8  # workers or parameters named one by one
 
 
 class _State(TypedDict):
-    """What a worker reports to the others: seconds in its present wait, number of its looks, where it is."""
+    """What a worker tells those who ask: seconds in its present wait, where it is."""
 
     waited: float
-    looks: int
     place: str
 
 
 class _Verdict(TypedDict):
     text: str
-    late: list[int]
-
-
-_UNKNOWN: _State = {"waited": 0.0, "looks": 0, "place": "a place that it has not reported"}
+    stacks: list[int]  # of workers to show
 
 
 def poll_while_waiting() -> None:
@@ -76,32 +73,56 @@ def poll_while_waiting() -> None:
     mpi_ops.synchronize = hvd.synchronize = synchronize
 
 
+@contextmanager
+def limited_start(seconds: float, remedy: str, launcher: object) -> Iterator[None]:
+    """End the job, which no exception could, if Horovod's start, within the block, takes too long.
+
+    Args:
+        seconds: limit.
+        remedy: how to select one of several networks.
+        launcher: of the strategy.
+    """
+
+    def end() -> None:
+        found = ", ".join(f"{name} {address}" for name, address in addresses_here().items())
+        write_stderr(
+            f"horovod: worker {ranks.rank()} of {ranks.world_size()} on {host_name()} did not connect to the others "
+            f"within {seconds:g} s (start_timeout): the hosts must reach each other at any TCP port, by one network "
+            f"that all have. Here are {found or 'no networks'}; select one: {remedy}"
+        )
+        _end_job(launcher)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Watchdog:
     """Watches, from a thread, how long this worker waits within one of Horovod's operations.
 
-    The thread reads the stacks of the other threads, so steps do no extra work. Workers report to each other at the
-    rendezvous. When one has waited too long it compares the reports: workers that do not wait, or have stopped
-    reporting, are named and show their stacks, and the job ends. Under MPI, which has no rendezvous, the waiting worker
-    can only report where it waits itself.
+    The thread reads the stacks of the other threads, so steps do no extra work. A worker that has waited too long asks
+    the others: those that do not wait, or do not answer, are named, the former show their stacks, and the job ends.
 
     Args:
         trainer: gives the task, epoch and batch of a report.
         timeout: seconds that a worker may wait within one operation, above 0.
-        comm: the cluster.
+        peers: the other workers.
         launcher: of the strategy; on worker 0 the local launcher, if that started the others.
         gradients: knows which parameters' gradients are waited for.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, timeout: float, comm: Comm, launcher: object, gradients: GradientAverager
+        self, trainer: pl.Trainer, timeout: float, peers: Peers, launcher: object, gradients: GradientAverager
     ) -> None:
-        self._trainer, self._timeout, self._rank, self._size = trainer, timeout, comm.rank, comm.size
+        self._trainer, self._timeout, self._peers, self._rank = trainer, timeout, peers, peers.rank
         self._launcher = launcher if isinstance(launcher, HorovodLauncher) else None
         self._gradients = gradients
-        self._meeting = Rendezvous.of_job()
-        self._interval = min(max(timeout / 10, 0.2), 4.0)
+        self._interval = min(max(timeout / 10, 0.2), 2.0)
         self._since: dict[tuple[int, int], float] = {}
-        self._looks = 0
         self._done = threading.Event()
         # So that the launcher can get the stack of a worker whose threads cannot run any more.
         if not faulthandler.is_enabled():
@@ -111,14 +132,11 @@ class Watchdog:
     def stop(self) -> None:
         """End the watch; safe to repeat."""
         self._done.set()
+        self._peers.put("state", None)
 
     def _run(self) -> None:
         while not self._done.wait(self._interval):
-            waited = self._look()
-            try:
-                verdict = self._report_and_judge(waited)
-            except OSError as error:
-                verdict = self._judge_alone(f"the rendezvous does not answer ({error})", waited)
+            verdict = self._report_and_judge(self._look())
             if verdict is not None and not self._done.is_set():
                 self._carry_out(verdict)
                 return
@@ -131,68 +149,55 @@ class Watchdog:
 
     def _report_and_judge(self, waited: float) -> _Verdict | None:
         """Report this worker's state; return this or another worker's verdict, if one exists."""
-        if self._meeting is None:
-            return self._judge_alone("MPI has no rendezvous at which to ask them", waited)
-        self._looks += 1
-        state: _State = {"waited": waited, "looks": self._looks, "place": self._place()}
-        self._meeting.put(f"state.{self._rank}", state)
-        verdict: _Verdict | None = self._meeting.get("verdict")
-        return self._judge(self._meeting) if verdict is None and waited > self._timeout else verdict
+        state: _State = {"waited": waited, "place": self._place()}
+        if not self._done.is_set():
+            self._peers.put("state", state)
+        verdict: _Verdict | None = self._peers.get("verdict")
+        return self._judge() if verdict is None and waited > self._timeout else verdict
 
-    def _judge(self, meeting: Rendezvous) -> _Verdict | None:
-        # The states are read twice: a worker that has not looked in between has stopped reporting.
-        before = self._states(meeting)
+    def _judge(self) -> _Verdict | None:
+        # Until the others have looked, too.
         if self._done.wait(1.5 * self._interval) or self._look() <= self._timeout:
             return None
-        states = self._states(meeting)
-        alive = [k for k, state in states.items() if state["looks"] > before[k]["looks"]]
-        waiting = [k for k in alive if k != self._rank and states[k]["waited"] > 0]
-        if any(k < self._rank and states[k]["waited"] > self._timeout for k in waiting):
+        answers = self._peers.ask("state")
+        given: _Verdict | None = self._peers.get("verdict")
+        if given is not None:
+            return given
+        waited = {k: float(answer.value["waited"]) if answer.value else 0.0 for k, answer in answers.items()}
+        if any(k < self._rank and waited[k] > self._timeout for k in answers):
             return None  # that worker gives the verdict
-        late = [k for k in states if k != self._rank and k not in waiting]
-        lines = [self._headline(late), f"  worker {self._rank} waits in {self._place()}"]
-        for k in (late or waiting)[:_MAX_SHOWN]:
-            words = "waits in" if k in waiting else "is in" if k in alive else "gives no sign of life; last seen in"
-            lines.append(f"  worker {k} {words} {states[k]['place']}")
-        verdict: _Verdict = {"text": "\n".join(lines), "late": late or list(states)}
-        meeting.put("verdict", verdict)
+        late = {k: answer for k, answer in answers.items() if not waited[k]}
+        lines = [self._headline(late), f"  {self._peers.name(self._rank)} waits in {self._place()}"]
+        for k in list(late or answers)[:_MAX_SHOWN]:
+            lines.append(f"  {self._peers.name(k)} {_described(answers[k])}")
+        stacks = [k for k, answer in late.items() if answer.kind in ("answers", "frozen")]
+        verdict: _Verdict = {"text": "\n".join(lines), "stacks": stacks if late else [self._rank, *answers]}
         write_stderr(verdict["text"])
+        self._peers.tell("verdict", verdict)
+        # A launcher that is stuck as a whole: make it show where.
+        parent = launching_process()
+        if parent is not None and 0 in late and late[0].kind == "frozen":
+            os.kill(parent, signal.SIGABRT)
         return verdict
 
-    def _states(self, meeting: Rendezvous) -> dict[int, _State]:
-        return {k: meeting.get(f"state.{k}") or _UNKNOWN for k in range(self._size)}
-
-    def _headline(self, late: list[int]) -> str:
-        waited = f"that worker {self._rank} has waited for more than {self._timeout:g} s (collective_timeout)"
+    def _headline(self, late: Mapping[int, Answer]) -> str:
+        me = self._peers.name(self._rank)
+        waited = f"that {me} has waited for more than {self._timeout:g} s (collective_timeout)"
         if not late:
             return f"horovod: all workers wait, for different operations; in the one {waited}:"
-        names = _shown([str(k) for k in late])
-        return f"horovod: {'worker' if len(late) == 1 else 'workers'} {names} did not come to an operation {waited}:"
-
-    def _judge_alone(self, why: str, waited: float) -> _Verdict | None:
-        if waited <= self._timeout:
-            return None
-        text = (
-            f"horovod: worker {self._rank} has waited for the others for more than {self._timeout:g} s "
-            f"(collective_timeout), and {why}\n  worker {self._rank} waits in {self._place()}"
-        )
-        write_stderr(text)
-        # If the rendezvous is silent, the process that holds it is stuck as a whole: make it show where.
-        parent = launching_process()
-        if self._meeting is not None and parent is not None and self._launcher is None:
-            os.kill(parent, signal.SIGABRT)
-        return {"text": text, "late": [self._rank]}
+        names = _shown([self._peers.name(k) for k in late])
+        kinds = {answer.kind for answer in late.values()}
+        why = f": {SILENT[kinds.pop()]}" if len(kinds) == 1 and not kinds & {"answers"} else ""
+        return f"horovod: {names} did not come to an operation {waited}{why}"
 
     def _carry_out(self, verdict: _Verdict) -> None:
-        late = verdict["late"]
-        if self._rank in late:
+        stacks = verdict["stacks"]
+        if self._rank in stacks:
             write_stderr(f"horovod: where worker {self._rank} is:")
             faulthandler.dump_traceback(2)
-        elif self._launcher is None:
-            time.sleep(2 * self._interval)  # for workers that hang to show their stacks
-        if self._launcher is not None:
-            self._launcher.abort(1, stuck=[k for k in late if k != self._rank], patience=2 * self._interval + 1)
-        os._exit(1)
+        elif self._launcher is None and stacks:
+            time.sleep(2 * self._interval)  # for them
+        _end_job(self._launcher, [k for k in stacks if k != self._rank], patience=2 * self._interval + 1)
 
     def _place(self) -> str:
         """Return stage, task, epoch, batch and source line at which this worker is."""
@@ -212,6 +217,23 @@ class Watchdog:
         if names:
             words.append(f"for the gradient of {names[0]}")
         return ", ".join(words)
+
+
+def _end_job(launcher: object, stuck: Collection[int] = (), patience: float = 0.0) -> NoReturn:
+    """End this process and what its launcher started, with exit code 1."""
+    if isinstance(launcher, HorovodLauncher):
+        launcher.abort(1, stuck=stuck, patience=patience)
+    os._exit(1)
+
+
+def _described(answer: Answer) -> str:
+    """Return what a worker that was asked does."""
+    state: _State | None = answer.value
+    if answer.kind != "answers":
+        return f"does not answer: {SILENT[answer.kind]}"
+    if state is None:
+        return "is not within fit, validate, test or predict"
+    return f"{'waits' if state['waited'] else 'is'} in {state['place']}"
 
 
 def _shown(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""A job with one fault at one place: ``faulty_job.py WHAT RANK``."""
+"""A job with one fault at one place: ``faulty_job.py WHAT RANK [COLLECTIVE_TIMEOUT]``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def say(text: str) -> None:
 
 WHAT, RANK = sys.argv[1], int(sys.argv[2])
 ME = int(os.environ.get("HOROVOD_RANK", "0"))  # none is set yet in the process that launches
+COLLECTIVE_TIMEOUT = float(sys.argv[3]) if len(sys.argv) > 3 else 3 if WHAT in ("hang", "freeze") else 1800
 if WHAT in ("never", "away", "late") and ME == RANK:
     say(f"PID {os.getpid()}")
     time.sleep(40 if WHAT == "late" else 3600)
@@ -27,6 +28,7 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 from dcl_lightning import HorovodStrategy  # noqa: E402
 from dcl_lightning.comm import comm_of  # noqa: E402
+from dcl_lightning.distributed.ranks import launched_by_horovod  # noqa: E402
 from tests.distributed.toy import Toy, shard, trainer  # noqa: E402
 
 STEP = 5  # the first in which something goes wrong
@@ -41,6 +43,7 @@ class Collector(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.trainer = trainer
+        say(f"CLOCK {time.time()}")
         say(f"PID {os.getpid()}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -69,9 +72,7 @@ class Faulty(Toy):
 
 
 if __name__ == "__main__":
-    strategy = HorovodStrategy(
-        start_timeout=5 if WHAT == "never" else 120, collective_timeout=3 if WHAT in ("hang", "freeze") else 1800
-    )
+    strategy = HorovodStrategy(start_timeout=5 if WHAT == "never" else 120, collective_timeout=COLLECTIVE_TIMEOUT)
     callbacks = [
         Collector(),
         ModelCheckpoint("checkpoints", save_last=True, every_n_train_steps=2),
@@ -80,7 +81,7 @@ if __name__ == "__main__":
     ]
     t = trainer(
         strategy,
-        devices=2,
+        devices=1 if launched_by_horovod() else 2,
         max_epochs=3 if WHAT == "late" else -1,
         enable_checkpointing=True,
         callbacks=callbacks,
