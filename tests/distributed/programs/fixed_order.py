@@ -26,7 +26,8 @@ class Delayed(Toy):
             *[nn.Sequential(nn.Linear(5, 3 + k), nn.Tanh(), nn.Linear(3 + k, 5)) for k in range(6)]
         )
         times = random.Random(10 * timing + rank())
-        for parameter in self.net.parameters():
+        parameters: Any = self.net.parameters()
+        for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda _: time.sleep(times.choice([0.0, 0.0, 0.004])))
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
