@@ -70,7 +70,9 @@ def test_a_worker_that_hangs_ends_the_job_under_mpirun(python_with_mpi: Path, tm
     try:
         job.wait_for("FAULT AT")
         assert job.end() != 0
-        assert "waited for the others for more than 3 s (collective_timeout)" in job.text, job.text
+        told = "did not come to an operation that worker 0 has waited for more than 3 s (collective_timeout)"
+        assert f"horovod: worker 1 {told}" in job.text, job.text
+        assert "worker 1 is in train, epoch 1, batch 1, fail (faulty_job.py:" in job.text
         assert job.check_saved() == 4
     finally:
         job.kill()
