@@ -85,6 +85,7 @@ NOT_RUN: list[tuple[str, str, Check]] = [
     ),
     (r"pip install", "the network", an_extra),
     (r"(horovodrun|mpirun) ", "several hosts, Open MPI", parsed_behind),
+    (r"dcl-lightning run(?!.* fit)", "named in a sentence, without a job", nothing),
     (r"nsys ", "a GPU", parsed_behind),
     (r"py-spy ", "not among the packages of the set-up", parsed_behind),
     (r"'hosts=\$\(scontrol' ", "SLURM", nothing),
@@ -107,7 +108,7 @@ MEANT |= {"/local/scratch": "scratch", "$hosts": "localhost"}
 
 def of_ours(command: Command) -> list[str] | None:
     """Return the arguments behind ``dcl-lightning``, with words that stand for others replaced; None if it is none."""
-    words = [word for word in command.words if not re.match(r"[A-Z_]+=", word)]
+    words = [word for word in command.words if word not in ("exec", "srun") and not re.match(r"[A-Z_]+=", word)]
     if words[:2] == ["python", "cli.py"] or words[0] == "dcl-lightning":
         words = words[2 if words[0] == "python" else 1 :]
     elif words[0] not in ("fit", "validate", "test", "predict"):
