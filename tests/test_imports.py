@@ -104,7 +104,7 @@ def test_importing_the_package_brings_nothing_heavy_and_shows_its_names() -> Non
 # Private names that are used and are not Lightning's: of named tuples, Python, torch, Horovod and continuum.
 FOREIGN = {
     "_replace", "_fields", "_exit", "_current_frames", "_actions", "_buffers", "_last_lr", "_execution_engine",
-    "_handle_map",
+    "_foreach_copy_", "_handle_map",
 }  # fmt: skip
 
 
