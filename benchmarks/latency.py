@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import select
 import shutil
 import statistics
@@ -59,7 +60,13 @@ _TAP, _SET_INTERFACE, _NO_HEADER = 0x0002, 0x400454CA, 0x1000
 
 
 def serve_switch(names: list[str], control: Path) -> None:
-    """Be the switch: pass on packets between the interfaces, late by half the round trip that the control file says."""
+    """Be the switch between the interfaces.
+
+    Args:
+        names: of the interfaces, which are made.
+        control: file with the round trip in ms, by half of which packets are late, and the per cent that are lost, if
+            any; read again and again.
+    """
     taps = []
     for name in names:
         tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
@@ -67,11 +74,13 @@ def serve_switch(names: list[str], control: Path) -> None:
         taps.append(tap)
     print("ready", flush=True)
     late: deque[tuple[float, int, bytes]] = deque()
-    delay, looked = 0.0, 0.0
+    delay, loss, looked = 0.0, 0.0, 0.0
+    luck = random.Random(0)
     while True:
         now = time.monotonic()
         if now - looked > 0.05:
-            delay, looked = float(control.read_text() or 0) / 2e3, now
+            said = [*map(float, control.read_text().split()), 0.0, 0.0]
+            delay, loss, looked = said[0] / 2e3, said[1] / 100, now
         while late and late[0][0] <= now:
             _, tap, packet = late.popleft()
             with contextlib.suppress(OSError):
@@ -81,7 +90,8 @@ def serve_switch(names: list[str], control: Path) -> None:
             with contextlib.suppress(OSError):  # nothing more, or an interface that is down
                 while True:
                     packet = os.read(ready, 16384)
-                    late += [(time.monotonic() + delay, tap, packet) for tap in taps if tap != ready]
+                    if luck.random() >= loss:
+                        late += [(time.monotonic() + delay, tap, packet) for tap in taps if tap != ready]
 
 
 @contextlib.contextmanager

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.hosts import Host, needs_hosts, several_hosts
+from tests.distributed.hosts import ADMIN, NETWORK, Host, needs_hosts, several_hosts
 from tests.distributed.jobs import START, Job
 from tests.distributed.mpi import needs_mpi
 from tests.distributed.workers import ROOT, SCRIPTS
@@ -192,6 +194,36 @@ def test_a_link_that_comes_back_in_time_is_no_fault(start: Start) -> None:
     assert job.check_saved() > before, job.text
     assert job.process.poll() is None
     print(f"| link down for 25 s | goes on after {time.monotonic() - job.began:.1f} | | | whole |")
+
+
+@pytest.mark.exhaustive
+def test_a_slow_network_that_loses_packets_is_no_fault(tmp_path: Path) -> None:
+    """By the switch of benchmarks/latency.py: 20 ms there and back, 1 % of the packets lost."""
+    control, folder = tmp_path / "round_trip", tmp_path / "hosts"
+    control.write_text("20 1")
+    folder.mkdir()
+    names = [f"slow{os.getpid() % 100000}{letter}" for letter in "ab"]
+    words = [sys.executable, ROOT / "benchmarks" / "latency.py", "--switch", *names, "--folder", tmp_path]
+    with several_hosts(2, folder) as hosts, subprocess.Popen(words, stdout=subprocess.PIPE) as switch:
+        assert switch.stdout is not None
+        switch.stdout.readline()
+        for host, name in zip(hosts, names, strict=True):
+            host.run("ip link del eth0")
+            subprocess.run(["ip", "link", "set", name, "netns", str(host.init), "name", "eth0"], env=ADMIN, check=True)
+            host.run(f"ip addr add {NETWORK}.{host.number}/24 dev eth0 && ip link set eth0 up")
+        start = Start(hosts, tmp_path)
+        try:
+            job = start.training()
+            began, before = time.monotonic(), job.check_saved()
+            time.sleep(3 * COLLECTIVE_TIMEOUT)
+            steps, seconds = job.check_saved() - before, time.monotonic() - began
+            assert steps > 0, job.text
+            assert job.process.poll() is None, job.text
+            print(f"| 20 ms and 1 % loss | goes on, {1000 * seconds / steps:.0f} ms a step | | | whole |")
+        finally:
+            for one in start.jobs:
+                one.kill()
+            switch.kill()
 
 
 @pytest.mark.exhaustive
