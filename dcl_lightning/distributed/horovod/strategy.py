@@ -221,7 +221,7 @@ class HorovodStrategy(ParallelStrategy):
         first = not hvd.is_initialized()
         if first:
             self._wait_for_workers(trainer)
-        with self._limited_start():
+        with self._limited_start(), self._variables_of_horovod():
             hvd.init()
         poll_while_waiting()
         self._failed = False
@@ -252,12 +252,6 @@ class HorovodStrategy(ParallelStrategy):
         Raises:
             WorkerError: workers did not arrive in time.
         """
-        given = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "0")
-        # It holds for every operation, and names nobody: the watchdog, which asks who is silent, speaks before.
-        limit = min(max(self._start_timeout, self._collective_timeout) + _CONNECT_S, _GLOO_LONGEST_S)
-        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(int(given), math.ceil(limit)))
-        # Gradients come in messages of their own; fused as they come, their sums would depend on the time.
-        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         if ranks.world_size() == 1:
             return
         if trainer is not None:
@@ -266,6 +260,29 @@ class HorovodStrategy(ParallelStrategy):
         if meeting is not None:
             failed = self._launcher.failed_workers if isinstance(self._launcher, HorovodLauncher) else list
             wait_for_workers(meeting, ranks.rank(), ranks.world_size(), self._start_timeout, failed)
+
+    @contextmanager
+    def _variables_of_horovod(self) -> Iterator[None]:
+        """Set, within the block, the environment variables that Horovod reads when it starts."""
+        given = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "0")
+        # It holds for every operation, and names nobody: the watchdog, which asks who is silent, speaks before.
+        limit = min(max(self._start_timeout, self._collective_timeout) + _CONNECT_S, _GLOO_LONGEST_S)
+        # Gradients come in messages of their own; fused as they come, their sums would depend on the time.
+        fusion = os.environ.get("HOROVOD_FUSION_THRESHOLD", "0")
+        wanted = {
+            "HOROVOD_GLOO_TIMEOUT_SECONDS": str(max(int(given), math.ceil(limit))),
+            "HOROVOD_FUSION_THRESHOLD": fusion,
+        }
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     def _limited_start(self) -> AbstractContextManager[None]:
         """Limit the start within the block; under Gloo all workers have arrived, and have yet to connect."""
