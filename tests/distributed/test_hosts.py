@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def run(hosts: list[Host], commands: dict[int, str], folder: Path) -> tuple[str,
     codes = [job.wait(timeout=500) for job in jobs.values()]
     said = "".join((folder / f"said_{place}").read_text() for place in commands)
     assert codes == [0] * len(codes), said
-    assert not any(host.processes() for host in hosts)
+    end = time.monotonic() + 10  # for the sessions of ssh to close
+    while (left := [host.processes() for host in hosts if host.processes()]) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
     (report,), (saved,) = folder.rglob("accuracy_matrix.json"), folder.rglob("last.ckpt")
     return said, json.loads(report.read_text())["matrix"], torch.load(saved, weights_only=True)["state_dict"]
 
