@@ -133,7 +133,14 @@ def without_other_sizes() -> list[Path]:
     return [*kinds.values()]
 
 
-@pytest.mark.parametrize("config", without_other_sizes(), ids=lambda p: p.stem)
+# Of the published protocols the ordinary suite only checks that they are valid; benchmarks/reproduce.py runs them.
+RUN = [
+    pytest.param(config, id=config.stem, marks=[pytest.mark.exhaustive] if config.parent == REPRODUCED else [])
+    for config in without_other_sizes()
+]
+
+
+@pytest.mark.parametrize("config", RUN)
 def test_two_tasks_of_a_few_steps(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     flags = shrunk(config, tmp_path / "datasets")
