@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Literal, get_args, get_origin
 
@@ -18,6 +18,7 @@ __all__ = [
     "WorkerError",
     "check_number",
     "check_words",
+    "some_of",
     "suggestion",
     "whole_number",
 ]
@@ -29,6 +30,7 @@ _RENAMED = {
     "rehearse": "draw_from", "logits": "train_classes", "cut": "sample_order", "shard": "sharding",
 }  # fmt: skip
 
+_MAX_NAMED = 8  # names in a message
 _LARGEST_FLOAT32, _LARGEST_INT = 3.4028235e38, 2**62
 
 
@@ -135,6 +137,15 @@ def suggestion(given: str, names: Iterable[str]) -> str:
     renamed = _RENAMED.get(given)
     near = [renamed] if renamed in right else difflib.get_close_matches(given, right, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near and given not in right else ""
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return names for a message: the first eight, and whether there are others.
+
+    Args:
+        names: at least one.
+    """
+    return ", ".join(names[:_MAX_NAMED]) + (" and others" if len(names) > _MAX_NAMED else "")
 
 
 def check_words(section: str, hints: Mapping[str, object], values: Mapping[str, object]) -> None:

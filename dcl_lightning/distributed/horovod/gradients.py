@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, some_of
 
 __all__ = ["FIND_UNUSED", "GradientAverager"]
 
 FIND_UNUSED = "set find_unused_parameters=true of strategy=horovod"
 _BUCKET_BYTES = 25 << 20  # as ddp's
-_MAX_NAMED = 8
 
 
 class _Bucket:
@@ -71,7 +70,8 @@ class GradientAverager:
         self._names: dict[nn.Parameter, str] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._unsynchronized: dict[nn.Parameter, None] = {}  # an ordered set
-        self._plans: dict[tuple[bool, ...], list[_Bucket]] = {}  # by which parameters are not frozen
+        # By which parameters are not frozen: the messages, and that of each parameter.
+        self._plans: dict[tuple[bool, ...], tuple[list[_Bucket], dict[nn.Parameter, _Bucket]]] = {}
         self._buckets: list[_Bucket] = []  # of the present pass
         self._bucket_of: dict[nn.Parameter, _Bucket] = {}
         self._attached = self._paused = self._queued = False
@@ -161,9 +161,9 @@ class GradientAverager:
     def _begin_pass(self) -> None:
         trained = tuple(p.requires_grad for p in self._names)
         if trained not in self._plans:
-            self._plans[trained] = self._plan([p for p in self._names if p.requires_grad])
-        self._buckets = self._plans[trained]
-        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
+            buckets = self._plan([p for p in self._names if p.requires_grad])
+            self._plans[trained] = buckets, {p: bucket for bucket in buckets for p in bucket.parameters}
+        self._buckets, self._bucket_of = self._plans[trained]
         for bucket in self._buckets:
             bucket.waiting = set(bucket.parameters)
 
@@ -264,10 +264,9 @@ class GradientAverager:
         without = int((~table).any(1).nonzero()[0])  # the first worker that has not all of them
         names = [self._names[p] for p, has in zip(partly, table[without].tolist(), strict=True) if not has]
         other = int(table[:, int((~table[without]).nonzero()[0])].nonzero()[0])
-        more = " and others" if len(names) > _MAX_NAMED else ""
         raise ConfigurationError(
-            f"worker {without}'s backward pass gave no gradient to {', '.join(names[:_MAX_NAMED])}{more}, and worker "
-            f"{other}'s did: {FIND_UNUSED}"
+            f"worker {without}'s backward pass gave no gradient to {some_of(names)}, and worker {other}'s did: "
+            f"{FIND_UNUSED}"
         )
 
 

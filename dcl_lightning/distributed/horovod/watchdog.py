@@ -27,12 +27,13 @@ from dcl_lightning.distributed.horovod.launcher import HorovodLauncher
 from dcl_lightning.distributed.horovod.peers import SILENT, Answer, Peers, addresses_here, host_name
 from dcl_lightning.distributed.horovod.shutdown import current_task, write_stderr
 from dcl_lightning.distributed.horovod.worker_process import launching_process
+from dcl_lightning.errors import some_of
 
 __all__ = ["Watchdog", "limited_start", "poll_while_waiting"]
 
 # Without these sleeps a job of two workers took 1.5 times as long on two cores that had other work, too.
 _POLL_INTERVAL_S = 2e-5
-_MAX_SHOWN = 8  # workers or parameters named one by one
+_MAX_SHOWN = 8  # workers with a line of their own
 
 
 class _State(TypedDict):
@@ -185,7 +186,7 @@ class Watchdog:
         waited = f"that {me} has waited for more than {self._timeout:g} s (collective_timeout)"
         if not late:
             return f"horovod: all workers wait, for different operations; in the one {waited}:"
-        names = _shown([self._peers.name(k) for k in late])
+        names = some_of([self._peers.name(k) for k in late])
         kinds = {answer.kind for answer in late.values()}
         why = f": {SILENT[kinds.pop()]}" if len(kinds) == 1 and not kinds & {"answers"} else ""
         return f"horovod: {names} did not come to an operation {waited}{why}"
@@ -234,10 +235,6 @@ def _described(answer: Answer) -> str:
     if state is None:
         return "is not within fit, validate, test or predict"
     return f"{'waits' if state['waited'] else 'is'} in {state['place']}"
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_SHOWN]) + (" and others" if len(names) > _MAX_SHOWN else "")
 
 
 def _is_within_wait(frame: FrameType) -> bool:
