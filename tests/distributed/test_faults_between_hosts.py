@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -272,23 +273,27 @@ def test_a_network_that_leads_nowhere_ends_the_start_under_mpi(start: Start, pyt
             host.run("ip link del docker0")
 
 
+@contextmanager
+def own_folder(host: Host, folder: Path, options: str = "") -> Iterator[None]:
+    """Within the block a host has an empty folder of its own at this place, as on a disk that the others do not see."""
+    folder.mkdir(exist_ok=True)
+    assert host.run(f"mount -t tmpfs {options} tmpfs {folder}").returncode == 0
+    try:
+        yield
+    finally:
+        host.run(f"umount {folder}")
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("fault", "command"),
-    [
-        ("clone missing", f"mount -t tmpfs tmpfs {SCRIPTS}"),
-        ("environment missing", f"mount -t tmpfs tmpfs {ROOT / 'dcl_lightning'}"),
-    ],
+    ("fault", "folder"), [("clone missing", SCRIPTS), ("environment missing", ROOT / "dcl_lightning")]
 )
-def test_a_host_that_lacks_something_ends_the_job(fault: str, command: str, start: Start) -> None:
-    assert start.hosts[1].run(command).returncode == 0
-    try:
+def test_a_host_that_lacks_something_ends_the_job(fault: str, folder: Path, start: Start) -> None:
+    with own_folder(start.hosts[1], folder):
         job = start("signal 9")
         assert job.end(START) == 1, job.text
         assert re.search(r"^\[1\]<stderr>:.*(No such file|Error)", job.err.read_text(), re.MULTILINE), job.text
         job.row(f"{fault} on one host (seconds from the command on)")
-    finally:
-        start.hosts[1].run(f"umount {command.split()[-1]}")
 
 
 FIT = f"horovodrun {ON_BOTH} dcl-lightning fit --trainer.strategy horovod --trainer.accelerator cpu --model nil"
@@ -297,71 +302,57 @@ FIT = f"horovodrun {ON_BOTH} dcl-lightning fit --trainer.strategy horovod --trai
 @pytest.mark.exhaustive
 def test_a_host_with_another_configuration_is_refused(start: Start) -> None:
     """The same path, another file."""
-    folder = start.folder / "own"
+    folder, content = start.folder / "own", "data: {{dataset: digits}}\nmodel: {{lr: {}}}\n"
     folder.mkdir()
-    (folder / "c.yaml").write_text("data: {dataset: digits}\nmodel: {lr: 0.1}\n")
-    there = (
-        f"mount -t tmpfs tmpfs {folder} && printf 'data: {{dataset: digits}}\\nmodel: {{lr: 0.2}}\\n' > {folder}/c.yaml"
-    )
-    assert start.hosts[1].run(there).returncode == 0
-    job = SpreadJob(start.hosts, start.folder, f"{FIT} --config {folder}/c.yaml")
-    start.jobs.append(job)
-    try:
+    (folder / "c.yaml").write_text(content.format(0.1))
+    with own_folder(start.hosts[1], folder):
+        (start.folder / "other.yaml").write_text(content.format(0.2))
+        assert start.hosts[1].run(f"cp {start.folder}/other.yaml {folder}/c.yaml").returncode == 0
+        job = SpreadJob(start.hosts, start.folder, f"{FIT} --config {folder}/c.yaml")
+        start.jobs.append(job)
         assert job.end(START) == 1, job.text
         assert "lr" in job.text
         assert "differ" in job.text
         job.row("another configuration on one host (seconds from the command on)")
-    finally:
-        start.hosts[1].run(f"umount {folder}")
 
 
 @pytest.mark.exhaustive
 def test_clocks_that_differ_are_no_fault(start: Start) -> None:
     own = start.folder / "own"
-    own.mkdir()
     (start.folder / "sitecustomize.py").write_text("import time\ntrue = time.time\ntime.time = lambda: true() + 7200\n")
-    there = f"mount -t tmpfs tmpfs {own} && cp {start.folder}/sitecustomize.py {own}"
-    assert start.hosts[1].run(there).returncode == 0
-    job = start.training(by=f"env PYTHONPATH={own}:{ROOT} {HOROVODRUN}")
-    times = sorted(float(line.split()[-1]) for line in job.out.read_text().splitlines() if "CLOCK" in line)
-    try:
-        assert times[1] - times[0] > 7000, job.text
-        assert job.check_saved() > 0
-        print("| clock two hours off on one host | goes on | | | whole |")
-    finally:
-        job.kill()
-        start.hosts[1].run(f"umount {own}")
+    with own_folder(start.hosts[1], own):
+        assert start.hosts[1].run(f"cp {start.folder}/sitecustomize.py {own}").returncode == 0
+        job = start.training(by=f"env PYTHONPATH={own}:{ROOT} {HOROVODRUN}")
+        try:
+            times = sorted(float(line.split()[-1]) for line in job.out.read_text().splitlines() if "CLOCK" in line)
+            assert times[1] - times[0] > 7000, job.text
+            assert job.check_saved() > 0
+            print("| clock two hours off on one host | goes on | | | whole |")
+        finally:
+            job.kill()
 
 
 @pytest.mark.exhaustive
 def test_a_full_disk_ends_the_job_and_leaves_what_was_saved(start: Start) -> None:
     folder = start.folder / "checkpoints"
-    folder.mkdir()
-    assert start.hosts[0].run(f"mount -t tmpfs -o size=16k tmpfs {folder}").returncode == 0
-    try:
+    with own_folder(start.hosts[0], folder, "-o size=16k"):
         job = start("signal 9")
         code = job.end(START)
         assert code != 0, job.text
         assert "No space left on device" in job.text
         start.hosts[0].run(f"cp {folder}/last.ckpt {start.folder}")
         job.row("disk full on the launching host (seconds from the command on)", job.check_saved(".", "last.ckpt"))
-    finally:
-        start.hosts[0].run(f"umount {folder}")
 
 
 @pytest.mark.exhaustive
 def test_hosts_without_a_shared_folder_of_runs_are_told(start: Start) -> None:
     """Worker 0 saves; a job that resumes would miss its file on the other host."""
     folder = start.folder / "runs"
-    folder.mkdir()
-    assert start.hosts[1].run(f"mount -t tmpfs tmpfs {folder}").returncode == 0
     command = f"{FIT} --data.dataset digits --model.epochs_per_task 1 --trainer.logger.init_args.save_dir {folder}"
-    job = SpreadJob(start.hosts, start.folder, command)
-    start.jobs.append(job)
-    try:
+    with own_folder(start.hosts[1], folder):
+        job = SpreadJob(start.hosts, start.folder, command)
+        start.jobs.append(job)
         code = job.end(START)
         assert code != 0, job.text
         assert re.match(r"error: worker 1 on host host2 wrote .*: checkpoints need a folder that all hosts", job.error)
         job.row("folder of runs not shared (seconds from the command on)")
-    finally:
-        start.hosts[1].run(f"umount {folder}")
