@@ -137,7 +137,8 @@ def test_a_worker_that_never_comes_is_named(job: Job) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_horovodrun_ends_at_once(signum: signal.Signals, tmp_path: Path) -> None:
-    job = Job(tmp_path, "signal", "0", launcher=(str(Path(sys.executable).parent / "horovodrun"), "-np", "2"))
+    horovodrun = (str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2")
+    job = Job(tmp_path, "signal", "0", launcher=horovodrun)
     try:
         job.wait_for("PID", 2)
         time.sleep(1)

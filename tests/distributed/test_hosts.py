@@ -24,7 +24,7 @@ PORT = 29511
 def horovodrun(count: int, each: int, fit: str) -> dict[int, str]:
     """Return the command of each host, by its place: that of the first, which starts workers on all."""
     slots = ",".join(f"host{k + 1}:{each}" for k in range(count))
-    return {0: f"horovodrun -np {count * each} -H {slots} python {fit}horovod"}
+    return {0: f"horovodrun --gloo -np {count * each} -H {slots} python {fit}horovod"}
 
 
 def horovodrun_from_elsewhere(count: int, each: int, fit: str) -> dict[int, str]:

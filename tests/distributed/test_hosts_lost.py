@@ -34,7 +34,7 @@ class Run:
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         self.hosts, self.folder = hosts, folder
         slots = ",".join(f"{host.name}:1" for host in hosts)
-        launch = f"dcl-lightning run --max-restarts 4 --min-workers 1 -- horovodrun -np {len(hosts)} -H {slots} "
+        launch = f"dcl-lightning run --max-restarts 4 --min-workers 1 -- horovodrun --gloo -np {len(hosts)} -H {slots} "
         with (folder / "said").open("w") as said:
             self.process: Command = hosts[0].popen(launch + FIT.format(folder=folder), stdout=said, stderr=said)
 
