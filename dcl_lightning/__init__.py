@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dcl_lightning._version import __version__ as __version__
 
-# Registers ``Trainer(strategy="horovod")``; imports no Horovod.
+# Registers ``Trainer(strategy="fsdp2")`` and ``"horovod"``; imports no Horovod.
+from dcl_lightning.distributed.fsdp2 import FSDP2Strategy
 from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ __all__ = [
     "ContinualDataModule",
     "DERpp",
     "DarkReplay",
+    "FSDP2Strategy",
     "FineTuning",
     "GDumb",
     "HorovodStrategy",

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as Launcher
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
@@ -26,8 +27,8 @@ __all__ = [
     "cluster_environment_of", "datamodule_of", "dev_run_batches", "has_progress_bar", "has_version",
     "log_interval", "loggers_write", "monitored_by", "optimizers_to_device", "overfit_batches",
     "reload_loaders_each_epoch", "reload_training_data", "reload_validation_data", "replace_save", "restore_save",
-    "set_callbacks", "set_wrapped_io", "step_is_open", "synchronises_batchnorm", "trainer_of", "validates_by_time",
-    "wrap_fetching", "wrap_hpc_choice", "wrap_save", "wrap_srun_checks", "wrapped_io",
+    "set_callbacks", "set_wrapped_io", "starts_scripts", "step_is_open", "synchronises_batchnorm", "trainer_of",
+    "validates_by_time", "wrap_fetching", "wrap_hpc_choice", "wrap_save", "wrap_srun_checks", "wrapped_io",
 ]  # fmt: skip
 
 
@@ -86,6 +87,11 @@ def step_is_open(trainer: pl.Trainer) -> bool:
 def synchronises_batchnorm(trainer: pl.Trainer) -> bool:
     """Return whether ``sync_batchnorm`` is set, or layers are synchronised by a plugin of the user's."""
     return vars(trainer.strategy).get("_layer_sync") is not None
+
+
+def starts_scripts(strategy: DDPStrategy) -> bool:
+    """Return whether the workers run the user's script, and are not spawned or forked for each call of the trainer."""
+    return strategy._start_method == "popen"
 
 
 def datamodule_of(trainer: pl.Trainer) -> Any:

@@ -23,9 +23,12 @@ __all__ = [
     "broadcast_tensors",
     "comm_of",
     "gather_rows",
+    "is_parted",
+    "part_of",
     "raise_together",
     "sum_async",
     "used_here",
+    "whole",
 ]
 
 ReduceOp = Literal["sum", "mean", "min", "max"]
@@ -452,3 +455,30 @@ def _from_bytes(data: Tensor, like: Tensor) -> Tensor:
     if not data.numel():
         return like.new_empty((data.shape[0], *like.shape[1:]))
     return data.contiguous().view(like.dtype).view(-1, *like.shape[1:])
+
+
+# -- tensors of which each worker has a part, PyTorch's DTensor --------------------------------------------------------
+
+
+def is_parted(tensor: Tensor) -> bool:
+    """Return whether workers have parts of a tensor, as of weights under ``strategy="fsdp2"``."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that workers may have in parts; if they have, every worker calls it."""
+    untyped: Any = tensor
+    return untyped.full_tensor() if is_parted(tensor) else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the same parts as another one of its shape, without a message.
+
+    Args:
+        tensor: whole, the same on all workers.
+        like: in parts.
+    """
+    from torch.distributed.tensor import distribute_tensor  # of PyTorch 2.5
+
+    parts: Any = like
+    return distribute_tensor(tensor.to(like.device), parts.device_mesh, parts.placements, src_data_rank=None)

@@ -41,6 +41,7 @@ from dcl_lightning.agents.computation import (
 )
 from dcl_lightning.agents.optimization import KeepUnseenRows, build_optimizer, rate_of
 from dcl_lightning.agents.prediction import Inference
+from dcl_lightning.agents.strategies import refuse_strategy
 from dcl_lightning.backbones import Backbone, CosineHead, LinearHead
 from dcl_lightning.backbones.short_names import Network, network_of
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
@@ -50,8 +51,9 @@ from dcl_lightning.callbacks.hooks import wrap_hook
 from dcl_lightning.callbacks.loss_guard import LossGuard
 from dcl_lightning.callbacks.trainer_checks import refuse_changing_accumulation, refuse_tuning
 from dcl_lightning.checkpoint.resume import refuse_another_run
-from dcl_lightning.comm import Comm, comm_of
+from dcl_lightning.comm import Comm, comm_of, is_parted
 from dcl_lightning.data import ContinualDataModule
+from dcl_lightning.distributed.fsdp2 import FSDP2Strategy, hold_whole, release_whole
 from dcl_lightning.errors import ConfigurationError, check_number, check_words, suggestion
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, parameter_groups, warmup_divisor
@@ -100,7 +102,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     """A learner of a stream of tasks; a subclass defines one step's loss, see ``training_loss``.
 
     ``num_classes`` and ``input_spec`` may be left out: the first call of a trainer takes them from its data module and
-    makes the network then. A strategy that sends weights back from its processes, such as ``ddp_spawn``, needs both.
+    makes the network then.
 
     Args:
         backbone: module from inputs ``(B, C, H, W)`` to features ``(B, feature_dim)``; or its name, such as ``mlp``,
@@ -165,6 +167,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     weighs_rows: ClassVar[bool] = True
     # Whether a step goes back through one forward pass several times.
     keeps_graph: ClassVar[bool] = False
+    # What a method does that takes all weights or gradients on each worker, as a predicate of "the agent"; see
+    # ``strategies``.
+    needs_whole_weights: ClassVar[str] = ""
     # Rate of SGD if none is given.
     sgd_lr: ClassVar[float] = 0.05
     # Of an agent of this package: its name on the command line, and the papers to cite by their keys in
@@ -438,9 +443,13 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         # Lightning does so only after it has loaded a checkpoint, whose double precision would be lost.
         self.trainer.precision_plugin.convert_module(self)
         device = self.trainer.strategy.root_device
+        refuse_strategy(self, self.trainer, stage == "fit" and self._compile is not None, dict(self.hparams))
         if self.is_built:
+            wanted: MemoryFormat = self.memory_format
+            if isinstance(self.trainer.strategy, FSDP2Strategy) and device.type != "cpu":
+                wanted = "contiguous"  # as weights have to be there
             precision = str(self.trainer.precision)
-            self.takes_channels_last = set_memory_format(self, self.memory_format, device, precision)
+            self.takes_channels_last = set_memory_format(self, wanted, device, precision)
         if stage == "fit" and self._compile is not None:
             parts = self.backbone, self.head
             compile_networks(self, parts, self._compile, device.type == "cpu", self.keeps_graph)
@@ -458,6 +467,11 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             self._refuse_stream(data)
             if self._per_task:
                 self._note_tasks(data)
+
+    def configure_model(self) -> None:
+        """With ``trainer.strategy=fsdp2`` leave each worker its part of the weights."""
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            self.trainer.strategy.shard(self)
 
     def _refuse_stream(self, data: ContinualDataModule) -> None:
         name = type(self).__name__
@@ -612,7 +626,11 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     def on_fit_start(self) -> None:
         """Keep the initial weights if tasks start from them."""
         if self.reset_state_dict and self._initial is None:
-            self._initial = {k: self.comm.broadcast(v.detach().clone()) for k, v in self._network_state().items()}
+            # Weights of which workers have parts are worker 0's already.
+            self._initial = {
+                name: value.detach().clone() if is_parted(value) else self.comm.broadcast(value.detach().clone())
+                for name, value in self._network_state().items()
+            }
 
     def on_train_start(self) -> None:
         """Note the labels of the data that are learnt now, and how images become inputs."""
@@ -644,6 +662,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             )
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.before_evaluation()
+        hold_whole(self)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -663,6 +682,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and loss over all tasks seen and for each, over all workers."""
+        release_whole(self)
         self._log_counts("val")
 
     on_test_epoch_start = on_validation_epoch_start
@@ -670,7 +690,12 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log accuracy and loss over all tasks and for each, over all workers."""
+        release_whole(self)
         self._log_counts("test")
+
+    def on_predict_epoch_end(self) -> None:
+        """End what evaluation began."""
+        release_whole(self)
 
     def _log_counts(self, prefix: str) -> None:
         assert self._evaluation_counts is not None

@@ -51,6 +51,7 @@ class EWC(ContinualAgent):
     heads = ("linear", "cosine", "per_task")
     short_name = "ewc"
     papers = ("kirkpatrick2017", "schwarz2018")
+    needs_whole_weights = "measures the gradients of single samples"
     fisher: Tensor
     anchor: Tensor
 

@@ -31,6 +31,7 @@ class GDumb(RehearsingAgent):
     heads = ("linear", "cosine", "per_task")
     short_name = "gdumb"
     papers = ("prabhu2020",)
+    needs_whole_weights = "computes nothing on a worker without representatives, for which the others would wait"
     fixed_arguments = ("forward", "reset_state_dict")  # rehearsed rows alone go through the network
     memory = RehearsalConfig(policy="greedy", quota="adaptive", loss="sum")
     required = {"update": "step", "draw_from": "seen", "weighting": "none", "loss": "sum"}

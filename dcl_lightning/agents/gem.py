@@ -45,6 +45,7 @@ class AGEM(RehearsingAgent):
     heads = ("linear", "cosine", "per_task")
     short_name = "agem"
     papers = ("chaudhry2019agem",)
+    needs_whole_weights = "projects the gradient of all weights at once"
     memory = _MEMORY
     required = _REQUIRED
     _reference: Tensor | None = None
@@ -105,6 +106,7 @@ class GEM(RehearsingAgent):
     keeps_graph = True
     short_name = "gem"
     papers = ("lopezpaz2017",)
+    needs_whole_weights = "projects the gradient of all weights at once"
     memory = _MEMORY
     required = _REQUIRED
     # Gradients of each earlier task's samples, in the last column their number.

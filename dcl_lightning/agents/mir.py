@@ -51,6 +51,7 @@ class MIR(RehearsingAgent):
     boundaries = ("known", "hidden")
     short_name = "mir"
     papers = ("aljundi2019",)
+    needs_whole_weights = "tries a step out on a copy of the weights"
     memory = RehearsalConfig(num_samples=50, loss="sum")
     required = {"weighting": "none", "loss": "sum"}
 

@@ -54,6 +54,7 @@ class SI(ContinualAgent):
     heads = ("linear", "cosine", "per_task")
     short_name = "si"
     papers = ("zenke2017",)
+    needs_whole_weights = "follows the path of all weights"
     importance: Tensor
     anchor: Tensor
     path: Tensor

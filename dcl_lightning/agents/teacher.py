@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from dcl_lightning.comm import whole
+
 __all__ = ["Teacher"]
 
 
@@ -26,13 +28,13 @@ class Teacher(nn.Sequential):
         return super().train(False)
 
     def renew(self, *parts: nn.Module) -> None:
-        """Take over the present weights and statistics.
+        """Take over the present weights and statistics; every worker calls it.
 
         Args:
             parts: the modules that were given at the start.
         """
         for copied, part in zip(self, parts, strict=True):
-            copied.load_state_dict(part.state_dict())
+            copied.load_state_dict({name: whole(value) for name, value in part.state_dict().items()})
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dcl_lightning._lightning import average_model_of, averaging_callbacks, datamodule_of
 from dcl_lightning.data.loader import TaskLoader
+from dcl_lightning.distributed.fsdp2 import whole_weights
 from dcl_lightning.distributed.horovod.shutdown import break_off_if_signalled
 from dcl_lightning.types import Batch
 
@@ -81,6 +82,7 @@ def _evaluation_mode(trainer: pl.Trainer, module: pl.LightningModule, averaged: 
                 callback.on_validation_epoch_start(trainer, module)
                 stack.callback(callback.on_validation_epoch_end, trainer, module)
             stack.enter_context(torch.no_grad())
+            stack.enter_context(whole_weights(module))
             module.on_test_model_eval()
             yield
     finally:

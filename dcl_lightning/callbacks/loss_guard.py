@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcl_lightning._lightning import log_interval
 from dcl_lightning.callbacks.task_clock import TaskClock
+from dcl_lightning.comm import whole
 from dcl_lightning.errors import DataError
 from dcl_lightning.types import StateDict
 
@@ -55,7 +56,7 @@ class LossGuard(pl.Callback):
         """Save nothing that has diverged."""
         self._raise_if_diverged(trainer, pl_module)
         # Weights can diverge in a step whose loss was still finite.
-        finite = [p.detach().isfinite().all() for p in pl_module.parameters()]
+        finite = [whole(p.detach().isfinite().all()) for p in pl_module.parameters()]
         if finite and not bool(torch.stack(finite).all()):
             raise _diverged("network after", trainer.global_step, trainer, pl_module)
 

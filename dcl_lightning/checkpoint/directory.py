@@ -13,7 +13,7 @@ from typing import IO
 import lightning.pytorch as pl
 import torch
 
-from dcl_lightning.checkpoint.io import KEY, STAGING, check_files, check_seal, side_folder
+from dcl_lightning.checkpoint.io import KEY, KINDS, STAGING, check_files, check_seal, side_folder
 from dcl_lightning.comm import Comm, raise_together
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.paths import expanded
@@ -123,19 +123,16 @@ def problem_of(path: Path, resumes: bool = True) -> str:
     try:
         check_seal(path)
         checkpoint: StateDict = torch.load(path, map_location="cpu", weights_only=True)
-        if not resumes:
-            return ""
-        if "optimizer_states" not in checkpoint:
+        if resumes and "optimizer_states" not in checkpoint:
             return f"{path} has only weights"
-        memory = checkpoint.get(KEY, {}).get("memory")
-        if memory is None:
-            return ""
-        folder = side_folder(path, memory)
+        records = {kind: checkpoint.get(KEY, {}).get(kind) for kind in KINDS if resumes or kind == "weights"}
+        found = [(side_folder(path, record, kind), record["files"]) for kind, record in records.items() if record]
     except CheckpointError as error:
         return str(error)
     except Exception as error:  # reading a broken file raises many kinds
         return f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})"
-    return check_files(folder, memory["files"], list(range(len(memory["files"]))))
+    problems = (check_files(folder, files, range(len(files))) for folder, files in found)
+    return next((problem for problem in problems if problem), "")
 
 
 def latest_checkpoint(files: Iterable[Path], resumes: bool = True) -> tuple[Path | None, list[str]]:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol, cast
@@ -31,17 +31,19 @@ from dcl_lightning.paths import expanded
 from dcl_lightning.types import StateDict
 
 __all__ = [
-    "FORMAT", "KEY", "STAGING", "SideFilesIO", "Writable", "check_files", "check_seal", "copy_file", "keep_side_files",
-    "side_folder", "stage_files",
+    "FORMAT", "KEY", "KINDS", "STAGING", "SideFilesIO", "Writable", "check_files", "check_seal", "copy_file",
+    "digest_of", "keep_side_files", "new_folder", "side_folder", "stage_files",
 ]  # fmt: skip
 
 KEY = "dcl_lightning"  # of this package's part of a checkpoint
+KINDS = ("memory", "weights")  # of side files: the workers' memories, and their parts of the weights
 FORMAT = 1
 STAGING = ".staging"
 _SEAL = b"dcl_lightning sha256 "
 _SEAL_BYTES = len(_SEAL) + 64
 _ZIP_END = 22  # bytes of a zip file's last record, whose last two are the length of the comment that follows
 _CHUNK = 1 << 22
+_SHARD = re.compile(r"__\d+_\d+\.distcp|\.metadata")  # names that torch.distributed.checkpoint gives
 _NOT_OURS = "this package gives no such names; the checkpoint was changed or is not to be trusted, use another one"
 
 
@@ -91,8 +93,7 @@ def stage_files(comm: Comm, root: Path, write: Callable[[Writable], None]) -> St
     Raises:
         CheckpointError: on all workers, if one could not write or worker 0 does not see its file.
     """
-    place = allgather_text(comm, str(root / uuid.uuid4().hex) if comm.rank == 0 else "")[0]
-    folder, name = Path(place), f"rank_{comm.rank}"
+    folder, name = new_folder(comm, root), f"rank_{comm.rank}"
     mine: StateDict = {"name": name, "host": socket.gethostname()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,24 +121,30 @@ def stage_files(comm: Comm, root: Path, write: Callable[[Writable], None]) -> St
             shutil.rmtree(folder, ignore_errors=True)
         raise
     kept = [{key: file[key] for key in ("name", "bytes", "sha256")} for file in files]
-    return {"token": folder.name, "staged": place, "files": kept}
+    return {"token": folder.name, "staged": str(folder), "files": kept}
 
 
-def side_folder(path: str | os.PathLike[str], memory: StateDict) -> Path:
+def new_folder(comm: Comm, root: Path) -> Path:
+    """Return a name for a folder below ``root``, worker 0's, that no other has; every worker calls this."""
+    return Path(allgather_text(comm, str(root / uuid.uuid4().hex) if comm.rank == 0 else "")[0])
+
+
+def side_folder(path: str | os.PathLike[str], record: StateDict, kind: str = "memory") -> Path:
     """Return the folder of a checkpoint's side files, following links.
 
     Args:
         path: the checkpoint.
-        memory: its record of the side files.
+        record: its record of the side files.
+        kind: of the files, one of ``KINDS``.
 
     Raises:
         CheckpointError: the recorded token could be a path to another place.
     """
-    token = str(memory["token"])
+    token = str(record["token"])
     if not re.fullmatch("[0-9a-f]{32}", token):
-        raise CheckpointError(f"{path} gives {token!r} as the folder of its memory: {_NOT_OURS}")
+        raise CheckpointError(f"{path} gives {token!r} as the folder of its {kind}: {_NOT_OURS}")
     place = path if "://" in str(path) else os.path.realpath(os.path.expanduser(path))
-    return Path(f"{place}.memory", token)
+    return Path(f"{place}.{kind}", token)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -148,24 +155,27 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(written.fileno())
 
 
-def check_files(folder: Path, files: list[StateDict], read: list[int]) -> str:
+def check_files(folder: Path, files: list[StateDict], read: Iterable[int]) -> str:
     """Return what is wrong with side files; an empty string if nothing is.
 
     Args:
         folder: of the files.
         files: the checkpoint's record of each worker's file.
-        read: workers whose files are compared with their digests; of the others only the sizes are checked.
+        read: which of the files are compared with their digests; of the others only the sizes are checked.
     """
+    read = set(read)
     for rank, file in enumerate(files):
-        if file["name"] != f"rank_{rank}":
+        if file["name"] != f"rank_{rank}" and not _SHARD.fullmatch(file["name"]):
             return f"{folder}: the checkpoint gives {file['name']!r} as the file of worker {rank}: {_NOT_OURS}"
         path = folder / file["name"]
         if not path.is_file():
-            return (
-                f"{path} is missing: training resumes only with the memory, in the folder beside the checkpoint; "
-                "validate, test and predict do without"
+            return f"{path} is missing: " + (
+                "parts of the weights are in the folder beside the checkpoint"
+                if _SHARD.fullmatch(file["name"])
+                else "training resumes only with the memory, in the folder beside the checkpoint; validate, test and "
+                "predict do without"
             )
-        if not _has_size(path, file["bytes"]) or (rank in read and _digest(path) != file["sha256"]):
+        if not _has_size(path, file["bytes"]) or (rank in read and digest_of(path) != file["sha256"]):
             return f"{path} is damaged or of another checkpoint: resume from another one of the run"
     return ""
 
@@ -177,7 +187,8 @@ def _has_size(path: Path, num_bytes: int) -> bool:
         return False
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
     with open(path, "rb") as file:
         return _sha256(file, path.stat().st_size)
 
@@ -243,28 +254,32 @@ class SideFilesIO(CheckpointIO):
         Raises:
             CheckpointError: it cannot be written; what had this name before is intact.
         """
-        memory = checkpoint.get(KEY, {}).get("memory") or {}
-        staged, token = memory.pop("staged", None), memory.get("token", "")
+        records = {kind: checkpoint.get(KEY, {}).get(kind) or {} for kind in KINDS}
+        staged = {kind: record.pop("staged", None) for kind, record in records.items()}
         if "://" in str(path):
-            if staged is not None:
+            if any(staged.values()):
                 raise CheckpointError(
-                    f"{path}: a memory is saved in files beside the checkpoint, which need a folder of a file system: "
+                    f"{path}: a memory, and parts of weights, are saved in files beside the checkpoint, which need a folder of a file system: "
                     "give ModelCheckpoint(dirpath=...) one"
                 )
             self.base.save_checkpoint(checkpoint, path, storage_options)
             return
         path = expanded(os.fspath(path))
         with self._busy:
-            self._save(checkpoint, path, storage_options, staged, token)
+            tokens = {kind: record.get("token", "") for kind, record in records.items()}
+            self._save(checkpoint, path, storage_options, {k: place for k, place in staged.items() if place}, tokens)
 
-    def _save(self, checkpoint: StateDict, path: str | Path, options: object, staged: str | None, token: str) -> None:
+    def _save(
+        self, checkpoint: StateDict, path: str | Path, options: object, staged: dict[str, str], tokens: dict[str, str]
+    ) -> None:
         target = Path(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-        folder = Path(f"{target}.memory")
+        folders = {kind: Path(f"{target}.{kind}") for kind in KINDS}
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if staged is not None:
+            for kind, place in staged.items():
+                folder, token = folders[kind], tokens[kind]
                 folder.mkdir(exist_ok=True)
-                shutil.move(staged, folder / token)
+                shutil.move(place, folder / token)
                 # From the inside out: after a crash, the checkpoint must not exist before all that it needs does.
                 for entered in (folder / token, folder, target.parent):
                     _sync_folder(entered)
@@ -273,11 +288,12 @@ class SideFilesIO(CheckpointIO):
             else:
                 self.base.save_checkpoint(checkpoint, path, options)
         except OSError as error:
-            if staged is not None:
-                for left in (staged, folder / token):
+            for kind, place in staged.items():
+                for left in (place, folders[kind] / tokens[kind]):
                     shutil.rmtree(left, ignore_errors=True)
             raise CheckpointError.not_written(path, error) from error
-        _keep_only(folder, token)
+        for kind, folder in folders.items():
+            _keep_only(folder, tokens[kind])
 
     def _staging(self, target: Path) -> Path:
         """Return a folder on the target's file system, from which a rename moves a checkpoint into place."""
@@ -288,7 +304,15 @@ class SideFilesIO(CheckpointIO):
         return target.parent / STAGING
 
     def load_checkpoint(self, path: str | Path, *args: object, **kwargs: object) -> StateDict:
-        """Return a checkpoint, with the folder of its side files added to its record; other arguments go to ``base``.
+        """Return a checkpoint with whole weights, see ``read_checkpoint``."""
+        from dcl_lightning.checkpoint.shards import fill_whole  # which needs this module
+
+        checkpoint = self.read_checkpoint(path, *args, **kwargs)
+        fill_whole(checkpoint)
+        return checkpoint
+
+    def read_checkpoint(self, path: str | Path, *args: object, **kwargs: object) -> StateDict:
+        """Return a checkpoint, with the folders of its side files added to its records; other arguments go to ``base``.
 
         Raises:
             CheckpointError: it does not exist, is damaged, or was written by a later version of this package.
@@ -311,8 +335,9 @@ class SideFilesIO(CheckpointIO):
                 raise CheckpointError(
                     f"{path} has format {ours['format']}, and this version reads up to {FORMAT}: update dcl_lightning"
                 )
-            if ours.get("memory"):
-                ours["memory"]["folder"] = str(side_folder(path, ours["memory"]))
+            for kind in KINDS:
+                if ours.get(kind):
+                    ours[kind]["folder"] = str(side_folder(path, ours[kind], kind))
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -321,7 +346,8 @@ class SideFilesIO(CheckpointIO):
         with self._busy:
             self.base.remove_checkpoint(path)
             if "://" not in str(path):
-                shutil.rmtree(f"{path}.memory", ignore_errors=True)
+                for kind in KINDS:
+                    shutil.rmtree(f"{path}.{kind}", ignore_errors=True)
 
     def teardown(self) -> None:
         """Finish what the base plugin does in the background."""

@@ -1,4 +1,4 @@
-"""Distributed training: ranks, cores, and the Horovod strategy; Horovod itself is imported only when it is used."""
+"""Distributed training: ranks, cores, and the strategies fsdp2 and horovod; Horovod itself is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dcl_lightning.distributed.fsdp2 import FSDP2Strategy
     from dcl_lightning.distributed.horovod.comm import attach_metrics
     from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 
-__all__ = ["HorovodStrategy", "attach_metrics"]
+__all__ = ["FSDP2Strategy", "HorovodStrategy", "attach_metrics"]
 
-_MODULES = {"HorovodStrategy": "horovod.strategy", "attach_metrics": "horovod.comm"}
+_MODULES = {
+    "FSDP2Strategy": "fsdp2",
+    "HorovodStrategy": "horovod.strategy",
+    "attach_metrics": "horovod.comm",
+}
 
 
 def __getattr__(name: str) -> object:
