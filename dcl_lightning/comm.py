@@ -24,6 +24,7 @@ __all__ = [
     "comm_of",
     "gather_rows",
     "is_parted",
+    "own_part",
     "part_of",
     "raise_together",
     "sum_async",
@@ -471,13 +472,21 @@ def whole(tensor: Tensor) -> Tensor:
     return untyped.full_tensor() if is_parted(tensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this worker's part of a tensor, which shares its memory; the tensor itself if it is whole."""
+    untyped: Any = tensor
+    return untyped.to_local() if is_parted(tensor) else tensor
+
+
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor in the same parts as another one of its shape, without a message.
+    """Return a tensor in the same parts as another one, without a message; unchanged if that is whole.
 
     Args:
-        tensor: whole, the same on all workers.
-        like: in parts.
+        tensor: whole, the same on all workers, with as many rows as the other one.
+        like: the other one.
     """
+    if not is_parted(like):
+        return tensor
     from torch.distributed.tensor import distribute_tensor  # of PyTorch 2.5
 
     parts: Any = like

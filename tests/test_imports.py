@@ -72,7 +72,7 @@ def test_every_way_to_import_is_seen(statement: str, part: str, tmp_path: Path) 
 
 
 # What methods share; the short names stand for them all.
-SHARED = {"base", "computation", "nearest_mean", "optimization", "prediction", "replay", "teacher"}
+SHARED = {"base", "computation", "nearest_mean", "optimization", "prediction", "replay", "strategies", "teacher"}
 AGENTS = sorted({f.stem for f in (PACKAGE / "agents").glob("*.py")} - {"__init__", "short_names"})
 
 

@@ -54,7 +54,7 @@ from dcl_lightning.checkpoint.resume import refuse_another_run
 from dcl_lightning.comm import Comm, comm_of, is_parted
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.distributed.fsdp2 import FSDP2Strategy, hold_whole, release_whole
-from dcl_lightning.errors import ConfigurationError, check_number, check_words, suggestion
+from dcl_lightning.errors import CheckpointError, ConfigurationError, check_number, check_words, suggestion
 from dcl_lightning.functional.losses import weighted_cross_entropy
 from dcl_lightning.functional.schedules import ScaleLR, lr_factor, lr_scale, parameter_groups, warmup_divisor
 from dcl_lightning.functional.scores import top_k_hits
@@ -748,6 +748,13 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: StateDict) -> None:
         """Refuse the checkpoint of another run; take over the initial weights and what prediction needs."""
+        # Through a trainer they are whole by now, or this worker's parts.
+        if any(isinstance(value, Tensor) and value.is_meta for value in checkpoint["state_dict"].values()):
+            raise CheckpointError(
+                "the checkpoint's weights are in parts, in the folder beside it: load it through a trainer, as by "
+                "trainer.validate(agent, data, ckpt_path=...), or save it with "
+                "FSDP2Strategy(save_distributed_checkpoint=False)"
+            )
         if not self.is_built:
             saved = checkpoint.get("hyper_parameters", {})
             self._build_if_known(saved.get("num_classes"), saved.get("input_spec"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dcl_lightning.comm import own_part, part_of
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = [
@@ -78,8 +79,7 @@ class KeepUnseenRows:
 
     def __init__(self, agent: _HasHead) -> None:
         self.agent = agent
-        self.untouched: Tensor | None = None
-        self.kept: list[Tensor] = []
+        self.kept: list[tuple[Tensor, Tensor]] = []  # for each of the head's tensors the mask of rows, and those
 
     def attach(self, optimizer: Optimizer) -> None:
         """Keep the rows over each step of an optimizer."""
@@ -88,16 +88,16 @@ class KeepUnseenRows:
 
     def keep(self, *_: object) -> None:
         """Keep the rows before a step."""
-        trained = self.agent.trained_columns()
-        self.untouched = None if trained is None else ~trained
-        self.kept = [p.detach()[self.untouched] for p in self.agent.head.parameters()] if trained is not None else []
+        trained, self.kept = self.agent.trained_columns(), []
+        if trained is not None:
+            for parameter in self.agent.head.parameters():
+                untouched = own_part(part_of(~trained, parameter))
+                self.kept.append((untouched, own_part(parameter.detach())[untouched]))
 
     def restore(self, *_: object) -> None:
         """Put the rows back after a step."""
-        if self.untouched is None:
-            return
-        for parameter, rows in zip(self.agent.head.parameters(), self.kept, strict=True):
-            parameter.data[self.untouched] = rows
+        for parameter, (untouched, rows) in zip(self.agent.head.parameters(), self.kept, strict=bool(self.kept)):
+            own_part(parameter.data)[untouched] = rows
 
 
 # -- weights and gradients as vectors ----------------------------------------------------------------------------------

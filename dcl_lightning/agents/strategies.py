@@ -23,7 +23,7 @@ from dcl_lightning.distributed.fsdp2 import FSDP2Strategy
 from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 from dcl_lightning.errors import ConfigurationError
 
-__all__ = ["PRECISIONS", "STRATEGIES", "Learner", "name_of_strategy", "refuse_strategy", "supported"]
+__all__ = ["PRECISIONS", "STRATEGIES", "Learner", "name_of_strategy", "refuse_name", "refuse_strategy", "supported"]
 
 # By the names of ``trainer.strategy``; ``auto`` is one process.
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "horovod", "fsdp2", "fsdp", "deepspeed")
@@ -34,6 +34,13 @@ _NO_AGENT = {
     "fsdp": "wraps the network in modules past which agents go: give fsdp2, or ddp if the network fits on one device",
     "deepspeed": "has an optimizer and checkpoints of its own: give fsdp2, or ddp if the network fits on one device",
 }
+
+
+# Beginnings of Lightning's other names for them.
+_VARIANTS = {
+    "ddp_spawn_": "ddp_spawn", "ddp_fork": "ddp_spawn", "ddp_notebook": "ddp_spawn", "fsdp_": "fsdp",
+    "deepspeed_": "deepspeed",
+}  # fmt: skip
 
 
 class Learner(Protocol):
@@ -89,6 +96,21 @@ def name_of_strategy(strategy: Strategy) -> str | None:
         DeepSpeedStrategy: "deepspeed", SingleDeviceStrategy: "auto",
     }  # fmt: skip
     return next((name for kind, name in kinds.items() if isinstance(strategy, kind)), None)
+
+
+def refuse_name(given: object) -> None:
+    """Refuse a strategy with which no agent learns by its name, before Lightning makes it or starts processes.
+
+    Args:
+        given: ``trainer.strategy``, by name or already made.
+
+    Raises:
+        ConfigurationError: with what to give instead.
+    """
+    if isinstance(given, str):
+        name = next((name for start, name in _VARIANTS.items() if given.startswith(start)), given)
+        if name in _NO_AGENT:
+            raise ConfigurationError(f"trainer.strategy={given} {_NO_AGENT[name]}")
 
 
 def refuse_strategy(agent: Learner, trainer: pl.Trainer, compile: bool, values: dict[str, object]) -> None:

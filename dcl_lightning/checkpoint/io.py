@@ -259,8 +259,8 @@ class SideFilesIO(CheckpointIO):
         if "://" in str(path):
             if any(staged.values()):
                 raise CheckpointError(
-                    f"{path}: a memory, and parts of weights, are saved in files beside the checkpoint, which need a folder of a file system: "
-                    "give ModelCheckpoint(dirpath=...) one"
+                    f"{path}: a memory is saved in files beside the checkpoint, as are weights in parts, which need a "
+                    "folder of a file system: give ModelCheckpoint(dirpath=...) one"
                 )
             self.base.save_checkpoint(checkpoint, path, storage_options)
             return

@@ -99,9 +99,7 @@ def check_shards(checkpoint: StateDict, comm: Comm) -> None:
         raise_together(comm, problem, CheckpointError)
 
 
-def fill_shards(
-    checkpoint: StateDict, key: str, like: Callable[[Place, Tensor], Tensor | None] | None = None
-) -> None:
+def fill_shards(checkpoint: StateDict, key: str, like: Callable[[Place, Tensor], Tensor | None] | None = None) -> None:
     """Read what was saved in parts into the places that were left for it.
 
     Args:

@@ -149,7 +149,7 @@ def _with_nearest_name(message: str) -> str:
         names = listed = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
     else:
         names = StrategyRegistry.available_strategies()
-        listed = [name for name in ("auto", "ddp", "horovod", "fsdp") if name in ("auto", *names)]
+        listed = [name for name in ("auto", "ddp", "horovod", "fsdp2") if name in ("auto", *names)]
     return f"trainer.{found[1]}={found[2]}: give {', '.join(listed)} or a class path{suggestion(found[2], names)}"
 
 

@@ -23,6 +23,7 @@ import dcl_lightning.backbones.short_names
 from dcl_lightning._lightning import callbacks_of
 from dcl_lightning._version import __version__
 from dcl_lightning.agents import ContinualAgent
+from dcl_lightning.agents.strategies import refuse_name
 from dcl_lightning.backbones import Backbone
 from dcl_lightning.callbacks import PredictionWriter
 from dcl_lightning.cli.checkpoint_path import refuse_foreign_classes, refuse_missing_checkpoint, resume_last
@@ -158,6 +159,7 @@ class ContinualCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer; unless the user brings a ``ModelCheckpoint``, keep the last state."""
         trainer_config = self._get(self.config_init, "trainer")
+        refuse_name(trainer_config.get("strategy"))
         callbacks = trainer_config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         wanted = trainer_config.get("enable_checkpointing") is not False and not trainer_config.get("fast_dev_run")

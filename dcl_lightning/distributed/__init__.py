@@ -1,4 +1,4 @@
-"""Distributed training: ranks, cores, and the strategies fsdp2 and horovod; Horovod itself is imported only when it is used."""
+"""Distributed training: ranks, cores, and the strategies fsdp2 and horovod; Horovod is imported only when used."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ and `nn.ModuleList`) are gathered one by one while they compute. What is not div
 `icarl`, `lwf` and `bic` learn, and the whole network during evaluation, where workers have different numbers of
 batches. The memory is that of every other strategy, local or global.
 
-A checkpoint is one file beside which two folders may stand: `x.ckpt.memory` with the workers' memories, `x.ckpt.weights`
-with their parts of the weights. A job can resume on any number of workers, and with another strategy.
+A checkpoint is one file beside which two folders may stand: `x.ckpt.memory` with the workers' memories,
+`x.ckpt.weights` with their parts of the weights. A job can resume on any number of workers, and with another strategy.
 `load_from_checkpoint` needs whole weights in the file, which
 `--trainer.strategy.save_distributed_checkpoint false` writes.
 
@@ -104,7 +104,8 @@ def markdown() -> str:
     )
     table = [head, ["---"] * len(head), *rows]
     lines = [f"- ({chr(ord('a') + i)}) `{reason}`" for i, reason in enumerate(reasons)]
-    return introduction + "\n".join("| " + " | ".join(row) + " |" for row in table) + "\n\n" + "\n".join(lines) + "\n" + _NOTES
+    shown = ["| " + " | ".join(row) + " |" for row in table]
+    return introduction + "\n".join([*shown, "", *lines, ""]) + _NOTES
 
 
 if __name__ == "__main__":

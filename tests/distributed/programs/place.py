@@ -9,6 +9,8 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from dcl_lightning import FSDP2Strategy
+
 
 def rank() -> int:
     """Return this worker's number."""
@@ -29,11 +31,22 @@ def join_torch_group() -> None:
 
 def elastic_ddp() -> DDPStrategy:
     """Return Lightning's ``ddp`` on these workers, as torchrun would have started them."""
+    return DDPStrategy(cluster_environment=_torchrun(), process_group_backend="gloo")
+
+
+def elastic_fsdp2(apart: bool = True) -> FSDP2Strategy:
+    """Return our ``fsdp2`` on these workers, as torchrun would have started them."""
+    strategy = FSDP2Strategy(apart, process_group_backend="gloo")
+    strategy.cluster_environment = _torchrun()
+    return strategy
+
+
+def _torchrun() -> TorchElasticEnvironment:
     os.environ |= {
         "RANK": str(rank()), "LOCAL_RANK": str(rank()), "GROUP_RANK": "0", "WORLD_SIZE": str(size()),
         "LOCAL_WORLD_SIZE": str(size()), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["TORCH_PORT"],
     }  # fmt: skip
-    return DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+    return TorchElasticEnvironment()
 
 
 def flat(module: nn.Module) -> torch.Tensor:

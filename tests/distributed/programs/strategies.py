@@ -11,19 +11,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from dcl_lightning import ContinualDataModule, FSDP2Strategy
+from dcl_lightning import ContinualDataModule
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import TaskReport
 from dcl_lightning.comm import whole
 from dcl_lightning.errors import ConfigurationError
 from tests.distributed.cells import Cell
-from tests.distributed.programs.place import elastic_ddp, rank
+from tests.distributed.programs.place import elastic_ddp, elastic_fsdp2, rank
 
 # How far weights may be from those of one process, as a share of the way from the initial ones.
 TOLERANCES = {"32-true": 1e-4, "bf16-mixed": 0.05, "16-mixed": 0.01}
@@ -97,14 +97,7 @@ def _examine(folder: Path, cell: Cell) -> tuple[str | None, float | None]:
 
 
 def _strategy(name: str) -> str | Strategy:
-    if name == "ddp":
-        return elastic_ddp()
-    if name == "fsdp2":
-        elastic_ddp()  # which sets the variables
-        strategy = FSDP2Strategy()
-        strategy.cluster_environment = TorchElasticEnvironment()
-        return strategy
-    return name
+    return {"ddp": elastic_ddp, "fsdp2": elastic_fsdp2}.get(name, lambda: name)()
 
 
 def fit(folder: Path, cell: Cell) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,8 +125,10 @@ def fit(folder: Path, cell: Cell) -> tuple[Tensor, Tensor, Tensor]:
     if name == "mir":
         options["num_rehearsed"] = 6 // workers
     compile = {"backend": "aot_eager"} if cell.compile else False
+    torch.compiler.reset()  # after some networks PyTorch gives up, and computes without compilation
+    counters.clear()
     agent = kind(MLP([8]), data.num_classes, lr=0.05, input_spec=data.input_spec, compile=compile, **options)
-    before = nn_vector(agent)
+    before = weights_of(agent)
     precision: dict[str, Any] = {"precision": cell.precision}
     if cell.precision == "16-mixed":  # as on a GPU; Lightning's own choice on a CPU is bf16-mixed
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -146,9 +141,10 @@ def fit(folder: Path, cell: Cell) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
     trainer.fit(agent, datamodule=data)
     assert trainer.world_size == workers
-    return before, nn_vector(agent), agent.clock.matrix.compute()
+    assert bool(counters["frames"]["ok"]) == cell.compile
+    return before, weights_of(agent), agent.clock.matrix.compute()
 
 
-def nn_vector(agent: Any) -> Tensor:
+def weights_of(agent: Any) -> Tensor:
     """Return all weights that are trained as one vector."""
     return torch.cat([whole(p.detach()).flatten().float().clone() for p in agent.parameters() if p.requires_grad])
