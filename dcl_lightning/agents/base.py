@@ -470,8 +470,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     def configure_model(self) -> None:
         """With ``trainer.strategy=fsdp2`` leave each worker its part of the weights."""
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self.trainer.strategy.shard(self)
+        trainer = trainer_of(self)  # None in load_from_checkpoint
+        if trainer is not None and isinstance(trainer.strategy, FSDP2Strategy):
+            trainer.strategy.shard(self)
 
     def _refuse_stream(self, data: ContinualDataModule) -> None:
         name = type(self).__name__

@@ -32,18 +32,22 @@ from dcl_lightning.types import StateDict
 
 __all__ = [
     "FORMAT", "KEY", "KINDS", "STAGING", "SideFilesIO", "Writable", "check_files", "check_seal", "copy_file",
-    "digest_of", "keep_side_files", "new_folder", "side_folder", "stage_files",
+    "keep_side_files", "side_folder", "stage_files",
 ]  # fmt: skip
 
 KEY = "dcl_lightning"  # of this package's part of a checkpoint
-KINDS = ("memory", "weights")  # of side files: the workers' memories, and their parts of the weights
+# Kinds of side files, the workers' memories and their parts of the weights: what a missing one means.
+KINDS = {
+    "memory": "training resumes only with the memory, in the folder beside the checkpoint; validate, test and predict "
+    "do without",
+    "weights": "the weights are in the folder beside the checkpoint",
+}
 FORMAT = 1
 STAGING = ".staging"
 _SEAL = b"dcl_lightning sha256 "
 _SEAL_BYTES = len(_SEAL) + 64
 _ZIP_END = 22  # bytes of a zip file's last record, whose last two are the length of the comment that follows
 _CHUNK = 1 << 22
-_SHARD = re.compile(r"__\d+_\d+\.distcp|\.metadata")  # names that torch.distributed.checkpoint gives
 _NOT_OURS = "this package gives no such names; the checkpoint was changed or is not to be trusted, use another one"
 
 
@@ -93,7 +97,8 @@ def stage_files(comm: Comm, root: Path, write: Callable[[Writable], None]) -> St
     Raises:
         CheckpointError: on all workers, if one could not write or worker 0 does not see its file.
     """
-    folder, name = new_folder(comm, root), f"rank_{comm.rank}"
+    place = allgather_text(comm, str(root / uuid.uuid4().hex) if comm.rank == 0 else "")[0]
+    folder, name = Path(place), f"rank_{comm.rank}"
     mine: StateDict = {"name": name, "host": socket.gethostname()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,12 +126,7 @@ def stage_files(comm: Comm, root: Path, write: Callable[[Writable], None]) -> St
             shutil.rmtree(folder, ignore_errors=True)
         raise
     kept = [{key: file[key] for key in ("name", "bytes", "sha256")} for file in files]
-    return {"token": folder.name, "staged": str(folder), "files": kept}
-
-
-def new_folder(comm: Comm, root: Path) -> Path:
-    """Return a name for a folder below ``root``, worker 0's, that no other has; every worker calls this."""
-    return Path(allgather_text(comm, str(root / uuid.uuid4().hex) if comm.rank == 0 else "")[0])
+    return {"token": folder.name, "staged": place, "files": kept}
 
 
 def side_folder(path: str | os.PathLike[str], record: StateDict, kind: str = "memory") -> Path:
@@ -165,17 +165,12 @@ def check_files(folder: Path, files: list[StateDict], read: Iterable[int]) -> st
     """
     read = set(read)
     for rank, file in enumerate(files):
-        if file["name"] != f"rank_{rank}" and not _SHARD.fullmatch(file["name"]):
+        if file["name"] != f"rank_{rank}":
             return f"{folder}: the checkpoint gives {file['name']!r} as the file of worker {rank}: {_NOT_OURS}"
         path = folder / file["name"]
         if not path.is_file():
-            return f"{path} is missing: " + (
-                "parts of the weights are in the folder beside the checkpoint"
-                if _SHARD.fullmatch(file["name"])
-                else "training resumes only with the memory, in the folder beside the checkpoint; validate, test and "
-                "predict do without"
-            )
-        if not _has_size(path, file["bytes"]) or (rank in read and digest_of(path) != file["sha256"]):
+            return f"{path} is missing: {KINDS[folder.parent.suffix[1:]]}"
+        if not _has_size(path, file["bytes"]) or (rank in read and _digest(path) != file["sha256"]):
             return f"{path} is damaged or of another checkpoint: resume from another one of the run"
     return ""
 
@@ -187,8 +182,7 @@ def _has_size(path: Path, num_bytes: int) -> bool:
         return False
 
 
-def digest_of(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
+def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return _sha256(file, path.stat().st_size)
 

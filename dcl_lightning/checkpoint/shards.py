@@ -1,20 +1,19 @@
-"""Tensors of a checkpoint that workers have in parts: files of all workers beside it, read by any number of workers.
+"""Tensors of a checkpoint that workers have in parts: a file of each worker beside it, read by any number of workers.
 
 In the checkpoint itself stand empty tensors in their places, of the same shape and dtype on PyTorch's device ``meta``.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
-from dcl_lightning.checkpoint.io import FORMAT, KEY, STAGING, check_files, digest_of, new_folder
-from dcl_lightning.comm import Comm, SingleProcessComm, allgather_text, is_parted, part_of, raise_together
+from dcl_lightning.checkpoint.io import FORMAT, KEY, STAGING, Writable, check_files, stage_files
+from dcl_lightning.comm import Comm, SingleProcessComm, is_parted, own_part, part_of, raise_together
 from dcl_lightning.errors import CheckpointError
 from dcl_lightning.types import StateDict
 
@@ -55,35 +54,21 @@ def stage_shards(checkpoint: StateDict, comm: Comm, folder: Path) -> None:
     Raises:
         CheckpointError: on all workers, if one could not write.
     """
-    import torch.distributed.checkpoint as dcp  # takes a while, and few runs need it
-
     shards: dict[str, Tensor] = {}
 
     def take(place: Place, tensor: Tensor) -> Tensor:
         if not is_parted(tensor):
             return tensor
-        shards[_name(place)] = tensor
+        # A copy, since PyTorch saves all of the memory that a tensor is a view of.
+        shards[_name(place)] = own_part(tensor).detach().cpu().clone()
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
+    def write(file: Writable) -> None:
+        torch.save(shards, cast(IO[bytes], file))
+
     checkpoint |= {key: change_tensors(checkpoint[key], take, (key,)) for key in PARTED if key in checkpoint}
-    place = new_folder(comm, folder / STAGING)
-    error, mine = "", list[StateDict]()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        dcp.save(shards, checkpoint_id=place)
-        names = (f"__{comm.rank}_*", ".metadata")[: 2 - (comm.rank > 0)]
-        mine = [
-            {"name": file.name, "bytes": file.stat().st_size, "sha256": digest_of(file)}
-            for name in names
-            for file in sorted(place.glob(name))
-        ]
-    except (OSError, dcp.CheckpointException) as failed:
-        cause = failed if isinstance(failed, OSError) else OSError(str(failed).strip().splitlines()[-1])
-        error = str(CheckpointError.not_written(place, cause))
-    raise_together(comm, error, CheckpointError)
-    files = [file for text in allgather_text(comm, json.dumps(mine)) for file in json.loads(text)]
     ours = checkpoint.setdefault(KEY, {"format": FORMAT})
-    ours["weights"] = {"token": place.name, "staged": str(place), "files": files}
+    ours["weights"] = stage_files(comm, folder / STAGING, write)
 
 
 def check_shards(checkpoint: StateDict, comm: Comm) -> None:
@@ -99,33 +84,27 @@ def check_shards(checkpoint: StateDict, comm: Comm) -> None:
         raise_together(comm, problem, CheckpointError)
 
 
-def fill_shards(checkpoint: StateDict, key: str, like: Callable[[Place, Tensor], Tensor | None] | None = None) -> None:
+def fill_shards(checkpoint: StateDict, key: str, like: Callable[[Place], Tensor | None] | None = None) -> None:
     """Read what was saved in parts into the places that were left for it.
 
     Args:
         checkpoint: as loaded, with the folder of its files, checked; changed in place.
         key: one of ``PARTED``.
-        like: returns a tensor, or None, given the keys below ``key`` and the saved tensor: if workers have parts of
-            it, they get such parts of what was saved; every worker calls this then. If None, all is whole.
+        like: returns the present tensor, or None, given the keys below ``key``: if this worker has a part of it, it
+            gets such a part of what was saved. If None, all is whole.
     """
-    import torch.distributed.checkpoint as dcp
+    record = checkpoint.get(KEY, {}).get("weights") or {"folder": "", "files": []}
+    paths = [Path(record["folder"], file["name"]) for file in record["files"]]
+    files: list[dict[str, Tensor]] = [torch.load(p, map_location="cpu", mmap=True, weights_only=True) for p in paths]
 
-    wanted: dict[str, Tensor] = {}
-
-    def prepare(place: Place, saved: Tensor) -> Tensor:
-        model = like(place[1:], saved) if like is not None else None
-        if model is not None and not (is_parted(model) and model.shape == saved.shape):
-            model = None
-        if not saved.is_meta:
-            return saved if model is None else part_of(saved, model)
-        empty = torch.empty(saved.shape, dtype=saved.dtype)
-        wanted[_name(place)] = empty if model is None else torch.empty_like(model, dtype=saved.dtype)
-        return wanted[_name(place)]
+    def fill(place: Place, saved: Tensor) -> Tensor:
+        value = torch.cat([file[_name(place)] for file in files]) if saved.is_meta else saved
+        present = like(place[1:]) if like is not None else None
+        same = present is not None and is_parted(present) and present.shape == saved.shape
+        return part_of(value, present) if present is not None and same else value
 
     if key in checkpoint:
-        checkpoint[key] = change_tensors(checkpoint[key], prepare, (key,))
-    if wanted:
-        dcp.load(wanted, checkpoint_id=checkpoint[KEY]["weights"]["folder"], no_dist=like is None)
+        checkpoint[key] = change_tensors(checkpoint[key], fill, (key,))
 
 
 def fill_whole(checkpoint: StateDict) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from dcl_lightning.checkpoint.io import keep_side_files
@@ -145,7 +145,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         present = self.lightning_module.state_dict()
         for key in ("state_dict", "initial_weights"):
-            fill_shards(checkpoint, key, lambda path, _: present.get(str(path[0])))
+            fill_shards(checkpoint, key, lambda place: present.get(str(place[0])))
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -158,7 +158,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         loaded = dict(checkpoint)
         # Places: the optimizer's, "state", the weight's number, a name.
-        fill_shards(loaded, "optimizer_states", lambda place, _: weights[place[0]][place[2]])
+        fill_shards(loaded, "optimizer_states", lambda place: weights[place[0]][place[2]])
         Strategy.load_optimizer_state_dict(self, loaded)
 
 

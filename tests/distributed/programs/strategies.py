@@ -97,7 +97,7 @@ def _examine(folder: Path, cell: Cell) -> tuple[str | None, float | None]:
 
 
 def _strategy(name: str) -> str | Strategy:
-    return {"ddp": elastic_ddp, "fsdp2": elastic_fsdp2}.get(name, lambda: name)()
+    return elastic_ddp() if name == "ddp" else elastic_fsdp2() if name == "fsdp2" else name
 
 
 def fit(folder: Path, cell: Cell) -> tuple[Tensor, Tensor, Tensor]:
