@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -18,7 +19,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-from dcl_lightning._lightning import averaging_callbacks, starts_scripts, synchronises_batchnorm
+from dcl_lightning._lightning import averaging_callbacks, callbacks_of, starts_scripts, synchronises_batchnorm
 from dcl_lightning.distributed.fsdp2 import FSDP2Strategy
 from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
 from dcl_lightning.errors import ConfigurationError
@@ -154,7 +155,8 @@ def _other_reasons(trainer: pl.Trainer, values: dict[str, object]) -> Iterator[s
         )
     if synchronises_batchnorm(trainer):
         yield "trainer.sync_batchnorm=true does nothing with trainer.strategy=fsdp2: leave it out, or give ddp"
-    for callback in averaging_callbacks(trainer):
+    swa = (callback for callback in callbacks_of(trainer) if isinstance(callback, StochasticWeightAveraging))
+    for callback in (*averaging_callbacks(trainer), *swa):
         yield (
             f"{type(callback).__name__} copies whole weights, which no worker has with trainer.strategy=fsdp2: leave "
             "it out, or give trainer.strategy=ddp"

@@ -42,38 +42,41 @@ ALL = [cell for agent in short_names.__all__ for strategy in STRATEGIES for cell
 
 _INTRODUCTION = """# Strategies
 
-**The budget is the job's.** `buffer_size` counts the samples that all workers store together. Where each worker fills a
-memory of its own to the full size, N workers rehearse from N times the budget; published results had to be corrected
-for this (the erratum of DyTox, Douillard et al., CVPR 2022). Here the numbers are the same on one worker and on many,
-whatever the strategy: with a batch of B, N workers learn what one process learns with a batch of N B.
+**The budget is the job's.** `buffer_size` counts the samples that all workers store together. Where each worker selects
+exemplars of its own, N workers store up to N times the budget, and their results cannot be compared with those of one
+worker: [DyTox](https://github.com/arthurdouillard/dytox/blob/main/erratum_distributed.md) had to correct its published
+results for this reason. Here N workers with a batch of B learn what one process learns with a batch of N B, under every
+strategy of this table.
 
-The table says of every agent which strategies it learns with. Each entry stands for {each} combinations: precision
-{precisions}, with and without `accumulate_grad_batches`, with and without `model.compile`. **all** means that all of
-them work: each is tested on two workers against one process with the double batch. The rest is refused before the first
-step, on all workers, with one line and exit code 2; the letters stand for the lines below the table. Together these are
-{total} combinations, of which {working} work.
+Each entry stands for {each} combinations: the precisions {precisions}, with and without
+`accumulate_grad_batches`, with and without `model.compile`. **all** means that the agent learns with all of them; each
+is tested on two workers against one process with the double batch. What is refused ends before the first step, on all
+workers, with one line and exit code 2; the letters refer to these lines, below the table. Of {total} combinations
+{working} work.
 
 """
 
 _NOTES = """
-`auto` is one process. Two workers of `nil_global` have no one process with the same draws, so that the strategies are
-compared with each other; `nil_v2` does not wait for its memory, and two runs of it differ. Values beside those of the
-table are refused with `fsdp2` in the same way: `model.forward: separate`, `model.memory_format: channels_last`,
-`trainer.sync_batchnorm`, and callbacks that average weights. 16-mixed is tested on a CPU with PyTorch's loss scaler;
-given as `trainer.precision`, Lightning replaces it by bf16-mixed there.
+`auto` is one process. Three things differ from the table's rule. No single process draws the samples that two workers
+of `nil_global` draw, so its strategies are compared with each other. `nil_v2` does not wait for its memory, so two runs
+of it differ. On a CPU Lightning replaces `16-mixed` by `bf16-mixed`; the tests bring PyTorch's loss scaler for a CPU.
 
-## fsdp2
+`ddp_spawn` also stands for `ddp_fork` and `ddp_notebook`, `fsdp` and `deepspeed` for all names that begin with them.
 
-`--trainer.strategy fsdp2` is Lightning's `ModelParallelStrategy` with PyTorch's `fully_shard`: each worker keeps a part
-of every weight, of its gradient and of the optimizer's state. The blocks of the backbone (members of `nn.Sequential`
-and `nn.ModuleList`) are gathered one by one while they compute. What is not divided: the copy of the network from which
-`icarl`, `lwf` and `bic` learn, and the whole network during evaluation, where workers have different numbers of
-batches. The memory is that of every other strategy, local or global.
+## FSDP2
 
-A checkpoint is one file beside which two folders may stand: `x.ckpt.memory` with the workers' memories,
-`x.ckpt.weights` with their parts of the weights. A job can resume on any number of workers, and with another strategy.
-`load_from_checkpoint` needs whole weights in the file, which
-`--trainer.strategy.save_distributed_checkpoint false` writes.
+`--trainer.strategy fsdp2` is Lightning's `ModelParallelStrategy` with PyTorch's `fully_shard` (PyTorch 2.6 or later):
+each worker keeps a part of every weight, of its gradient and of the optimizer's state. The members of `nn.Sequential`
+and `nn.ModuleList` in the backbone are gathered one by one while they compute. Two things stay whole on every worker:
+the copy of the network from which `icarl`, `lwf` and `bic` distil, and the network during evaluation, where workers may
+have different numbers of batches. The rehearsal memory is that of every other strategy, local or global.
+
+These are refused, too: `model.forward: separate`, `model.memory_format: channels_last`, `trainer.sync_batchnorm`, and
+callbacks that average weights.
+
+A checkpoint `x.ckpt` stands beside `x.ckpt.memory/`, the workers' memories, and `x.ckpt.weights/`, their parts of the
+weights and of the optimizer's state. A job resumes from it on any number of workers and with any strategy.
+`load_from_checkpoint` needs whole weights in the file, which `FSDP2Strategy(save_distributed_checkpoint=False)` writes.
 
 `python -m tests.distributed.cells` generates this page.
 """
@@ -98,7 +101,7 @@ def markdown() -> str:
     each = len(cells(ALL[0].agent, "auto"))
     introduction = _INTRODUCTION.format(
         each=each,
-        precisions=", ".join(f"`{p}`" for p in PRECISIONS[:-1]) + f" or `{PRECISIONS[-1]}`",
+        precisions=", ".join(f"`{p}`" for p in PRECISIONS[:-1]) + f" and `{PRECISIONS[-1]}`",
         total=f"{len(ALL):,}",
         working=f"{sum(cell.reason is None for cell in ALL):,}",
     )

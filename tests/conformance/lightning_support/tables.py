@@ -231,7 +231,7 @@ ARGUMENTS = [
         "strategy",
         lambda folder: OneDevice("cpu"),
         lambda run: type(run.trainer.strategy).__name__,
-        note="`horovod` and `ddp` share the memory among workers. Sharded strategies (FSDP, DeepSpeed) were not tried.",
+        note="`horovod`, `ddp` and `fsdp2` share the memory among workers, see [strategies.md](strategies.md).",
     ),
     Row(
         "devices",
