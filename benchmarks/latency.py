@@ -175,7 +175,9 @@ class Steps(pl.Callback):
 def fits(network: Callable[[], nn.Module], steps: int) -> dict[str, Callable[[], float]]:
     """Return the sides, as "strategy memory": each fits once and returns the median of its steps."""
     samples = (WARM_UP + steps + 3) * NEW * HOSTS
-    data, filled = stream(samples, 32, NEW), Filled(full_buffer(STORED, 32, samples), HOSTS)
+    filled = Filled(full_buffer(STORED, 32, samples), HOSTS)
+    # A step without a memory is one of as many rows.
+    rehearsed, plain = stream(samples, 32, NEW), stream(samples * (NEW + DRAWN) // NEW, 32, NEW + DRAWN)
     ports = iter(range(29600, 32000))
 
     def agent(memory: str) -> ContinualAgent:
@@ -195,7 +197,7 @@ def fits(network: Callable[[], nn.Module], steps: int) -> dict[str, Callable[[],
                 folder, timer, *callbacks, strategy=chosen, devices=1, num_nodes=HOSTS,
                 limit_train_batches=WARM_UP + steps + 2,
             )  # fmt: skip
-            trainer.fit(agent(memory), datamodule=data)
+            trainer.fit(agent(memory), datamodule=plain if memory == "base" else rehearsed)
         if torch.distributed.is_initialized():  # where it is, Lightning sends a message before every batch
             torch.distributed.destroy_process_group()
         return _mean_over_workers(timer.median())

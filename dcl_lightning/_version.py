@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 __all__ = ["__version__", "version_of"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 @functools.cache

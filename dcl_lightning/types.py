@@ -99,12 +99,14 @@ class Prediction(NamedTuple):
         probabilities: ``(B, K)`` float32, softmax of the agent's scores, a column for each model id; 0 for classes not
             seen. For agents that score by distances they rank the classes, but are not calibrated.
         sample_ids: ``(B,)`` int64, indices in the data set; -1 where they are not known.
+        targets: ``(B,)`` int64, model ids of the true classes; -1 where they are not known.
     """
 
     labels: list[int | str]
     class_ids: Tensor
     probabilities: Tensor
     sample_ids: Tensor
+    targets: Tensor
 
 
 class MemoryRows(NamedTuple):

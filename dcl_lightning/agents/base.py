@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -39,9 +39,10 @@ from dcl_lightning.agents.computation import (
     compile_networks,
     set_memory_format,
 )
-from dcl_lightning.agents.optimization import KeepUnseenRows, build_optimizer, rate_of
+from dcl_lightning.agents.optimization import KeepUnseenRows, build_optimizer, epoch_schedule, rate_of
 from dcl_lightning.agents.prediction import Inference
 from dcl_lightning.agents.strategies import refuse_strategy
+from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.backbones import Backbone, CosineHead, LinearHead
 from dcl_lightning.backbones.short_names import Network, network_of
 from dcl_lightning.callbacks import StreamProgress, TaskClock, TaskReport
@@ -198,6 +199,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         warmup_epochs: float = 0.0,
         scale_lr: ScaleLR = "none",
         optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
         optimizer_reset: bool = True,
         reset_state_dict: bool = False,
         train_classes: Literal["all", "seen"] = "all",
@@ -234,9 +236,14 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
                 f"model.gamma={gammas}: give one number, or one for each of {len(milestones)} milestones"
             )
         if optimizer is not None and (momentum or weight_decay):
+            given = {"momentum": momentum, "weight_decay": weight_decay}
+            words = " and ".join(f"model.{key}={value}" for key, value in given.items() if value)
             raise ConfigurationError(
-                f"model.optimizer brings its own: set momentum={momentum} and weight_decay={weight_decay} to 0 and "
-                "give such values to the optimizer"
+                f"{words}: model.optimizer brings its own; leave that out, and give such values to the optimizer"
+            )
+        if lr_scheduler is not None and (milestones or warmup_epochs):
+            raise ConfigurationError(
+                "model.lr_scheduler with model.milestones or model.warmup_epochs: both set the rate; give one of them"
             )
         if head_scale is not None:
             check_number("model.head_scale", head_scale, above=0)
@@ -259,7 +266,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         self.decay_biases_and_norms = decay_biases_and_norms
         self.milestones, self.gamma, self.warmup_epochs = list(milestones), gamma, warmup_epochs
         self.scale_lr: ScaleLR = scale_lr
-        self.optimizer_factory = optimizer
+        self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
         self.reset_state_dict = reset_state_dict
         self.train_classes = train_classes
         self.memory_format: MemoryFormat = memory_format
@@ -610,6 +617,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             rank_zero_info(f"learning rate {rate:g}: {rate / scale:g} x {factor}")
         if self.train_classes == "seen":
             KeepUnseenRows(self).attach(optimizer)
+        if self.lr_scheduler_factory is not None:
+            return {"optimizer": optimizer, "lr_scheduler": epoch_schedule(self.lr_scheduler_factory(optimizer))}
         if not self.milestones and not self.warmup_epochs:
             return {"optimizer": optimizer}
         schedule = LambdaLR(optimizer, self._factor)
@@ -626,6 +635,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Keep the initial weights if tasks start from them."""
+        constant = sum(len(list(part.modules())) for part in self.modules() if isinstance(part, Teacher))
+        if constant:  # Lightning warns of modules in evaluation mode: of others than these it still does
+            warnings.filterwarnings("ignore", message=rf"Found {constant} module\(s\) in eval mode")
         if self.reset_state_dict and self._initial is None:
             # Weights of which workers have parts are worker 0's already.
             self._initial = {

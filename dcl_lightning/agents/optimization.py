@@ -8,14 +8,17 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau as WatchingReduceLROnPlateau
+from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dcl_lightning.comm import own_part, part_of
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = [
-    "KeepUnseenRows", "build_optimizer", "fit_vectors", "flat_gradient", "flat_gradients_of", "flat_weights", "rate_of",
+    "KeepUnseenRows", "build_optimizer", "epoch_schedule", "fit_vectors", "flat_gradient", "flat_gradients_of", "flat_weights", "rate_of",
     "sum_dtype", "trained_parameters", "trained_part", "write_gradient",
 ]  # fmt: skip
 
@@ -57,6 +60,25 @@ def build_optimizer(
             )
         group["lr"] = lr
     return optimizer
+
+
+def epoch_schedule(scheduler: LRScheduler) -> LRSchedulerConfigType:
+    """Return a schedule as Lightning takes it, with a step after each epoch.
+
+    Args:
+        scheduler: of torch's, or Lightning's ``ReduceLROnPlateau``, which says what it watches.
+
+    Raises:
+        ConfigurationError: torch's ``ReduceLROnPlateau``, which does not say.
+    """
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return {"scheduler": scheduler, "interval": "epoch"}
+    if not isinstance(scheduler, WatchingReduceLROnPlateau):
+        raise ConfigurationError(
+            "model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau does not say what it watches: give "
+            "lightning.pytorch.cli.ReduceLROnPlateau with monitor"
+        )
+    return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
 
 
 class _HasHead(Protocol):

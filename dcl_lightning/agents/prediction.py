@@ -62,4 +62,4 @@ class Inference:
         """
         ids = scores.argmax(1)
         labels: list[int | str] = [self.labels[i] if self.labels else i for i in ids.tolist()]
-        return Prediction(labels, ids, scores.float().softmax(1), batch.sample_ids)
+        return Prediction(labels, ids, scores.float().softmax(1), batch.sample_ids, batch.targets)

@@ -24,8 +24,9 @@ __all__ = ["PredictionWriter"]
 class PredictionWriter(BasePredictionWriter):
     """Writes what an agent predicts to ``predictions.csv``: a line for each sample, in the order of the data set.
 
-    The columns are the sample's index, the predicted original label, and the probability of each class, under its
-    original label. Worker 0 writes for all; a reader sees the old file or the new one, whole.
+    The columns are the sample's index, the predicted original label, the true one (empty where it is not known), and
+    the probability of each class, under its original label. Worker 0 writes for all; a reader sees the old file or the
+    new one, whole.
 
     Args:
         folder: where the file is written; the run's folder if None.
@@ -48,8 +49,9 @@ class PredictionWriter(BasePredictionWriter):
         if any(bool((rows < 0).any()) for rows in ids):  # of a loader that is not ours
             ids = [torch.tensor(rows, dtype=torch.int64) for rows in _index_lists(batch_indices)]
         comm = comm_of(trainer.strategy)
-        columns = [torch.cat(c) for c in (ids, [p.class_ids for p in found], [p.probabilities for p in found])]
-        rows, classes, probabilities = (torch.cat(comm.allgather(column)) for column in columns)
+        classes = [torch.stack([p.class_ids, p.targets], 1) for p in found]
+        columns = [torch.cat(column) for column in (ids, classes, [p.probabilities for p in found])]
+        rows, predicted, probabilities = (torch.cat(comm.allgather(column)) for column in columns)
         if not trainer.is_global_zero or dev_run_batches(trainer):
             return
         folder = Path(self.folder) if self.folder else run_folder(trainer)
@@ -60,11 +62,12 @@ class PredictionWriter(BasePredictionWriter):
         path = folder / "predictions.csv"
         with replacing(path) as draft, draft.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["sample", "predicted", *(f"p({label})" for label in labels)])
+            writer.writerow(["sample", "predicted", "label", *(f"p({label})" for label in labels)])
             for row in sorted(order):
                 place = order[row]
                 values = [f"{p:.6g}" for p in probabilities[place].tolist()]
-                writer.writerow([row, labels[int(classes[place])], *values])
+                given, true = predicted[place].tolist()
+                writer.writerow([row, labels[given], labels[true] if true >= 0 else "", *values])
         show(f"Predictions: {path}")
 
 

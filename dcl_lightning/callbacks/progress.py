@@ -26,8 +26,8 @@ class StreamProgress(pl.Callback):
     """Shows task, epoch and the time left for the whole stream in Lightning's progress bar, whichever the trainer has.
 
     If the output is no terminal, it prints a line at the start of each task instead. A bar of another class is left as
-    it is. Worker 0 shows it for all. The time left follows from the mean speed of this fit so far, including validation
-    and evaluation; ``max_steps`` and ``max_time`` bound it.
+    it is. Worker 0 shows it for all. The time left follows from the mean speed of this fit since its first batch, which
+    pays for what starts only once; validation and evaluation count. ``max_steps`` and ``max_time`` bound it.
 
     Logs ``throughput/samples_per_s``: samples trained on, new and rehearsed, over all workers, since it was logged last
     in this epoch.
@@ -36,8 +36,9 @@ class StreamProgress(pl.Callback):
     def __init__(self) -> None:
         self._clock: TaskClock | None = None
         self._shown_task, self._memory_is_shown = -1, False
-        self._started = self._shown = 0.0
-        self._done_before = 0.0
+        self._shown = 0.0
+        self._since = 0.0, 0.0  # from when on the speed is measured, and the batches that were done then
+        self._is_warm = False
         self._samples, self._mark = 0, 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -51,9 +52,7 @@ class StreamProgress(pl.Callback):
         clock = TaskClock.of(trainer)
         self._clock = clock if clock is not None and clock.tasks and trainer.is_global_zero else None
         self._shown_task, self._shown, self._memory_is_shown = -1, 0.0, False
-        self._started = time.monotonic()
-        if self._clock is not None:
-            self._done_before = self._done(trainer)
+        self._since, self._is_warm = (time.monotonic(), self._done(trainer)), False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the task."""
@@ -75,8 +74,12 @@ class StreamProgress(pl.Callback):
         if not self._memory_is_shown:
             self._memory_is_shown = True
             _show_memory(trainer, pl_module)
-        if now - self._shown >= _SECONDS_BETWEEN_UPDATES:
-            self._show(trainer, self._done(trainer, (batch_idx + 1) / max(trainer.num_training_batches, 1)))
+        if now - self._shown >= _SECONDS_BETWEEN_UPDATES or not self._is_warm:
+            done = self._done(trainer, (batch_idx + 1) / max(trainer.num_training_batches, 1))
+            if now - self._shown >= _SECONDS_BETWEEN_UPDATES:
+                self._show(trainer, done)
+            if not self._is_warm:
+                self._since, self._is_warm = (now, done), True
 
     def _show(self, trainer: pl.Trainer, done: float) -> None:
         clock, bar = self._clock, trainer.progress_bar_callback
@@ -87,7 +90,8 @@ class StreamProgress(pl.Callback):
         first, end = clock.schedule.boundaries[task], clock.schedule.boundaries[task + 1]
         seconds = self._seconds_left(trainer, done)
         left = "" if seconds is None else f" · {timedelta(seconds=round(seconds))} left"
-        text = f"task {task + 1}/{len(clock.tasks)} · epoch {epoch - first + 1}/{end - first}{left}"
+        name = f"task {task} ({task + 1} of {len(clock.tasks)})"
+        text = f"{name} · epoch {epoch - first + 1}/{end - first}{left}"
         if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
             bar.train_progress_bar.set_description(text)
         elif isinstance(bar, RichProgressBar) and bar.is_enabled:
@@ -95,7 +99,8 @@ class StreamProgress(pl.Callback):
                 bar.progress.update(bar.train_progress_bar_id, description=text)
         elif task != self._shown_task and not is_watched():
             samples = clock.tasks[task].num_samples
-            show(f"task {task + 1}/{len(clock.tasks)} · {end - first} epochs of {samples} samples{left}")
+            epochs = "1 epoch" if end - first == 1 else f"{end - first} epochs"
+            show(f"{name} · {epochs} of {samples} samples{left}")
         self._shown_task = task
 
     def _done(self, trainer: pl.Trainer, share_of_epoch: float = 0.0) -> float:
@@ -106,11 +111,11 @@ class StreamProgress(pl.Callback):
         return whole + share_of_epoch * _batches(trainer, self._clock, trainer.current_epoch)
 
     def _seconds_left(self, trainer: pl.Trainer, done: float) -> float | None:
-        clock, passed = self._clock, time.monotonic() - self._started
+        clock, (since, done_then) = self._clock, self._since
         assert clock is not None
-        if done <= self._done_before:
+        if done <= done_then:
             return None
-        rate = passed / (done - self._done_before)
+        rate = (time.monotonic() - since) / (done - done_then)
         left = sum(_batches(trainer, clock, epoch) for epoch in range(clock.schedule.boundaries[-1])) - done
         if trainer.max_steps > 0:
             left = min(left, float(trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)

@@ -17,16 +17,26 @@ from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics.drawing import in_style, refuse_unknown_style
+from dcl_lightning.metrics.evaluation import StreamResults
 from dcl_lightning.paths import replacing
 from dcl_lightning.report.content import content_of
 from dcl_lightning.report.counts import MemoryLog, rows_of
-from dcl_lightning.report.figures import can_draw, figures_of, file_of, log_figure, matrix_figure, takes_figures
+from dcl_lightning.report.figures import (
+    can_draw,
+    figures_of,
+    file_of,
+    log_figure,
+    log_stream,
+    matrix_figure,
+    takes_figures,
+)
 from dcl_lightning.report.paths import begin_run, run_folder
 from dcl_lightning.report.text import (
     SAMPLES,
     matrix_csv,
     metrics_csv,
     progress_text,
+    result_text,
     summary_text,
     table_text,
     title_text,
@@ -95,7 +105,7 @@ class TaskReport(pl.Callback):
         }
         figures = {name: value for name, value in figures.items() if not math.isnan(value)}
         for logger in trainer.loggers:
-            logger.log_metrics({**figures, "task": float(task.index)}, step=trainer.global_step)
+            log_stream(logger, figures, task.index, trainer.global_step)
         if not trainer.is_global_zero:
             return
         if self.pictures and can_draw():
@@ -126,15 +136,16 @@ class TaskReport(pl.Callback):
             rank_zero_warn("TaskReport: no task was evaluated, so there is no report")
             return
         report = folder / "report"
+        content = content_of(folder, trainer, agent, clock, self.memory)
+        show(f"Result: {result_text(content)}")
         try:
-            self._write(report, trainer, agent, clock)
+            self._write(report, content, trainer, clock.results)
         except OSError as error:
             rank_zero_warn(f"TaskReport: no report, because {report} cannot be written: {error}")
         else:
             show(f"Report: {report}")
 
-    def _write(self, report: Path, trainer: pl.Trainer, agent: pl.LightningModule, clock: TaskClock) -> None:
-        content, results = content_of(report.parent, trainer, agent, clock, self.memory), clock.results
+    def _write(self, report: Path, content: StateDict, trainer: pl.Trainer, results: StreamResults) -> None:
         labels = getattr(datamodule_of(trainer), "original_labels", None) or range(results.num_classes)
         tasks = [f"task_{j}" for j in range(len(results.tested))]
         report.mkdir(parents=True, exist_ok=True)

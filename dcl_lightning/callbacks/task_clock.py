@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
+from operator import sub
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -207,6 +209,13 @@ class TaskClock(pl.Callback):
         where the host waits for it.
         """
         return self.stopwatch.seconds
+
+    @property
+    def task_epochs(self) -> list[tuple[int, int]]:
+        """Epochs of each task, and those that it was to have: an ``EarlyStopping`` may have ended it before."""
+        given, ends = self.epochs_per_task, self.schedule.boundaries
+        planned = [given] * (len(ends) - 1) if isinstance(given, int) else given
+        return list(zip(map(sub, ends[1:], ends), planned, strict=True))
 
     @property
     def samples_seen(self) -> dict[str, int]:
@@ -518,6 +527,10 @@ class TaskClock(pl.Callback):
         if not self._stops_task:
             return
         self.schedule.end_task_with(trainer.current_epoch)
+        task = self.task_at(trainer.current_epoch)
+        learnt, planned = self.task_epochs[task]
+        if learnt < planned:
+            rank_zero_info(f"task {task} ends early, after {learnt} of {planned} epochs")
         trainer.fit_loop.max_epochs = self.schedule.num_epochs
         self.schedule.stopping = self._stops_task = False
         trainer.should_stop = self._stops_fit

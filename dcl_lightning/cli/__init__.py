@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dcl_lightning._version import __version__
 from dcl_lightning.cli.messages import shortened
-from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError
+from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, suggestion
 from dcl_lightning.paths import expanded
 from dcl_lightning.screen import tolerant
 
 __all__ = ["main"]
 
 _USER_ERRORS = (CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, MisconfigurationException)
-# Commands other than Lightning's, by the module that has their ``main``.
+_LIGHTNING = ("fit", "validate", "test", "predict")
+# The other commands, by the module that has their ``main``.
 COMMANDS = {
     "compare": "studies.compare",
     "repeat": "studies.repeat",
@@ -36,7 +38,6 @@ lost job from its latest checkpoint. `profile -- fit ...` shows where the time o
 # Lightning's messages about what is normal here.
 _EXPECTED_WARNINGS = (
     r".*treespec, LeafSpec.*",  # between Lightning and torch
-    r".*in eval mode at the start of training.*",  # a teacher
     r"Grad strides do not match bucket view strides.*",  # of 1x1 convolutions in channels_last: the same memory
     r".*is smaller than the logging interval.*",  # small tasks
     r".*It is recommended to use `self.log\('val/.*",  # the logged values are already those of all workers
@@ -54,6 +55,14 @@ def main(args: Sequence[str] | None = None) -> int:
         Anything else raises.
     """
     given = list(sys.argv[1:] if args is None else args)
+    if given and given[0] in ("--version", "-V"):
+        print(f"dcl_lightning {__version__}")
+        return 0
+    commands = (*_LIGHTNING, *COMMANDS)
+    if given and not given[0].startswith("-") and given[0] not in commands:
+        near = suggestion(given[0], commands)
+        print(f"error: {given[0]}: no such command, give one of {', '.join(commands)}{near}", file=sys.stderr)
+        return 2
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -21,8 +21,8 @@ __all__ = ["last_model", "refuse_nulls", "with_one_optimizer", "without_other_ag
 
 # How a network is built and optimized, whichever agent trains it.
 _SHARED_KEYS = {
-    "backbone", "compile", "decay_biases_and_norms", "epochs_per_task", "gamma", "lr", "memory_format", "milestones",
-    "momentum", "optimizer", "optimizer_reset", "scale_lr", "warmup_epochs", "weight_decay",
+    "backbone", "compile", "decay_biases_and_norms", "epochs_per_task", "gamma", "lr", "lr_scheduler", "memory_format",
+    "milestones", "momentum", "optimizer", "optimizer_reset", "scale_lr", "warmup_epochs", "weight_decay",
 }  # fmt: skip
 
 

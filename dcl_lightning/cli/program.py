@@ -13,14 +13,14 @@ from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
 import lightning.pytorch as pl
 from jsonargparse import DefaultHelpFormatter, Namespace
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import dcl_lightning.agents.short_names
 import dcl_lightning.backbones.short_names
-from dcl_lightning._lightning import callbacks_of
+from dcl_lightning._lightning import callbacks_of, set_callbacks
 from dcl_lightning._version import __version__
 from dcl_lightning.agents import ContinualAgent
 from dcl_lightning.agents.strategies import refuse_name
@@ -35,7 +35,8 @@ from dcl_lightning.data.scenarios import MAX_SEED
 from dcl_lightning.errors import ConfigurationError, suggestion, whole_number
 from dcl_lightning.memory.config import MemorySize, RehearsalConfig
 from dcl_lightning.paths import absolute, expanded
-from dcl_lightning.screen import tolerant
+from dcl_lightning.report.text import SAMPLES, evaluation_text
+from dcl_lightning.screen import show, tolerant
 
 __all__ = ["AGENTS", "BACKBONES", "ContinualCLI", "ContinualParser", "HelpFormatter", "memory_help", "run_program"]
 
@@ -45,6 +46,7 @@ _LOGGER = {
     "class_path": "lightning.pytorch.loggers.CSVLogger",
     "init_args": {"save_dir": "runs", "name": "dcl"},
 }
+_PREFIXES = {"test": "test", "validate": "val"}  # of what commands log
 _HELP = {
     "model": "Agent by its short name, or a file with one. `--model.help NAME` lists its keys, `--model.KEY VALUE` "
     "sets one, `--model.backbone NAME` the network and `--model.rehearsal.KEY VALUE` the memory.",
@@ -111,6 +113,13 @@ class ContinualCLI(LightningCLI):
         for name in ("num_classes", "input_spec"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Leave Lightning's table of results out, which has a column of 17 digits for each task; ours is shown."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in _PREFIXES:
+            parser.set_defaults(verbose=False)
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; drop the values of a configuration file that belong to another agent or optimizer."""
         given = self._given = list(sys.argv[1:] if args is None else map(str, args))
@@ -169,6 +178,9 @@ class ContinualCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), PredictionWriter()]
         with library_errors_as_ours():
             trainer = super().instantiate_trainer(**kwargs)
+        if not any(isinstance(c, ModelSummary) for c in callbacks):  # else the user's own
+            kept = [NetworkLine() if isinstance(c, ModelSummary) else c for c in callbacks_of(trainer)]
+            set_callbacks(trainer, kept)
         # Lightning keeps the rank as an undeclared attribute of this function.
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._folders = OwnFolders(trainer.loggers)
@@ -187,12 +199,28 @@ class ContinualCLI(LightningCLI):
         try:
             with tolerant("stdout"):
                 super()._run_subcommand(subcommand)
+                if subcommand in _PREFIXES and self.trainer.is_global_zero:
+                    on = self.datamodule.evaluate_on if subcommand == "test" else self.datamodule.validated_on
+                    show(evaluation_text(self.trainer.callback_metrics, _PREFIXES[subcommand], SAMPLES[on]))
         except BaseException as error:
             if any(isinstance(c, SaveConfig) and c.accepted for c in callbacks_of(self.trainer)):
                 raise
             self._folders.remove()
             with library_errors_as_ours():
                 raise error
+
+
+class NetworkLine(ModelSummary):
+    """Prints one line in place of Lightning's table, in which a teacher's copy counts and operations are 0."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the backbone's name and the numbers of parameters."""
+        sizes = {True: 0, False: 0}
+        for parameter in pl_module.parameters():
+            sizes[parameter.requires_grad] += parameter.numel()
+        name = type(pl_module.backbone if isinstance(pl_module, ContinualAgent) else pl_module).__name__
+        frozen = f", {sizes[False]:,} frozen" if sizes[False] else ""
+        rank_zero_info(f"Network: {name}, {sizes[True]:,} trained parameters{frozen}")
 
 
 class ContinualParser(LightningArgumentParser):

@@ -40,7 +40,7 @@ class ContinualDataModule(pl.LightningDataModule):
             ``tinyimagenet``, ``imagenet``, ``imagenet_blurred``, ``imagenet100``, ``imagenet100small``, ``core50``,
             ``candle``; ``folder`` for images in ``<root>/train/<class>/`` and ``<root>/test/<class>/`` (or ``val``);
             the class path of a continuum data set; or in Python ``(x_train, y_train, x_test, y_test)``, the same with
-            task ids as third of each split, or two continuum data sets, of training and of test.
+            task ids as third of each split, or two data sets, PyTorch's or continuum's, of training and of test.
         root: folder of the data sets, or of the images for ``folder``; symbolic links are followed.
         download: whether a missing data set may be fetched.
         scenario: ``class`` (classes arrive task by task), ``domain`` or ``instance`` (every task has all classes),
@@ -497,8 +497,8 @@ class ContinualDataModule(pl.LightningDataModule):
         source = self.train_inputs
         if isinstance(source, TransformedInputs):
             raise ConfigurationError(
-                "rehearsal.row_format=index reads samples again, which a scenario's transformations may change: give "
-                "row_format=inputs"
+                "rehearsal.row_format=index reads samples again, which transforms of a scenario or of a PyTorch data "
+                "set may change: give row_format=inputs"
             )
         if isinstance(source, ImageFiles):
             epochs = epochs if self.augment else torch.full_like(ids, AS_EVALUATED)
@@ -517,11 +517,16 @@ class ContinualDataModule(pl.LightningDataModule):
         if self._fits and self.validate_on is None:
             return []
         last = self._last_seen_task()
-        if self.validate_on == "test" or self.val_ratio == 0:
+        if self.validated_on == "test":
             rows = [self.stream.test_indices(t) for t in range(last + 1)]
             return for_all([self._test_loader(indices) for indices in rows])
         held = [self.stream.held_indices(t) for t in range(last + 1)]
         return for_all([self.train_eval_loader(indices) for indices in held])
+
+    @property
+    def validated_on(self) -> Literal["held_out", "test"]:
+        """What ``validate`` is of."""
+        return "test" if self.validate_on == "test" or self.val_ratio == 0 else "held_out"
 
     @property
     def _fits(self) -> bool:

@@ -33,6 +33,7 @@ class StreamRecord(Protocol):
         tasks: those of the fit.
         samples_seen: ``new`` and ``rehearsed`` training samples.
         wall_time: seconds of each phase of the fit.
+        task_epochs: epochs of each task, and those that it was to have.
     """
 
     results: StreamResults
@@ -43,6 +44,9 @@ class StreamRecord(Protocol):
 
     @property
     def wall_time(self) -> dict[str, float]: ...  # noqa: D102 (described above)
+
+    @property
+    def task_epochs(self) -> list[tuple[int, int]]: ...  # noqa: D102 (described above)
 
 
 def content_of(
@@ -66,6 +70,8 @@ def content_of(
         **{f"{name}_task_aware": value for name, value in aware.items()},
         "formulas": continual_metrics.FORMULAS,
         "task_classes": [_tested_labels(task) for task in record.tasks],
+        "task_epochs": [learnt for learnt, _ in record.task_epochs],
+        "planned_epochs": [planned for _, planned in record.task_epochs],
         "task_samples": [task.num_samples for task in record.tasks],
         "task_test_samples": results.matrix.total.amax(0)[: len(record.tasks)].tolist(),
         "agent": type(agent).__name__,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.metrics import AccuracyMatrix, drawing
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["can_draw", "figures_of", "file_of", "log_figure", "matrix_figure", "takes_figures"]
+__all__ = ["can_draw", "figures_of", "file_of", "log_figure", "log_stream", "matrix_figure", "takes_figures"]
 
 P = ParamSpec("P")
 
@@ -119,6 +119,26 @@ def can_draw() -> bool:
     except ImportError:
         return False
     return True
+
+
+def log_stream(logger: Logger, values: Mapping[str, float], task: int, step: int) -> None:
+    """Log metrics of the stream after a task, where a logger can show them over tasks also so.
+
+    Args:
+        logger: any; TensorBoard gets curves over tasks of their own, and the average accuracy beside the
+            hyperparameters; Weights & Biases draws over tasks.
+        values: by name.
+        task: 0-based, after which they hold.
+        step: optimizer steps so far.
+    """
+    if isinstance(logger, WandbLogger) and task == 0:
+        logger.experiment.define_metric("cl/*", step_metric="task")
+    logger.log_metrics({**values, "task": float(task)}, step=step)
+    if isinstance(logger, TensorBoardLogger):
+        for name, value in values.items():
+            logger.experiment.add_scalar(f"{name}_over_tasks", value, task)
+        if "cl/average_accuracy" in values:
+            logger.log_metrics({"hp_metric": values["cl/average_accuracy"]}, step=step)
 
 
 def takes_figures(logger: Logger) -> bool:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import StateDict
 
 __all__ = [
-    "SAMPLES", "csv_text", "matrix_csv", "metrics_csv", "progress_text", "summary_text", "table_text", "title_text",
+    "SAMPLES", "csv_text", "evaluation_text", "matrix_csv", "metrics_csv", "progress_text", "result_text",
+    "summary_text", "table_text", "title_text",
 ]  # fmt: skip
 
 # What figures are of, by ``data.evaluate_on``.
@@ -53,6 +55,17 @@ def title_text(content: StateDict) -> str:
     return f"{content['agent']} on {content['dataset']}{headline}"
 
 
+def result_text(content: StateDict) -> str:
+    """Return a run's result in one line: agent, data set, average accuracy, forgetting, and the time of the fit.
+
+    Args:
+        content: of ``accuracy_matrix.json``.
+    """
+    forgetting, seconds = content["forgetting"], sum(content["wall_time_s"].values())
+    forgotten = "" if forgetting is None else f", forgetting {100 * forgetting:.1f}"
+    return f"{title_text(content)}{forgotten}, {timedelta(seconds=round(seconds))}"
+
+
 def table_text(matrix: Tensor, num_tasks: int, evaluated_on: str = "test") -> str:
     """Return the rows so far as a plain table in per cent, with each row's average.
 
@@ -64,7 +77,7 @@ def table_text(matrix: Tensor, num_tasks: int, evaluated_on: str = "test") -> st
     size = len(matrix)
     first = max(0, size - _SHOWN)
     of = "" if evaluated_on == "test" else f" on {SAMPLES[evaluated_on]}"
-    title = f"Accuracy in %{of} after task {size} of {num_tasks} (tasks are counted from 0)"
+    title = f"Accuracy in %{of} after {size} of {num_tasks} tasks"
     if first:
         title += f"; the last {_SHOWN} tasks are shown"
     head = "after task |" + "".join(f"{'task ' + str(j):>8}" for j in range(first, size)) + " |  average"
@@ -85,6 +98,24 @@ def progress_text(matrix: AccuracyMatrix) -> str:
         "backward transfer": matrix.backward_transfer,
     }
     return ", ".join(f"{name} {100 * float(v):.1f}" for name, v in values.items() if not bool(v.isnan()))
+
+
+def evaluation_text(logged: Mapping[str, Tensor], prefix: str, samples: str) -> str:
+    """Return what ``test`` or ``validate`` has found: accuracies in per cent, then all else that was logged.
+
+    Args:
+        logged: metrics by name, as of ``trainer.callback_metrics``.
+        prefix: of the names, ``test`` or ``val``.
+        samples: in words what was evaluated.
+    """
+    values = {name.removeprefix(f"{prefix}/"): float(v) for name, v in logged.items() if name.startswith(f"{prefix}/")}
+    accuracies = {name: value for name, value in values.items() if name == "acc" or name.startswith("acc_")}
+    lines = [f"Accuracy in % on the {samples}"]
+    for name, value in accuracies.items():
+        words = name.removeprefix("acc").removeprefix("_").replace("_", " ") or "all samples"
+        lines.append(f"  {words:<12} {_percent(value):>6}")
+    lines += [f"{name}: {value:.4g}" for name, value in values.items() if name not in accuracies]
+    return "\n".join(lines)
 
 
 def csv_text(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
@@ -156,10 +187,13 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
         lines += ["", "Task-aware: the scores are restricted to the classes of the sample's task (task-IL)."]
     for name in figures:
         lines += ["", f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"]
-    lines += ["", f"| task | classes | training samples | {samples} |", "|---|---|---|---|"]
+    lines += ["", f"| task | classes | training samples | {samples} | epochs |", "|---|---|---|---|---|"]
     for t, classes in enumerate(content["task_classes"]):
         names = ", ".join(map(str, classes[:20])) + (", ..." if len(classes) > 20 else "")
-        lines.append(f"| {t} | {_escape(names)} | {content['task_samples'][t]} | {content['task_test_samples'][t]} |")
+        learnt, planned = content["task_epochs"][t], content["planned_epochs"][t]
+        epochs = f"{learnt}" if learnt == planned else f"{learnt} of {planned}, ended early"
+        counts = f"{content['task_samples'][t]} | {content['task_test_samples'][t]} | {epochs}"
+        lines.append(f"| {t} | {_escape(names)} | {counts} |")
     lines += ["", "| | |", "|---|---|"]
     for key, name in _DETAILS.items():
         if content.get(key) is not None:

@@ -50,17 +50,18 @@ def test_predict_of_the_command_line_writes_a_file_in_the_order_of_the_data_set(
     assert cli.main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", checkpoint]) == 0
     (file,) = tmp_path.rglob("predictions.csv")
     head, lines = read(file)
-    assert head == ["sample", "predicted", *(f"p({y})" for y in range(9, -1, -1))]
+    assert head == ["sample", "predicted", "label", *(f"p({y})" for y in range(9, -1, -1))]
     assert [int(line[0]) for line in lines] == list(range(360))
     data = ContinualDataModule("digits", class_order=list(range(9, -1, -1)))
     data.setup()
     truth = np.array(data.original_labels)[data.test_targets.numpy()]
+    assert [int(line[2]) for line in lines] == truth.tolist()
     hits = np.mean([int(line[1]) for line in lines] == truth)
     assert hits > 0.3  # of ten classes; were ids told in place of labels, next to none would be right
     for line in lines:
-        values = [float(v) for v in line[2:]]
+        values = [float(v) for v in line[3:]]
         assert sum(values) == pytest.approx(1, abs=1e-4)
-        assert head[2 + int(np.argmax(values))] == f"p({line[1]})"
+        assert head[3 + int(np.argmax(values))] == f"p({line[1]})"
 
 
 def test_a_checkpoint_alone_predicts_with_labels_of_its_own(run: Path, tmp_path: Path) -> None:
@@ -76,6 +77,7 @@ def test_a_checkpoint_alone_predicts_with_labels_of_its_own(run: Path, tmp_path:
     _, lines = read(tmp_path / "predictions.csv")
     assert [int(line[0]) for line in lines] == list(range(360))
     assert [int(line[1]) for line in lines] == labels
+    assert {line[2] for line in lines} == {""}  # the loader has none
 
 
 def test_names_of_classes_and_images_as_they_are(tmp_path: Path) -> None:

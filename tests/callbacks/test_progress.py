@@ -66,8 +66,8 @@ def test_lightnings_bars_tell_task_epoch_and_the_time_left_for_the_stream(
     fit(tmp_path, [bar(), Clockwork(monkeypatch)])
     # Rich draws from a thread when it likes.
     text = out.getvalue() if bar is TQDMProgressBar else "\n".join(told)
-    assert {f"task {t}/3 · epoch {e}/2" for t in (1, 2, 3) for e in (1, 2)} <= set(
-        re.findall(r"task ./. · epoch ./.", text)
+    assert {f"task {t} ({t + 1} of 3) · epoch {e}/2" for t in (0, 1, 2) for e in (1, 2)} <= set(
+        re.findall(r"task . \(. of .\) · epoch ./.", text)
     )
     # 18 batches in all, of a second each; after the k-th of them 18 - k are left.
     left = [int(s) for s in re.findall(r"0:00:(\d\d) left", text)]
@@ -92,7 +92,7 @@ def test_elsewhere_than_on_a_terminal_there_is_one_line_a_task(
 ) -> None:
     fit(tmp_path, [])
     lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("Report")]
-    assert [line[:8] for line in lines] == ["task 1/3", "task 2/3", "task 3/3"]
+    assert [line[:15] for line in lines] == [f"task {t} ({t + 1} of 3)" for t in range(3)]
 
 
 class Own(ProgressBar):

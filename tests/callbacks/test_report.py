@@ -11,6 +11,7 @@ from torch import nn
 
 from dcl_lightning.callbacks import TaskClock
 from dcl_lightning.callbacks.report import TaskReport
+from dcl_lightning.callbacks.task_clock import TaskSchedule
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics.evaluation import StreamResults
 from dcl_lightning.report.text import table_text
@@ -19,6 +20,8 @@ from dcl_lightning.types import Task
 KEYS = [
     "matrix",
     "task_classes",
+    "task_epochs",
+    "planned_epochs",
     "task_samples",
     "average_accuracy",
     "average_incremental_accuracy",
@@ -52,7 +55,9 @@ class Clock(TaskClock):
     """A task clock at a place in a stream."""
 
     def __init__(self, num_tasks=3, rows=3):
-        super().__init__()
+        super().__init__(epochs_per_task=3)
+        self.schedule = TaskSchedule.of([3] * num_tasks)
+        self.schedule.end_task_with(3)  # task 1 after its first epoch
         self.results = StreamResults([(2 * t, 2 * t + 1) for t in range(num_tasks)], 2 * num_tasks)
         self.schedule.evaluated = rows
         self.tasks = [Task(t, num_tasks, (2 * t, 2 * t + 1), (f"a{t}", f"b|{t}"), 50, 2) for t in range(num_tasks)]
@@ -105,10 +110,13 @@ def test_files_and_facts(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     report, trainer, agent = TaskReport(), make_trainer(tmp_path, Clock()), FakeAgent()
     report.on_train_end(trainer, agent)
-    assert f"Report: {tmp_path / 'report'}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Report: {tmp_path / 'report'}" in out
+    assert "Result: FakeAgent on toys: 80.0 % average accuracy, forgetting 30.0, 0:00:03" in out
     facts = read(tmp_path)
     assert set(KEYS) <= set(facts)
     assert facts["matrix"] == [[1.0, None, None], [0.8, 1.0, None], [0.6, 0.8, 1.0]]
+    assert (facts["task_epochs"], facts["planned_epochs"]) == ([3, 1, 3], [3, 3, 3])
     assert facts["average_accuracy"] == pytest.approx(0.8)
     assert facts["forgetting"] == pytest.approx(0.3)
     assert facts["backward_transfer"] == pytest.approx(-0.3)
@@ -126,7 +134,8 @@ def test_files_and_facts(tmp_path, capsys):
     summary = (tmp_path / "report/summary.md").read_text()
     assert "| seconds | 2.7: train 1.5, task end 0.5, evaluate 0.7 |" in summary
     assert "| task 2 | 60.0 | 80.0 | 100.0 |" in summary
-    assert r"b\|1" in summary
+    assert r"| 1 | a1, b\|1 | 50 | 20 | 1 of 3, ended early |" in summary
+    assert r"| 2 | a2, b\|2 | 50 | 20 | 3 |" in summary
     assert (tmp_path / "report/accuracy_matrix.png").read_bytes().startswith(b"\x89PNG")
     assert not [p for p in (tmp_path / "report").iterdir() if p.name.startswith(".")]
 
@@ -226,7 +235,7 @@ def test_table_after_a_task(tmp_path, capsys):
     clock = Clock(3, 2)
     TaskReport(pictures=False).on_task_evaluated(make_trainer(tmp_path, clock), FakeAgent(), clock.tasks[1])
     lines = capsys.readouterr().out.strip().splitlines()
-    assert "task 2 of 3" in lines[0]
+    assert "after 2 of 3 tasks" in lines[0]
     assert lines[-2].split() == ["1", "|", "80.0", "100.0", "|", "90.0"]
     assert len({len(line) for line in lines[1:-1]}) == 1
     figures = "average accuracy 90.0, over all samples 90.0, forgetting (max-last) 20.0, backward transfer -20.0"

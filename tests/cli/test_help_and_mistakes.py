@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dcl_lightning import cli
+from dcl_lightning import __version__, cli
 from dcl_lightning.cli.messages import in_one_line
 from dcl_lightning.cli.program import AGENTS, BACKBONES
 from dcl_lightning.errors import suggestion
@@ -87,7 +87,8 @@ def test_help_lists_short_names_and_no_class_of_torch(capsys: pytest.CaptureFixt
         ("fit --model nil --model.rehearsal.prefetch assemble", ["assemble", "'device'"]),
         ("fit --model.logits seen", ["--model.logits", "'train_classes'"]),
         ("fit --data.shard fixed", ["--data.shard", "'sharding'"]),
-        ("fti", ["fti", "'fit'"]),
+        ("fti", ["fti", "'fit'", "profile"]),
+        ("comapre a b", ["comapre", "'compare'"]),
     ],
 )
 def test_a_typo_is_one_line_with_the_nearest_right_word(
@@ -129,6 +130,12 @@ def test_a_typo_in_a_file(content: str, word: str, tmp_path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         cli.main(["fit", "--config", str(tmp_path / "b.yaml")])
     assert "did you mean 'a.yaml'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_the_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([flag]) == 0
+    assert capsys.readouterr().out == f"dcl_lightning {__version__}\n"
 
 
 def test_no_subcommand_is_said_to_be_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import ReduceLROnPlateau
 
 from dcl_lightning import ContinualDataModule, FineTuning, cli
 from dcl_lightning.backbones import MLP
@@ -155,3 +157,59 @@ def test_in_python_two_rates_are_refused_before_the_first_step(optimizer: Any) -
     with pytest.raises(ConfigurationError, match=r"model\.lr=0\.7 and .*0\.[12]\b.* contradict"):
         trained(optimizer=optimizer, lr=0.7)
     assert Rates.seen == []
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_by_its_name_starts_again_with_each_task() -> None:
+    args = f"--trainer.callbacks={__name__}.Rates --data.scenario class --data.increment 5 --model.epochs_per_task 4"
+    schedule = "--model.lr 0.2 --model.lr_scheduler CosineAnnealingLR --model.lr_scheduler.T_max 4"
+    assert cli.main([*SMALL, *args.split(), *schedule.split()]) == 0
+    expected = [0.1 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
+    assert [rate for _, rate, _ in Rates.seen] == pytest.approx([*expected, *expected])
+    # What is written down gives the same run.
+    before = list(Rates.seen)
+    Rates.seen.clear()
+    assert cli.main(["fit", "--config", "runs/dcl/version_0/config.yaml"]) == 0
+    assert Rates.seen == before
+
+
+def rates_of(tmp_path: Path, **values: Any) -> list[float]:
+    data = ContinualDataModule("synthetic", increment=5, batch_size=64)
+    agent = FineTuning(MLP([8]), lr=0.2, epochs_per_task=3, **values)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[Rates()],
+        limit_train_batches=1, limit_val_batches=0, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(agent, datamodule=data)
+    return [rate for _, rate, _ in Rates.seen]
+
+
+def test_a_schedule_goes_on_where_nothing_is_reset(tmp_path: Path) -> None:
+    schedule = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    expected = [0.2 * 0.5**epoch for epoch in range(6)]
+    assert rates_of(tmp_path, lr_scheduler=schedule, optimizer_reset=False) == pytest.approx(expected)
+
+
+def test_a_schedule_by_what_it_watches(tmp_path: Path) -> None:
+    # No loss is 9 below the one before: after the first epoch without such a one the rate falls.
+    watching = partial(
+        ReduceLROnPlateau, monitor="train/loss", patience=0, factor=0.1, threshold=9, threshold_mode="abs"
+    )
+    assert rates_of(tmp_path, lr_scheduler=watching) == pytest.approx([0.2, 0.2, 0.02] * 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lr_scheduler": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=1), "milestones": [1]}, "give one of"),
+        ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau with monitor"),
+        ({"optimizer": torch.optim.Adam, "momentum": 0.9}, "model.momentum=0.9: model.optimizer brings"),
+    ],
+)
+def test_what_contradicts_a_schedule_or_an_optimizer_is_refused(
+    values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        rates_of(tmp_path, **values)

@@ -70,10 +70,10 @@ def test_in_python_a_fit_does_not_depend_on_stdout(stream: Any, monkeypatch: pyt
     monkeypatch.undo()
     assert trainer.global_step == 2
     if isinstance(stream, Bare) and not isinstance(stream, Broken):
-        assert "task 2/2 · 1 epochs" in stream.text
+        assert "task 1 (2 of 2) · 1 epoch of" in stream.text
     if isinstance(stream, io.TextIOWrapper):
         stream.seek(0)
-        assert ("task 2/2 ? 1" if stream.encoding == "ascii" else "task 2/2 · 1") in stream.read()
+        assert ("task 1 (2 of 2) ? 1" if stream.encoding == "ascii" else "task 1 (2 of 2) · 1") in stream.read()
 
 
 @pytest.mark.parametrize("redirection", [">&- 2>&-", "| head -n 1", "> /dev/full 2>&1", ">&-"])

@@ -90,7 +90,7 @@ def test_the_matrix_and_test_are_of_the_hold_outs_and_the_report_says_so(
     summary = (tmp_path / "report" / "summary.md").read_text()
     assert "Accuracy in % on the held-out training samples of each task" in summary
     assert "test samples" not in summary
-    assert "Accuracy in % on held-out training samples after task 3 of 3" in capsys.readouterr().out
+    assert "Accuracy in % on held-out training samples after 3 of 3 tasks" in capsys.readouterr().out
     (*found,) = make_trainer(tmp_path).test(agent, data, verbose=False)
     tested = {name: value for part in found for name, value in part.items()}
     assert [tested[f"test/acc_task_{t}"] for t in range(3)] == pytest.approx(by_hand)

@@ -86,7 +86,7 @@ def test_a_job_that_is_requeued_twice_ends_as_an_undisturbed_one(
 ) -> None:
     folder = tmp_path / "job"
     job = submit(cluster, script, folder)
-    for number, task in ((1, "task 2/5"), (2, "task 4/5")):
+    for number, task in ((1, "task 1 (2 of 5)"), (2, "task 3 (4 of 5)")):
         wait_for_text(cluster, folder, job, task)
         cluster.call(f"scancel --signal=USR1 {batch} {job}")
         cluster.wait_for(job, "PENDING")

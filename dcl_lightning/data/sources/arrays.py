@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from dcl_lightning.data.decode import read_image
 from dcl_lightning.data.loader import Inputs
+from dcl_lightning.data.sources.dataset import DatasetInputs, read_split
 from dcl_lightning.errors import DataError
 
 __all__ = ["Splits", "check_labels", "from_arrays", "read_dataset"]
@@ -37,12 +39,12 @@ class Splits(NamedTuple):
 
 _WANTED = (
     "give the name of a data set, (x_train, y_train, x_test, y_test), the same with task ids as third of each split, "
-    "or two continuum data sets"
+    "or two data sets, PyTorch's or continuum's, of training and of test"
 )
 
 
 def from_arrays(splits: object, where: str = "") -> Splits:
-    """Return splits from ``(x_train, y_train, x_test, y_test)`` or a pair of continuum data sets.
+    """Return splits from ``(x_train, y_train, x_test, y_test)`` or a pair of data sets, PyTorch's or continuum's.
 
     An optional third array of each split, as in ``(x_train, y_train, t_train, ...)``, is the task of each sample.
     Images are ``(n, H, W)``, ``(n, H, W, C)`` or ``(n, C, H, W)`` with 1 or 3 channels, vectors ``(n, D)``. uint8 stays
@@ -56,6 +58,8 @@ def from_arrays(splits: object, where: str = "") -> Splits:
         raise DataError(f"data.dataset: {_WANTED}, not {type(splits).__name__}")
     if len(splits) == 2 and all(hasattr(split, "get_data") for split in splits):
         splits = [array for split in splits for array in read_dataset(split, type(split).__name__)]
+    if len(splits) == 2 and all(isinstance(split, Dataset) for split in splits):
+        splits = [*read_split(splits[0], "training"), *read_split(splits[1], "test")]
     if len(splits) == 4:
         splits = (*splits[:2], None, *splits[2:], None)
     if len(splits) != 6:
@@ -76,8 +80,9 @@ def from_arrays(splits: object, where: str = "") -> Splits:
     return Splits(x, y, x_test, y_test, t, t_test)
 
 
-def _split(inputs: object, labels: object, tasks: object, name: str) -> tuple[Tensor, np.ndarray, np.ndarray | None]:
-    y, x = check_labels(labels, f"{name} labels"), _to_inputs(inputs, f"{name} inputs")
+def _split(inputs: object, labels: object, tasks: object, name: str) -> tuple[Inputs, np.ndarray, np.ndarray | None]:
+    y = check_labels(labels, f"{name} labels")
+    x = inputs if isinstance(inputs, DatasetInputs) else _to_inputs(inputs, f"{name} inputs")
     if len(x) != len(y):
         raise DataError(f"{name} split: {len(x)} inputs and {len(y)} labels")
     if tasks is None:
