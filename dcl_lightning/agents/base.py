@@ -124,6 +124,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             with min(N, 64).
         optimizer: builds another optimizer than SGD from parameters or parameter groups, with its own momentum and
             weight decay, and with its own rate if it has one, as in ``partial(Adam, lr=0.001)``, and ``lr`` is None.
+        lr_scheduler: builds a schedule from the optimizer, as ``partial(CosineAnnealingLR, T_max=10)``, in place of
+            ``milestones`` and ``warmup_epochs``. It takes a step after each epoch, and starts again with each task.
         optimizer_reset: whether each task starts with a fresh optimizer state and schedule.
         reset_state_dict: whether each task starts from the initial weights (the scratch baseline).
         train_classes: train the outputs of ``all`` classes, or only of those ``seen`` so far: of the tasks that have

@@ -18,8 +18,8 @@ from dcl_lightning.comm import own_part, part_of
 from dcl_lightning.errors import ConfigurationError
 
 __all__ = [
-    "KeepUnseenRows", "build_optimizer", "epoch_schedule", "fit_vectors", "flat_gradient", "flat_gradients_of", "flat_weights", "rate_of",
-    "sum_dtype", "trained_parameters", "trained_part", "write_gradient",
+    "KeepUnseenRows", "build_optimizer", "epoch_schedule", "fit_vectors", "flat_gradient", "flat_gradients_of",
+    "flat_weights", "rate_of", "sum_dtype", "trained_parameters", "trained_part", "write_gradient",
 ]  # fmt: skip
 
 

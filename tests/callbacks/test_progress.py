@@ -91,7 +91,7 @@ def test_elsewhere_than_on_a_terminal_there_is_one_line_a_task(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(tmp_path, [])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("Report")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("task ")]
     assert [line[:15] for line in lines] == [f"task {t} ({t + 1} of 3)" for t in range(3)]
 
 
@@ -131,6 +131,6 @@ def test_on_a_real_terminal_one_of_two_horovod_workers_shows_a_bar(tmp_path: Pat
         pass
     assert process.wait() == 0
     text = out.decode(errors="replace")
-    assert "task 5/5 · epoch 1/1" in text
+    assert "task 4 (5 of 5) · epoch 1/1" in text
     # The other worker's output is no terminal: it would say this.
-    assert " epochs of " not in text
+    assert " epoch of " not in text
