@@ -30,6 +30,7 @@ from dcl_lightning.report.figures import (
     matrix_figure,
     takes_figures,
 )
+from dcl_lightning.report.page import PAGE, page_text, read_run
 from dcl_lightning.report.paths import begin_run, run_folder
 from dcl_lightning.report.text import (
     SAMPLES,
@@ -52,9 +53,9 @@ class TaskReport(pl.Callback):
 
     After each task worker 0 prints the rows so far, logs ``cl/*``, and gives the accuracy matrix as a figure to the
     loggers that take figures. At the end of ``fit`` it writes the folder ``report`` into the run's folder:
-    ``accuracy_matrix.json`` and ``.csv``, further CSV files, ``summary.md`` and, with matplotlib, pictures; not with
-    ``fast_dev_run``, which leaves nothing behind. Figures are fractions in the files and per cent on the screen, in
-    the summary and in pictures.
+    ``accuracy_matrix.json`` and ``.csv``, further CSV files, ``summary.md``, ``index.html`` and, with matplotlib,
+    pictures; not with ``fast_dev_run``, which leaves nothing behind. Figures are fractions in the files and per cent
+    on the screen, in the summary, the page and in pictures.
 
     Args:
         show_table: whether to print the table after each task.
@@ -177,6 +178,9 @@ class TaskReport(pl.Callback):
                         _replace(report / f"{name}.{kind}", file_of(figure, kind))
                     pictures.append(f"{name}.{self.formats[0]}")
         _replace(report / "summary.md", summary_text(content, [*files], pictures).encode())
+        with _decorating("the page"):
+            page = report / PAGE
+            _replace(page, page_text([read_run(report, content, page)]).encode(errors="replace"))
 
     # -- checkpoint ------------------------------------------------------------------------------
 
@@ -191,7 +195,7 @@ class TaskReport(pl.Callback):
 
 @contextmanager
 def _decorating(what: str) -> Iterator[None]:
-    """Leave out a picture that cannot be drawn, by whatever a label or matplotlib's own files do to it."""
+    """Leave out a picture or page that cannot be made, by whatever a label or matplotlib's own files do to it."""
     try:
         yield
     except Exception as error:

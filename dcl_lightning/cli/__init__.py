@@ -24,6 +24,7 @@ _LIGHTNING = ("fit", "validate", "test", "predict")
 # The other commands, by the module that has their ``main``.
 COMMANDS = {
     "compare": "studies.compare",
+    "report": "studies.report",
     "repeat": "studies.repeat",
     "sweep": "studies.sweep",
     "cite": "cli.cite",
@@ -32,8 +33,9 @@ COMMANDS = {
 }
 _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of tasks, as in
 `fit --model nil --data.dataset digits --data.increment 2`. Studies of several runs: `compare RUN RUN ...`,
-`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `run --max-restarts 3 -- fit ...` restarts a
-lost job from its latest checkpoint. `profile -- fit ...` shows where the time of a step goes.
+`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `report RUN... --html FILE` writes a page of
+them. `run --max-restarts 3 -- fit ...` restarts a lost job from its latest checkpoint. `profile -- fit ...` shows where
+the time of a step goes.
 `cite --model NAME --data.dataset NAME` prints BibTeX."""
 # Lightning's messages about what is normal here.
 _EXPECTED_WARNINGS = (

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "CURVE_SIZE", "class_size", "confusion_size", "draw_classes", "draw_confusion", "draw_curves", "draw_fill",
-    "draw_matrix", "draw_multiples", "draw_rows", "draw_task_curves", "figure_of", "in_style", "in_words",
+    "CURVE_SIZE", "OKABE_ITO", "class_size", "confusion_size", "draw_classes", "draw_confusion", "draw_curves",
+    "draw_fill", "draw_matrix", "draw_multiples", "draw_rows", "draw_task_curves", "figure_of", "in_style", "in_words",
     "matrix_size", "multiples_size", "new_axes", "refuse_unknown_style", "shortened",
 ]  # fmt: skip
 
@@ -36,7 +36,7 @@ _NAMED = 8  # curves that differ in dashes and markers
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vX*P"
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; their yellow is too light for lines.
-_OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _GREYS = ("black", "0.35", "0.6")
 _PRINT_CURVES = 24  # greys, dashes and markers repeat together after as many
 _LIGHTEST = 0.93  # luminance of the lightest shade of a map: zero has to differ from a white cell
@@ -63,7 +63,7 @@ def in_style(style: str) -> Iterator[None]:
     from cycler import cycler
     from matplotlib.style import context
 
-    colour = {"image.cmap": "viridis", "axes.prop_cycle": cycler(color=_OKABE_ITO), "grid.color": "0.85"}
+    colour = {"image.cmap": "viridis", "axes.prop_cycle": cycler(color=OKABE_ITO), "grid.color": "0.85"}
     greys = cycler(
         color=[_GREYS[k % 3] for k in range(_PRINT_CURVES)],
         linestyle=[_DASHES[k % 4] for k in range(_PRINT_CURVES)],

@@ -17,7 +17,8 @@ from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import StateDict
 
 __all__ = [
-    "SAMPLES", "csv_text", "evaluation_text", "matrix_csv", "metrics_csv", "progress_text", "result_text",
+    "SAMPLES", "csv_text", "details_of", "evaluation_text", "matrix_csv", "metrics_csv", "metrics_of", "progress_text",
+    "result_text", "run_name",
     "summary_text", "table_text", "title_text",
 ]  # fmt: skip
 
@@ -44,15 +45,24 @@ _DETAILS = {
 }
 
 
+def run_name(content: StateDict) -> str:
+    """Return what a report is of: agent and data set.
+
+    Args:
+        content: of ``accuracy_matrix.json``.
+    """
+    return f"{content.get('agent')} on {content.get('dataset') or 'unnamed data'}"
+
+
 def title_text(content: StateDict) -> str:
     """Return the title of a report's pictures: agent, data set, and the average accuracy.
 
     Args:
         content: of ``accuracy_matrix.json``.
     """
-    accuracy = content["average_accuracy"]
+    accuracy = content.get("average_accuracy")
     headline = "" if accuracy is None else f": {100 * accuracy:.1f} % average accuracy"
-    return f"{content['agent']} on {content['dataset']}{headline}"
+    return f"{run_name(content)}{headline}"
 
 
 def result_text(content: StateDict) -> str:
@@ -172,7 +182,7 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
     """
     rows: Sequence[Sequence[float | None]] = content["matrix"]
     columns, samples = range(len(rows)), SAMPLES[content["evaluated_on"]]
-    lines = [f"# {content['agent']} on {content['dataset'] or 'unnamed data'}", ""]
+    lines = [f"# {run_name(content)}", ""]
     lines += [f"Accuracy in % on the {samples} of each task (column) after each task (row).", ""]
     lines += ["| after | " + " | ".join(f"task {j}" for j in columns) + " |"]
     lines += ["|---" * (len(rows) + 1) + "|"]
@@ -195,10 +205,7 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
         counts = f"{content['task_samples'][t]} | {content['task_test_samples'][t]} | {epochs}"
         lines.append(f"| {t} | {_escape(names)} | {counts} |")
     lines += ["", "| | |", "|---|---|"]
-    for key, name in _DETAILS.items():
-        if content.get(key) is not None:
-            words = (_seconds if key == "wall_time_s" else _words)(content[key])
-            lines.append(f"| {name} | {_escape(words)} |")
+    lines += [f"| {name} | {_escape(words)} |" for name, words in details_of(content)]
     if content["references"]:
         lines += ["", f"To cite (`{content['cite']}` prints BibTeX):", ""]
         lines += [f"- {reference}" for reference in content["references"]]
@@ -206,19 +213,41 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
     return "\n".join(lines) + "\n"
 
 
-def _metrics_table(content: StateDict) -> list[str]:
-    """Return a row for each metric with its formula, and a column for each way of counting hits."""
+def details_of(content: StateDict) -> list[tuple[str, str]]:
+    """Return how a run was done, in words: agent, data, seed, sizes, seconds, versions; without what is unknown.
+
+    Args:
+        content: of ``accuracy_matrix.json``.
+    """
+    known = [(key, name) for key, name in _DETAILS.items() if content.get(key) is not None]
+    return [(name, (_seconds if key == "wall_time_s" else _words)(content[key])) for key, name in known]
+
+
+def metrics_of(content: StateDict) -> tuple[list[str], list[list[str]]]:
+    """Return a row for each metric with its formula, and a column for each way of counting hits.
+
+    Args:
+        content: of ``accuracy_matrix.json``.
+
+    Returns:
+        The heads of the columns, and the rows.
+    """
     columns = {"%": content}
     if content.get("top5") is not None:
         columns["top-5, %"] = content["top5"]
     if "matrix_task_aware" in content:
-        columns["task-aware, %"] = {key: content[f"{key}_task_aware"] for key in _METRICS}
-    lines = ["| metric | formula | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+        columns["task-aware, %"] = {key: content.get(f"{key}_task_aware") for key in _METRICS}
+    rows = []
     for key, name in _METRICS.items():
         values = [source.get(key) for source in columns.values()]
         cells = ["not defined" if value is None else f"{100 * value:.1f}" for value in values]
-        lines.append(f"| {name} | {FORMULAS[key]} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([name, FORMULAS[key], *cells])
+    return ["metric", "formula", *columns], rows
+
+
+def _metrics_table(content: StateDict) -> list[str]:
+    head, rows = metrics_of(content)
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def _percent(value: float) -> str:

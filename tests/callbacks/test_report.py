@@ -187,7 +187,7 @@ def test_without_a_matrix_only_warns(tmp_path, callbacks):
 def test_without_matplotlib_no_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     TaskReport().on_train_end(make_trainer(tmp_path, Clock()), FakeAgent())
-    assert {p.suffix for p in (tmp_path / "report").iterdir()} == {".json", ".csv", ".md"}
+    assert {p.suffix for p in (tmp_path / "report").iterdir()} == {".json", ".csv", ".md", ".html"}
     assert "png" not in (tmp_path / "report/summary.md").read_text()
 
 

@@ -116,6 +116,7 @@ def test_files_of_any_content_work_or_are_refused_in_three_lines(
     commands = [["fit", *QUICK, f"--config={path}"] for path in configs]
     commands += [["fit", *QUICK, f"--{key}={path}"] for key in ("model", "data", "trainer") for path in configs[::3]]
     commands += [[command, path] for command in ("sweep", "compare") for path in configs]
+    commands += [["report", path, "--html", "page.html"] for path in configs]
     commands += [["repeat", path, "--slurm-array"] for path in configs]
     saved = [str(path) for path in sorted(files.glob("*.ckpt"))] + [str(files / "deep.yaml"), str(files)]
     commands += [["fit", *QUICK, f"--ckpt_path={path}"] for path in saved]
@@ -155,6 +156,9 @@ def test_odd_arguments_of_every_command_are_refused_in_three_lines(
     config.write_text(yaml.safe_dump({"model": {"class_path": "base", "init_args": {"backbone": "mlp"}}}))
     commands = [[command, word] for command in ("fit", "validate", "test", "predict", "fti") for word in ODD]
     commands += [["compare", word] for word in ODD] + [["compare", f"--out={word}", "."] for word in ODD]
+    commands += [["report", word, "--html", "page.html"] for word in ODD] + [
+        ["report", ".", f"--html={word}"] for word in ODD
+    ]
     commands += [["repeat", str(config), "--slurm-array", f"--seeds={word}"] for word in ODD]
     commands += [["repeat", str(config), "--slurm-array", f"--orders={word}"] for word in ODD]
     commands += [["sweep", word] for word in ODD] + [["cite", f"--model={word}"] for word in ODD]

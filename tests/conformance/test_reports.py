@@ -36,7 +36,7 @@ def test_every_file_of_a_stream_of_six_classes(tmp_path: Path) -> None:
         "accuracy_matrix_task_aware.csv", "accuracy_matrix_task_aware.png", "accuracy_of_classes.csv",
         "accuracy_of_classes.png", "accuracy_of_tasks.png", "accuracy_and_forgetting.png", "buffer.csv",
         "buffer_classes.png", "buffer_fill.png", "confusion_matrix.csv", "confusion_matrix.png",
-        "figures_over_tasks.csv", "summary.md",
+        "figures_over_tasks.csv", "index.html", "summary.md",
     }  # fmt: skip
     summary = (tmp_path / "report/summary.md").read_text()
     assert "max-last: mean over j < T-1" in summary
