@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 
 import pytest
@@ -51,8 +51,9 @@ if (table) {
   head.querySelector("button").click(); found.down = [head.getAttribute("aria-sort"), column()];
   head.querySelector("button").click(); found.up = [head.getAttribute("aria-sort"), column()];
 }
-const result = document.createElement("output"); result.id = "found"; result.textContent = JSON.stringify(found);
-document.body.append(result);
+const result = top.document.createElement("output");
+result.id = "found"; result.textContent = JSON.stringify(found);
+top.document.body.append(result);
 """
 
 
@@ -76,21 +77,27 @@ def page_of(tmp_path: Path, count: int) -> Path:
     return page
 
 
-def acted(tmp_path: Path, page: Path, **size: int) -> dict:
-    copy = page.with_name("acting.html")
+def acted(tmp_path: Path, page: Path, width: int) -> dict:
+    """Return what the actions find on a screen of a width: in a frame, because a window has at least 500 points."""
     text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
-    copy.write_text(text.replace("</body>", f"<script>{ACTIONS}</script></body>"), encoding="utf-8")
-    text = chromium(tmp_path, copy, "--dump-dom", **size)
+    text = text.replace("</body>", f"<script>{ACTIONS}</script></body>")
+    frame = page.with_name("frame.html")
+    frame.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><iframe width="{width}" height="900" style="border:0" '
+        f'srcdoc="{escape(text)}"></iframe>',
+        encoding="utf-8",
+    )
+    text = chromium(tmp_path, frame, "--dump-dom")
     return json.loads(unescape(re.search(r'<output id="found">(.*?)</output>', text)[1]))
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize(("width", "height"), [(1280, 1400), (360, 800)])
-def test_keyboard_hover_and_sorting(tmp_path: Path, count: int, width: int, height: int) -> None:
+@pytest.mark.parametrize("width", [1200, 360])
+def test_keyboard_hover_and_sorting(tmp_path: Path, count: int, width: int) -> None:
     page = page_of(tmp_path, count)
     facts = [json.loads(f.read_text()) for f in sorted(tmp_path.glob("runs/*/*/report/accuracy_matrix.json"))]
     matrix = facts[0]["matrix"]
-    found = acted(tmp_path, page, width=width, height=height)
+    found = acted(tmp_path, page, width)
     assert set(found["stops"]) == {1}
     assert found["width"] == [width, width], "nothing is wider than the screen"
     assert found["first"] == found["escaped"] or found["escaped"] is None

@@ -66,7 +66,7 @@ def page_text(runs: Sequence[PageRun]) -> str:
 
 def _one(run: PageRun) -> str:
     facts = run.facts
-    parts = [f"<header><h1>{escape(run_name(facts))}</h1><p>{escape(run.name)}{_of_what(facts)}</p></header>"]
+    parts = [f"<header><h1>{escape(run_name(facts))}</h1><p>{escape(run.name)}{_knows(facts)}</p></header>"]
     parts.append(_headline(facts))
     if run.matrix:
         names, columns = _tasks(run.matrix), len(run.matrix)
@@ -268,7 +268,7 @@ def _comparison(runs: Sequence[PageRun]) -> str:
 
 def _small(number: int, run: PageRun) -> str:
     lines = [f'<article id="run-{number}"><h3>{escape(run.name)}</h3>']
-    lines.append(f"<p>{escape(title_text(run.facts))}{_of_what(run.facts)}</p>")
+    lines.append(f"<p>{escape(title_text(run.facts))}{_knows(run.facts)}</p>")
     lines.append(_matrix(run) if run.matrix else "")
     lines.append(_folded("Configuration", _pre(run.config)))
     lines.append(_folded("Files", _links(run)))
@@ -330,9 +330,8 @@ def _links(run: PageRun) -> str:
     return f'<ul class="files">{"".join(items)}</ul>' if items else ""
 
 
-def _of_what(facts: Mapping[str, object]) -> str:
-    known = ", the network knows the task of each sample" if facts.get("tasks_known") else ""
-    return escape(f" · accuracy on {_samples(facts)}{known}")
+def _knows(facts: Mapping[str, object]) -> str:
+    return " · the network knows the task of each sample" if facts.get("tasks_known") else ""
 
 
 def _samples(facts: Mapping[str, object]) -> str:

@@ -57,9 +57,9 @@ def heat(
     tall = " tall" if len(rows) > _ALL_ROWS and not dense else ""
     scale = f'<div class="legend"><span class="key">0<i class="bar map"></i>{most:.0f}</span></div>'
     return (
-        f'<figure><div class="scroll{tall}">'
-        f'<table class="heat {kind}" role="grid" data-grid data-says="{escape(says)}">'
-        f"<caption>{escape(caption)}</caption><thead><tr><td></td>{head}</tr></thead>"
+        f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll{tall}">'
+        f'<table class="heat {kind}" role="grid" aria-label="{escape(caption)}" data-grid data-says="{escape(says)}">'
+        f"<thead><tr><td></td>{head}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>{scale}</figure>"
     )
 
@@ -79,7 +79,10 @@ def plain(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) 
             for j, cell in enumerate(others)
         ]
         lines.append(f'<tr><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    top = "".join(
+        f'<th scope="col"{" class=n" if len(head) - j <= numbers else ""}>{escape(name)}</th>'
+        for j, name in enumerate(head)
+    )
     top = f"<thead><tr>{top}</tr></thead>" if head else ""
     return f'<div class="scroll"><table class="plain">{top}<tbody>{"".join(lines)}</tbody></table></div>'
 
@@ -105,10 +108,11 @@ def sortable(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
         head: names of the columns.
         rows: as many cells each.
     """
+    numbers = [any(isinstance(row[j].value, float | int) for row in rows) for j in range(len(head))]
     top = "".join(
-        '<th scope="col" aria-sort="none"><button type="button">'
+        f'<th scope="col"{" class=n" if number else ""} aria-sort="none"><button type="button">'
         f'{escape(name)}<span aria-hidden="true"></span></button></th>'
-        for name in head
+        for name, number in zip(head, numbers, strict=True)
     )
     lines = [f"<tr>{''.join(_sorted_by(cell, j) for j, cell in enumerate(row))}</tr>" for row in rows]
     body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
