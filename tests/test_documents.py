@@ -85,6 +85,7 @@ NOT_RUN: list[tuple[str, str, Check]] = [
     ),
     (r"pip install", "the network", an_extra),
     (r"(horovodrun|mpirun) ", "several hosts, Open MPI", parsed_behind),
+    (r"dcl-lightning new ", "writes a folder: tests/cli/test_new.py does", nothing),
     (r"dcl-lightning run(?!.* fit)", "named in a sentence, without a job", nothing),
     (r"nsys ", "a GPU", parsed_behind),
     (r"py-spy ", "not among the packages of the set-up", parsed_behind),
