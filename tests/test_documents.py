@@ -140,7 +140,8 @@ def parse(command: Command) -> dict[str, Any]:
     """Parse a command as far as it goes without training; return the configuration of a fit."""
     args = of_ours(command)
     assert args, command.line
-    if any(word.endswith(("help", "--print_config")) for word in args) or args[0] in ("cite", "compare", "report"):
+    alone = ("cite", "compare", "report", "data")
+    if any(word.endswith(("help", "--print_config")) for word in args) or args[0] in alone:
         assert called(args)[0] == 0, command.line
         return {}
     if args[0] in ("repeat", "sweep"):

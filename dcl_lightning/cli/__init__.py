@@ -28,6 +28,7 @@ COMMANDS = {
     "repeat": "studies.repeat",
     "sweep": "studies.sweep",
     "cite": "cli.cite",
+    "data": "cli.datasets",
     "new": "cli.new",
     "run": "cli.supervisor",
     "profile": "cli.profile",
@@ -36,7 +37,8 @@ _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of
 `fit --model nil --data.dataset digits --data.increment 2`. Studies of several runs: `compare RUN RUN ...`,
 `repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `report RUN... --html FILE` writes a page of
 them. `run --max-restarts 3 -- fit ...` restarts a lost job from its latest checkpoint. `profile -- fit ...` shows where
-the time of a step goes. `new agent|experiment NAME` writes a project that runs. `cite --model NAME --data.dataset NAME`
+the time of a step goes. `data` lists the data sets and where they are. `new agent|experiment NAME` writes a project
+that runs. `cite --model NAME --data.dataset NAME`
 prints BibTeX."""
 # Lightning's messages about what is normal here.
 _EXPECTED_WARNINGS = (

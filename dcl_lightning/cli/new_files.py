@@ -108,7 +108,7 @@ A repeated call skips finished runs and resumes interrupted ones. `comparison/` 
 
 | to change | edit |
 |---|---|
-| the data set, the tasks, the network, the optimizer | `experiment.yaml` |
+| the data set, the tasks, the network, the optimizer | `experiment.yaml`; `dcl-lightning data` lists data sets |
 | the agents, and what each has for itself | `run.sh`; `dcl-lightning fit --model.help er` shows the options of one |
 | the agents by one of your own | the same: put its file here, and name it as `--model smooth.Smooth` |
 

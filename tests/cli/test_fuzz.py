@@ -163,6 +163,7 @@ def test_odd_arguments_of_every_command_are_refused_in_three_lines(
     commands += [["repeat", str(config), "--slurm-array", f"--orders={word}"] for word in ODD]
     commands += [["sweep", word] for word in ODD] + [["cite", f"--model={word}"] for word in ODD]
     commands += [["cite", f"--data.dataset={word}"] for word in ODD]
+    commands += [["data", f"--check={word}"] for word in ODD]
     commands += [["new", kind, word] for kind in ("agent", "experiment") for word in ODD if word != "x"]
     commands += [["run", f"--max-restarts={word}", "--", "fit"] for word in ODD]
     commands += [["run", f"--min-workers={word}", "--", "fit"] for word in ODD]

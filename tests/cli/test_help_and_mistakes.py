@@ -41,7 +41,7 @@ def sentences(text: str) -> dict[str, str]:
     + [["fit", "--model", "base", "--model.backbone.help", name] for name in BACKBONES]
     + [["fit", "--model", "nil", "--model.rehearsal.help"], ["fit", "--model", "icarl", "--model.rehearsal.help"]]
     + [["compare", "--help"], ["repeat", "--help"], ["sweep", "--help"], ["cite", "--help"], ["run", "--help"]]
-    + [["profile", "--help"], ["report", "--help"], ["new", "--help"]],
+    + [["profile", "--help"], ["report", "--help"], ["new", "--help"], ["data", "--help"]],
     ids=" ".join,
 )
 def test_every_option_has_a_sentence(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_help_lists_short_names_and_no_class_of_torch(capsys: pytest.CaptureFixt
     of_agent = shown(["fit", "--model.help", "nil"], capsys)
     assert "torch.nn.Bilinear" not in of_agent
     assert all(name in of_agent for name in BACKBONES)
-    commands = ("fit", "predict", "compare", "report", "repeat", "sweep", "run", "profile", "new", "cite")
+    commands = ("fit", "predict", "compare", "report", "repeat", "sweep", "run", "profile", "data", "new", "cite")
     assert all(name in shown(["--help"], capsys) for name in commands)
 
 

@@ -108,6 +108,22 @@ def tinyimagenet(root: Path, classes: list[str] = SYNSETS) -> Path:
     return base
 
 
+def tinyimagenet_in_parts(root: Path, classes: int = 4) -> dict[str, np.ndarray]:
+    """Write Mammoth's arrays of floats, two images in each part; return both splits' pixels and labels."""
+    base = root / "TINYIMG" / "processed"
+    base.mkdir(parents=True)
+    whole = {}
+    for split in ("train", "val"):
+        pixels = RNG.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+        labels = np.arange(40) % classes
+        for part in range(20):
+            rows = slice(2 * part, 2 * part + 2)
+            np.save(base / f"x_{split}_{part + 1:02d}.npy", (pixels[rows] / 255).astype(np.float32))
+            np.save(base / f"y_{split}_{part + 1:02d}.npy", labels[rows])
+        whole |= {f"x_{split}": pixels, f"y_{split}": labels}
+    return whole
+
+
 def candle(root: Path, rows: int = 8, test_rows: int = 4) -> Path:
     base = root / "CANDLE"
     base.mkdir(parents=True)

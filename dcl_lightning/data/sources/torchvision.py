@@ -12,7 +12,10 @@ import numpy as np
 from dcl_lightning.data.sources.cache import Arrays, NoRoomError, cached_arrays
 from dcl_lightning.errors import DataError
 
-__all__ = ["CIFAR_FILES", "MNIST_FILES", "fetch_cifar", "fetch_mnist", "read_cifar", "read_mnist", "read_mnist5k"]
+__all__ = [
+    "CIFAR_FILES", "MNIST_FILES", "cifar_digests", "fetch_cifar", "fetch_mnist", "read_cifar", "read_mnist",
+    "read_mnist5k",
+]  # fmt: skip
 
 MNIST_FILES = tuple(
     f"MNIST/raw/{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -90,13 +93,24 @@ def read_mnist5k() -> Arrays:
 
 def fetch_cifar(folder: str, num_classes: int) -> None:
     """Fetch and unpack CIFAR-10 or CIFAR-100 into ``folder`` if a file is missing or fails its checksum."""
-    from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-    known: type[CIFAR10] = CIFAR10 if num_classes == 10 else CIFAR100
-    sums = dict(known.train_list + known.test_list)
-    if not all(check_integrity(os.path.join(folder, known.base_folder, file), sums[file]) for file in sums):
+    digests = cifar_digests(num_classes)
+    if not all(check_integrity(os.path.join(folder, file), digest) for file, digest in digests.items()):
+        known = _known_cifar(num_classes)
         download_and_extract_archive(known.url, folder, filename=known.filename, md5=known.tgz_md5)
+
+
+def cifar_digests(num_classes: int) -> dict[str, str]:
+    """Return the published MD5 of each unpacked file by its name, as torchvision knows them."""
+    known = _known_cifar(num_classes)
+    return {f"{known.base_folder}/{file}": digest for file, digest in known.train_list + known.test_list}
+
+
+def _known_cifar(num_classes: int) -> Any:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    return CIFAR10 if num_classes == 10 else CIFAR100
 
 
 def read_cifar(folder: str, num_classes: int) -> Arrays:
