@@ -51,7 +51,7 @@ def test_its_fit_and_its_test_run(
     monkeypatch.syspath_prepend(".")
     assert cli.main(["fit", "--config", "smooth_replay_digits.yaml", *FEW, "--model.keep", "0.5"]) == 0
     summary = Path("runs/smooth_replay_digits/version_0/report/summary.md").read_text()
-    assert summary.startswith("# smooth_replay on digits")
+    assert summary.startswith("# SmoothReplay on digits")
     code = Path("test_smooth_replay.py").read_text()
     found: dict[str, object] = {}
     exec(code, found)
