@@ -1,4 +1,4 @@
-"""A mkdocs hook that inserts the code of an example, or a notebook with its outputs, into a page."""
+"""A mkdocs hook that inserts a file into a page: an example's code, a notebook with its outputs, or Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return the page with its examples inserted; mkdocs calls this hook.
 
     Args:
-        markdown: the page; a line ``<!-- content of NAME -->`` names a script or a notebook in the same folder.
+        markdown: the page; a line ``<!-- content of PATH -->`` names a file, from the page's folder.
         page: the page's location.
         **_: other arguments of mkdocs.
     """
@@ -25,12 +25,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def content_of(path: Path) -> str:
-    """Return an example as Markdown: a script's code, or a notebook's text, code, and text and image outputs.
+    """Return a file as Markdown: a script's code, a notebook's text, code, and text and image outputs, or Markdown.
 
     Args:
-        path: the script or notebook.
+        path: the script, notebook or page.
     """
     text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return text
     if path.suffix != ".ipynb":
         return f"```python\n{text}```"
     parts = []

@@ -84,3 +84,13 @@ def test_pages_show_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert shown.count("](data:image/png;base64,") == 2
     assert all(part in shown for part in parts)
     assert f"examples/{path.stem}.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def test_the_page_of_results_shows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from examples_page import on_page_markdown
+
+    path = ROOT / "docs" / "results.md"
+    page = SimpleNamespace(file=SimpleNamespace(abs_src_path=str(path)))
+    shown = on_page_markdown(path.read_text(encoding="utf-8"), page)
+    assert (ROOT / "RESULTS.md").read_text(encoding="utf-8") in shown
