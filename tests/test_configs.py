@@ -169,6 +169,7 @@ def test_every_file_that_the_documents_name_is_there() -> None:
             )
 
 
+@pytest.mark.exhaustive
 def test_a_config_of_many_workers_on_two(tmp_path: Path) -> None:
     config = ROOT / "configs" / f"{AS_WIDE_AS_IT_IS}.yaml"
     flags = [*shrunk(config, tmp_path / "datasets"), *NARROW["resnet"], "--trainer.strategy", "horovod"]

@@ -95,6 +95,7 @@ def kill_and_compare(tmp_path: Path, names: list[str], kills: int, seed: int) ->
     return counts
 
 
+@pytest.mark.exhaustive
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     counts = kill_and_compare(tmp_path, ["nil_global"], 1, 0)
     assert counts["kills"] == 1
