@@ -375,7 +375,7 @@ def test_colours_are_viridis_and_their_numbers_are_legible() -> None:
     for n in range(colours.SHADES + 1):
         ours = colours.shade(n / colours.SHADES)
         channels = [int(ours[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        assert np.abs(np.array(viridis(n / colours.SHADES)[:3]) - channels).max() < 0.05
+        assert np.abs(np.array(viridis(n / colours.SHADES)[:3]) - channels).max() < 0.025
         linear = np.where(
             np.array(channels) <= 0.04045, np.array(channels) / 12.92, ((np.array(channels) + 0.055) / 1.055) ** 2.4
         )

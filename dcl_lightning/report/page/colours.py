@@ -8,9 +8,11 @@ __all__ = ["SHADES", "STEPS", "css", "ink_on", "shade"]
 
 SHADES = 100  # cells have the classes c0 to c100
 STEPS = 20  # curves without a colour of their own have the classes g0 to g20
-# matplotlib's viridis at tenths, so that the page needs no matplotlib.
+# matplotlib's viridis at twentieths, so that the page needs no matplotlib.
 _VIRIDIS = (
-    "440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26", "fde725",
+    "440154", "471365", "482475", "463480", "414487", "3b528b", "355f8d", "2f6c8e", "2a788e", "25848e",
+    "21918c", "1e9c89", "22a884", "2fb47c", "44bf70", "5ec962", "7ad151", "9bd93c", "bddf26", "dfe318",
+    "fde725",
 )  # fmt: skip
 # Of viridis, what is told apart from a white and from a black page.
 _ON_WHITE, _ON_BLACK = (0.0, 0.85), (0.3, 1.0)
