@@ -78,7 +78,7 @@ A checkpoint `x.ckpt` stands beside `x.ckpt.memory/`, the workers' memories, and
 weights and of the optimizer's state. A job resumes from it on any number of workers and with any strategy.
 `load_from_checkpoint` needs whole weights in the file, which `FSDP2Strategy(save_distributed_checkpoint=False)` writes.
 
-`python -m tests.distributed.cells` generates this page.
+`tests/distributed/cells.py` generates this page.
 """
 
 
