@@ -1,4 +1,4 @@
-"""The Python code in README and guides runs as printed, and so do the README's baselines."""
+"""The Python code in README and guides runs as printed, and so do the three baselines; README's figures are results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dcl_lightning import cli
-from tests.documents import PAGES, ROOT, Block, blocks, write_files
+from tests.documents import PAGES, ROOT, Block, blocks, commands, write_files
 
 # Files within the project are of the guide that tests/test_guide.py follows.
 BLOCKS = [
@@ -22,7 +22,7 @@ BLOCKS = [
     for number, block in enumerate(b for b in blocks(page) if b.language == "python" and "/" not in (b.file or ""))
 ]
 _LINE = r"^python cli\.py (fit --config configs/base_digits\.yaml.*)$"
-BASELINES = re.findall(_LINE, PAGES[0].read_text(encoding="utf-8"), re.MULTILINE)
+BASELINES = re.findall(_LINE, (ROOT / "docs/from_the_original.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -38,20 +38,24 @@ def test_every_python_block_runs(tmp_path: Path, block: Block, monkeypatch: pyte
         assert list(tmp_path.rglob("report/accuracy_matrix.json"))
 
 
-def test_the_agent_of_the_readme_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = PAGES[0].read_text(encoding="utf-8")
-    file = re.search(r"```python\n(# my_agents\.py\n.*?)```", text, re.DOTALL)
-    flags = re.search(r"`(--model my_agents\.\S+ .*?)`", text)
-    assert file is not None
-    assert flags is not None
-    assert len(file[1].split("if __name__")[0].splitlines()) <= 20
-    (tmp_path / "my_agents.py").write_text(file[1])
+def test_the_figures_of_the_readme_are_results() -> None:
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\S+ ± \S+) \| (\S+ ± \S+) \|$", PAGES[0].read_text("utf-8"), re.MULTILINE)
+    assert len(rows) >= 3
+    for agent, ours, published in rows:
+        (line,) = re.findall(rf"^.*\(`aml_{agent}_cifar10_m100`\).*$", results, re.MULTILINE)
+        assert f"| {published} (3) | {ours} (3) |" in line
+
+
+def test_the_agent_of_the_tutorial_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs/tutorials/agent.md"
+    (command,) = commands(page)
+    write_files(tmp_path, page)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    few = ["--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "3", "--data.dataset", "digits"]
-    assert cli.main(["fit", *shlex.split(flags[1]), *few]) == 0
+    assert cli.main([*command.words[1:], "--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "3"]) == 0
     report = json.loads((tmp_path / "runs/dcl/version_0/report/accuracy_matrix.json").read_text())
-    assert report["agent"] == "Smooth"
+    assert report["agent"] == "Focal"
     assert report["samples_seen"]["rehearsed"] > 100
 
 
