@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from datetime import timedelta
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, Timer, TQDMProgressBar
@@ -17,9 +19,31 @@ from dcl_lightning.report.counts import rows_of
 from dcl_lightning.screen import is_watched, show
 from dcl_lightning.types import Batch
 
-__all__ = ["StreamProgress"]
+__all__ = ["StreamBar", "StreamProgress"]
 
 _SECONDS_BETWEEN_UPDATES = 1.0
+
+
+class StreamBar(RichProgressBar):
+    """Lightning's Rich bar in one line, with the time left of ``StreamProgress`` alone; the command line's default.
+
+    On a terminal of less than a hundred columns it leaves out the speed and all metrics but the loss.
+    """
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Return the metrics under short names, without the version of the run's folder."""
+        found = super().get_metrics(trainer, pl_module)
+        metrics = {name.removeprefix("train/"): value for name, value in found.items() if name != "v_num"}
+        return {name: value for name, value in metrics.items() if name == "loss" or not _is_narrow()}
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """Return the columns before the metrics."""
+        hidden = {"CustomTimeColumn"} | ({"ProcessingSpeedColumn"} if _is_narrow() else set())
+        return [column for column in super().configure_columns(trainer) if type(column).__name__ not in hidden]
+
+
+def _is_narrow() -> bool:
+    return shutil.get_terminal_size().columns < 100
 
 
 class StreamProgress(pl.Callback):

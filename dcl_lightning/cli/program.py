@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
 import lightning.pytorch as pl
 from jsonargparse import DefaultHelpFormatter, Namespace
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ModelSummary
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ModelSummary, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -26,6 +26,7 @@ from dcl_lightning.agents import ContinualAgent
 from dcl_lightning.agents.strategies import refuse_name
 from dcl_lightning.backbones import Backbone
 from dcl_lightning.callbacks import PredictionWriter
+from dcl_lightning.callbacks.progress import StreamBar
 from dcl_lightning.cli.checkpoint_path import refuse_foreign_classes, refuse_missing_checkpoint, resume_last
 from dcl_lightning.cli.config_files import last_model, refuse_nulls, with_one_optimizer, without_other_agent
 from dcl_lightning.cli.messages import in_one_line, library_errors_as_ours
@@ -176,11 +177,16 @@ class ContinualCLI(LightningCLI):
             self.trainer_defaults.setdefault("callbacks", [ModelCheckpoint(save_last=True)])
         if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
             self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), PredictionWriter()]
+        # Those that the user has not chosen; Lightning adds its own to the same list.
+        replaced = [
+            (kind, ours)
+            for kind, ours in ((ModelSummary, NetworkLine), (RichProgressBar, StreamBar))
+            if not any(isinstance(c, kind) for c in callbacks)
+        ]
         with library_errors_as_ours():
             trainer = super().instantiate_trainer(**kwargs)
-        if not any(isinstance(c, ModelSummary) for c in callbacks):  # else the user's own
-            kept = [NetworkLine() if isinstance(c, ModelSummary) else c for c in callbacks_of(trainer)]
-            set_callbacks(trainer, kept)
+        for kind, ours in replaced:
+            set_callbacks(trainer, [ours() if isinstance(c, kind) else c for c in callbacks_of(trainer)])
         # Lightning keeps the rank as an undeclared attribute of this function.
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._folders = OwnFolders(trainer.loggers)

@@ -104,7 +104,7 @@ def test_monitors_of_lightning_and_the_default_checkpoint_beside_callbacks_of_a_
     with (folder / "metrics.csv").open() as file:
         num_bytes = max(float(row["buffer/bytes"]) for row in csv.DictReader(file) if row["buffer/bytes"])
     assert f"Memory: room for 40 rows, {int(num_bytes):,} bytes" in caplog.text
-    assert re.search(r"Network: mlp, [1-9][\d,]* trained parameters$", caplog.text, re.MULTILINE)
+    assert re.search(r"Network: \w+, [1-9][\d,]* trained parameters$", caplog.text, re.MULTILINE)
 
 
 def test_the_seed_of_a_run_is_in_its_files(tmp_path: Path) -> None:
