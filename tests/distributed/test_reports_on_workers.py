@@ -15,7 +15,7 @@ def test_report_of_two_workers(tmp_path: Path) -> None:
     assert_ended_well(workers)
     # Worker 0 trains once more alone.
     assert [w.output.count("Report: ") for w in workers] == [2, 0]
-    assert [w.output.count("Accuracy in % after task") for w in workers] == [4, 0]
+    assert [w.output.count("Accuracy in % after ") for w in workers] == [4, 0]
     both, alone = (json.loads((tmp_path / run / "report/accuracy_matrix.json").read_text()) for run in ("two", "one"))
     # The network that two workers trained, evaluated by one process, is as good as they say.
     assert both["matrix"][-1] == alone["matrix"][-1]
