@@ -30,7 +30,10 @@ def fit(folder: Path, *args: str, timeout: float = 240) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(
     ("agent", "strategy"),
-    [("base", "horovod"), ("icarl", "horovod"), pytest.param("icarl", "ddp", marks=pytest.mark.exhaustive)],
+    [
+        ("icarl", "horovod"),
+        *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in (("base", "horovod"), ("icarl", "ddp"))),
+    ],
 )
 def test_two_workers_equal_one_with_the_double_batch(agent: str, strategy: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
