@@ -38,8 +38,7 @@ _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of
 `repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `report RUN... --html FILE` writes a page of
 them. `run --max-restarts 3 -- fit ...` restarts a lost job from its latest checkpoint. `profile -- fit ...` shows where
 the time of a step goes. `data` lists the data sets and where they are. `new agent|experiment NAME` writes a project
-that runs. `cite --model NAME --data.dataset NAME`
-prints BibTeX."""
+that runs. `cite --model NAME --data.dataset NAME` prints BibTeX."""
 # Lightning's messages about what is normal here.
 _EXPECTED_WARNINGS = (
     r".*treespec, LeafSpec.*",  # between Lightning and torch

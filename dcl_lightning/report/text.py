@@ -17,14 +17,21 @@ from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import StateDict
 
 __all__ = [
-    "SAMPLES", "csv_text", "details_of", "evaluation_text", "matrix_csv", "metrics_csv", "metrics_of", "progress_text",
-    "result_text", "run_name",
-    "summary_text", "table_text", "title_text",
+    "COMPARED", "SAMPLES", "csv_text", "details_of", "evaluation_text", "matrix_csv", "metrics_csv", "metrics_of",
+    "progress_text", "result_text", "run_name", "summary_text", "table_text", "title_text",
 ]  # fmt: skip
 
 # What figures are of, by ``data.evaluate_on``.
 SAMPLES = {"test": "test samples", "held_out": "held-out training samples"}
 
+# Metrics in which runs are compared, with their heads in tables.
+COMPARED = {
+    "average_accuracy": "average accuracy",
+    "average_incremental_accuracy": "incremental",
+    "pooled_accuracy": "over all samples",
+    "forgetting": "forgetting",
+    "backward_transfer": "backward transfer",
+}
 _SHOWN = 15
 _METRICS = {name: name.replace("_", " ") for name in FORMULAS}
 _DETAILS = {

@@ -15,7 +15,7 @@ from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.metrics import drawing
 from dcl_lightning.metrics.drawing import refuse_unknown_style
 from dcl_lightning.paths import replacing
-from dcl_lightning.report.text import SAMPLES, csv_text
+from dcl_lightning.report.text import COMPARED, SAMPLES, csv_text
 from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
 
 __all__ = ["Estimate", "between", "estimate", "latex", "main", "markdown", "paired", "plain", "write_comparison"]
@@ -24,14 +24,6 @@ K = TypeVar("K")
 Rows = Sequence[Sequence[str]]
 
 _ON_ONE_PAIR_OF_AXES = 6  # curves: beyond, each has axes of its own
-# Metrics of the tables; the CSV file has all.
-_SHOWN = {
-    "average_accuracy": "average accuracy",
-    "average_incremental_accuracy": "incremental",
-    "pooled_accuracy": "over all samples",
-    "forgetting": "forgetting",
-    "backward_transfer": "backward transfer",
-}
 
 
 def main(args: Sequence[str]) -> int:
@@ -77,7 +69,7 @@ def write_comparison(groups: dict[str, list[Run]], folder: Path, style: str = "c
     head, rows = _table(groups)
     differences = _differences(groups)
     text = "# Comparison\n\nIn %: mean ± standard deviation over runs.\n\n" + markdown(head, rows)
-    text += "\n" + "\n".join(f"{name}: {FORMULAS[key]}." for key, name in _SHOWN.items() if key in FORMULAS) + "\n"
+    text += "\n" + "\n".join(f"{name}: {FORMULAS[key]}." for key, name in COMPARED.items() if key in FORMULAS) + "\n"
     if differences[1]:
         text += f"\nAverage accuracy less that of {next(iter(groups))}, in points, over the same seeds and orders:\n\n"
         text += markdown(*differences)
@@ -99,10 +91,10 @@ def _held_out(groups: dict[str, list[Run]]) -> list[str]:
 
 
 def _table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
-    head = ["configuration", "runs", *_SHOWN.values(), "95 % interval", "over seeds", "over orders"]
+    head = ["configuration", "runs", *COMPARED.values(), "95 % interval", "over seeds", "over orders"]
     rows = []
     for name, runs in groups.items():
-        cells = [_cell(_values(runs, key)) for key in _SHOWN]
+        cells = [_cell(_values(runs, key)) for key in COMPARED]
         values = _values(runs, "average_accuracy")
         whole = estimate(values) if values else None
         seeds, orders = between({run.replicate[::-1]: _value(run, "average_accuracy") for run in runs})

@@ -56,7 +56,7 @@ def test_its_fit_and_its_test_run(
     found: dict[str, object] = {}
     exec(code, found)
     (test,) = (value for name, value in found.items() if name.startswith("test_"))
-    test()  # type: ignore[operator]
+    test()  # type: ignore[operator]  # whatever the file has under this name
 
 
 def test_the_experiment_compares_its_agents(
@@ -143,7 +143,7 @@ def test_nothing_is_left_where_writing_fails(
     def full(path: Path, *_: object, **__: object) -> int:
         if path.name.startswith("test_"):
             raise OSError(28, "No space left on device")
-        return write(path, *_, **__)  # type: ignore[arg-type]
+        return write(path, *_, **__)  # type: ignore[arg-type]  # passed on as they came
 
     write = Path.write_text
     monkeypatch.setattr(Path, "write_text", full)

@@ -18,20 +18,13 @@ from dcl_lightning.functional import continual_metrics
 from dcl_lightning.report.page import charts, colours, tables
 from dcl_lightning.report.page.data import PageRun
 from dcl_lightning.report.page.tables import Cell
-from dcl_lightning.report.text import SAMPLES, details_of, metrics_of, run_name, title_text
+from dcl_lightning.report.text import COMPARED, SAMPLES, details_of, metrics_of, run_name, title_text
 
 __all__ = ["page_text"]
 
 _NAMED = 8  # tasks up to which each curve has a colour of its own
 _MAX_CLASSES = 200  # of a heat map with a row for each class
 _MAX_CONFUSED = 100  # classes of a confusion matrix: it grows with their square
-_COMPARED = {
-    "average_accuracy": "average accuracy",
-    "average_incremental_accuracy": "incremental",
-    "pooled_accuracy": "over all samples",
-    "forgetting": "forgetting",
-    "backward_transfer": "backward transfer",
-}
 # What says where a run lies, not how it learns.
 _PLACES = ("trainer.logger", "trainer.default_root_dir")
 
@@ -254,7 +247,7 @@ def _comparison(runs: Sequence[PageRun]) -> str:
     for name, key in (("agent", "agent"), ("data", "dataset"), ("seed", "seed")):
         columns[name] = [_cell(run.facts.get(key)) for run in runs]
     columns["order"] = [_cell(run.order) for run in runs]
-    for key, name in _COMPARED.items():
+    for key, name in COMPARED.items():
         columns[name] = [Cell(_percent(run.facts.get(key)), _known(run.facts.get(key))) for run in runs]
     seconds = [run.facts.get("wall_time_s") for run in runs]
     sums = [sum(phases.values()) if isinstance(phases, Mapping) else None for phases in seconds]
