@@ -452,7 +452,7 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
         # Lightning does so only after it has loaded a checkpoint, whose double precision would be lost.
         self.trainer.precision_plugin.convert_module(self)
         device = self.trainer.strategy.root_device
-        refuse_strategy(self, self.trainer, stage == "fit" and self._compile is not None, dict(self.hparams))
+        refuse_strategy(self, self.trainer, dict(self.hparams))
         if self.is_built:
             wanted: MemoryFormat = self.memory_format
             if isinstance(self.trainer.strategy, FSDP2Strategy) and device.type != "cpu":

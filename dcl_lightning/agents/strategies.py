@@ -53,23 +53,16 @@ class Learner(Protocol):
         ...
 
 
-def supported(
-    agent: Learner | type[Learner],
-    strategy: str,
-    precision: str = "32-true",
-    accumulate: bool = False,
-    compile: bool = False,
-) -> str | None:
+def supported(agent: Learner | type[Learner], strategy: str, precision: str = "32-true") -> str | None:
     """Return None if an agent learns with these values together, else the reason with what to give instead.
 
-    Where it learns, N workers with a batch of B are one process with a batch of N B.
+    Accumulation and compilation go with all of them. Where it learns, N workers with a batch of B are one process with
+    a batch of N B.
 
     Args:
         agent: the agent, or its class.
         strategy: one of ``STRATEGIES``.
         precision: one of ``PRECISIONS``, or another of the trainer's.
-        accumulate: whether a step takes several batches.
-        compile: whether ``model.compile`` is given.
     """
     if strategy in _NO_AGENT:
         return f"trainer.strategy={strategy} {_NO_AGENT[strategy]}"
@@ -114,13 +107,12 @@ def refuse_name(given: object) -> None:
             raise ConfigurationError(f"trainer.strategy={given} {_NO_AGENT[name]}")
 
 
-def refuse_strategy(agent: Learner, trainer: pl.Trainer, compile: bool, values: dict[str, object]) -> None:
+def refuse_strategy(agent: Learner, trainer: pl.Trainer, values: dict[str, object]) -> None:
     """Refuse a strategy with which an agent does not learn; every worker comes to the same.
 
     Args:
         agent: that is to learn.
         trainer: of the fit, before it begins.
-        compile: whether ``model.compile`` is given.
         values: the agent's arguments.
 
     Raises:
@@ -129,7 +121,7 @@ def refuse_strategy(agent: Learner, trainer: pl.Trainer, compile: bool, values: 
     name = name_of_strategy(trainer.strategy)
     if name is None:
         return
-    reason = supported(agent, name, str(trainer.precision), trainer.accumulate_grad_batches > 1, compile)
+    reason = supported(agent, name, str(trainer.precision))
     if reason is None and name == "fsdp2":
         reason = next(_other_reasons(trainer, values), None)
     if reason is not None:

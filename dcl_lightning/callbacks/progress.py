@@ -59,10 +59,9 @@ class StreamProgress(pl.Callback):
 
     def __init__(self) -> None:
         self._clock: TaskClock | None = None
-        self._shown_task, self._memory_is_shown = -1, False
-        self._shown = 0.0
+        self._shown_task, self._shown = -1, 0.0
         self._since = 0.0, 0.0  # from when on the speed is measured, and the batches that were done then
-        self._is_warm = False
+        self._is_warm = False  # after the first batch of a fit
         self._samples, self._mark = 0, 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -75,7 +74,7 @@ class StreamProgress(pl.Callback):
         """Count time and work from here: the earlier part of a resumed run took place in another process."""
         clock = TaskClock.of(trainer)
         self._clock = clock if clock is not None and clock.tasks and trainer.is_global_zero else None
-        self._shown_task, self._shown, self._memory_is_shown = -1, 0.0, False
+        self._shown_task, self._shown = -1, 0.0
         self._since, self._is_warm = (time.monotonic(), self._done(trainer)), False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,15 +94,13 @@ class StreamProgress(pl.Callback):
             rate = self._samples * trainer.world_size / (now - self._mark)
             pl_module.log("throughput/samples_per_s", rate, batch_size=1)
             self._samples, self._mark = 0, now
-        if not self._memory_is_shown:
-            self._memory_is_shown = True
+        share = (batch_idx + 1) / max(trainer.num_training_batches, 1)
+        if not self._is_warm:
             _show_memory(trainer, pl_module)
-        if now - self._shown >= _SECONDS_BETWEEN_UPDATES or not self._is_warm:
-            done = self._done(trainer, (batch_idx + 1) / max(trainer.num_training_batches, 1))
-            if now - self._shown >= _SECONDS_BETWEEN_UPDATES:
-                self._show(trainer, done)
-            if not self._is_warm:
-                self._since, self._is_warm = (now, done), True
+        if now - self._shown >= _SECONDS_BETWEEN_UPDATES:
+            self._show(trainer, self._done(trainer, share))
+        if not self._is_warm:
+            self._since, self._is_warm = (now, self._done(trainer, share)), True
 
     def _show(self, trainer: pl.Trainer, done: float) -> None:
         clock, bar = self._clock, trainer.progress_bar_callback

@@ -29,7 +29,7 @@ class Cell(NamedTuple):
     @property
     def reason(self) -> str | None:
         """Why it is refused; None if it learns."""
-        return supported(getattr(short_names, self.agent), *self[1:])
+        return supported(getattr(short_names, self.agent), self.strategy, self.precision)
 
 
 def cells(agent: str, strategy: str) -> list[Cell]:

@@ -108,7 +108,7 @@ def test_what_else_is_refused_before_the_first_step(
     agent = short_names.er(MLP([8]), 6, input_spec=InputSpec(1, 4, 4))
     trainer = pl.Trainer(accelerator="cpu", devices=2, logger=False, strategy=strategy(), **options)
     with pytest.raises(ConfigurationError, match=re.escape(words)):
-        refuse_strategy(agent, trainer, False, values)
+        refuse_strategy(agent, trainer, values)
 
 
 def test_a_few_combinations(tmp_path: Path) -> None:
