@@ -6,10 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dcl_lightning._version import __version__ as __version__
-
-# Registers ``Trainer(strategy="fsdp2")`` and ``"horovod"``; imports no Horovod.
-from dcl_lightning.distributed.fsdp2 import FSDP2Strategy
-from dcl_lightning.distributed.horovod.strategy import HorovodStrategy
+from dcl_lightning.distributed.registration import register_strategies
 
 if TYPE_CHECKING:
     from dcl_lightning.agents import (
@@ -37,6 +34,7 @@ if TYPE_CHECKING:
     )
     from dcl_lightning.callbacks import Rehearsal, TaskClock, TaskReport
     from dcl_lightning.data import ContinualDataModule
+    from dcl_lightning.distributed import FSDP2Strategy, HorovodStrategy
     from dcl_lightning.memory.config import RehearsalConfig
     from dcl_lightning.metrics import AccuracyMatrix
 
@@ -78,6 +76,8 @@ _MODULES = ("agents", "backbones", "callbacks", "data", "functional", "metrics")
 _HOMES = {
     "AccuracyMatrix": "metrics",
     "ContinualDataModule": "data",
+    "FSDP2Strategy": "distributed.fsdp2",
+    "HorovodStrategy": "distributed.horovod.strategy",
     "Rehearsal": "callbacks",
     "RehearsalConfig": "memory.config",
     "TaskClock": "callbacks",
@@ -95,3 +95,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})
+
+
+register_strategies()

@@ -82,6 +82,35 @@ def test_no_method_is_imported_by_another_or_by_what_they_share(module: str) -> 
     assert [".".join(words) for words in of_agents if words[2] not in SHARED | {module}] == []
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("dcl_lightning", "lightning.pytorch"), ("lightning.pytorch", "dcl_lightning")]
+)
+def test_strategies_have_their_names_whichever_import_comes_first(first: str, second: str) -> None:
+    code = (
+        f"import {first}\n"
+        f"import {second}\n"
+        "from inspect import getsource\n"
+        "from lightning.pytorch.strategies import StrategyRegistry\n"
+        "print(*StrategyRegistry.available_strategies())\n"
+        "assert getsource(lightning.pytorch)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"ddp", "fsdp2", "horovod"} <= set(done.stdout.split())
+
+
+def test_commands_that_compute_nothing_import_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from dcl_lightning.cli import main\n"
+        "assert main(['--version']) == 0\n"
+        "assert main(['fti']) == 2\n"
+        "assert main(['run', '--max-restarts', '-1', '--', 'fit']) == 2\n"
+        "assert not {'torch', 'numpy', 'lightning'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_package_brings_nothing_heavy_and_shows_its_names() -> None:
     code = (
         "import sys, dcl_lightning\n"
@@ -94,8 +123,7 @@ def test_importing_the_package_brings_nothing_heavy_and_shows_its_names() -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded, shown = (set(line.split()) for line in done.stdout.splitlines())
-    # matplotlib is not in the list: torchmetrics, and so Lightning, imports it where it is installed.
-    assert not {"horovod", "continuum", "sklearn", "dcl_lightning.agents", "dcl_lightning.backbones"} & loaded
+    assert not {"torch", "lightning", "horovod", "dcl_lightning.agents", "dcl_lightning.backbones"} & loaded
     assert set(dcl_lightning.__all__) | {"agents", "backbones", "data", "functional", "metrics"} <= shown
     assert not {name for name in shown if name.startswith("_") and not name.endswith("__")}
     assert not {"importlib", "Any"} & shown

@@ -8,9 +8,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 from dcl_lightning._version import __version__
 from dcl_lightning.cli.messages import shortened
 from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, suggestion
@@ -19,7 +16,7 @@ from dcl_lightning.screen import tolerant
 
 __all__ = ["main"]
 
-_USER_ERRORS = (CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, MisconfigurationException)
+_USER_ERRORS = (CheckpointError, ConfigurationError, DataError, HorovodNotFoundError)
 _LIGHTNING = ("fit", "validate", "test", "predict")
 # The other commands, by the module that has their ``main``.
 COMMANDS = {
@@ -87,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             return 130
-        except SIGTERMException:
+        except _of_lightning("SIGTERMException"):
             return 143
         except SystemExit as end:
             # Lightning ends with 1 after Ctrl-C; scripts expect the shell's code.
@@ -101,10 +98,16 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage() and "TPU available" not in record.getMessage()
 
 
+def _of_lightning(name: str) -> tuple[type[BaseException], ...]:
+    """Return one of Lightning's exceptions; none if nothing has imported Lightning, which takes seconds."""
+    module = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    return () if module is None else (vars(module)[name],)
+
+
 def _user_error(error: BaseException | None) -> str | None:
     """Return the message of the user's error that this one is or came from; jsonargparse wraps constructors' errors."""
     while error is not None:
-        if isinstance(error, _USER_ERRORS):
+        if isinstance(error, (*_USER_ERRORS, *_of_lightning("MisconfigurationException"))):
             return str(error)
         error = error.__cause__ or error.__context__
     return None
