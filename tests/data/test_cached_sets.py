@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from dcl_lightning.data import ContinualDataModule
 from dcl_lightning.data.decode import read_image
-from dcl_lightning.data.sources import tinyimagenet
+from dcl_lightning.data.sources import cache, tinyimagenet
 from dcl_lightning.data.sources.cache import VARIABLE, cached
 from dcl_lightning.errors import DataError
 from tests.data import small_sets
@@ -28,8 +30,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     return folder
 
 
-def tiny(root: Path) -> ContinualDataModule:
-    data = ContinualDataModule("tinyimagenet", root=str(root), source_options=PART, batch_size=4)
+def tiny(root: Path, **options: Any) -> ContinualDataModule:
+    data = ContinualDataModule("tinyimagenet", root=str(root), source_options=PART, batch_size=4, **options)
     data.prepare_data()
     data.setup()
     return data
@@ -61,6 +63,27 @@ def test_the_cache_is_written_once_and_mapped(tmp_path: Path, monkeypatch: pytes
     (cache,) = (p for p in (base / ".dcl_lightning").iterdir() if p.is_dir())
     assert str(cache / "train.npy") in Path("/proc/self/maps").read_text()
     assert [p.name for p in base.rglob("*.tmp")] == []
+
+
+def test_bars_reach_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tuple[str, int, list[int]]] = []
+
+    class Bar(contextlib.nullcontext[Any]):
+        def __init__(self, desc: str, total: int, **_: object) -> None:
+            super().__init__(self)
+            bars.append((desc, total, []))
+
+        def update(self, number: int) -> None:
+            bars[-1][2].append(number)
+
+    monkeypatch.setattr(cache, "tqdm", Bar)
+    base = small_sets.tinyimagenet(tmp_path / "sets")
+    tiny(tmp_path / "sets", stage_to=str(tmp_path / "disk"))
+    files = [path for path in base.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    size = sum(path.stat().st_size for path in files if path.parent.name in ("images", "val") or "boxes" in path.name)
+    assert [(name.split()[0], total, sum(done)) for name, total, done in bars] == [
+        ("copying", size, size), ("writing", 24, 24), ("writing", 8, 8),
+    ]  # fmt: skip
 
 
 def test_other_images_make_another_cache(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from tqdm import tqdm
 
 from dcl_lightning.errors import DataError
 from dcl_lightning.paths import absolute
 
 __all__ = [
     "VARIABLE", "Arrays", "NoRoomError", "cached", "cached_arrays", "copied", "fingerprint", "load_array",
-    "one_at_a_time",
+    "one_at_a_time", "progress",
 ]  # fmt: skip
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x_train, y_train, x_test, y_test
@@ -39,6 +40,17 @@ def fingerprint(*words: object) -> str:
     for word in words:
         digest.update(str(word).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()[:12]
+
+
+def progress(what: str, total: int, unit: str) -> tqdm:
+    """Return a bar that ``update(number)`` moves; it shows on a terminal alone, and goes when it is closed.
+
+    Args:
+        what: is done, for the eye.
+        total: number of units.
+        unit: such as ``B``.
+    """
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=None, leave=False)
 
 
 # -- caches --------------------------------------------------------------------------------------------------------
@@ -217,12 +229,14 @@ def _copy(root: str, target: str, wanted: _Contents) -> None:
     for folder in {os.path.dirname(name) for name in names}:
         os.makedirs(os.path.join(target, folder), exist_ok=True)
 
-    def copy(chunk: list[str]) -> None:
+    def copy(chunk: list[str]) -> int:
         for name in chunk:
             shutil.copyfile(os.path.join(root, name), os.path.join(target, name))
             second = wanted[name][1]
             os.utime(os.path.join(target, name), (second, second))
+        return sum(wanted[name][0] for name in chunk)
 
     chunks = [names[low : low + _CHUNK] for low in range(0, len(names), _CHUNK)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(copy, chunks))  # raises the first error, and cancels the copies that have not begun
+    with ThreadPoolExecutor(_THREADS) as pool, progress("copying to data.stage_to", total, "B") as bar:
+        for size in pool.map(copy, chunks):  # raises the first error, and cancels the copies that have not begun
+            bar.update(size)

@@ -13,7 +13,7 @@ import torch
 
 from dcl_lightning.data.decode import read_images
 from dcl_lightning.data.folders import per_class, text_lines
-from dcl_lightning.data.sources.cache import Arrays, cached, fingerprint, load_array
+from dcl_lightning.data.sources.cache import Arrays, cached, fingerprint, load_array, progress
 from dcl_lightning.errors import DataError
 
 __all__ = ["FILES", "fetch_tinyimagenet", "read_tinyimagenet"]
@@ -123,11 +123,12 @@ def _pixels(path: str, part: np.ndarray) -> Iterator[np.ndarray]:
 
 def _write(path: str, count: int, chunks: Iterable[np.ndarray]) -> None:
     # Written, not mapped: a full disk raises an error here, but kills a process that writes to a map.
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, progress(f"writing {os.path.basename(path)} once", count, " images") as bar:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, _SIZE, _SIZE)}
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in chunks:
             file.write(chunk.tobytes())
+            bar.update(len(chunk))
         file.flush()
         os.fsync(file.fileno())
 
