@@ -1,5 +1,6 @@
 # Every target sets up what it needs. `make PYTHON=python3.12 setup` chooses the interpreter.
 PYTHON ?= python3
+PYTHONS ?= $(PYTHON)
 BIN := .venv/bin
 STAMP := .venv/.ready
 
@@ -51,18 +52,25 @@ bench: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
 
-# Built, checked, and used from an environment that has nothing of this folder.
+# Built and checked, then used from environments that have nothing of this folder.
+# `make wheel PYTHONS="python3.10 python3.13"` chooses their interpreters.
 wheel:
 	rm -rf dist .wheel
 	$(PYTHON) -m venv .wheel
 	.wheel/bin/python -m pip install -q build twine
 	.wheel/bin/python -m build -q
 	.wheel/bin/python -m twine check --strict dist/*
-	$(PYTHON) -m venv --clear .wheel
-	.wheel/bin/python -m pip install -q -c constraints.txt dist/*.whl
-	cd .wheel && bin/dcl-lightning fit --data.dataset digits --model nil --trainer.accelerator cpu --trainer.fast_dev_run 2
-	cd .wheel && bin/dcl-lightning cite --model nil --data.dataset digits
+	for python in $(PYTHONS); do $(USED_FROM_WHEEL) || exit 1; done
 	rm -rf .wheel
+	du -h dist/*
+
+define USED_FROM_WHEEL
+$$python --version && $$python -m venv --clear .wheel && cd .wheel \
+	&& bin/python -m pip install -q -c ../constraints.txt ../dist/*.whl \
+	&& bin/dcl-lightning fit --data.dataset digits --model nil --trainer.accelerator cpu --trainer.fast_dev_run 2 \
+	&& bin/dcl-lightning cite --model nil --data.dataset digits \
+	&& bin/python -m pip install -q --no-deps --force-reinstall ../dist/*.tar.gz && bin/dcl-lightning --version && cd ..
+endef
 
 clean:
 	rm -rf .venv .venv-latest .wheel dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
