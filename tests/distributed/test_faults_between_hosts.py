@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import small_sets
 from tests.distributed.hosts import ADMIN, NETWORK, Host, needs_hosts, several_hosts
 from tests.distributed.jobs import START, Job
 from tests.distributed.mpi import needs_mpi
@@ -315,6 +317,24 @@ def test_a_host_with_another_configuration_is_refused(start: Start) -> None:
         assert "lr" in job.text
         assert "differ" in job.text
         job.row("another configuration on one host (seconds from the command on)")
+
+
+@pytest.mark.exhaustive
+def test_a_host_with_other_data_is_refused(start: Start) -> None:
+    """As many images, in files of the same names; one of their labels is another."""
+    folder, copy = start.folder / "sets", start.folder / "copy"
+    small_sets.mnist(folder)
+    shutil.copytree(folder, copy)
+    (labels,) = copy.rglob("train-labels-idx1-ubyte")
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\x00")
+    with own_folder(start.hosts[1], folder):
+        assert start.hosts[1].run(f"cp -r {copy}/. {folder}").returncode == 0
+        mnist = f"--data.dataset mnist --data.root {folder} --data.increment 5"
+        job = SpreadJob(start.hosts, start.folder, f"{FIT} {mnist}")
+        start.jobs.append(job)
+        assert job.end(START) == 1, job.text
+        assert re.search("workers differ: the labels of the data is .* on worker 0 and .* on worker 1", job.text)
+        job.row("other data on one host (seconds from the command on)")
 
 
 @pytest.mark.exhaustive
