@@ -124,7 +124,7 @@ class TaskClock(pl.Callback):
     trains the whole stream, also with a trainer that has been used before.
 
     During a fit it runs after all callbacks except those that save checkpoints. So a checkpoint that is saved at a
-    boundary includes that boundary's work.
+    boundary includes that boundary's work. ``ModelCheckpoint`` knows ``{task}`` in the names of its files.
 
     With ``data.boundaries: hidden`` no hook is called and nothing is reset at a boundary; the matrix is filled all the
     same.
@@ -178,6 +178,7 @@ class TaskClock(pl.Callback):
         # Whether ``trainer.should_stop`` is set for the end of the task, and whether for another reason.
         self._stops_task = self._stops_fit = False
         self._undo: list[Callable[[], None]] = []
+        self._undo_names: list[Callable[[], None]] = []  # of checkpoints, some of which are saved after an exception
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> TaskClock | None:
@@ -282,6 +283,7 @@ class TaskClock(pl.Callback):
     def _attach(self, trainer: pl.Trainer, data: ContinualDataModule) -> None:
         """Change trainer, callbacks and data module for the time of the fit."""
         self._release()
+        self._release_names()
         _begin_anew(trainer)
         self._fitting, self._min_epochs = True, trainer.fit_loop.min_epochs or 0
         self._undo = [_keep_limits(trainer), _keep_order(trainer), reload_loaders_each_epoch(trainer)]
@@ -297,6 +299,11 @@ class TaskClock(pl.Callback):
         if stoppers:  # Lightning calls this hook of theirs after everyone's but those that save
             self._undo.append(wrap_hook(stoppers[-1], "on_train_epoch_end", self._wrap_to_end_task))
         self._undo.append(wrap_hook(trainer.fit_loop, "setup_data", partial(self._wrap_to_suspend_limits, trainer)))
+        self._undo_names = [
+            wrap_hook(saver, "format_checkpoint_name", partial(self._wrap_to_name_task, trainer, saver))
+            for saver in trainer.checkpoint_callbacks
+            if isinstance(saver, ModelCheckpoint)
+        ]
         watch = self.stopwatch
         self._undo += [
             wrap_fetching(trainer, lambda: watch.enter("data"), lambda: watch.leave("data")),
@@ -312,6 +319,10 @@ class TaskClock(pl.Callback):
             self._undo.pop()()
         self._fitting = False
 
+    def _release_names(self) -> None:
+        while self._undo_names:
+            self._undo_names.pop()()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave trainer, callbacks and data module as they were."""
         self._release()
@@ -319,6 +330,7 @@ class TaskClock(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave trainer, callbacks and data module as they were."""
         self._release()
+        self._release_names()
 
     def _epochs(self, num_tasks: int) -> list[int]:
         if isinstance(self.epochs_per_task, int):
@@ -594,6 +606,16 @@ class TaskClock(pl.Callback):
         return counts
 
     # -- checkpoint ------------------------------------------------------------------------------
+
+    def _wrap_to_name_task(self, trainer: pl.Trainer, saver: ModelCheckpoint, name: Callable[..., str]) -> Any:
+        """Wrap ``format_checkpoint_name``: it knows ``{task}``, and a saver without ``filename`` begins with it."""
+
+        def hook(metrics: dict[str, Tensor], filename: str | None = None, *args: Any, **kwargs: Any) -> str:
+            metrics.setdefault("task", torch.tensor(self.task_at(trainer.current_epoch)))
+            default = saver.CHECKPOINT_JOIN_CHAR.join(("{task}", "{epoch}", "{step}"))
+            return name(metrics, filename or saver.filename or default, *args, **kwargs)
+
+        return hook
 
     def state_dict(self) -> StateDict:
         """Return the state of a resumed run, in plain types and tensors."""

@@ -207,6 +207,56 @@ def test_the_checkpoint_callback_is_lightnings(tmp_path: Path) -> None:
     assert torch.equal(matrix(agent).nan_to_num(-1), before.nan_to_num(-1))
 
 
+def test_checkpoints_are_named_after_their_task_also_in_a_resumed_run(tmp_path: Path) -> None:
+    """Counted by hand: each task is stopped after two of its epochs, and an epoch has three steps."""
+    done = [(step // (2 * BATCHES), step // BATCHES, step + 1) for step in range(TASKS * 2 * BATCHES)]
+
+    def run(folder: Path, ckpt_path: Path | None = None) -> set[str]:
+        every = {"every_n_train_steps": 1, "save_top_k": -1}
+        own = {"filename": "{step}-of-{task:02d}", "auto_insert_metric_name": False, "mode": "max"}
+        savers = [
+            ModelCheckpoint(folder / "steps", **every, save_last=True),
+            ModelCheckpoint(folder / "own", **every, **own),
+            ModelCheckpoint(folder / "best", monitor="metric"),
+        ]
+        stopping_run(folder, "patience 1", True, savers, ckpt_path)
+        assert not any("format_checkpoint_name" in vars(saver) for saver in savers)
+        return {str(path.relative_to(folder)) for path in folder.rglob("*.ckpt")}
+
+    def names(steps: list[tuple[int, int, int]]) -> set[str]:
+        found = {f"steps/task={t}-epoch={e}-step={s}.ckpt" for t, e, s in steps} | {"steps/last.ckpt"}
+        return found | {f"own/{s}-of-{t:02d}.ckpt" for t, _, s in steps}
+
+    best = {f"best/task={t}-epoch={2 * t}-step={(2 * t + 1) * BATCHES}.ckpt" for t in range(TASKS)}
+    assert run(tmp_path / "whole") == names(done) | best
+    end_of_first = tmp_path / "whole" / "steps" / "task=0-epoch=1-step=6.ckpt"
+    later = best - {"best/task=0-epoch=0-step=3.ckpt"}
+    assert run(tmp_path / "again", end_of_first) == names(done[6:]) | later
+
+
+def test_a_checkpoint_of_an_exception_is_named_after_its_task(tmp_path: Path) -> None:
+    class Fail(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            assert trainer.global_step < EPOCHS * BATCHES + 1
+
+    saver, data = ModelCheckpoint(tmp_path, every_n_epochs=100, save_on_exception=True), make_data()
+    agent = make_agent("base", data, epochs_per_task=EPOCHS)
+    with pytest.raises(AssertionError):
+        make_trainer(tmp_path, [Fail(), saver]).fit(agent, datamodule=data)
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["task=1-epoch=3-step=10.ckpt"]
+
+
+def test_a_value_of_the_users_called_task_keeps_its_place_in_a_name(tmp_path: Path) -> None:
+    class Task(pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            module.log("task", torch.tensor(7.0))
+
+    data = make_data()
+    agent = make_agent("base", data, epochs_per_task=1)
+    make_trainer(tmp_path, [Task(), ModelCheckpoint(tmp_path, "{task}")]).fit(agent, datamodule=data)
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["task=7.0.ckpt"]
+
+
 def test_a_clock_of_ones_own_needs_no_checkpoints(tmp_path: Path) -> None:
     data = make_data(validate_on="test")
     trainer = make_trainer(tmp_path, [TaskClock(1)], enable_checkpointing=False)

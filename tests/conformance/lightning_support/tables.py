@@ -155,8 +155,8 @@ CALLBACKS = [
             "enable_checkpointing": True,
         },
         lambda run: (files(run, "kept"), run.trainer.checkpoint_callback is mine(run)),
-        note="With `monitor` each task keeps its own best. A monitor of test data (`val/...` without `data.val_ratio`) "
-        "is refused. Each checkpoint has a folder for the memory next to it.",
+        note="With `monitor` each task keeps its own best; the names of the files have the task. A monitor of test "
+        "data (`val/...` without `data.val_ratio`) is refused. Each checkpoint has a folder for the memory next to it.",
     ),
     Row(
         "ModelPruning",
