@@ -18,7 +18,7 @@ from dcl_lightning.types import StateDict
 
 __all__ = [
     "COMPARED", "SAMPLES", "csv_text", "details_of", "evaluation_text", "matrix_csv", "metrics_csv", "metrics_of",
-    "progress_text", "result_text", "run_name", "summary_text", "table_text", "title_text",
+    "progress_text", "result_text", "run_name", "summary_text", "table_text", "tasks_of", "title_text",
 ]  # fmt: skip
 
 # What figures are of, by ``data.evaluate_on``.
@@ -33,6 +33,7 @@ COMPARED = {
     "backward_transfer": "backward transfer",
 }
 _SHOWN = 15
+_NAMED = 20  # classes of a task
 _METRICS = {name: name.replace("_", " ") for name in FORMULAS}
 _DETAILS = {
     "agent": "agent",
@@ -196,7 +197,7 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
     for i, row in enumerate(rows):
         cells = ["" if value is None else f"{100 * value:.1f}" for value in row]
         lines.append(f"| task {i} | " + " | ".join(cells) + " |")
-    lines += ["", *_metrics_table(content), ""]
+    lines += ["", *_markdown(*metrics_of(content)), ""]
     lines += [f"R[i, j] is the accuracy on the {samples} of task j after task i, T the number of tasks."]
     if content["tasks_known"]:
         lines += ["", "The network knows the task of each sample, and has an output layer for each task (task-IL)."]
@@ -204,13 +205,7 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
         lines += ["", "Task-aware: the scores are restricted to the classes of the sample's task (task-IL)."]
     for name in figures:
         lines += ["", f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"]
-    lines += ["", f"| task | classes | training samples | {samples} | epochs |", "|---|---|---|---|---|"]
-    for t, classes in enumerate(content["task_classes"]):
-        names = ", ".join(map(str, classes[:20])) + (", ..." if len(classes) > 20 else "")
-        learnt, planned = content["task_epochs"][t], content["planned_epochs"][t]
-        epochs = f"{learnt}" if learnt == planned else f"{learnt} of {planned}, ended early"
-        counts = f"{content['task_samples'][t]} | {content['task_test_samples'][t]} | {epochs}"
-        lines.append(f"| {t} | {_escape(names)} | {counts} |")
+    lines += ["", *_markdown(*tasks_of(content))]
     lines += ["", "| | |", "|---|---|"]
     lines += [f"| {name} | {_escape(words)} |" for name, words in details_of(content)]
     if content["references"]:
@@ -252,9 +247,29 @@ def metrics_of(content: StateDict) -> tuple[list[str], list[list[str]]]:
     return ["metric", "formula", *columns], rows
 
 
-def _metrics_table(content: StateDict) -> list[str]:
-    head, rows = metrics_of(content)
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+def tasks_of(content: StateDict) -> tuple[list[str], list[list[str]]]:
+    """Return a row for each task: its number, its classes, its samples, and its epochs.
+
+    Args:
+        content: of ``accuracy_matrix.json``; a dash stands for what one of an earlier version lacks.
+
+    Returns:
+        The heads of the columns, and the rows.
+    """
+    keys = ("task_samples", "task_test_samples", "task_epochs", "planned_epochs")
+    columns, rows = [content.get(key) or [] for key in keys], []
+    for task, classes in enumerate(content.get("task_classes") or []):
+        names = ", ".join(map(str, classes[:_NAMED])) + (", ..." if len(classes) > _NAMED else "")
+        learnt_on, tested_on, learnt, planned = (str(v[task]) if task < len(v) else "-" for v in columns)
+        epochs = learnt if planned in (learnt, "-") else f"{learnt} of {planned}, ended early"
+        rows.append([str(task), names, learnt_on, tested_on, epochs])
+    samples = SAMPLES.get(content.get("evaluated_on", "test"), "samples")
+    return ["task", "classes", "training samples", samples, "epochs"], rows
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(map(_escape, row)) + " |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 def _percent(value: float) -> str:

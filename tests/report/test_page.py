@@ -130,7 +130,8 @@ def written(folder: Path, seed: int = 0, agent: str = "er", labels: list[str] | 
         "evaluated_on": "test", "buffer_rows": {"nominal": 40, "stored": 32, "distinct": 30},
         "wall_time_s": {"train": 60.0, "task_end": 15.0, "evaluate": 25.0}, "tasks_known": False,
         "task_classes": [names[2 * t : 2 * t + 2] for t in range(4)], "task_samples": [50, 51, 52, 53],
-        "task_test_samples": [10, 11, 12, 13], "versions": {"torch": "2.9"}, "peak_host_bytes": 3 << 20,
+        "task_test_samples": [10, 11, 12, 13], "task_epochs": [3, 3, 1, 3], "planned_epochs": [3] * 4,
+        "versions": {"torch": "2.9"}, "peak_host_bytes": 3 << 20,
         "references": ["Someone, A Paper"], "cite": "dcl-lightning cite --model er",
     } | more  # fmt: skip
     report = folder / "report"
@@ -281,7 +282,8 @@ def test_classes_memory_time_and_what_is_folded(tmp_path: Path) -> None:
         table(section(page, "Tasks").all("table")[0]),
         table(section(page, "Metrics").all("table")[0])[1],
     )
-    assert [c.text for c in rows["2"]] == ["class 4, class 5", "52", "12"]
+    assert [c.text for c in rows["1"]] == ["class 2, class 3", "51", "11", "3"]
+    assert [c.text for c in rows["2"]] == ["class 4, class 5", "52", "12", "1 of 3, ended early"]
     assert metrics["forgetting"][1].text == "-3.1"
     assert facts["matrix"]
 

@@ -18,7 +18,7 @@ from dcl_lightning.functional import continual_metrics
 from dcl_lightning.report.page import charts, colours, tables
 from dcl_lightning.report.page.data import PageRun
 from dcl_lightning.report.page.tables import Cell
-from dcl_lightning.report.text import COMPARED, SAMPLES, details_of, metrics_of, run_name, title_text
+from dcl_lightning.report.text import COMPARED, SAMPLES, details_of, metrics_of, run_name, tasks_of, title_text
 
 __all__ = ["page_text"]
 
@@ -203,14 +203,8 @@ def _confusion(run: PageRun) -> str:
 
 
 def _list_of_tasks(facts: Mapping[str, object]) -> str:
-    classes = facts.get("task_classes")
-    if not isinstance(classes, list):
-        return ""
-    rows = []
-    for task, names in enumerate(classes):
-        counts = [_nth(facts.get(key), task) for key in ("task_samples", "task_test_samples")]
-        rows.append([str(task), ", ".join(map(str, names)), *counts])
-    return tables.plain(["task", "classes", "training samples", _samples(facts)], rows, numbers=2)
+    head, rows = tasks_of(dict(facts))
+    return tables.plain(head, rows, numbers=3) if rows else ""
 
 
 def _environment(facts: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -337,10 +331,6 @@ def _tasks(matrix: Sequence[object]) -> list[str]:
 
 def _part(facts: object, key: str) -> list[list[float | None]]:
     return (facts.get(key) or []) if isinstance(facts, Mapping) else []
-
-
-def _nth(values: object, place: int) -> str:
-    return str(values[place]) if isinstance(values, list) and place < len(values) else "-"
 
 
 def _tensor(matrix: Sequence[Sequence[float | None]]) -> Tensor:
