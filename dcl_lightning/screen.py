@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO
 
-__all__ = ["Screen", "is_watched", "show", "tolerant"]
+__all__ = ["Screen", "is_watched", "log_through", "show", "tolerant"]
 
 
 class Screen:
@@ -94,3 +95,21 @@ def show(text: str) -> None:
 def is_watched() -> bool:
     """Return whether the output is a terminal or a notebook."""
     return Screen(sys.stdout).isatty() or "ipykernel" in sys.modules
+
+
+def log_through(stream: TextIO, names: Sequence[str]) -> Callable[[], None]:
+    """Let loggers that write to a terminal write to another stream; return what undoes this.
+
+    Args:
+        stream: where to.
+        names: of the loggers whose handlers are meant.
+    """
+    handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
+    streams = [h for h in handlers if isinstance(h, logging.StreamHandler) and Screen(h.stream).isatty()]
+    before = [(handler, handler.setStream(stream)) for handler in streams]
+
+    def undo() -> None:
+        for handler, own in before:
+            handler.setStream(own)
+
+    return undo

@@ -102,7 +102,7 @@ NOT_RUN: list[tuple[str, str, Check]] = [
 # Each once, wherever it stands.
 ALL = [*{command.line: command for page in reversed(PAGES) for command in reversed(commands(page))}.values()][::-1]
 # Words that stand for something, and places that are not here.
-MEANT = {"FILE": "configs/icarl_digits.yaml", "configs/NAME.yaml": "configs/nil_digits.yaml"}
+MEANT = {"FILE": "configs/icarl_digits.yaml", "configs/NAME.yaml": "configs/nil_digits.yaml", "RUN": "runs/nil_digits"}
 MISTAKE = "passt"  # on purpose
 MEANT |= {"/local/scratch": "scratch", "$hosts": "localhost"}
 
@@ -188,7 +188,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("nil_digits", "icarl_digits"):
             flags = [*few, "--trainer.callbacks.pictures=false"]
             assert called(["fit", "--config", f"configs/{name}.yaml", *flags])[0] == 0
-        for name in ("derpp_digits", "er_digits", "er_50", "er_200"):
+        for name in ("base_digits", "derpp_digits", "er_digits", "er_50", "er_200"):
             shutil.copytree("runs/nil_digits", f"runs/{name}")
     last = folder / "runs/icarl_digits/version_0/checkpoints/last.ckpt"
     shutil.copy(last, folder / "x.ckpt")

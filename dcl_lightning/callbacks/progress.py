@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, Timer, TQDMProgressBar
@@ -14,21 +16,51 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from dcl_lightning._lightning import callbacks_of, datamodule_of, log_interval
+from dcl_lightning.callbacks.hooks import wrap_hook
 from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.report.counts import rows_of
-from dcl_lightning.screen import is_watched, show
+from dcl_lightning.screen import is_watched, log_through, show
 from dcl_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from dcl_lightning.report.live import TaskTable
 
 __all__ = ["StreamBar", "StreamProgress"]
 
 _SECONDS_BETWEEN_UPDATES = 1.0
+_LOGGERS = ("", "lightning", "lightning.fabric", "lightning.pytorch")
 
 
 class StreamBar(RichProgressBar):
     """Lightning's Rich bar in one line, with the time left of ``StreamProgress`` alone; the command line's default.
 
-    On a terminal of less than a hundred columns it leaves out the speed and all metrics but the loss.
+    On a terminal of less than 120 columns it leaves out the speed and all metrics but the loss. In a fit it
+    stands below the table of the tasks that have ended, which ``TaskReport`` gives it; messages appear above both.
+
+    Attributes:
+        table: what is drawn above the bar; None for nothing.
     """
+
+    table: TaskTable | None = None
+    _undo: Callable[[], None] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the table from now on, and let messages pass above what is drawn."""
+        super().on_train_start(trainer, pl_module)
+        if self.progress is not None and self.is_enabled:
+            wrap_hook(self.progress, "get_renderables", lambda bars: lambda: [*filter(None, [self.table]), *bars()])
+            self._undo = self._undo or log_through(sys.stderr, _LOGGERS)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw for the last time, before the result is printed."""
+        self._stop_progress()
+
+    def _stop_progress(self) -> None:
+        super()._stop_progress()
+        self.table = None
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return the metrics under short names, without the version of the run's folder."""
@@ -43,7 +75,7 @@ class StreamBar(RichProgressBar):
 
 
 def _is_narrow() -> bool:
-    return shutil.get_terminal_size().columns < 100
+    return shutil.get_terminal_size().columns < 120
 
 
 class StreamProgress(pl.Callback):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +15,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dcl_lightning._lightning import datamodule_of, dev_run_batches
+from dcl_lightning.callbacks.progress import StreamBar
 from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.comm import comm_of
 from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics.drawing import in_style, refuse_unknown_style
 from dcl_lightning.metrics.evaluation import StreamResults
 from dcl_lightning.paths import replacing
-from dcl_lightning.report.content import content_of
+from dcl_lightning.report.content import content_of, tested_labels
 from dcl_lightning.report.counts import MemoryLog, rows_of
 from dcl_lightning.report.figures import (
     can_draw,
@@ -34,9 +37,11 @@ from dcl_lightning.report.page import PAGE, page_text, read_run
 from dcl_lightning.report.paths import begin_run, run_folder
 from dcl_lightning.report.text import (
     SAMPLES,
+    SHOWN_TASKS,
     matrix_csv,
     metrics_csv,
     progress_text,
+    progress_title,
     result_text,
     summary_text,
     table_text,
@@ -47,18 +52,20 @@ from dcl_lightning.types import StateDict, Task
 
 __all__ = ["TaskReport"]
 
+_LINES = 10  # of a terminal that are not for the rows of the table
+
 
 class TaskReport(pl.Callback):
     """Shows and writes what the trainer's ``TaskClock`` found.
 
-    After each task worker 0 prints the rows so far, logs ``cl/*``, and gives the accuracy matrix as a figure to the
-    loggers that take figures. At the end of ``fit`` it writes the folder ``report`` into the run's folder:
-    ``accuracy_matrix.json`` and ``.csv``, further CSV files, ``summary.md``, ``index.html`` and, with matplotlib,
-    pictures; not with ``fast_dev_run``, which leaves nothing behind. Figures are fractions in the files and per cent
-    on the screen, in the summary, the page and in pictures.
+    After each task worker 0 prints the rows so far, or lets a ``StreamBar`` draw a table of the tasks; it logs
+    ``cl/*``, and gives the accuracy matrix as a figure to the loggers that take figures. At the end of ``fit`` it
+    writes the folder ``report`` into the run's folder: ``accuracy_matrix.json`` and ``.csv``, further CSV files,
+    ``summary.md``, ``index.html`` and, with matplotlib, pictures; not with ``fast_dev_run``, which leaves nothing
+    behind. Figures are fractions in the files and per cent on the screen, in the summary, the page and in pictures.
 
     Args:
-        show_table: whether to print the table after each task.
+        show_table: whether to show a table after each task.
         pictures: whether to draw pictures where matplotlib is installed, which takes about a second.
         style: of the pictures: ``colour``; ``print``, shades of grey; or a style of matplotlib's by its name or the
             path of its file.
@@ -81,14 +88,21 @@ class TaskReport(pl.Callback):
         self.show_table, self.pictures = show_table, pictures
         self.style, self.formats = style, tuple(formats)
         self.memory = MemoryLog()
+        self.seconds: dict[int, float] = {}  # of the fit until the end of each task
         self._written = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin a new report with each fit."""
         if stage == "fit":
             self._written = False
-            self.memory = MemoryLog()
+            self.memory, self.seconds = MemoryLog(), {}
             begin_run(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show on a terminal what a resumed run has found before."""
+        clock = TaskClock.of(trainer)
+        if clock is not None and clock.schedule.evaluated and clock.evaluates and self.show_table:
+            self._draw_table(trainer, clock)
 
     def on_task_evaluated(self, trainer: pl.Trainer, agent: pl.LightningModule, task: Task) -> None:
         """Print and log the rows so far; the clock calls this on every worker after it has written the task's row."""
@@ -99,6 +113,7 @@ class TaskReport(pl.Callback):
         if held is not None:
             self.memory.note(task.index, held, data.train_targets, data.stream.train_parts, comm_of(trainer.strategy))
         matrix = clock.results.matrix
+        self.seconds[task.index] = sum(clock.wall_time.values())
         figures = {
             "cl/average_accuracy": float(matrix.average_accuracy),
             "cl/forgetting": float(matrix.forgetting),
@@ -114,9 +129,23 @@ class TaskReport(pl.Callback):
                 with _decorating("the picture of the matrix"), in_style(self.style):
                     figure = matrix_figure(matrix, SAMPLES[data.evaluate_on])
                     log_figure(logger, "cl/accuracy_matrix", figure, trainer.global_step)
-        if self.show_table:
+        if self.show_table and not self._draw_table(trainer, clock):
             text = table_text(matrix.evaluated, task.num_tasks, data.evaluate_on)
             show(f"\n{text}\n{progress_text(matrix)}")
+
+    def _draw_table(self, trainer: pl.Trainer, clock: TaskClock) -> bool:
+        """Give the table of the tasks so far to a bar that draws it; return whether there is one."""
+        bar = trainer.progress_bar_callback
+        if not isinstance(bar, StreamBar) or not bar.is_enabled:
+            return False
+        from dcl_lightning.report.live import TaskTable  # needs Rich
+
+        matrix, on = clock.results.matrix.evaluated, datamodule_of(trainer).evaluate_on
+        rows = min(SHOWN_TASKS, max(shutil.get_terminal_size().lines - _LINES, 1))
+        title = progress_title(len(matrix), len(clock.tasks), on, rows)
+        labels = [tested_labels(task) for task in clock.tasks]
+        bar.table = TaskTable(title, matrix, labels, clock.task_epochs, self.seconds, rows)
+        return True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report."""
@@ -145,6 +174,8 @@ class TaskReport(pl.Callback):
             rank_zero_warn(f"TaskReport: no report, because {report} cannot be written: {error}")
         else:
             show(f"Report: {report}")
+            if clock.schedule.evaluated == len(clock.tasks):
+                show(f"Show:   dcl-lightning report {shlex.quote(str(folder))}")
 
     def _write(self, report: Path, content: StateDict, trainer: pl.Trainer, results: StreamResults) -> None:
         labels = getattr(datamodule_of(trainer), "original_labels", None) or range(results.num_classes)
@@ -186,11 +217,12 @@ class TaskReport(pl.Callback):
 
     def state_dict(self) -> StateDict:
         """Return what the memories held after the tasks so far; the rest of the report is the clock's."""
-        return {"memory": self.memory.state_dict()}
+        return {"memory": self.memory.state_dict(), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore it."""
         self.memory.load_state_dict(state_dict["memory"])
+        self.seconds = dict(state_dict.get("seconds", {}))  # of earlier versions there is none
 
 
 @contextmanager

@@ -32,10 +32,10 @@ COMMANDS = {
 }
 _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of tasks, as in
 `fit --model nil --data.dataset digits --data.increment 2`. Studies of several runs: `compare RUN RUN ...`,
-`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `report RUN... --html FILE` writes a page of
-them. `run --max-restarts 3 -- fit ...` restarts a lost job from its latest checkpoint. `profile -- fit ...` shows where
-the time of a step goes. `data` lists the data sets and where they are. `new agent|experiment NAME` writes a project
-that runs. `cite --model NAME --data.dataset NAME` prints BibTeX."""
+`repeat CONFIG --seeds 0..4`, `sweep CONFIG`, each with its own --help. `report RUN...` prints their results and with
+`--html FILE` writes a page of them. `run --max-restarts 3 -- fit ...` restarts a lost job from its latest checkpoint.
+`profile -- fit ...` shows where the time of a step goes. `data` lists the data sets and where they are.
+`new agent|experiment NAME` writes a project that runs. `cite --model NAME --data.dataset NAME` prints BibTeX."""
 # Lightning's messages about what is normal here.
 _EXPECTED_WARNINGS = (
     r".*treespec, LeafSpec.*",  # between Lightning and torch
@@ -44,6 +44,7 @@ _EXPECTED_WARNINGS = (
     r".*is smaller than the logging interval.*",  # small tasks
     r".*It is recommended to use `self.log\('val/.*",  # the logged values are already those of all workers
 )
+_EXPECTED_NOTICES = ("Tip:", "TPU available", "`Trainer.fit` stopped: `max_epochs=")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage() and "TPU available" not in record.getMessage()
+    return not any(words in record.getMessage() for words in _EXPECTED_NOTICES)
 
 
 def _of_lightning(name: str) -> tuple[type[BaseException], ...]:

@@ -9,6 +9,7 @@ import warnings
 from argparse import Action
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
 import lightning.pytorch as pl
@@ -47,6 +48,7 @@ _LOGGER = {
     "class_path": "lightning.pytorch.loggers.CSVLogger",
     "init_args": {"save_dir": "runs", "name": "dcl"},
 }
+_UPDATES_PER_SECOND = 10  # of a terminal
 _PREFIXES = {"test": "test", "validate": "val"}  # of what commands log
 _HELP = {
     "model": "Agent by its short name, or a file with one. `--model.help NAME` lists its keys, `--model.KEY VALUE` "
@@ -180,7 +182,7 @@ class ContinualCLI(LightningCLI):
         # Those that the user has not chosen; Lightning adds its own to the same list.
         replaced = [
             (kind, ours)
-            for kind, ours in ((ModelSummary, NetworkLine), (RichProgressBar, StreamBar))
+            for kind, ours in ((ModelSummary, NetworkLine), (RichProgressBar, partial(StreamBar, _UPDATES_PER_SECOND)))
             if not any(isinstance(c, kind) for c in callbacks)
         ]
         with library_errors_as_ours():

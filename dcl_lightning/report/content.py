@@ -22,7 +22,7 @@ from dcl_lightning.report.citations import DATASETS, method_of, papers_of, refer
 from dcl_lightning.report.counts import MemoryLog
 from dcl_lightning.types import StateDict, Task
 
-__all__ = ["StreamRecord", "content_of", "stream_metrics"]
+__all__ = ["StreamRecord", "content_of", "stream_metrics", "tested_labels"]
 
 
 class StreamRecord(Protocol):
@@ -69,7 +69,7 @@ def content_of(
         "top5": None if results.top5 is None else stream_metrics(results.top5),
         **{f"{name}_task_aware": value for name, value in aware.items()},
         "formulas": continual_metrics.FORMULAS,
-        "task_classes": [_tested_labels(task) for task in record.tasks],
+        "task_classes": [tested_labels(task) for task in record.tasks],
         "task_epochs": [learnt for learnt, _ in record.task_epochs],
         "planned_epochs": [planned for _, planned in record.task_epochs],
         "task_samples": [task.num_samples for task in record.tasks],
@@ -142,7 +142,12 @@ def _repeats_classes(tasks: Sequence[Task]) -> bool:
     return True
 
 
-def _tested_labels(task: Task) -> list[int | str]:
+def tested_labels(task: Task) -> list[int | str]:
+    """Return the original labels of the classes that a task is tested on.
+
+    Args:
+        task: the task.
+    """
     return [label for y, label in zip(task.classes, task.labels, strict=True) if y not in task.leaked]
 
 

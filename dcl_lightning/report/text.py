@@ -17,8 +17,9 @@ from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import StateDict
 
 __all__ = [
-    "COMPARED", "SAMPLES", "csv_text", "details_of", "evaluation_text", "matrix_csv", "metrics_csv", "metrics_of",
-    "progress_text", "result_text", "run_name", "summary_text", "table_text", "tasks_of", "title_text",
+    "COMPARED", "SAMPLES", "SHOWN_TASKS", "csv_text", "details_of", "evaluation_text", "matrix_csv", "metrics_csv",
+    "metrics_of", "progress_text", "progress_title", "result_text", "run_name", "summary_text", "table_text",
+    "tasks_of", "title_text",
 ]  # fmt: skip
 
 # What figures are of, by ``data.evaluate_on``.
@@ -32,7 +33,7 @@ COMPARED = {
     "forgetting": "forgetting",
     "backward_transfer": "backward transfer",
 }
-_SHOWN = 15
+SHOWN_TASKS = 15  # of a table on the screen
 _NAMED = 20  # classes of a task
 _METRICS = {name: name.replace("_", " ") for name in FORMULAS}
 _DETAILS = {
@@ -79,9 +80,10 @@ def result_text(content: StateDict) -> str:
     Args:
         content: of ``accuracy_matrix.json``.
     """
-    forgetting, seconds = content["forgetting"], sum(content["wall_time_s"].values())
+    forgetting, seconds = content.get("forgetting"), content.get("wall_time_s")
     forgotten = "" if forgetting is None else f", forgetting {100 * forgetting:.1f}"
-    return f"{title_text(content)}{forgotten}, {timedelta(seconds=round(seconds))}"
+    time = "" if seconds is None else f", {timedelta(seconds=round(sum(seconds.values())))}"
+    return f"{title_text(content)}{forgotten}{time}"
 
 
 def table_text(matrix: Tensor, num_tasks: int, evaluated_on: str = "test") -> str:
@@ -93,11 +95,8 @@ def table_text(matrix: Tensor, num_tasks: int, evaluated_on: str = "test") -> st
         evaluated_on: a key of ``SAMPLES``; the title names others than test samples.
     """
     size = len(matrix)
-    first = max(0, size - _SHOWN)
-    of = "" if evaluated_on == "test" else f" on {SAMPLES[evaluated_on]}"
-    title = f"Accuracy in %{of} after {size} of {num_tasks} tasks"
-    if first:
-        title += f"; the last {_SHOWN} tasks are shown"
+    first = max(0, size - SHOWN_TASKS)
+    title = progress_title(size, num_tasks, evaluated_on, SHOWN_TASKS)
     head = "after task |" + "".join(f"{'task ' + str(j):>8}" for j in range(first, size)) + " |  average"
     lines = [title, head, "-" * 11 + "+" + "-" * (8 * (size - first) + 1) + "+" + "-" * 9]
     for i in range(first, size):
@@ -105,6 +104,20 @@ def table_text(matrix: Tensor, num_tasks: int, evaluated_on: str = "test") -> st
         average = float(matrix[i, : i + 1].nanmean())
         lines.append(f"{i:>10} |{cells} |{_percent(average):>9}")
     return "\n".join(lines)
+
+
+def progress_title(size: int, num_tasks: int, evaluated_on: str, shown: int) -> str:
+    """Return the title of a table of the tasks so far.
+
+    Args:
+        size: how many they are.
+        num_tasks: length of the whole stream.
+        evaluated_on: a key of ``SAMPLES``; the title names others than test samples.
+        shown: how many of them the table shows at most, the last ones.
+    """
+    of = "" if evaluated_on == "test" else f" on {SAMPLES[evaluated_on]}"
+    left_out = f"; the last {shown} tasks are shown" if size > shown else ""
+    return f"Accuracy in %{of} after {size} of {num_tasks} tasks{left_out}"
 
 
 def progress_text(matrix: AccuracyMatrix) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from datetime import timedelta
 from pathlib import Path
 
@@ -115,13 +119,33 @@ def test_embedded_in_a_fit_without_a_stream_it_says_nothing(tmp_path: Path, caps
     assert "task" not in capsys.readouterr().out
 
 
-def test_on_a_real_terminal_one_of_two_horovod_workers_shows_a_bar(tmp_path: Path) -> None:
+def seen_on(terminal: str) -> list[str]:
+    """Return the lines that are left on a terminal: what Rich draws anew it has erased before."""
+    lines, row = [""], 0
+    for up, part in re.findall(r"\x1b\[(\d+)A|(\n|\r|\x1b\[2K|\x1b\[[\d;?]*[a-zA-Z]|[^\x1b\n\r]+)", terminal):
+        if up:
+            row -= int(up)
+        elif part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\r\x1b":
+            lines[row] += part
+    return lines
+
+
+def test_on_a_real_terminal_one_of_two_horovod_workers_shows_a_table_and_a_bar(tmp_path: Path) -> None:
     pytest.importorskip("horovod")
+    pytest.importorskip("rich")
     main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
     config = str(ROOT / "configs" / "base_digits.yaml")
     command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", config, "--model.epochs_per_task", "1"]
     command += ["--trainer.limit_train_batches", "2", "--trainer.strategy", "horovod", "--trainer.devices", "2"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=terminal, stderr=terminal)
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment["TERM"] = "xterm-256color"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=terminal, stderr=terminal, env=environment)
     os.close(terminal)
     out = b""
     try:
@@ -135,3 +159,16 @@ def test_on_a_real_terminal_one_of_two_horovod_workers_shows_a_bar(tmp_path: Pat
     assert "v_num" not in text
     # The other worker's output is no terminal: it would say this.
     assert " epoch of " not in text
+    lines = seen_on(text)  # nothing twice
+    assert max(map(len, lines)) <= 80
+    (start,) = (row for row, line in enumerate(lines) if line.startswith("Accuracy in %"))
+    assert lines[start].strip() == "Accuracy in % after 5 of 5 tasks"
+    report = json.loads(next(tmp_path.rglob("accuracy_matrix.json")).read_text())
+    table = {line.split()[0]: line.split() for line in lines[start + 3 :] if line.split()}
+    for task, accuracy in enumerate(report["matrix"][-1]):
+        assert table[str(task)][3] == f"{100 * accuracy:.1f}"
+    assert table["mean"][1:3] == [f"{100 * report[name]:.1f}" for name in ("average_accuracy", "forgetting")]
+    assert [len([line for line in lines if words in line]) for words in ("loss:", "Result:", "Report:", "Show:")] == [
+        1
+    ] * 4
+    assert [line.split(":")[0] for line in lines[-4:]] == ["Result", "Report", "Show", ""]

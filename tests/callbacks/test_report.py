@@ -94,6 +94,7 @@ def make_trainer(folder, *callbacks, **kwargs):
         "global_step": 42,
         "fast_dev_run": 0,
         "lr_scheduler_configs": [],
+        "progress_bar_callback": None,
     }
     defaults["loggers"] = [SimpleNamespace(log_dir=str(folder), log_metrics=lambda *_, **__: None)]
     return FakeTrainer(**{**defaults, **kwargs})
@@ -113,6 +114,7 @@ def test_files_and_facts(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"Report: {tmp_path / 'report'}" in out
     assert "Result: FakeAgent on toys: 80.0 % average accuracy, forgetting 30.0, 0:00:03" in out
+    assert f"Show:   dcl-lightning report {tmp_path}" in out
     facts = read(tmp_path)
     assert set(KEYS) <= set(facts)
     assert facts["matrix"] == [[1.0, None, None], [0.8, 1.0, None], [0.6, 0.8, 1.0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dcl_lightning import ContinualDataModule, FineTuning, cli
 from dcl_lightning.backbones import MLP
-from dcl_lightning.screen import Screen, show, tolerant
+from dcl_lightning.screen import Screen, log_through, show, tolerant
 
 SMALL = ["fit", "--data.dataset=synthetic", "--data.increment=5", "--trainer.accelerator=cpu"]
 SMALL += ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
@@ -100,6 +101,21 @@ def test_a_screen_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Screen(bare).isatty()
     assert not Screen(None).isatty()
     assert Screen(closed()).write("three") == 5
+
+
+def test_logs_to_a_terminal_go_through_another_stream_and_back_again() -> None:
+    terminal, file, other = Bare(), Bare(), Bare()
+    terminal.isatty = lambda: True
+    handlers = [logging.StreamHandler(terminal), logging.StreamHandler(file)]
+    logger = logging.getLogger("test_logs_to_a_terminal")
+    logger.propagate = False
+    for handler in handlers:
+        logger.addHandler(handler)
+    undo = log_through(other, ["nobody", logger.name])
+    logger.warning("one")
+    undo()
+    logger.warning("two")
+    assert (terminal.text, file.text, other.text) == ("two\n", "one\ntwo\n", "one\n")
 
 
 # -- nothing that is not to be written -----------------------------------------------------------------

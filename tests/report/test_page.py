@@ -327,6 +327,24 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert [*keys] == ["model.class_path", "model.lr", "seed_everything"]
 
 
+def test_without_a_page_it_prints_what_the_fits_have_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = [written(tmp_path / name, seed, name) for seed, name in enumerate(("er", "gem"))]
+    assert cli.main(["report", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    for text, name, content in (first, "er", facts[0]), (second, "gem", facts[1]):
+        title, _, _, *rows, result, report = text.splitlines()
+        assert title == "Accuracy in % after 4 of 4 tasks"
+        for t, (row, values) in enumerate(zip(rows, content["matrix"], strict=True)):
+            known = [v for v in values if v is not None]
+            shown = [*(f"{100 * v:.1f}" for v in known), *["-"] * (3 - t), f"{100 * np.mean(known):.1f}"]
+            assert row.replace("|", " ").split() == [str(t), *shown]
+        accuracy = f"{100 * content['average_accuracy']:.1f} % average accuracy"
+        assert result == f"Result: {name} on digits: {accuracy}, forgetting -3.1, 0:01:40"
+        assert report == f"Report: {tmp_path / name / 'report'}"
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_what_a_run_calls_itself_is_text(tmp_path: Path, copies: int) -> None:
     places = [tmp_path / f"<script>alert({n})<" / "ver & ' \" # % é" for n in range(copies)]
@@ -412,7 +430,6 @@ def test_a_fit_writes_it_beside_the_other_files_and_outlives_its_failure(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["a"], ["--html"]),
         (["a", "--html", "."], ["--html=.", "give the path of a file"]),
         (["a", "--html", "a/config.yaml/page.html"], ["--html=a/config.yaml/page.html cannot be written"]),
         (["nothing", "--html", "x.html"], ["nothing: no finished run"]),
