@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ _EXPECTED_WARNINGS = (
     r".*is smaller than the logging interval.*",  # small tasks
     r".*It is recommended to use `self.log\('val/.*",  # the logged values are already those of all workers
 )
+_OUTSIDE_OF_SLURM = "The `srun` command is available"  # where SLURM is installed, and this is none of its jobs
 _EXPECTED_NOTICES = ("Tip:", "TPU available", "`Trainer.fit` stopped: `max_epochs=")
 
 
@@ -66,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
         near = suggestion(given[0], commands)
         print(f"error: {given[0]}: no such command, give one of {', '.join(commands)}{near}", file=sys.stderr)
         return 2
-    for message in _EXPECTED_WARNINGS:
+    for message in (*_EXPECTED_WARNINGS, *([] if "SLURM_JOB_ID" in os.environ else [_OUTSIDE_OF_SLURM])):
         warnings.filterwarnings("ignore", message=message)
     notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     notices.addFilter(_is_no_tip)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,22 @@ def test_logs_to_a_terminal_go_through_another_stream_and_back_again() -> None:
     undo()
     logger.warning("two")
     assert (terminal.text, file.text, other.text) == ("two\n", "one\ntwo\n", "one\n")
+
+
+@pytest.mark.parametrize("in_a_job", [False, True])
+def test_lightnings_advice_to_use_srun_is_for_slurms_jobs(
+    in_a_job: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    if in_a_job:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert cli.main([*SMALL, "--trainer.fast_dev_run=1"]) == 0
+    assert any("`srun`" in str(warning.message) for warning in found) == in_a_job
 
 
 # -- nothing that is not to be written -----------------------------------------------------------------
