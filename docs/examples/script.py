@@ -17,7 +17,9 @@ def train(kind: type[Any], folder: str, **options: Any) -> tuple[Any, pl.Trainer
     data = ContinualDataModule("digits", scenario="class", increment=2, batch_size=16)
     agent = kind(MLP(), epochs_per_task=3, lr=0.05, **options)
     # Any option of Lightning works: strategy="horovod", devices=4, precision="bf16-mixed", loggers, callbacks.
-    trainer = pl.Trainer(accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False)
+    trainer = pl.Trainer(
+        max_epochs=-1, accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False
+    )
     trainer.fit(agent, datamodule=data)
     return agent, trainer, data
 
