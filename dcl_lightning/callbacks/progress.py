@@ -25,7 +25,7 @@ from dcl_lightning.types import Batch
 if TYPE_CHECKING:
     from dcl_lightning.report.live import TaskTable
 
-__all__ = ["StreamBar", "StreamProgress"]
+__all__ = ["StreamBar", "StreamProgress", "show_memory"]
 
 _SECONDS_BETWEEN_UPDATES = 1.0
 _LOGGERS = ("", "lightning", "lightning.fabric", "lightning.pytorch")
@@ -128,7 +128,9 @@ class StreamProgress(pl.Callback):
             self._samples, self._mark = 0, now
         share = (batch_idx + 1) / max(trainer.num_training_batches, 1)
         if not self._is_warm:
-            _show_memory(trainer, pl_module)
+            held = rows_of(trainer, pl_module)
+            if held is not None:
+                show_memory(trainer, held.capacity, held.num_bytes, held.shared)
         if now - self._shown >= _SECONDS_BETWEEN_UPDATES:
             self._show(trainer, self._done(trainer, share))
         if not self._is_warm:
@@ -176,14 +178,18 @@ class StreamProgress(pl.Callback):
         return max(min([rate * left, *(t for t in times if t is not None)]), 0.0)
 
 
-def _show_memory(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Print the memory's size if Lightning printed a model summary: the memory is made with the first batch."""
-    if not any(isinstance(c, ModelSummary) for c in callbacks_of(trainer)):
-        return
-    held = rows_of(trainer, module)
-    if held is not None:
-        whose = " on each worker" if trainer.world_size > 1 and not held.shared else ""
-        rank_zero_info(f"Memory: room for {held.capacity:,} rows, {held.num_bytes:,} bytes{whose}")
+def show_memory(trainer: pl.Trainer, capacity: int, num_bytes: int, shared: bool = False) -> None:
+    """Print the size of a memory if Lightning prints a model summary, in which it is not: a batch makes it.
+
+    Args:
+        trainer: of the fit.
+        capacity: in rows.
+        num_bytes: of these rows.
+        shared: whether it is one for all workers.
+    """
+    if any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer)):
+        whose = " on each worker" if trainer.world_size > 1 and not shared else ""
+        rank_zero_info(f"Memory: room for {capacity:,} rows, {num_bytes:,} bytes{whose}")
 
 
 def _batches(trainer: pl.Trainer, clock: TaskClock, epoch: int) -> float:

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from dcl_lightning._lightning import datamodule_of, log_interval, step_is_open
+from dcl_lightning._lightning import callbacks_of, datamodule_of, log_interval, step_is_open
 from dcl_lightning.callbacks.evaluation import evaluation_batches, limited_ids, loader_batches, within_class
 from dcl_lightning.callbacks.hooks import pass_through
+from dcl_lightning.callbacks.progress import StreamProgress, show_memory
 from dcl_lightning.callbacks.task_clock import TaskClock
 from dcl_lightning.checkpoint.buffer_files import SavedMemories, refuse_another_memory, save_memory
 from dcl_lightning.checkpoint.io import keep_side_files
@@ -336,6 +337,8 @@ class Rehearsal(pl.Callback):
         if self.saved is not None:
             self._drawn, self.saved = self.saved.restore(self.manager, codec.decode(example)), None
         self._start(trainer, module, codec)
+        if not any(isinstance(callback, StreamProgress) for callback in callbacks_of(trainer)):
+            show_memory(trainer, self.manager.buffer.store.capacity, self.manager.buffer.num_bytes)
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, codec: RowCodec) -> None:
         assert self.manager is not None

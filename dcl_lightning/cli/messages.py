@@ -24,6 +24,7 @@ _CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _TYPES = re.compile(r"Subtypes: \[(.*?)\] Errors:")
 _VALUE = re.compile(r"(?:Got|Given) value: (.*)$", re.DOTALL)
 _TYPE = re.compile(r"Expected an? <class '(\w+)'>")
+_AGENT = "dcl_lightning.agents.base.ContinualAgent"
 _FILE = re.compile(r"File does not exist: '([^']*)'")
 _LONGEST = 700
 # Other programs' names of our keys.
@@ -85,6 +86,11 @@ def _of_value(flag: str, complaint: str, names: Sequence[str]) -> str:
     if found := _CLASS.search(complaint):
         near = suggestion(found[1], names)
         return f"{flag}={found[1]}: no such name and no class path{near}; `{flag}.help NAME` shows its keys"
+    if given and _AGENT in complaint:
+        return (
+            f"{flag}={given[1]}: no agent; give the name of one or a subclass of dcl_lightning.ContinualAgent. Any "
+            "other LightningModule gets dcl_lightning.Rehearsal in a command line of its own (docs/guides/embedding.md)"
+        )
     if given and (found := _TYPES.search(complaint)):
         types = found[1].replace("<class '", "").replace("'>", "").replace("NoneType", "null")
         return f"{flag}={given[1]}: give {' or '.join(types.split(', '))}"

@@ -25,6 +25,7 @@ from dcl_lightning._lightning import callbacks_of, set_callbacks
 from dcl_lightning._version import __version__
 from dcl_lightning.agents import ContinualAgent
 from dcl_lightning.agents.strategies import refuse_name
+from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.backbones import Backbone
 from dcl_lightning.callbacks import PredictionWriter
 from dcl_lightning.callbacks.progress import StreamBar
@@ -224,7 +225,8 @@ class NetworkLine(ModelSummary):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the backbone's name and the numbers of parameters."""
         sizes = {True: 0, False: 0}
-        for parameter in pl_module.parameters():
+        copies = {p for module in pl_module.modules() if isinstance(module, Teacher) for p in module.parameters()}
+        for parameter in set(pl_module.parameters()) - copies:
             sizes[parameter.requires_grad] += parameter.numel()
         name = type(pl_module.backbone if isinstance(pl_module, ContinualAgent) else pl_module).__name__
         frozen = f", {sizes[False]:,} frozen" if sizes[False] else ""

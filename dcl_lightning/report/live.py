@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcl_lightning.functional import continual_metrics
 from dcl_lightning.report.page.colours import ink_on, shade
+from dcl_lightning.report.text import in_percent
 
 __all__ = ["TaskTable"]
 
@@ -59,7 +60,7 @@ class TaskTable:
         means = continual_metrics.average_accuracy(matrix), continual_metrics.forgetting(matrix)
         table.add_column("accuracy", _accuracy(float(means[0])), justify="right", no_wrap=True)
         table.add_column("best", justify="right", no_wrap=True)
-        table.add_column("forgetting", _percent(float(means[1])), justify="right", no_wrap=True)
+        table.add_column("forgetting", in_percent(float(means[1])), justify="right", no_wrap=True)
         table.add_column("epochs", justify="right", no_wrap=True)
         table.add_column("time", _time(self._seconds.get(size - 1)), justify="right", no_wrap=True)
         for task in range(max(0, size - self._rows), size):
@@ -72,7 +73,7 @@ class TaskTable:
                 Text(", ".join(map(str, self._classes[task])), no_wrap=True, overflow="ellipsis"),
                 _accuracy(now),
                 _accuracy(best),
-                _percent(lost),
+                in_percent(lost),
                 str(learnt) if learnt == planned else f"{learnt} of {planned}",
                 _time(self._until(task) - self._until(task - 1)),
             )
@@ -84,18 +85,14 @@ class TaskTable:
 
 def _accuracy(value: float) -> Text:
     if math.isnan(value):
-        return Text("-")
+        return Text(in_percent(value))
     colour = shade(value)
-    return Text(f"{100 * value:.1f}", f"{_hex(ink_on(colour))} on {colour}")
+    return Text(in_percent(value), f"{_hex(ink_on(colour))} on {colour}")
 
 
 def _hex(short: str) -> str:
     """Return ``#rgb`` as ``#rrggbb``, which Rich needs."""
     return "#" + "".join(2 * digit for digit in short[1:])
-
-
-def _percent(value: float) -> Text:
-    return Text("-" if math.isnan(value) else f"{100 * value:.1f}")
 
 
 def _time(seconds: float | None) -> str:

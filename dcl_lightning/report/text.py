@@ -17,9 +17,9 @@ from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.types import StateDict
 
 __all__ = [
-    "COMPARED", "SAMPLES", "SHOWN_TASKS", "csv_text", "details_of", "evaluation_text", "matrix_csv", "metrics_csv",
-    "metrics_of", "progress_text", "progress_title", "result_text", "run_name", "summary_text", "table_text",
-    "tasks_of", "title_text",
+    "COMPARED", "SAMPLES", "SHOWN_TASKS", "csv_text", "details_of", "evaluation_text", "in_percent", "matrix_csv",
+    "metrics_csv", "metrics_of", "progress_text", "progress_title", "result_text", "run_name", "summary_text",
+    "table_text", "tasks_of", "title_text",
 ]  # fmt: skip
 
 # What figures are of, by ``data.evaluate_on``.
@@ -70,7 +70,7 @@ def title_text(content: StateDict) -> str:
         content: of ``accuracy_matrix.json``.
     """
     accuracy = content.get("average_accuracy")
-    headline = "" if accuracy is None else f": {100 * accuracy:.1f} % average accuracy"
+    headline = "" if accuracy is None else f": {in_percent(accuracy)} % average accuracy"
     return f"{run_name(content)}{headline}"
 
 
@@ -81,7 +81,7 @@ def result_text(content: StateDict) -> str:
         content: of ``accuracy_matrix.json``.
     """
     forgetting, seconds = content.get("forgetting"), content.get("wall_time_s")
-    forgotten = "" if forgetting is None else f", forgetting {100 * forgetting:.1f}"
+    forgotten = "" if forgetting is None else f", forgetting {in_percent(forgetting)}"
     time = "" if seconds is None else f", {timedelta(seconds=round(sum(seconds.values())))}"
     return f"{title_text(content)}{forgotten}{time}"
 
@@ -100,10 +100,15 @@ def table_text(matrix: Tensor, num_tasks: int, evaluated_on: str = "test") -> st
     head = "after task |" + "".join(f"{'task ' + str(j):>8}" for j in range(first, size)) + " |  average"
     lines = [title, head, "-" * 11 + "+" + "-" * (8 * (size - first) + 1) + "+" + "-" * 9]
     for i in range(first, size):
-        cells = "".join(f"{_percent(float(matrix[i, j])):>8}" for j in range(first, size))
+        cells = "".join(f"{in_percent(float(matrix[i, j])):>8}" for j in range(first, size))
         average = float(matrix[i, : i + 1].nanmean())
-        lines.append(f"{i:>10} |{cells} |{_percent(average):>9}")
+        lines.append(f"{i:>10} |{cells} |{in_percent(average):>9}")
     return "\n".join(lines)
+
+
+def in_percent(fraction: float) -> str:
+    """Return a figure of the screen, the summary and the page; a dash for NaN."""
+    return "-" if math.isnan(fraction) else f"{round(100 * fraction, 1) + 0.0:.1f}"  # + 0.0: what was -0.0 is 0.0
 
 
 def progress_title(size: int, num_tasks: int, evaluated_on: str, shown: int) -> str:
@@ -128,7 +133,7 @@ def progress_text(matrix: AccuracyMatrix) -> str:
         "forgetting (max-last)": matrix.forgetting,
         "backward transfer": matrix.backward_transfer,
     }
-    return ", ".join(f"{name} {100 * float(v):.1f}" for name, v in values.items() if not bool(v.isnan()))
+    return ", ".join(f"{name} {in_percent(float(v))}" for name, v in values.items() if not bool(v.isnan()))
 
 
 def evaluation_text(logged: Mapping[str, Tensor], prefix: str, samples: str) -> str:
@@ -144,7 +149,7 @@ def evaluation_text(logged: Mapping[str, Tensor], prefix: str, samples: str) -> 
     lines = [f"Accuracy in % on the {samples}"]
     for name, value in accuracies.items():
         words = name.removeprefix("acc").removeprefix("_").replace("_", " ") or "all samples"
-        lines.append(f"  {words:<12} {_percent(value):>6}")
+        lines.append(f"  {words:<12} {in_percent(value):>6}")
     lines += [f"{name}: {value:.4g}" for name, value in values.items() if name not in accuracies]
     return "\n".join(lines)
 
@@ -208,7 +213,7 @@ def summary_text(content: StateDict, files: Sequence[str], figures: Sequence[str
     lines += ["| after | " + " | ".join(f"task {j}" for j in columns) + " |"]
     lines += ["|---" * (len(rows) + 1) + "|"]
     for i, row in enumerate(rows):
-        cells = ["" if value is None else f"{100 * value:.1f}" for value in row]
+        cells = ["" if value is None else in_percent(value) for value in row]
         lines.append(f"| task {i} | " + " | ".join(cells) + " |")
     lines += ["", *_markdown(*metrics_of(content)), ""]
     lines += [f"R[i, j] is the accuracy on the {samples} of task j after task i, T the number of tasks."]
@@ -255,7 +260,7 @@ def metrics_of(content: StateDict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for key, name in _METRICS.items():
         values = [source.get(key) for source in columns.values()]
-        cells = ["not defined" if value is None else f"{100 * value:.1f}" for value in values]
+        cells = ["not defined" if value is None else in_percent(value) for value in values]
         rows.append([name, FORMULAS[key], *cells])
     return ["metric", "formula", *columns], rows
 
@@ -283,10 +288,6 @@ def tasks_of(content: StateDict) -> tuple[list[str], list[list[str]]]:
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(map(_escape, row)) + " |" for row in (head, *rows)]
     return [lines[0], "|---" * len(head) + "|", *lines[1:]]
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def _words(value: object) -> str:

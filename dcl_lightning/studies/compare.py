@@ -15,7 +15,7 @@ from dcl_lightning.functional.continual_metrics import FORMULAS
 from dcl_lightning.metrics import drawing
 from dcl_lightning.metrics.drawing import refuse_unknown_style
 from dcl_lightning.paths import replacing
-from dcl_lightning.report.text import COMPARED, SAMPLES, csv_text
+from dcl_lightning.report.text import COMPARED, SAMPLES, csv_text, in_percent
 from dcl_lightning.studies.runs import Run, find_runs, grouped, one_each
 
 __all__ = ["Estimate", "between", "estimate", "latex", "main", "markdown", "paired", "plain", "write_comparison"]
@@ -98,7 +98,7 @@ def _table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
         values = _values(runs, "average_accuracy")
         whole = estimate(values) if values else None
         seeds, orders = between({run.replicate[::-1]: _value(run, "average_accuracy") for run in runs})
-        spread = [_number(deviation) for deviation in (seeds, orders)]
+        spread = [in_percent(deviation) for deviation in (seeds, orders)]
         rows.append([name, str(len(runs)), *cells, _interval(whole), *spread])
     return head, rows
 
@@ -111,7 +111,7 @@ def _differences(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str
     for name in others:
         found = paired({run.replicate: _value(run, key) for run in groups[name]}, theirs)
         if found is not None:
-            rows.append([name, str(found.n), f"{100 * found.mean:+.1f}", _number(found.deviation), _interval(found)])
+            rows.append([name, str(found.n), f"{100 * found.mean:+.1f}", in_percent(found.deviation), _interval(found)])
     return ["configuration", "pairs", "difference", "deviation", "95 % interval"], rows
 
 
@@ -166,15 +166,11 @@ def _cell(values: list[float]) -> str:
     if not values:
         return "-"
     found = estimate(values)
-    return f"{100 * found.mean:.1f}" + ("" if math.isnan(found.deviation) else f" ± {100 * found.deviation:.1f}")
+    return in_percent(found.mean) + ("" if math.isnan(found.deviation) else f" ± {in_percent(found.deviation)}")
 
 
 def _interval(found: Estimate | None) -> str:
-    return "-" if found is None or math.isnan(found.low) else f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-
-
-def _number(fraction: float) -> str:
-    return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
+    return "-" if found is None or math.isnan(found.low) else f"{in_percent(found.low)} to {in_percent(found.high)}"
 
 
 # -- statistics over runs ----------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_help_lists_short_names_and_no_class_of_torch(capsys: pytest.CaptureFixt
     ("args", "words"),
     [
         ("fit --model icrl", ["--model=icrl", "'icarl'"]),
+        ("fit --model lightning.pytorch.demos.boring_classes.BoringModel", ["no agent", "dcl_lightning.Rehearsal"]),
         ("fit --model.learning_rat 1", ["--model.learning_rat", "'lr'"]),
         ("fit --model.memory_size 9", ["--model.memory_size", "'buffer_size'"]),
         ("fit --data.datasett digits", ["--data.datasett", "'dataset'"]),

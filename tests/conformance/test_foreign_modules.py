@@ -107,6 +107,19 @@ def test_one_line_rehearses_for_an_image_classifier(tmp_path: Path, execution: s
     assert set.union(*old[:5]) <= set(range(16))
 
 
+@pytest.mark.parametrize("summary", [True, False])
+def test_a_script_is_told_of_its_memory_where_it_is_told_of_its_network(
+    summary: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, callbacks=[Rehearsal(memory())], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=summary,
+    )  # fmt: skip
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        trainer.fit(Images(), images())
+    assert caplog.text.count("Memory: room for 6 rows") == summary
+
+
 def test_blocking_is_inline_and_resumes(tmp_path: Path) -> None:
     for config in ({"policy": "reservoir"}, {"policy": "fifo"}, {"scope": "global"}):
         ends = []

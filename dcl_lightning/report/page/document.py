@@ -18,7 +18,16 @@ from dcl_lightning.functional import continual_metrics
 from dcl_lightning.report.page import charts, colours, tables
 from dcl_lightning.report.page.data import PageRun
 from dcl_lightning.report.page.tables import Cell
-from dcl_lightning.report.text import COMPARED, SAMPLES, details_of, metrics_of, run_name, tasks_of, title_text
+from dcl_lightning.report.text import (
+    COMPARED,
+    SAMPLES,
+    details_of,
+    in_percent,
+    metrics_of,
+    run_name,
+    tasks_of,
+    title_text,
+)
 
 __all__ = ["page_text"]
 
@@ -137,7 +146,8 @@ def _progress(run: PageRun) -> str:
     }
     curves = {name: [_known(value) for value in curve] for name, curve in found.items()}
     curves = {name: curve for name, curve in curves.items() if any(value is not None for value in curve)}
-    shown = [charts.numbered(n, name, curve) for n, (name, curve) in enumerate(curves.items())]
+    # Dashes, since the first two are one where all tasks have as many samples.
+    shown = [charts.numbered(n, name, curve)._replace(dashes=n) for n, (name, curve) in enumerate(curves.items())]
     return charts.curves(shown, "accuracy and forgetting (%)") if shown else ""
 
 
@@ -352,7 +362,7 @@ def _known(value: object) -> float | None:
 
 def _percent(value: object) -> str:
     known = _known(value)
-    return "-" if known is None else f"{100 * known:.1f}"
+    return in_percent(math.nan if known is None else known)
 
 
 def _cell(value: object) -> Cell:
