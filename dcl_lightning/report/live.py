@@ -62,7 +62,7 @@ class TaskTable:
         table.add_column("best", justify="right", no_wrap=True)
         table.add_column("forgetting", in_percent(float(means[1])), justify="right", no_wrap=True)
         table.add_column("epochs", justify="right", no_wrap=True)
-        table.add_column("time", _time(self._seconds.get(size - 1)), justify="right", no_wrap=True)
+        table.add_column("time", justify="right", no_wrap=True)
         for task in range(max(0, size - self._rows), size):
             column = matrix[task:, task]
             now, best = float(column[-1]), float(column.max())
@@ -95,5 +95,5 @@ def _hex(short: str) -> str:
     return "#" + "".join(2 * digit for digit in short[1:])
 
 
-def _time(seconds: float | None) -> str:
-    return "-" if seconds is None or math.isnan(seconds) else str(timedelta(seconds=round(seconds)))
+def _time(seconds: float) -> str:
+    return "-" if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))

@@ -58,7 +58,7 @@ def test_every_figure_is_numpys(future: bool) -> None:
             "0:01:01",
         ]
         assert rows[str(t)] == shown
-    assert rows["mean"] == [f"{100 * matrix[-1].mean():.1f}", f"{100 * np.mean(lost):.1f}", "0:07:07"]
+    assert rows["mean"] == [f"{100 * matrix[-1].mean():.1f}", f"{100 * np.mean(lost):.1f}"]
 
 
 def test_it_fits_in_a_terminal_and_leaves_earlier_tasks_out() -> None:
