@@ -1,11 +1,11 @@
-"""``python docs/terminal_picture.py FILE < OUTPUT`` draws the last lines of an output as those of a terminal."""
+"""``python docs/terminal_picture.py FILE < OUTPUT`` draws the last lines of what a terminal shows."""
 
 from __future__ import annotations
 
 import html
 import sys
 
-LINES, COLUMNS = 12, 100
+LINES, COLUMNS = 16, 100
 WIDTH, HEIGHT, TOP = 8.5, 18, 34
 
 
