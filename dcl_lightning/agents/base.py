@@ -218,6 +218,11 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             if issubclass(kind, ContinualAgent):
                 check_words("model", get_type_hints(kind.__init__), self.hparams)
         gammas = [gamma] if isinstance(gamma, (int, float)) else list(gamma)
+        if isinstance(optimizer, Optimizer):
+            raise ConfigurationError(
+                f"model.optimizer is a {type(optimizer).__name__} of weights that it has already: give its class, or "
+                f"functools.partial({type(optimizer).__name__}, ...), from which the agent makes it"
+            )
         own_lr = rate_of(optimizer)
         if lr is not None and own_lr not in (None, lr):
             raise ConfigurationError(
@@ -255,7 +260,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
                 )
         if head not in self.heads:
             raise ConfigurationError(
-                f"model.head={head}: agent {type(self).__name__} learns with {', '.join(self.heads)} only"
+                f"model.head={head}: agent {type(self).__name__} learns with {', '.join(self.heads)} only, by its "
+                "attribute heads"
             )
         for key, value in (("task_aware", task_aware), ("train_classes", train_classes == "seen" and train_classes)):
             if head == "per_task" and value:

@@ -69,7 +69,9 @@ class LossGuard(pl.Callback):
 def _diverged(what: str, step: int, trainer: pl.Trainer, pl_module: pl.LightningModule) -> DataError:
     clock, epoch = TaskClock.of(trainer), trainer.current_epoch
     rate = getattr(pl_module, "lr", None) or trainer.optimizers[0].param_groups[0]["lr"]
+    masked = "; with model.head=per_task the scores of other tasks' classes are -inf, which no loss may read"
     return DataError(
         f"the {what} step {step} (task {clock.task_at(epoch) if clock else 0}, epoch {epoch}) is not finite: nothing "
         f"more is saved, what was saved before is whole; give a smaller model.lr than {rate}, or model.warmup_epochs"
+        f"{masked if pl_module.hparams.get('head') == 'per_task' else ''}"
     )

@@ -86,15 +86,21 @@ def main(args: Sequence[str] | None = None) -> int:
             print(f"error: {shortened(reason)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            return 130
+            return _interrupted(given)
         except _of_lightning("SIGTERMException"):
             return 143
         except SystemExit as end:
             # Lightning ends with 1 after Ctrl-C; scripts expect the shell's code.
             if isinstance(end.__context__, KeyboardInterrupt):
-                return 130
+                return _interrupted(given)
             raise
     return 0
+
+
+def _interrupted(given: Sequence[str]) -> int:
+    if given[:1] == ["fit"]:
+        print("interrupted: the same command with --ckpt_path last goes on from the last checkpoint", file=sys.stderr)
+    return 130
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_type_hints
@@ -29,6 +30,8 @@ from dcl_lightning.types import Batch, Clock, InputSpec, ReplaySource, StateDict
 
 __all__ = ["ContinualDataModule"]
 
+# Named elsewhere in reports, or other on each machine.
+_PLACES = ("dataset", "root", "download", "stage_to", "num_workers")
 _MOST_PASSES = 10_000  # which their draws tell apart
 
 
@@ -96,6 +99,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     Attributes:
         task_id: 0-based task of the latest training loader.
+        options: arguments other than their defaults, as far as they are words, numbers and lists; no paths.
     """
 
     def __init__(
@@ -130,7 +134,9 @@ class ContinualDataModule(pl.LightningDataModule):
         seed: int | None = None,
         source_options: dict[str, int] | None = None,
     ) -> None:
+        given = dict(locals())
         super().__init__()
+        self.options = _options(given)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
@@ -688,3 +694,14 @@ class ContinualDataModule(pl.LightningDataModule):
 
 def _listed(normalisation: Normalisation | None) -> list[list[float]] | None:
     return None if normalisation is None else [list(values) for values in normalisation]
+
+
+def _options(given: Mapping[str, object]) -> StateDict:
+    """Return those of the constructor's arguments that the attribute ``options`` has."""
+    defaults = {name: p.default for name, p in inspect.signature(ContinualDataModule).parameters.items()}
+    plain = {name: given[name] for name in defaults if name not in _PLACES and _is_plain(given[name])}
+    return {name: value for name, value in plain.items() if value != defaults[name]}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | bool | int | float) or (isinstance(value, list) and all(map(_is_plain, value)))

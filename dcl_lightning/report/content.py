@@ -77,6 +77,7 @@ def content_of(
         "agent": type(agent).__name__,
         "tasks_known": agent.hparams.get("head") == "per_task",
         "dataset": data.dataset_name,
+        "data_options": data.options,
         "seed": data.seed,
         "world_size": trainer.world_size,
         "num_parameters": sum(p.numel() for p in agent.parameters() if p.requires_grad),

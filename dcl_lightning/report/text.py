@@ -39,6 +39,7 @@ _METRICS = {name: name.replace("_", " ") for name in FORMULAS}
 _DETAILS = {
     "agent": "agent",
     "dataset": "data set",
+    "data_options": "options of the data",
     "seed": "seed",
     "world_size": "workers",
     "num_parameters": "trainable parameters",
@@ -240,7 +241,8 @@ def details_of(content: StateDict) -> list[tuple[str, str]]:
         content: of ``accuracy_matrix.json``.
     """
     known = [(key, name) for key, name in _DETAILS.items() if content.get(key) is not None]
-    return [(name, (_seconds if key == "wall_time_s" else _words)(content[key])) for key, name in known]
+    words = {"wall_time_s": _seconds, "data_options": _arguments}
+    return [(name, words.get(key, _words)(content[key])) for key, name in known]
 
 
 def metrics_of(content: StateDict) -> tuple[list[str], list[list[str]]]:
@@ -294,6 +296,10 @@ def _words(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
     return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _arguments(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _seconds(phases: Mapping[str, float]) -> str:

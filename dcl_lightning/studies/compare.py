@@ -54,7 +54,7 @@ def text_of(groups: dict[str, list[Run]]) -> str:
     if differences[1]:
         parts += ["", f"Average accuracy less that of {next(iter(groups))}, in points, over the same seeds and orders"]
         parts.append(plain(*differences))
-    return "\n".join([*parts, *_held_out(groups)])
+    return "\n".join([*parts, *_cautions(groups)])
 
 
 def write_comparison(groups: dict[str, list[Run]], folder: Path, style: str = "colour") -> None:
@@ -73,7 +73,7 @@ def write_comparison(groups: dict[str, list[Run]], folder: Path, style: str = "c
     if differences[1]:
         text += f"\nAverage accuracy less that of {next(iter(groups))}, in points, over the same seeds and orders:\n\n"
         text += markdown(*differences)
-    text += "".join(f"\n{line}.\n" for line in _held_out(groups))
+    text += "".join(f"\n{line}.\n" for line in _cautions(groups))
     contents = {"csv": _numbers(groups), "md": text, "tex": latex(head, rows)}
     if find_spec("matplotlib") is not None:
         contents["md"] += "\n![accuracy over tasks](comparison.png)\n"
@@ -84,10 +84,17 @@ def write_comparison(groups: dict[str, list[Run]], folder: Path, style: str = "c
             draft.write_text(content, encoding="utf-8")
 
 
-def _held_out(groups: dict[str, list[Run]]) -> list[str]:
-    """Return a line that names the configurations whose figures are not of the test set, if there are any."""
+def _cautions(groups: dict[str, list[Run]]) -> list[str]:
+    """Return lines that say which figures are not of the same samples, or not of the test set."""
+    lines, sets = [], dict[str, list[str]]()
+    for name, runs in groups.items():
+        sets.setdefault(str(runs[0].facts.get("dataset")), []).append(name)
+    if len(sets) > 1:
+        lines.append("Of several data sets: " + "; ".join(f"{', '.join(of)} of {name}" for name, of in sets.items()))
     names = [name for name, runs in groups.items() if any(run.facts.get("evaluated_on") == "held_out" for run in runs)]
-    return [f"Of {SAMPLES['held_out']}, not of the test set: {', '.join(names)}"] if names else []
+    if names:
+        lines.append(f"Of {SAMPLES['held_out']}, not of the test set: {', '.join(names)}")
+    return lines
 
 
 def _table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:

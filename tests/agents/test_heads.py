@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from dcl_lightning.agents import short_names
 from dcl_lightning.backbones import MLP, CosineHead
-from dcl_lightning.errors import ConfigurationError
+from dcl_lightning.errors import ConfigurationError, DataError
 from dcl_lightning.types import Batch
 from tests.conformance.agents import NAMES, STREAMS, make
 from tests.conformance.rehearsal_runs import same
@@ -263,6 +263,23 @@ def test_methods_for_which_it_makes_no_sense_refuse_it(name: str) -> None:
         ConfigurationError, match=rf"model\.head=per_task: agent {name} learns with linear, cosine only"
     ):
         getattr(short_names, name)(MLP([4], 1, 4), 6, head="per_task")
+
+
+class Smoothed(short_names.base):
+    """Reads the scores of other tasks' classes, which ``cross_entropy`` does not."""
+
+    def training_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self(batch.inputs)
+        trained, targets = self.restrict_to_trained(logits, batch.targets)
+        return nn.functional.cross_entropy(trained, targets, label_smoothing=0.1), logits
+
+
+def test_a_loss_over_the_scores_of_other_tasks_is_refused_with_the_reason(tmp_path: Path) -> None:
+    agent = Smoothed(MLP([4], 1, 4), 6, head="per_task")
+    with pytest.raises(
+        DataError, match=r"loss of step 1 .*with model\.head=per_task the scores of other tasks' classes"
+    ):
+        make_trainer(tmp_path).fit(agent, datamodule=make_data())
 
 
 @pytest.mark.parametrize(

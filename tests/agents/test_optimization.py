@@ -281,3 +281,9 @@ def test_parameters_added_later_keep_their_rate(milestones, tmp_path):
     make_trainer(tmp_path, [tuning, Spy()]).fit(agent, datamodule=data)
     assert [rates[1:] for rates in seen[::3]] == [[], *([0.01 * 2**i] for i in range(5))]
     assert any(not torch.equal(tensor, agent.backbone.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_an_optimizer_that_is_made_already_is_refused_by_what_to_give() -> None:
+    network = Normalised()
+    with pytest.raises(ConfigurationError, match=r"model\.optimizer is a Adam of weights.*functools\.partial\(Adam"):
+        FineTuning(network, 6, optimizer=torch.optim.Adam(network.parameters()))

@@ -267,3 +267,9 @@ def test_any_place_resumes_on_any_worker(count: int, size: int, batch_size: int,
         again.load_state_dict(first.state_dict())
         again.visit(torch.arange(count), 5)
         assert len(list(again)) == len(whole)
+
+
+def test_options_are_what_was_given_and_can_be_written() -> None:
+    data = make(increment=5, class_order=list(range(9, -1, -1)), root="there", transform=[torch.nn.Identity()])
+    assert data.options == {"batch_size": 3, "increment": 5, "class_order": list(range(9, -1, -1))}
+    assert make(batch_size=64).options == {}

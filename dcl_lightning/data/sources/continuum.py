@@ -55,7 +55,7 @@ def load_class(name: str, root: str, download: bool, known: Collection[str]) -> 
         ) from error
     if not download and not os.path.isdir(root):
         # continuum would create the folder before it finds no files.
-        remedy = "give their data.root, or --data.download true"
+        remedy = "give their data.root, or --data.download true (in Python download=True)"
         raise DatasetNotFoundError(name, os.path.abspath(root), "the files of that data set", remedy)
     arrays: list[Any] = []
     for train in (True, False):

@@ -126,7 +126,7 @@ def check_files(name: str, root: str, download: bool) -> None:
     if source.is_in(source.path(root)) or (download and source.downloadable):
         return
     places = (os.path.abspath(os.path.join(root, place)) for place in (source.folder, *source.elsewhere))
-    remedy = "put it there, or give --data.download true"
+    remedy = "put it there, or give --data.download true (in Python download=True)"
     if not source.downloadable:
         remedy = "put it there, it cannot be downloaded" + (source.origin and f": {source.origin}")
     layout = source.layout or ", ".join(source.files)
