@@ -15,7 +15,7 @@ import yaml
 from tests.cli.mistyped import AGENTS, QUICK, VALUES, Outcome, attempt, leaf_keys, quick, refused
 
 SEED = 20
-SAMPLE = 220  # about a third of a second each
+SAMPLE = 110  # about a third of a second each
 PARSERS: dict[type, Any] = {}
 
 

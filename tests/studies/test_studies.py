@@ -129,12 +129,15 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "naive" / "version_0").exists()
 
 
-def written_run(folder: Path, accuracy: float, seed: object = 0, model: str = "base", **trainer: object) -> Path:
+def written_run(
+    folder: Path, accuracy: float, seed: object = 0, model: str = "base", dataset: str = "digits", **trainer: object
+) -> Path:
     """A finished run of two tasks, as far as a comparison reads it."""
     (folder / "report").mkdir(parents=True)
     config = {"seed_everything": seed, "model": {"class_path": model}, "data": {"init_args": {}}, "trainer": trainer}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     facts = {"matrix": [[1.0, None], [1.0, accuracy]], "average_accuracy": accuracy, "agent": model, "seed": None}
+    facts["dataset"] = dataset
     (folder / "report" / "accuracy_matrix.json").write_text(json.dumps(facts))
     return folder
 
@@ -164,6 +167,15 @@ def test_one_seed_of_a_configuration_counts_once(tmp_path: Path, capsys: pytest.
         "half": [0.1],
     }
     assert len(notes) == 1
+
+
+def test_runs_of_several_data_sets_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, dataset in (("er", "digits"), ("nil", "digits"), ("more", "mnist")):
+        written_run(Path("runs") / name / "one", 0.5, model=name, dataset=dataset)
+    assert cli.main(["compare", "runs/er", "runs/nil"]) == 0
+    assert "data sets" not in capsys.readouterr().out
+    assert cli.main(["compare", "runs/er", "runs/nil", "runs/more"]) == 0
+    assert "Of several data sets: er, nil of digits; more of mnist" in capsys.readouterr().out
 
 
 def test_runs_of_unknown_seed_are_each_their_own() -> None:
