@@ -5,11 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO
 
-__all__ = ["Screen", "is_watched", "log_through", "show", "tolerant"]
+__all__ = ["EXPECTED_WARNINGS", "Screen", "ignore_warnings", "is_watched", "log_through", "show", "tolerant"]
+
+# What Lightning warns of and what is normal here.
+EXPECTED_WARNINGS = (
+    r".*treespec, LeafSpec.*",  # between Lightning and torch
+    r"Total length of `list` across ranks is zero.*",  # nothing to validate on
+    r"Grad strides do not match bucket view strides.*",  # of 1x1 convolutions in channels_last: the same memory
+    r".*is smaller than the logging interval.*",  # small tasks
+    r".*It is recommended to use `self.log\('val/.*",  # the logged values are already those of all workers
+)
 
 
 class Screen:
@@ -111,5 +121,18 @@ def log_through(stream: TextIO, names: Sequence[str]) -> Callable[[], None]:
     def undo() -> None:
         for handler, own in before:
             handler.setStream(own)
+
+    return undo
+
+
+def ignore_warnings(messages: Sequence[str]) -> Callable[[], None]:
+    """Ignore warnings whose messages begin with one of these regular expressions; return what undoes this."""
+    before = list(warnings.filters)
+    for message in messages:
+        warnings.filterwarnings("ignore", message=message)
+    added = [entry for entry in warnings.filters if entry not in before]
+
+    def undo() -> None:
+        warnings.filters = [entry for entry in warnings.filters if entry not in added]
 
     return undo

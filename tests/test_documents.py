@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shlex
 import shutil
@@ -282,7 +281,6 @@ def test_every_fit_that_can_be_run_here_is_run(command: Command, here: Path, tmp
         if isinstance(data["scenario"], dict):
             flags = [flag for flag in flags if flag != "--data.increment"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *args, *flags], cwd=here, capture_output=True, text=True, timeout=280,
-        env={**os.environ, "PYTHONPATH": "."},
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "cli.py"), *args, *flags], cwd=here, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout + done.stderr

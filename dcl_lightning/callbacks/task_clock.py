@@ -45,6 +45,7 @@ from dcl_lightning.errors import ConfigurationError
 from dcl_lightning.metrics import AccuracyMatrix
 from dcl_lightning.metrics.evaluation import EvaluationCounts, StreamResults
 from dcl_lightning.report.counts import SampleCounts
+from dcl_lightning.screen import EXPECTED_WARNINGS, ignore_warnings
 from dcl_lightning.stopwatch import Stopwatch
 from dcl_lightning.types import Batch, StateDict, Task
 
@@ -286,7 +287,8 @@ class TaskClock(pl.Callback):
         self._release_names()
         _begin_anew(trainer)
         self._fitting, self._min_epochs = True, trainer.fit_loop.min_epochs or 0
-        self._undo = [_keep_limits(trainer), _keep_order(trainer), reload_loaders_each_epoch(trainer)]
+        self._undo = [ignore_warnings(EXPECTED_WARNINGS)]
+        self._undo += [_keep_limits(trainer), _keep_order(trainer), reload_loaders_each_epoch(trainer)]
         others = [c for c in callbacks_of(trainer) if c is not self]
         place = next((i for i, c in enumerate(others) if isinstance(c, Checkpoint)), len(others))
         set_callbacks(trainer, [*others[:place], self, *others[place:]])

@@ -6,14 +6,13 @@ import importlib
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from dcl_lightning._version import __version__
 from dcl_lightning.cli.messages import shortened
 from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError, HorovodNotFoundError, suggestion
 from dcl_lightning.paths import expanded
-from dcl_lightning.screen import tolerant
+from dcl_lightning.screen import EXPECTED_WARNINGS, ignore_warnings, tolerant
 
 __all__ = ["main"]
 
@@ -38,13 +37,6 @@ _DESCRIPTION = """Distributed continual learning: one fit runs a whole stream of
 `profile -- fit ...` shows where the time of a step goes. `data` lists the data sets and where they are.
 `new agent|experiment NAME` writes a project that runs. `cite --model NAME --data.dataset NAME` prints BibTeX."""
 # Lightning's messages about what is normal here.
-_EXPECTED_WARNINGS = (
-    r".*treespec, LeafSpec.*",  # between Lightning and torch
-    r"Total length of `list` across ranks is zero.*",  # nothing to validate on
-    r"Grad strides do not match bucket view strides.*",  # of 1x1 convolutions in channels_last: the same memory
-    r".*is smaller than the logging interval.*",  # small tasks
-    r".*It is recommended to use `self.log\('val/.*",  # the logged values are already those of all workers
-)
 _OUTSIDE_OF_SLURM = "The `srun` command is available"  # where SLURM is installed, and this is none of its jobs
 _EXPECTED_NOTICES = ("Tip:", "TPU available", "`Trainer.fit` stopped: `max_epochs=")
 
@@ -68,10 +60,11 @@ def main(args: Sequence[str] | None = None) -> int:
         near = suggestion(given[0], commands)
         print(f"error: {given[0]}: no such command, give one of {', '.join(commands)}{near}", file=sys.stderr)
         return 2
-    for message in (*_EXPECTED_WARNINGS, *([] if "SLURM_JOB_ID" in os.environ else [_OUTSIDE_OF_SLURM])):
-        warnings.filterwarnings("ignore", message=message)
+    ignore_warnings(EXPECTED_WARNINGS if "SLURM_JOB_ID" in os.environ else [*EXPECTED_WARNINGS, _OUTSIDE_OF_SLURM])
     notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     notices.addFilter(_is_no_tip)
+    if args is None:  # as `python -m` has it: classes of files in the working folder go by their names
+        sys.path.append(os.getcwd())
     with tolerant("stderr"):
         try:
             if given and given[0] in COMMANDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from dcl_lightning import ER, ContinualDataModule, RehearsalConfig, TaskClock, TaskReport
 from dcl_lightning.backbones import MLP
 from dcl_lightning.callbacks import Rehearsal, StreamProgress
 from dcl_lightning.errors import ConfigurationError
-from tests.conformance.small_stream import arrays, make_agent, make_data, make_trainer, matrix, weights
+from tests.conformance.small_stream import ON, arrays, make_agent, make_data, make_trainer, matrix, weights
 
 TASKS, EPOCHS, BATCHES = 3, 3, 3  # of the small stream: 14 samples a task in batches of 5
 
@@ -381,3 +383,16 @@ def test_an_agent_that_learnt_nothing_takes_any_labels(tmp_path: Path) -> None:
             agent, datamodule=make_data(validate_on="test", class_order=[5, 4, 3, 2, 1, 0])
         )
     make_trainer(tmp_path).fit(agent, datamodule=data)
+
+
+def test_a_fit_is_quiet_about_what_is_normal_and_leaves_the_filters(tmp_path: Path) -> None:
+    before = list(warnings.filters)
+    trainer = pl.Trainer(**ON, logger=CSVLogger(tmp_path), log_every_n_steps=1000, default_root_dir=tmp_path)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        inside = list(warnings.filters)
+        trainer.fit(make_agent("base", make_data()), datamodule=make_data())
+        assert list(warnings.filters) == inside
+    said = [str(warning.message) for warning in heard]
+    assert not [text for text in said if "across ranks is zero" in text or "logging interval" in text]
+    assert list(warnings.filters) == before

@@ -89,7 +89,8 @@ def test_every_step_that_is_printed_runs_as_it_stands(
     _, change, *steps = capsys.readouterr().out.splitlines()
     programs = tmp_path / "bin"
     programs.mkdir()
-    for program, words in (("python", ""), ("dcl-lightning", "-m dcl_lightning")):
+    # That of pip, beside the interpreter, which has another path than `python -m`.
+    for program, words in (("python", ""), ("dcl-lightning", Path(sys.executable).parent / "dcl-lightning")):
         (programs / program).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
         (programs / program).chmod(0o755)
     env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
