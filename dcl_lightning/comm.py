@@ -76,6 +76,14 @@ class Comm(Protocol):
         """
         ...
 
+    def prepare_async(self) -> None:
+        """Make what asynchronous operations need; else the first of them does.
+
+        Every worker calls it at the same place among its other operations, if another thread will start the first one:
+        torch.distributed numbers groups as they are made, and threads make them in another order on each worker.
+        """
+        ...
+
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
         """Start to send ``splits[k]`` rows to worker k and to receive ``received[k]`` rows from it.
 
@@ -143,6 +151,9 @@ class SingleProcessComm:
     def allgather(self, tensor: Tensor) -> list[Tensor]:
         """Return a list of the tensor."""
         return [tensor]
+
+    def prepare_async(self) -> None:
+        """Do nothing."""
 
     def alltoall_async(self, tensor: Tensor, splits: list[int], received: list[int], name: str) -> Pending:
         """Return a completed operation with the same rows."""
@@ -227,6 +238,10 @@ class RowComm(ABC):
         return self._gather(packed, [1] * self.size).cpu().view(torch.int64).tolist()
 
     @abstractmethod
+    def prepare_async(self) -> None:
+        """Make what asynchronous operations need; see ``Comm.prepare_async``."""
+
+    @abstractmethod
     def _reduce(self, flat: Tensor, op: str) -> Tensor: ...
 
     @abstractmethod
@@ -247,7 +262,7 @@ class TorchDistributedComm(RowComm):
     """Collectives through torch.distributed's default group, and asynchronous ones through a second group.
 
     torch.distributed matches the operations of a group by their order, so operations that another thread starts need
-    their own group. All workers create it when the first asynchronous operation starts.
+    their own group. All workers create it in ``prepare_async``, or when the first asynchronous operation starts.
     """
 
     def __init__(self) -> None:
@@ -275,11 +290,15 @@ class TorchDistributedComm(RowComm):
         torch.distributed.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(data.device)
 
-    def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
+    def prepare_async(self) -> None:
+        """Create the second group."""
         if self._async_group is None:
             group = torch.distributed.new_group(backend=self._backend)
             assert isinstance(group, torch.distributed.ProcessGroup)  # all workers are members
             self._async_group = group
+
+    def _start(self, data: Tensor, splits: list[int], received: list[int], name: str) -> Callable[[], Tensor]:
+        self.prepare_async()
         sent = self._wire(data)
         out = sent.new_empty((sum(received), sent.shape[1]))
         work = torch.distributed.all_to_all_single(out, sent, received, splits, group=self._async_group, async_op=True)

@@ -77,6 +77,7 @@ class MemoryManager:
                 num_counts=len(self.offered) if config.weighting == "nil" else 0,
                 device=buffer.store.device,
             )
+        comm.prepare_async()
 
     def connect(self, comm: Comm, device: torch.device) -> None:
         """Continue in another fit.
@@ -93,6 +94,7 @@ class MemoryManager:
                 f"the memory was filled on {len(self.sizes)} workers, and this fit has {comm.size}: give as many, or "
                 "empty it with Rehearsal.clear()"
             )
+        comm.prepare_async()
         self.comm, self.device = comm, device
         if self.exchange is not None:
             self.exchange.comm = comm

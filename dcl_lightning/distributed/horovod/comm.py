@@ -32,6 +32,9 @@ class HorovodComm(RowComm):
         self._hvd = hvd
         self._stream, self._mesh = stream, mesh
 
+    def prepare_async(self) -> None:
+        """Do nothing: Horovod knows operations by their names, whichever thread starts them."""
+
     def _reduce(self, flat: Tensor, op: str) -> Tensor:
         kinds = {"sum": self._hvd.Sum, "min": self._hvd.Min, "max": self._hvd.Max}
         with _usable_by_horovod(flat) as sent:

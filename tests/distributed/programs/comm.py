@@ -9,7 +9,7 @@ import torch
 from torchmetrics import CatMetric, Metric, MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
-from dcl_lightning.comm import TorchDistributedComm, comm_of
+from dcl_lightning.comm import Pending, TorchDistributedComm, comm_of
 from dcl_lightning.distributed import attach_metrics
 from dcl_lightning.distributed.horovod.comm import HorovodComm
 from tests.distributed.comm_contract import check_contract
@@ -62,7 +62,17 @@ def horovod_contract() -> None:
 def torch_contract() -> None:
     """Without Horovod."""
     join_torch_group()
+    pending: dict[int, Pending] = {}
     comm = comm_of(SimpleNamespace())
     assert isinstance(comm, TorchDistributedComm)
     check_contract(comm)
+    # Two that were made ready in one order, and are first used in another one on each worker, as threads do.
+    pair = [TorchDistributedComm(), TorchDistributedComm()]
+    for one in pair:
+        one.prepare_async()
+    for width in (0, 1) if comm.rank % 2 else (1, 0):
+        rows = torch.full((comm.size, 1 + width), comm.rank, dtype=torch.uint8)
+        pending[width] = pair[width].alltoall_async(rows, [1] * comm.size, [1] * comm.size, "rows")
+    for width, started in pending.items():
+        assert started.wait().tolist() == [[rank] * (1 + width) for rank in range(comm.size)]
     torch.distributed.destroy_process_group()
