@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Batch", "Clock", "InputSpec", "MemoryRows", "Prediction", "PyTree", "ReplaySource", "StateDict",
+    "Batch", "Clock", "InputSpec", "MemoryRows", "NetworkInputs", "Prediction", "PyTree", "ReplaySource", "StateDict",
     "StoresExtraColumns", "Task",
 ]  # fmt: skip
 
@@ -29,6 +29,20 @@ class InputSpec(NamedTuple):
     channels: int
     height: int
     width: int
+
+
+class NetworkInputs(NamedTuple):
+    """Images as a network takes them, which a data module makes of its own.
+
+    Args:
+        spec: shape to which they are brought; grey ones are repeated in each channel.
+        interpolation: ``bilinear`` or ``bicubic``, with which they are resized.
+        normalisation: mean and deviation of each channel, in units of images in [0, 1]; None for those of the data.
+    """
+
+    spec: InputSpec
+    interpolation: str
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True)

@@ -564,6 +564,9 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
             if isinstance(data, ContinualDataModule):
                 num_classes, input_spec = num_classes or data.num_classes, input_spec or data.input_spec
             self._build_if_known(num_classes, input_spec)
+        if isinstance(data, ContinualDataModule):
+            own = self.backbone.own_inputs(data.input_spec) if isinstance(self.backbone, Backbone) else None
+            data.fit_inputs_to(own)
         _clean_up(trainer)
 
         def wrapper(on_exception: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
@@ -644,6 +647,8 @@ class ContinualAgent(_NamedArguments, pl.LightningModule):
     def on_fit_start(self) -> None:
         """Keep the initial weights if tasks start from them."""
         constant = sum(len(list(part.modules())) for part in self.modules() if isinstance(part, Teacher))
+        if isinstance(self.backbone, Backbone):
+            constant += len(self.backbone.constant_parts)
         if constant:  # Lightning warns of modules in evaluation mode: of others than these it still does
             warnings.filterwarnings("ignore", message=rf"Found {constant} module\(s\) in eval mode")
         if self.reset_state_dict and self._initial is None:

@@ -8,46 +8,50 @@ import torch
 from torch import Tensor
 
 from dcl_lightning.data import ContinualDataModule, transforms
-from dcl_lightning.types import Batch, Prediction, StateDict
+from dcl_lightning.types import Batch, InputSpec, NetworkInputs, Prediction, StateDict
 
 __all__ = ["Inference"]
 
 
 class Inference:
-    """What an agent has to know of its data to predict without them: labels and normalisation."""
+    """What an agent has to know of its data to predict without them: labels, and how images become inputs."""
 
     def __init__(self) -> None:
         self.labels: list[int | str] = []
+        self.network: NetworkInputs | None = None
         self.normalisation: transforms.Normalisation | None = None
 
     def note(self, data: object) -> None:
-        """Take both from a ``ContinualDataModule`` after its set-up; any other data module changes nothing."""
+        """Take them from a ``ContinualDataModule`` after its set-up; any other data module changes nothing."""
         if isinstance(data, ContinualDataModule) and data.original_labels:
             labels = [label if isinstance(label, str) else int(label) for label in data.original_labels]
             self.labels = max(self.labels, labels, key=len)  # those learnt before keep their places
-            self.normalisation = data.normalisation
+            self.network, self.normalisation = data.network, data.normalisation
 
     def state_dict(self) -> StateDict:
-        """Return both as lists, numbers and strings."""
-        return {"labels": list(self.labels), "normalisation": self.normalisation}
+        """Return them as lists, numbers and strings."""
+        network = self.network and (*self.network.spec, self.network.interpolation)
+        return {"labels": list(self.labels), "normalisation": self.normalisation, "network": network}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore both."""
+        """Restore them."""
         self.labels, normalisation = list(state_dict["labels"]), state_dict["normalisation"]
         self.normalisation = None if normalisation is None else (tuple(normalisation[0]), tuple(normalisation[1]))
+        network = state_dict.get("network")  # absent in older checkpoints
+        self.network = network and NetworkInputs(InputSpec(*network[:3]), network[3])
 
     def batch(self, batch: Batch | Tensor | Sequence[Tensor]) -> Batch:
         """Return any loader's batch as one of ours.
 
         Args:
-            batch: ours; or inputs ``(B, ...)``, alone or first of a sequence. uint8 images are normalised as in
-                training; what is floating has to be so already.
+            batch: ours; or inputs ``(B, ...)``, alone or first of a sequence. uint8 images are resized and normalised
+                as in training; what is floating has to be so already.
         """
         if isinstance(batch, Batch):
             return batch
         inputs = batch if isinstance(batch, Tensor) else batch[0]
-        if inputs.dtype == torch.uint8 and self.normalisation is not None:
-            inputs = transforms.normalise(inputs, *self.normalisation)
+        if inputs.dtype == torch.uint8:
+            inputs = transforms.as_network_takes(inputs, self.network, self.normalisation)
         inputs = transforms.to_float(inputs)
         none = torch.full((len(inputs),), -1, device=inputs.device)
         ones = torch.ones(len(inputs), device=inputs.device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcl_lightning.errors import ConfigurationError, check_number
-from dcl_lightning.types import InputSpec
+from dcl_lightning.types import InputSpec, NetworkInputs
 
 __all__ = ["Backbone", "CosineHead", "LinearHead", "ProjectionHead"]
 
@@ -33,9 +34,11 @@ class Backbone(nn.Module):
     Attributes:
         feature_dim: length of a feature vector; set when the layers are built.
         input_spec: shape of an input; None until the layers are built.
+        constant_parts: modules within it that stay in evaluation mode.
     """
 
     feature_dim: int
+    constant_parts: Sequence[nn.Module] = ()
     # Whether layers built for one height and width accept others.
     takes_any_size: ClassVar[bool] = False
 
@@ -50,6 +53,10 @@ class Backbone(nn.Module):
         self.in_channels = in_channels
         self.input_size = None if input_size is None else (input_size[0], input_size[1])
         self.input_spec: InputSpec | None = None
+
+    def own_inputs(self, spec: InputSpec) -> NetworkInputs | None:
+        """Return what the data module is to make of images of this shape for the network; None to leave them so."""
+        return None
 
     def adapt(self, spec: InputSpec) -> None:
         """Build the layers, taking from ``spec`` what the constructor left open; later calls do nothing.

@@ -26,7 +26,7 @@ from dcl_lightning.distributed import ranks
 from dcl_lightning.distributed.ranks import worker_threads
 from dcl_lightning.errors import ConfigurationError, check_words, whole_number
 from dcl_lightning.paths import absolute
-from dcl_lightning.types import Batch, Clock, InputSpec, ReplaySource, StateDict, Task
+from dcl_lightning.types import Batch, Clock, InputSpec, NetworkInputs, ReplaySource, StateDict, Task
 
 __all__ = ["ContinualDataModule"]
 
@@ -90,7 +90,7 @@ class ContinualDataModule(pl.LightningDataModule):
         eval_transform: likewise, of images in evaluation.
         normalize: what inputs are normalised with: the mean and deviation of the ``dataset`` (arrays have none);
             ``none``, so that images are floats in [0, 1]; or ``{mean: ..., std: ...}`` in units of [0, 1], each one
-            number or one for each channel.
+            number or one for each channel. If None, those that a pretrained network brings, else the data set's.
         stage_to: folder on the host's own disk to which each host copies the data set once, to read it from there.
         seed: seed of order, augmentation and hold-outs, the same on all workers; if None, the seed of
             ``seed_everything``, or 0.
@@ -100,6 +100,7 @@ class ContinualDataModule(pl.LightningDataModule):
     Attributes:
         task_id: 0-based task of the latest training loader.
         options: arguments other than their defaults, as far as they are words, numbers and lists; no paths.
+        network: what the network of the present run takes, see ``fit_inputs_to``; None for inputs as they are.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class ContinualDataModule(pl.LightningDataModule):
         crop_fill: Literal["mean"] | float | list[float] | None = None,
         transform: dict[str, Any] | list[Any] | Callable[..., Any] | None = None,
         eval_transform: dict[str, Any] | list[Any] | Callable[..., Any] | None = None,
-        normalize: Literal["dataset", "none"] | dict[str, float | list[float]] = "dataset",
+        normalize: Literal["dataset", "none"] | dict[str, float | list[float]] | None = None,
         stage_to: str | None = None,
         seed: int | None = None,
         source_options: dict[str, int] | None = None,
@@ -197,7 +198,9 @@ class ContinualDataModule(pl.LightningDataModule):
         self.num_classes = self._count_classes()
         self._spec_as_read = self._spec_of_inputs()
         self._transforms = self._given_transforms(transform, eval_transform)
-        self._normalisation = self._own_normalisation() if normalize == "dataset" else None
+        self.network: NetworkInputs | None = None
+        self._normalisation_is_given = normalize is not None
+        self._normalisation = self._own_normalisation() if normalize in (None, "dataset") else None
         if isinstance(normalize, Mapping):
             self._normalisation = transforms.normalisation_of(normalize, self.input_spec.channels)
         elif self._normalisation is not None and len(self._normalisation[0]) not in (1, self.input_spec.channels):
@@ -205,7 +208,7 @@ class ContinualDataModule(pl.LightningDataModule):
                 f"data.transform makes images of {self.input_spec.channels} channels, for which data set "
                 f"'{self.dataset_name}' has no mean and deviation: give data.normalize"
             )
-        self._crop_fill = self._given_crop_fill(crop_fill)
+        self._fills_mean, self._own_fill = crop_fill == "mean", self._given_crop_fill(crop_fill)
         if self._read_root is None:
             self._splits = None  # of the source: training reads the copy
         self.num_tasks = self._count_tasks()
@@ -241,9 +244,40 @@ class ContinualDataModule(pl.LightningDataModule):
 
     @property
     def input_spec(self) -> InputSpec:
-        """Shape of one input of the network."""
+        """Shape of one input, before it is made to fit a network that takes others."""
         transform = self._transforms[0]
         return self._spec_as_read if transform is None else InputSpec(*transform.shape)
+
+    def fit_inputs_to(self, network: NetworkInputs | None) -> None:
+        """Bring inputs from now on, after augmentation, to the size, channels and normalisation that a network takes.
+
+        Args:
+            network: what it takes of inputs of the shape ``input_spec``; None for inputs as they are.
+
+        Raises:
+            ConfigurationError: inputs have other channels, or there is no mean to fill crops with.
+        """
+        self.network = network
+        if network is None:
+            return
+        channels, wanted = self.input_spec.channels, network.spec.channels
+        if channels not in (1, wanted):
+            raise ConfigurationError(
+                f"data set '{self.dataset_name}' has images of {channels} channels, the network takes {wanted}: give a "
+                "network without pretrained weights, or a data.transform to as many channels"
+            )
+        if self.normalisation is None:
+            return
+        numbers = len(self.normalisation[0])
+        if numbers not in (1, wanted):
+            raise ConfigurationError(
+                f"the normalisation has {numbers} numbers, the network takes {wanted} channels: give data.normalize"
+            )
+        if self._fills_mean and numbers not in (1, channels):
+            raise ConfigurationError(
+                f"data.crop_fill=mean: the mean has {numbers} numbers, the images have {channels} channels: give a "
+                "number from 0 to 1, or data.normalize"
+            )
 
     def _spec_of_inputs(self) -> InputSpec:
         """Return the shape of one input as it is read."""
@@ -274,7 +308,9 @@ class ContinualDataModule(pl.LightningDataModule):
     @property
     def normalisation(self) -> Normalisation | None:
         """Mean and deviation of each channel that normalise images; None for data that are not normalised."""
-        return self._normalisation
+        if self.network is None or self.network.normalisation is None or self._normalisation_is_given:
+            return self._normalisation
+        return self.network.normalisation
 
     @property
     def augments(self) -> bool:
@@ -288,6 +324,11 @@ class ContinualDataModule(pl.LightningDataModule):
     def _pad(self) -> int:
         """Pixels around an image that is cropped on the device; 0 if none is."""
         return (4 if self._source is None else self._source.pad) if self.augment else 0
+
+    @property
+    def _crop_fill(self) -> tuple[float, ...]:
+        """Value of the pixels around an image that is cropped, one number or one for each channel."""
+        return self.normalisation[0] if self._fills_mean and self.normalisation is not None else self._own_fill
 
     def _given_crop_fill(self, given: str | float | list[float] | None) -> tuple[float, ...]:
         """Return the value of these pixels, one number or one for each channel.
@@ -433,7 +474,7 @@ class ContinualDataModule(pl.LightningDataModule):
         return replay is not None and replay.replayed_per_batch is None and len(replay.replayed_ids(self.task_id)) > 0
 
     def _leave_fit(self) -> None:
-        self._clock = self._replay = self._train_loader = None
+        self._clock = self._replay = self._train_loader = self.network = None
         self._reader_pool.close()
 
     def tasks(self, epochs: list[int]) -> list[Task]:
@@ -617,6 +658,7 @@ class ContinualDataModule(pl.LightningDataModule):
         # A checkpoint that was saved before an option existed is of a run with its default.
         defaults: dict[str, object] = {"transform": None, "eval_transform": None, "crop_fill": [0.0]}
         defaults |= {"normalisation": _listed(self._own_normalisation()), "evaluate_on": "test", "passes": 1}
+        defaults |= {"resized": None}
         saved = {**defaults, **state_dict["stream"]}
         same_data = saved["dataset"] == present["dataset"]
         names: tuple[str, ...] = ("class_order",)
@@ -639,6 +681,7 @@ class ContinualDataModule(pl.LightningDataModule):
             **self.stream.facts(self.dataset_name),
             "concatenate_tasksets": self.concatenate_tasksets,
             "normalisation": _listed(self.normalisation),
+            "resized": self.network and [*self.network.spec, self.network.interpolation],
             "evaluate_on": self.evaluate_on,
             "passes": self.passes,
             "crop_fill": list(self._crop_fill),
@@ -681,10 +724,7 @@ class ContinualDataModule(pl.LightningDataModule):
             inputs = transform(inputs, batch.draw_ids, *key)
         elif train and self.augment:
             inputs = transforms.augment(inputs, batch.draw_ids, self.seed, epoch, self._pad, self._crop_fill)
-        if self.normalisation is None:
-            inputs = transforms.to_float(inputs)
-        else:
-            inputs = transforms.normalise(inputs, *self.normalisation)
+        inputs = transforms.as_network_takes(inputs, self.network, self.normalisation)
         if self.trainer is not None:  # Lightning converts batches before these are floats
             inputs = self.trainer.precision_plugin.convert_input(inputs)
             if inputs.ndim == 4 and getattr(self.trainer.lightning_module, "takes_channels_last", False):

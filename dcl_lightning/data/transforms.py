@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dcl_lightning.data.class_paths import built
 from dcl_lightning.errors import ConfigurationError, check_number
-from dcl_lightning.types import Batch
+from dcl_lightning.types import Batch, NetworkInputs
 
 __all__ = [
-    "GivenTransforms", "Normalisation", "TransformedInputs", "augment", "crop_fill_of", "draws", "normalisation_of",
-    "normalise", "to_float",
+    "GivenTransforms", "Normalisation", "TransformedInputs", "as_network_takes", "augment", "crop_fill_of", "draws",
+    "fitted", "normalisation_of", "normalise", "to_float",
 ]  # fmt: skip
 
 # Mean and deviation, one number of each for every channel, or one for all.
@@ -78,6 +78,41 @@ def normalise(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     # The caller's own floats stay unchanged.
     centered = floats - center if floats is inputs else floats.sub_(center)
     return centered.div_(_per_channel(std, inputs.device))
+
+
+def fitted(inputs: Tensor, network: NetworkInputs) -> Tensor:
+    """Return float32 images in the size and with the channels that a network takes, resized all at once.
+
+    As torchvision's ``Resize`` of single float images with ``antialias=True``; of uint8 images the result stays in
+    [0, 1], beyond which a bicubic curve goes at edges.
+
+    Args:
+        inputs: ``(B, C, H, W)``, where C is 1 or the network's.
+        network: which says what it takes.
+
+    Returns:
+        ``(B, *network.spec)``.
+    """
+    (channels, *size), floats = network.spec, to_float(inputs)
+    if list(inputs.shape[2:]) != size and len(inputs):
+        floats = torch.nn.functional.interpolate(floats, size, mode=network.interpolation, antialias=True)
+        if inputs.dtype == torch.uint8:
+            floats = floats.clamp_(0, 1)
+    elif not len(inputs):
+        floats = floats.new_empty((0, inputs.shape[1], *size))
+    return floats.expand(-1, channels, -1, -1)
+
+
+def as_network_takes(inputs: Tensor, network: NetworkInputs | None, normalisation: Normalisation | None) -> Tensor:
+    """Return float32 images ``(B, C, H, W)``, fitted to a network if it takes others, and normalised.
+
+    Args:
+        inputs: ``(B, C, H, W)``, or ``(B, ...)`` without a network.
+        network: what it takes; None for images as they are.
+        normalisation: of each channel; None to leave them in units of ``to_float``'s result.
+    """
+    inputs = inputs if network is None else fitted(inputs, network)
+    return to_float(inputs) if normalisation is None else normalise(inputs, *normalisation)
 
 
 @lru_cache(maxsize=32)

@@ -52,7 +52,8 @@ def test_features_and_late_building(kind, kwargs, spec, dim):
 def test_early_building_is_the_same(kind, kwargs, spec, dim):
     late = kind(**kwargs)
     late.adapt(spec)
-    early = kind(**kwargs, in_channels=spec.channels, input_size=(spec.height, spec.width))
+    size = {"img_size" if kind is TimmModel else "input_size": (spec.height, spec.width)}
+    early = kind(**kwargs, in_channels=spec.channels, **size)
     early.load_state_dict(late.state_dict())
     x = torch.randn(2, *spec)
     assert torch.equal(early.eval()(x), late.eval()(x))
@@ -212,7 +213,7 @@ def test_weights_of_convolutions_are_drawn_as_asked(depth):
         (lambda: TimmModel("ghostnet"), "did you mean ghostnet_050"),
         (lambda: TimmModel("ghostnet_050", drop_rate=1.0), "drop_rate=1.0"),
         (
-            lambda: TimmModel("ghostnet_050", options={"nonsense": 1}, in_channels=3, input_size=64),
+            lambda: TimmModel("ghostnet_050", options={"nonsense": 1}, in_channels=3, img_size=64),
             "3 x 64 x 64.*nonsense",
         ),
     ],
@@ -249,7 +250,7 @@ def test_timm_feature_dim_is_the_length_of_the_features(name, size):
 def test_timm_is_the_library_s_own_network():
     import timm
 
-    ours = TimmModel("resnet10t", in_channels=3, input_size=32)
+    ours = TimmModel("resnet10t", in_channels=3, img_size=32)
     theirs = timm.create_model("resnet10t", num_classes=7).eval()
     ours.model.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
     x = torch.randn(2, 3, 32, 32)

@@ -72,7 +72,6 @@ def test_floats_are_normalised_as_they_are_and_the_users_stay_unchanged() -> Non
     ("normalize", "words"),
     [
         ("datset", r"data\.normalize='datset'.*dataset, none.*did you mean 'dataset'"),
-        (None, r"data\.normalize=None"),
         ({}, r"give dataset, none, or mean and std"),
         ({"mean": 0.5}, r"give dataset, none, or mean and std"),
         ({"mean": 0.5, "std": 0.5, "eps": 0}, r"give dataset, none, or mean and std"),
