@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         PCR,
         SCR,
         SI,
+        SLDA,
         BiC,
+        ClosedForm,
         ContinualAgent,
         DarkReplay,
         DERpp,
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
         ICaRL,
         LwF,
         OnlineICaRL,
+        RanPAC,
         RehearsingAgent,
+        SimpleCIL,
     )
     from dcl_lightning.callbacks import Rehearsal, TaskClock, TaskReport
     from dcl_lightning.data import ContinualDataModule
@@ -51,8 +55,10 @@ __all__ = [
     "PCR",
     "SCR",
     "SI",
+    "SLDA",
     "AccuracyMatrix",
     "BiC",
+    "ClosedForm",
     "ContinualAgent",
     "ContinualDataModule",
     "DERpp",
@@ -64,9 +70,11 @@ __all__ = [
     "ICaRL",
     "LwF",
     "OnlineICaRL",
+    "RanPAC",
     "Rehearsal",
     "RehearsalConfig",
     "RehearsingAgent",
+    "SimpleCIL",
     "TaskClock",
     "TaskReport",
 ]

@@ -101,7 +101,8 @@ def shrunk(config: Path, root: Path) -> list[str]:
     # Few images have no tenth.
     flags = [*flags, *(["--data.val_ratio", "0.5"] if data.get("val_ratio") else [])]
     # The rate follows the size of the batch, as it has to: iCaRL's of 2.0 is one for 128 images.
-    flags = [*flags, "--model.lr", str(model["lr"] * BATCH / data.get("batch_size", 64))]
+    if "lr" in model:  # else steps train nothing
+        flags = [*flags, "--model.lr", str(model["lr"] * BATCH / data.get("batch_size", 64))]
     # Two tasks of two steps each.
     return [*SMALL, *flags, "--trainer.max_steps", "4"]
 

@@ -2,6 +2,7 @@
 
 from dcl_lightning.agents.base import ContinualAgent
 from dcl_lightning.agents.bic import BiC
+from dcl_lightning.agents.closed_form import SLDA, ClosedForm, RanPAC, SimpleCIL
 from dcl_lightning.agents.der import DER, DarkReplay, DERpp
 from dcl_lightning.agents.er import ER, ERACE
 from dcl_lightning.agents.ewc import EWC
@@ -31,7 +32,9 @@ __all__ = [
     "PCR",
     "SCR",
     "SI",
+    "SLDA",
     "BiC",
+    "ClosedForm",
     "ContinualAgent",
     "DERpp",
     "DarkReplay",
@@ -42,7 +45,9 @@ __all__ = [
     "NearestMean",
     "NearestMeanReplay",
     "OnlineICaRL",
+    "RanPAC",
     "RehearsingAgent",
+    "SimpleCIL",
 ]
 
 # Lightning loads a checkpoint's class only if it is imported, and those of the command line have short names.

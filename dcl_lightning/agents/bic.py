@@ -17,7 +17,7 @@ from dcl_lightning.agents.teacher import Teacher
 from dcl_lightning.callbacks.evaluation import limited_ids
 from dcl_lightning.errors import check_number
 from dcl_lightning.functional.losses import distillation_share, tempered_distillation, weighted_cross_entropy
-from dcl_lightning.functional.scores import SMALLEST_SCALE, fitted_bias
+from dcl_lightning.functional.scores import SMALLEST_SCALE, fitted_bias, held_out
 from dcl_lightning.memory.config import RehearsalConfig
 from dcl_lightning.types import Batch, Task
 
@@ -123,8 +123,8 @@ class BiC(RehearsingAgent):
         return sum(len(t.classes) for t in self.clock.tasks[:present]), len(self.clock.tasks[present].classes)
 
     def _held(self, ids: Tensor) -> Tensor:
-        """Return ``(n,)`` bool, whether samples are held out: by a hash of their ids, the same everywhere."""
-        return (ids * 2654435761) % 2**32 < self.held_out * 2**32
+        """Return ``(n,)`` bool, whether samples are held out."""
+        return held_out(ids, self.held_out)
 
     def on_task_start(self, task: Task) -> None:
         """Note the task's classes; at the start of a stream forget the corrections of an earlier one."""

@@ -19,7 +19,7 @@ from dcl_lightning.errors import ConfigurationError
 
 __all__ = [
     "KeepUnseenRows", "build_optimizer", "epoch_schedule", "fit_vectors", "flat_gradient", "flat_gradients_of",
-    "flat_weights", "rate_of", "sum_dtype", "trained_parameters", "trained_part", "write_gradient",
+    "flat_weights", "idle_loss", "rate_of", "sum_dtype", "trained_parameters", "trained_part", "write_gradient",
 ]  # fmt: skip
 
 
@@ -178,6 +178,11 @@ def flat_gradients_of(loss: Tensor, parameters: Sequence[Tensor], keep_graph: bo
     """
     parts = torch.autograd.grad(loss, parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True)
     return torch.cat([part.detach().reshape(-1) for part in parts])
+
+
+def idle_loss(module: nn.Module) -> Tensor:
+    """Return a loss of 0 whose gradient is 0 for each trained weight: of a step in which nothing is to learn."""
+    return 0.0 * flat_weights(trained_parameters(module)).sum()
 
 
 def write_gradient(parameters: list[nn.Parameter], gradient: Tensor) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcl_lightning.functional.closed_form import class_sums
+
 __all__ = ["class_means", "herd", "nearest_mean_scores", "nearest_to_mean", "normalise"]
 
 
@@ -75,8 +77,7 @@ def class_means(features: Tensor, targets: Tensor, num_classes: int) -> tuple[Te
     Returns:
         ``(K, d)``, 0 for a class without features, and ``(K,)`` bool.
     """
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, targets, features)
-    counts = torch.zeros_like(sums[:, 0]).index_add_(0, targets, torch.ones_like(features[:, 0]))
+    sums, counts = class_sums(features, targets, num_classes)
     return sums / counts.clamp(min=1)[:, None], counts > 0
 
 

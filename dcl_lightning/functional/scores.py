@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["SMALLEST_SCALE", "class_ranks", "fitted_bias", "restricted", "top_k_hits"]
+__all__ = ["SMALLEST_SCALE", "class_ranks", "fitted_bias", "held_out", "restricted", "top_k_hits"]
 
 SMALLEST_SCALE = 0.01
 
@@ -66,6 +66,16 @@ def restricted(scores: Tensor, classes: Tensor) -> Tensor:
         tensor([[0.5000, 0.2500,   -inf]])
     """
     return scores.masked_fill(~classes, -float("inf"))
+
+
+def held_out(ids: Tensor, share: float) -> Tensor:
+    """Return which samples are held out, ``(n,)`` bool: by a hash of their ids, so that all workers find the same.
+
+    Args:
+        ids: ``(n,)`` int64.
+        share: of all ids, in [0, 1].
+    """
+    return (ids * 2654435761) % 2**32 < share * 2**32
 
 
 def fitted_bias(logits: Tensor, targets: Tensor, new: Tensor, iterations: int = 100) -> tuple[float, float]:

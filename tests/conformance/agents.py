@@ -29,4 +29,6 @@ def make(name: str, data: Any, seed: int = 0, memory: dict[str, Any] | None = No
         if name == "mir":
             common = {"num_rehearsed": 2} | common
         common["rehearsal"] = config | (memory or {})
+    if name == "ranpac":
+        common["projection_dim"] = 16
     return kind(MLP([8]), data.num_classes, **common)

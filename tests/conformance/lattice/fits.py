@@ -75,6 +75,8 @@ def make_agent(drawn: Draw, truth: Truth, folder: Path, seed: int = 0) -> Any:
         options["rehearsal"] = memory
     if name == "mir":
         options["num_rehearsed"] = get("num_rehearsed")
+    if name == "ranpac":
+        options |= {"projection_dim": 8, "first_session": bool(get("seed") % 2)}
     agent = getattr(short_names, name)(_Network(truth.side), truth.num_classes, **options)
     if get("part") == "frozen":
         agent.backbone.first.requires_grad_(False)

@@ -19,7 +19,7 @@ from tests.distributed.programs.place import elastic_ddp, flat
 
 NAMES = (
     "base", "icarl", "icarl_v1", "nil", "nil_v1", "nil_v3", "nil_v4", "nil_global", "derpp", "agem", "gem", "si", "bic",
-    "mir", "scr", "pcr", "icarl_online",
+    "mir", "scr", "pcr", "icarl_online", "ranpac",
 )  # fmt: skip
 
 
@@ -90,6 +90,8 @@ def fit(
         options["rehearsal"]["num_samples"] = 3
     if name == "mir":
         options["num_rehearsed"] = 1
+    if name == "ranpac":
+        options |= {"projection_dim": 12, "first_session": True}
     agent = kind(network() if network else MLP([8]), epochs_per_task=2, lr=0.05, compile=compile, **options)
     trainer = pl.Trainer(
         accelerator="cpu", strategy=strategy, devices=2, logger=False, enable_checkpointing=False,

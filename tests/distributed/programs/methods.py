@@ -21,7 +21,7 @@ from tests.distributed.toy import trainer
 
 NAMES = (
     "er", "er_ace", "mir", "scr", "pcr", "derpp", "derpp_task_end", "agem", "gem", "gdumb", "bic", "icarl_online",
-    "lwf", "ewc", "si",
+    "lwf", "ewc", "si", "simplecil", "slda", "ranpac",
 )  # fmt: skip
 # Agent, values of its memory, and of itself.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -114,6 +114,8 @@ def fit(
         options = {"epochs_per_task": 1, "rehearsal": {"buffer_size": 216, "num_samples": 108} | memory}
     if name == "mir":
         options["num_rehearsed"] = 6 // workers
+    if name == "ranpac":
+        options["projection_dim"] = 12
     agent = kind(MLP([8]), data.num_classes, lr=0.05, input_spec=data.input_spec, **options | own)
     inner, rehearsed = agent.training_loss, 0
 

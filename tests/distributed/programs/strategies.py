@@ -132,6 +132,8 @@ def fit(folder: Path, cell: Cell) -> tuple[Tensor, Tensor, Tensor]:
         options["rehearsal"] = {"buffer_size": 216}
     if name == "mir":
         options["num_rehearsed"] = 6 // workers
+    if name == "ranpac":
+        options["projection_dim"] = 12
     compile = {"backend": "aot_eager"} if cell.compile else False
     torch.compiler.reset()  # after some networks PyTorch gives up, and computes without compilation
     counters.clear()
@@ -154,5 +156,7 @@ def fit(folder: Path, cell: Cell) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weights_of(agent: Any) -> Tensor:
-    """Return all weights that are trained as one vector."""
-    return torch.cat([whole(p.detach()).flatten().float().clone() for p in agent.parameters() if p.requires_grad])
+    """Return all weights that are trained, or computed at the ends of tasks, as one vector."""
+    found = [p for p in agent.parameters() if p.requires_grad]
+    found += [b for n, b in agent.named_buffers() if n in ("coefficients", "offsets")]
+    return torch.cat([whole(value.detach()).flatten().float().clone() for value in found])
