@@ -68,6 +68,10 @@ def parsed_behind(words: tuple[str, ...]) -> None:
         parse(Command(PAGES[0], ours))
 
 
+def parsed(words: tuple[str, ...]) -> None:
+    parse(Command(PAGES[0], words))
+
+
 def nothing(words: tuple[str, ...]) -> None:
     """Nothing of ours is in it."""
 
@@ -86,6 +90,7 @@ NOT_RUN: list[tuple[str, str, Check]] = [
     (r"(horovodrun|mpirun) ", "several hosts, Open MPI", parsed_behind),
     (r"dcl-lightning new ", "writes a folder: tests/cli/test_new.py does", nothing),
     (r"dcl-lightning run(?!.* fit)", "named in a sentence, without a job", nothing),
+    (r"dcl-lightning fit .*backbone\.pretrained", "weights of a hub", parsed),
     (r"nsys ", "a GPU", parsed_behind),
     (r"py-spy ", "not among the packages of the set-up", parsed_behind),
     (r"'hosts=\$\(scontrol' ", "SLURM", nothing),
