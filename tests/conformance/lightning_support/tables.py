@@ -272,7 +272,7 @@ ARGUMENTS = [
         lambda run: run.spy.count("on_train_epoch_start"),
         agent="refused",
         words="leave max_epochs out and use epochs_per_task",
-        note="`epochs_per_task` sets the number of epochs.",
+        note="Except -1, to give in Python: `epochs_per_task` sets the number of epochs.",
     ),
     argument(
         "min_epochs",
