@@ -19,6 +19,7 @@ def test_statistics_do_not_depend_on_the_number_of_workers(workers: int, strateg
     assert_ended_well(run_workers(closed_form.as_numpy, workers, tmp_path, strategy))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("horovod", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", ["ddp", "horovod"])
 def test_a_first_session_is_learnt_by_all_workers(strategy: str, tmp_path: Path) -> None:
     assert_ended_well(run_workers(closed_form.with_a_first_session, 2, tmp_path, strategy))
