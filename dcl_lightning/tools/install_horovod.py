@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 __all__ = ["Build", "main", "missing_tools", "modernize"]
 
@@ -179,6 +181,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="rebuild even if a wheel is in the cache")
     parser.add_argument("--check-only", action="store_true", help="only run the check on two workers")
     options = parser.parse_args(args)
+    if args is None:  # a process of its own, which leaves nothing behind when it is stopped
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         if options.check_only:
             _check()
@@ -272,7 +276,7 @@ def _build_wheel(build: Build, cache: Path) -> Path:
         variables = {**os.environ, **build_variables(build, nccl)}
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, str(source)]
         with log.open("w") as output:
-            code = subprocess.run(command, env=variables, stdout=output, stderr=subprocess.STDOUT).returncode
+            code = _run_in_group(command, variables, output)
         if code:
             lines = log.read_text().splitlines()
             # The log ends with setuptools' traceback; the cause is further up.
@@ -284,6 +288,16 @@ def _build_wheel(build: Build, cache: Path) -> Path:
         partial = cache / f".{os.getpid()}.part"
         shutil.copyfile(wheel, partial)
         return partial.replace(cache / wheel.name)
+
+
+def _run_in_group(command: list[str], env: dict[str, str], output: TextIO) -> int:
+    """Return the code with which a command ends; its compilers end with this process, unless that is killed."""
+    with subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def _nccl_folder(work: Path) -> Path | None:

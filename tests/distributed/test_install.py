@@ -3,7 +3,10 @@
 import ast
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +160,26 @@ def test_the_command_itself_starts_with_the_standard_library_only():
     names |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert names
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_no_compiler_outlives_a_stopped_build(sig: signal.Signals, tmp_path: Path) -> None:
+    """The command stands for pip, and its child for a compiler."""
+    code = (
+        "import os, signal, sys\n"
+        "from dcl_lightning.tools import install_horovod as install\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "install._run_in_group(['sh', '-c', 'sleep 600 & echo $!; wait'], dict(os.environ), open(sys.argv[1], 'w'))\n"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", code, str(out)], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (out.exists() and out.read_text().strip()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(sig)
+    assert process.wait(timeout=30) != 0
+    compiler = Path("/proc") / out.read_text().strip()
+    while compiler.exists() and "\nState:\tZ" not in (compiler / "status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
