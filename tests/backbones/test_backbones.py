@@ -283,12 +283,12 @@ class Without(nn.Module):
 
 def test_any_module_by_its_class_path(tmp_path, monkeypatch, capsys, caplog):
     caplog.set_level("INFO", "lightning.pytorch")
-    (tmp_path / "my_networks.py").write_text(NETWORKS)
+    (tmp_path / "networks_of_mine.py").write_text(NETWORKS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     flags = ["--trainer.fast_dev_run", "2", "--trainer.accelerator", "cpu"]
-    mine = ["--model.backbone", "my_networks.Mine", "--model.backbone.slope", "0.3"]
+    mine = ["--model.backbone", "networks_of_mine.Mine", "--model.backbone.slope", "0.3"]
     assert cli.main(["fit", *mine, *flags]) == 0
     assert "Mine, 385 trained" in caplog.text  # 64 x 5 + 5 parameters of the backbone, 5 x 10 + 10 of the head
-    assert cli.main(["fit", "--model.backbone", "my_networks.Without", *flags]) == 2
+    assert cli.main(["fit", "--model.backbone", "networks_of_mine.Without", *flags]) == 2
     assert "backbone Without has no feature_dim" in capsys.readouterr().err
