@@ -148,9 +148,12 @@ class SignalListener:
     def _listen(self, secret: str, port: int, addresses: list[str], ended: threading.Event) -> None:
         while not ended.is_set():
             for address in addresses:
+                if ended.is_set():  # else the next address would be a listener for a moment, and lose what it is sent
+                    return
                 with suppress(OSError), socket.create_connection((address, port), _CONNECT_S) as connection:
-                    self._connection = connection
-                    self._raise_what_comes(connection, secret, ended)
+                    if not ended.is_set():
+                        self._connection = connection
+                        self._raise_what_comes(connection, secret, ended)
             ended.wait(_PAUSE_S)
 
     def _raise_what_comes(self, connection: socket.socket, secret: str, ended: threading.Event) -> None:
