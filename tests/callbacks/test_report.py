@@ -83,7 +83,8 @@ class FakeTrainer:
 
 
 def make_trainer(folder, *callbacks, **kwargs):
-    data = SimpleNamespace(dataset_name="toys", seed=7, evaluate_on="test", validate_on="test")
+    options = {"increment": 2, "val_ratio": 0.05}
+    data = SimpleNamespace(dataset_name="toys", seed=7, evaluate_on="test", validate_on="test", options=options)
     defaults = {
         "callbacks": list(callbacks),
         "datamodule": data,
@@ -138,6 +139,7 @@ def test_files_and_facts(tmp_path, capsys):
     assert "| task 2 | 60.0 | 80.0 | 100.0 |" in summary
     assert r"| 1 | a1, b\|1 | 50 | 20 | 1 of 3, ended early |" in summary
     assert r"| 2 | a2, b\|2 | 50 | 20 | 3 |" in summary
+    assert "| options of the data | increment=2, val_ratio=0.05 |" in summary
     assert (tmp_path / "report/accuracy_matrix.png").read_bytes().startswith(b"\x89PNG")
     assert not [p for p in (tmp_path / "report").iterdir() if p.name.startswith(".")]
 
