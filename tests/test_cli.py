@@ -185,6 +185,7 @@ def test_second_run_gets_a_new_folder_and_resume_works(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.exhaustive
 def test_fresh_processes_with_one_seed_agree_bit_for_bit(tmp_path: Path) -> None:
     args = ["fit", "--config", str(ROOT / "configs/icarl_digits.yaml"), "--model.epochs_per_task", "1"]
     weights, matrices = [], []

@@ -79,7 +79,13 @@ def test_in_python_a_fit_does_not_depend_on_stdout(stream: Any, monkeypatch: pyt
         assert ("task 1 (2 of 2) ? 1" if stream.encoding == "ascii" else "task 1 (2 of 2) · 1") in stream.read()
 
 
-@pytest.mark.parametrize("redirection", [">&- 2>&-", "| head -n 1", "> /dev/full 2>&1", ">&-"])
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        "| head -n 1",
+        *(pytest.param(words, marks=pytest.mark.exhaustive) for words in (">&- 2>&-", "> /dev/full 2>&1", ">&-")),
+    ],
+)
 def test_on_the_command_line_a_run_ends_well(redirection: str, tmp_path: Path) -> None:
     command = " ".join([sys.executable, "-m", "dcl_lightning", *SMALL, "--trainer.enable_progress_bar=true"])
     script = f"PYTHONIOENCODING=ascii {command} {redirection}; exit ${{PIPESTATUS[0]}}"

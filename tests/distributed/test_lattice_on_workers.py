@@ -19,7 +19,7 @@ from tests.distributed.workers import run_workers
 
 SEED = int(os.environ.get("LATTICE_SEED", 20))
 ALONE = json.loads(os.environ.get("LATTICE_DRAW", "null"))
-FAST, ALL, PART = 20, 400, 20
+FAST, ALL, PART = 10, 400, 10
 FILE = "tests/distributed/test_lattice_on_workers.py"
 
 counts: Counter[str] = Counter()
