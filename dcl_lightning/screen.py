@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
 import sys
@@ -104,7 +105,8 @@ def show(text: str) -> None:
 
 def is_watched() -> bool:
     """Return whether the output is a terminal or a notebook."""
-    return Screen(sys.stdout).isatty() or "ipykernel" in sys.modules
+    # IPython adds its own name to the builtins of what it runs; its kernel may be imported by anybody.
+    return Screen(sys.stdout).isatty() or "get_ipython" in vars(builtins)
 
 
 def log_through(stream: TextIO, names: Sequence[str]) -> Callable[[], None]:
