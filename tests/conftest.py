@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,6 +20,17 @@ def _reports_without_pictures(request: pytest.FixtureRequest, monkeypatch: pytes
     """Leave out a report's pictures, which take half of a small run's time, where a test is not marked ``pictures``."""
     if "pictures" not in request.keywords:
         monkeypatch.setattr("dcl_lightning.callbacks.report.figures_of", lambda *_: {})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, whatever the machine: for comparisons bit for bit, and small tensors."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.hookimpl(trylast=True)

@@ -29,12 +29,7 @@ GREY = COLOUR[..., :1]
 LABELS = np.arange(24) % 4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def arrays(x: Any = COLOUR, **kwargs: Any) -> ContinualDataModule:

@@ -24,13 +24,7 @@ from dcl_lightning.errors import CheckpointError, ConfigurationError, DataError
 from tests.conformance.rehearsal_runs import assert_same_run, fit
 from tests.conformance.small_stream import make_agent, make_data, make_trainer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def every_step(folder: Path, **kwargs: Any) -> ModelCheckpoint:

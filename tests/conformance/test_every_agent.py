@@ -27,12 +27,7 @@ REPEATING = [name for name in NAMES if name != "nil_v2"]
 METHODS = [n for n in NAMES if "_v" not in n and n not in ("nil_global", "joint", "cumulative", "derpp_task_end")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data_of(name: str, **kwargs):

@@ -22,13 +22,7 @@ from dcl_lightning.memory.config import RehearsalConfig
 from tests.conformance.rehearsal_runs import memory_state, same
 from tests.conformance.small_stream import make_trainer, weights
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Images(pl.LightningModule):

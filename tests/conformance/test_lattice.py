@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conformance.lattice.draws import Draw, draw, named_axes, recipe
 from tests.conformance.lattice.examination import examine, shrunk
@@ -27,12 +26,7 @@ counts: Counter[str] = Counter()
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # as its import has set it lower
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def check(drawn: Draw, folder: Path) -> list[str]:

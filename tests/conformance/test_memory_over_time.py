@@ -24,13 +24,7 @@ from tests.conformance.agents import make
 from tests.conformance.rehearsal_runs import make_nil, watch
 from tests.conformance.small_stream import make_data, make_trainer, weights
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbered(count: int = 60, num_classes: int = 6, **kwargs: Any) -> ContinualDataModule:

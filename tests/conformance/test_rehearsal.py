@@ -21,13 +21,7 @@ from dcl_lightning.memory.rows import BatchCodec, Candidates
 from tests.conformance.rehearsal_runs import assert_same_run, buffer_of, fit, stored_rows
 from tests.conformance.small_stream import make_data, matrix
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- one result, whoever does the work -------------------------------------------------------------

@@ -21,12 +21,7 @@ from tests.conformance.small_stream import make_data, make_trainer
 _THREAD = "rehearsal"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- small and odd ---------------------------------------------------------------------------------

@@ -24,12 +24,7 @@ from tests.conformance.small_stream import make_agent, make_data, make_trainer, 
 KEPT = Path(__file__).parent.parent / "data" / "checkpoint_v1" / "step=8.ckpt"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def saved(folder: Path) -> dict[str, int]:

@@ -17,7 +17,7 @@ from tests.callbacks.test_report import Clock, FakeAgent, make_trainer
 rich_console = pytest.importorskip("rich.console")
 
 from dcl_lightning.callbacks.progress import StreamBar  # noqa: E402 (Rich is there)
-from dcl_lightning.report.live import TaskTable  # noqa: E402
+from dcl_lightning.report.live import TaskTable  # noqa: E402 (it imports Rich)
 
 
 def drawn(table: TaskTable, width: int = 80, **options: object) -> str:
